@@ -1,0 +1,239 @@
+"""Teachers from disk, and DiT weights between facebookresearch's and diffusers' layouts.
+
+Layouts: facebookresearch/DiT `models.py` and huggingface/diffusers `dit_transformer_2d.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robuq_bench.checkpointing import load_untrusted_checkpoint
+from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
+from robuq_bench.files import sha256_file
+from robuq_bench.models.dit import DiT, sincos_position_embedding
+
+ASSET_PREFIX = "asset:"
+LISTED_PROBLEMS = 4
+
+#: facebookresearch name -> diffusers name, one each, with the suffixes weight and bias.
+_STEM_LAYERS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+#: The same inside block i: `blocks.i.` and `transformer_blocks.i.`.
+_BLOCK_LAYERS = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+#: Conditioning, which diffusers repeats in every block under `norm1.emb.`.
+_SHARED_TENSORS = {
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+_SUFFIXES = ("weight", "bias")
+_QKV = ("to_q", "to_k", "to_v")
+
+
+def load_teacher(workload: Any, device: str | torch.device) -> tuple[DiT, str]:
+    """Load a workload's full-precision DiT in float32 and eval mode, on `device`.
+
+    `teacher.checkpoint` is 'asset:NAME' (shipped with the package) or the path of a
+    .safetensors or .pt file: a bare state dict, DiT's train.py checkpoint (its moving average
+    is taken), or diffusers' layout. A pickle cannot run code.
+
+    Returns:
+        The model, and the SHA-256 of its file (64 hex digits).
+
+    Raises:
+        MissingResourceError: no checkpoint is named, or no asset has that name.
+        CheckpointError: the file is missing, damaged, refused, or does not fit `workload.model`.
+    """
+    path = resolve_checkpoint(workload)
+    state = load_untrusted_checkpoint(path, expected_sha256=workload.teacher.sha256 or None)
+    try:
+        if any(name.startswith("transformer_blocks.") for name in state):
+            state = from_diffusers(state, workload.model.input_size)
+        model = build_model(workload.model, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return model.to(device), workload.teacher.sha256 or sha256_file(path)
+
+
+def resolve_checkpoint(workload: Any) -> Path:
+    """Return the path of a workload's teacher checkpoint; the file of a path may be absent.
+
+    Raises MissingResourceError when none is named, or the asset does not exist.
+    """
+    name = workload.teacher.checkpoint
+    if not name:
+        raise MissingResourceError(
+            f"workload {workload.name!r} has no teacher checkpoint; make one with `train-teacher "
+            f"--workload {workload.name}` and pass --set teacher.checkpoint=PATH"
+        )
+    if not name.startswith(ASSET_PREFIX):
+        return Path(name).expanduser()
+    asset = name.removeprefix(ASSET_PREFIX)
+    folder = Path(str(resources.files("robuq_bench"))) / "assets"
+    known = sorted(file.name for file in folder.glob("*.safetensors"))
+    if asset not in known:
+        raise MissingResourceError(
+            f"the package ships no asset {asset!r}{suggest(asset, known)}; give a path, or make "
+            f"the teacher with `train-teacher --workload {workload.name}`"
+        )
+    return folder / asset
+
+
+def build_model(model_config: Any, state: Mapping[str, Tensor]) -> DiT:
+    """Return a DiT (float32, CPU, eval mode) with exactly these weights, copied.
+
+    Raises CheckpointError listing missing and unexpected names, shapes that differ and tensors
+    with infinities or NaN. No random number is drawn.
+    """
+    with torch.device("meta"):
+        model = DiT.from_config(model_config)
+    expected = model.state_dict()
+    shared = expected.keys() & state.keys()
+    problems = {
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
+        "of another shape": [
+            f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
+            for name in shared
+            if state[name].shape != expected[name].shape
+        ],
+        "not finite": [name for name in shared if not bool(torch.isfinite(state[name]).all())],
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            "the weights do not fit the workload's model: "
+            + "; ".join(_listing(label, names) for label, names in problems.items() if names)
+        )
+    copies = {name: state[name].to(torch.float32, copy=True) for name in expected}
+    model.load_state_dict(copies, assign=True)
+    return model.eval()
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a facebookresearch DiT state dict to the names of diffusers' DiTTransformer2DModel.
+
+    qkv is split, the conditioning embedders are repeated per block (tensors are shared, not
+    copied) and the position table is left out: diffusers recomputes it. The label table keeps
+    its rows, the null label last, so `num_embeds_ada_norm` is the number of rows minus one.
+
+    The result computes what this model does only up to diffusers' own choices: timestep
+    frequencies divided by 127 in place of 128, and `norm_eps` 1e-5 in place of 1e-6.
+
+    Raises CheckpointError on missing or unexpected names.
+    """
+    source = _Source(state)
+    converted = {}
+    for ours, theirs in _STEM_LAYERS.items():
+        for suffix in _SUFFIXES:
+            converted[f"{theirs}.{suffix}"] = source.take(f"{ours}.{suffix}")
+    shared = {theirs: source.take(ours) for ours, theirs in _SHARED_TENSORS.items()}
+    source.take("pos_embed")
+    for index in range(_depth(state, "blocks")):
+        ours_prefix, theirs_prefix = f"blocks.{index}.", f"transformer_blocks.{index}."
+        for theirs, tensor in shared.items():
+            converted[f"{theirs_prefix}norm1.emb.{theirs}"] = tensor
+        for suffix in _SUFFIXES:
+            for ours, theirs in _BLOCK_LAYERS.items():
+                converted[f"{theirs_prefix}{theirs}.{suffix}"] = source.take(
+                    f"{ours_prefix}{ours}.{suffix}"
+                )
+            # Not strict: a missing tensor has one part, and `finish` reports it.
+            parts = source.take(f"{ours_prefix}attn.qkv.{suffix}").chunk(3)
+            for theirs, tensor in zip(_QKV, parts, strict=False):
+                converted[f"{theirs_prefix}attn1.{theirs}.{suffix}"] = tensor
+    source.finish()
+    return converted
+
+
+def from_diffusers(state: Mapping[str, Tensor], input_size: int) -> dict[str, Tensor]:
+    """Convert a diffusers DiTTransformer2DModel state dict to facebookresearch's names.
+
+    The exact inverse of `to_diffusers`; the position table is computed for input_size (pixels
+    or latent cells per side, diffusers' `sample_size`), as diffusers stores none.
+
+    Raises CheckpointError on missing or unexpected names, or when the blocks' copies of the
+    conditioning embedder differ, which the original layout cannot express.
+    """
+    source = _Source(state)
+    converted = {}
+    for ours, theirs in _STEM_LAYERS.items():
+        for suffix in _SUFFIXES:
+            converted[f"{ours}.{suffix}"] = source.take(f"{theirs}.{suffix}")
+    different = []
+    for index in range(_depth(state, "transformer_blocks")):
+        ours_prefix, theirs_prefix = f"blocks.{index}.", f"transformer_blocks.{index}."
+        for ours, theirs in _SHARED_TENSORS.items():
+            tensor = source.take(f"{theirs_prefix}norm1.emb.{theirs}")
+            if not torch.equal(converted.setdefault(ours, tensor), tensor):
+                different.append(f"{theirs_prefix}norm1.emb.{theirs}")
+        for suffix in _SUFFIXES:
+            for ours, theirs in _BLOCK_LAYERS.items():
+                converted[f"{ours_prefix}{ours}.{suffix}"] = source.take(
+                    f"{theirs_prefix}{theirs}.{suffix}"
+                )
+            parts = [source.take(f"{theirs_prefix}attn1.{name}.{suffix}") for name in _QKV]
+            converted[f"{ours_prefix}attn.qkv.{suffix}"] = torch.cat(parts)
+    source.finish()
+    if different:
+        raise CheckpointError(
+            "a DiT has one conditioning embedder for all blocks, but these tensors differ from "
+            f"block 0's: {_listing('different', different)}"
+        )
+    hidden_size, _, patch_size, _ = converted["x_embedder.proj.weight"].shape
+    if input_size % patch_size:
+        raise UsageError(f"input_size {input_size} is not divisible by patch size {patch_size}")
+    table = sincos_position_embedding(hidden_size, input_size // patch_size)
+    converted["pos_embed"] = table[None]
+    return converted
+
+
+class _Source:
+    """A state dict that is used up tensor by tensor; `finish` tells what was amiss."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.remaining = dict(state)
+        self.missing: list[str] = []
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.remaining:
+            self.missing.append(name)
+            return torch.empty(0)
+        return self.remaining.pop(name)
+
+    def finish(self) -> None:
+        problems = {"missing": self.missing, "unexpected": list(self.remaining)}
+        if any(problems.values()):
+            raise CheckpointError(
+                "not a DiT state dict of the expected layout: "
+                + "; ".join(_listing(label, names) for label, names in problems.items() if names)
+            )
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Return one more than the highest block index, at least 1, so that lacking blocks are told."""
+    found = [re.match(rf"{prefix}\.(\d+)\.", name) for name in state]
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def _listing(label: str, names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:LISTED_PROBLEMS])
+    rest = f" and {len(ordered) - LISTED_PROBLEMS} more" if len(ordered) > LISTED_PROBLEMS else ""
+    return f"{len(ordered)} {label}: {shown}{rest}"
