@@ -1,0 +1,8 @@
+"""The suite's one command: `python bench.py --help`."""
+
+import sys
+
+from robuq_bench.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

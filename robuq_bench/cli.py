@@ -1,0 +1,365 @@
+"""The command line: plan + workload -> run -> report. Heavy imports wait inside the commands.
+
+Exit codes: 0 done or already complete, 1 crash or failed write, 2 usage, plan or workload error,
+3 finished but a check failed, 4 missing hardware or data, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robuq_bench import __version__, console
+from robuq_bench.cli_inspect import inspect_app, runs_app
+from robuq_bench.cli_job import (
+    RUNS,
+    DeviceFlag,
+    DryRunFlag,
+    ExportFlag,
+    ForceFlag,
+    Job,
+    JsonFlag,
+    NameArgument,
+    OutputFlag,
+    PlanFlag,
+    QuietFlag,
+    SeedFlag,
+    SetFlag,
+    ThreadsFlag,
+    WorkloadFlag,
+    execute,
+    find_run,
+    show,
+    show_dry_run,
+    show_rows,
+)
+from robuq_bench.errors import MissingResourceError, RobuqError
+
+if TYPE_CHECKING:
+    from robuq_bench.config import Config
+    from robuq_bench.context import Context, RunResult
+
+app = typer.Typer(
+    name="robuq-bench",
+    help=(
+        "Quantize a Diffusion Transformer by a plan, judge it on a workload, keep the run: "
+        "plan + workload -> run -> report. The same command again continues after a kill, and "
+        "answers at once when the run is finished."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"robuq-bench {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("train-and-eval")
+def train_and_eval(
+    plan: PlanFlag = "a2",
+    on: WorkloadFlag = "digits",
+    seed: SeedFlag = 0,
+    overrides: SetFlag = None,
+    device: DeviceFlag = "auto",
+    threads: ThreadsFlag = None,
+    output: OutputFlag = RUNS,
+    dry_run: DryRunFlag = False,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """The main job: quantize a teacher by a plan, train it, allocate its bits, and judge it."""
+    from robuq_bench.study_index import command_version
+
+    version = command_version("train_and_eval")
+    job = Job("train-and-eval", version, plan, on, seed, overrides, device, threads, output,
+              dry_run, force, as_json, quiet)  # fmt: skip
+
+    def work(config: Config, context: Context) -> RunResult:
+        from studies.train_and_eval import run_train_and_eval
+
+        return run_train_and_eval(config, output, context)
+
+    show(job, execute(job, work))
+
+
+@app.command("train-teacher")
+def train_teacher(
+    on: WorkloadFlag = "digits",
+    export: ExportFlag = None,
+    seed: SeedFlag = 0,
+    overrides: SetFlag = None,
+    device: DeviceFlag = "auto",
+    threads: ThreadsFlag = None,
+    output: OutputFlag = RUNS,
+    dry_run: DryRunFlag = False,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Train a workload's full-precision teacher from scratch."""
+    from robuq_bench.study_index import command_version
+
+    version = command_version("train_teacher")
+    job = Job("train-teacher", version, "fp", on, seed, overrides, device, threads, output,
+              dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
+
+    def work(config: Config, context: Context) -> RunResult:
+        from studies.train_teacher import run_train_teacher
+
+        return run_train_teacher(config, output, context, export)
+
+    result = execute(job, work)
+    if result is not None and result.was_complete and export is not None:
+        _export(result.path / "checkpoints" / "teacher.safetensors", export)
+    show(job, result)
+
+
+@app.command("train-features")
+def train_features(
+    on: WorkloadFlag = "digits",
+    export: ExportFlag = None,
+    seed: SeedFlag = 0,
+    overrides: SetFlag = None,
+    threads: ThreadsFlag = None,
+    output: OutputFlag = RUNS,
+    dry_run: DryRunFlag = False,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Train the digit classifier whose features `fid_digits` is measured in (on the CPU)."""
+    from robuq_bench.study_index import command_version
+
+    version = command_version("train_features")
+    job = Job("train-features", version, "fp", on, seed, overrides, "cpu", threads, output,
+              dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
+
+    def work(config: Config, context: Context) -> RunResult:
+        from studies.train_features import run_train_features
+
+        return run_train_features(config, output, context)
+
+    result = execute(job, work)
+    if result is not None and export is not None:
+        _export(result.path / "checkpoints" / "features.safetensors", export)
+    show(job, result)
+
+
+def _export(source: Path, target: Path) -> None:
+    """Copy trained weights out of their run with checksum and card, verified on the way."""
+    from robuq_bench.checkpointing import sidecar_path, verify_tensors
+    from robuq_bench.files import atomic_write_bytes
+
+    console.check_writable(target.parent)
+    verify_tensors(source)
+    digest = sidecar_path(source).read_text("utf-8").split()[0]
+    atomic_write_bytes(target, source.read_bytes())
+    atomic_write_bytes(sidecar_path(target), f"{digest}  {target.name}\n".encode())
+    card = source.with_suffix(".json")
+    if card.is_file():
+        atomic_write_bytes(target.with_suffix(".json"), card.read_bytes())
+
+
+@app.command()
+def sample(
+    on: WorkloadFlag = "digits",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint", metavar="RUN", help="Take this run's student, not the teacher."
+        ),
+    ] = None,
+    num: Annotated[int, typer.Option("--num", min=1, help="Number of images.")] = 40,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="FILE", help="The grid (FOLDER/samples.png if not given)."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image.")] = 0,
+    overrides: SetFlag = None,
+    device: DeviceFlag = "auto",
+    threads: ThreadsFlag = None,
+    output: OutputFlag = RUNS,
+    dry_run: DryRunFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Draw images, one seed each, into one PNG grid."""
+    from robuq_bench.study_index import command_version
+
+    target = output / "samples.png" if png is None else png
+    version = command_version("sample_images")
+    job = Job("sample", version, "fp", on, seed, overrides, device, threads, output,
+              dry_run, False, as_json, quiet, (target,))  # fmt: skip
+    config = job.resolve()
+    run_path = None if checkpoint is None else find_run(checkpoint, output)
+    if dry_run:
+        show_dry_run(job, config, target, target.exists())
+        return
+    context = job.context()
+    from studies.sample_images import run_sample
+
+    run_sample(config, context, checkpoint=run_path, num=num, output=target)
+    if as_json:
+        console.print_json({"command": "sample", "path": target, "num": num, "seed": seed})
+    else:
+        print(f"done: {target}", flush=True)
+
+
+@app.command()
+def study(
+    name: NameArgument = None,
+    plan: PlanFlag = "a2",
+    on: WorkloadFlag = "digits",
+    seed: SeedFlag = 0,
+    overrides: SetFlag = None,
+    device: DeviceFlag = "auto",
+    threads: ThreadsFlag = None,
+    output: OutputFlag = RUNS,
+    dry_run: DryRunFlag = False,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Answer one question about the method; without a name, list the studies that exist."""
+    from robuq_bench.study_index import find_study, list_studies
+
+    if name is None:
+        rows = [{"study": item.name, "about": item.summary} for item in list_studies()]
+        if rows or as_json:
+            show_rows("studies", rows, as_json)
+        else:
+            print("no studies yet; the main job is `train-and-eval`", flush=True)
+        return
+    info = find_study(name)
+    job = Job(info.name, info.version, plan, on, seed, overrides, device, threads, output,
+              dry_run, force, as_json, quiet)  # fmt: skip
+
+    def work(config: Config, context: Context) -> RunResult:
+        from robuq_bench.context import RunResult
+        from robuq_bench.runs import Run
+
+        module = importlib.import_module(info.module)
+        with Run.open(
+            output,
+            config,
+            context.argv,
+            force=force,
+            device=context.device,
+            threads=context.threads,
+        ) as run:
+            table: list[dict[str, Any]] = module.run(config, run, context)
+            result = RunResult.store(run, table)
+            run.finish()
+        return result
+
+    show(job, execute(job, work))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Ids or folders; without any, all finished runs."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="FILE", help="The report (FOLDER/report.html if not given)."
+        ),
+    ] = None,
+    output: OutputFlag = RUNS,
+    dry_run: DryRunFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Build one self-contained HTML file from runs alone."""
+    from robuq_bench.runs import list_runs
+
+    target = output / "report.html" if html is None else html
+    if runs:
+        paths = [find_run(text, output) for text in runs]
+    else:
+        paths = [summary.path for summary in list_runs(output) if summary.state == "done"]
+    if not paths:
+        raise MissingResourceError(
+            f"no finished runs in {output}; make one with `python bench.py train-and-eval`"
+        )
+    if not dry_run:
+        console.check_writable(target.parent)
+        console.set_up_logging(quiet=quiet)
+        from reports.builder import build_report
+
+        build_report(paths, target)
+    if as_json:
+        console.print_json({"command": "report", "dry_run": dry_run, "path": target, "runs": paths})
+    else:
+        verb = "would be written from" if dry_run else "written from"
+        print(f"{target} {verb} {len(paths)} run(s)", flush=True)
+
+
+app.add_typer(inspect_app)
+app.add_typer(runs_app, name="runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error is one clear message on stderr."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    as_json = "--json" in arguments
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # The reader of our output left; nothing more can be said, not even by the interpreter.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except RobuqError as error:
+        return console.print_error(str(error), error.exit_code, as_json=as_json)
+    except KeyboardInterrupt:
+        return console.print_error("interrupted; the same command continues", 130, as_json=as_json)
+    except OSError as error:
+        if not console.is_disk_error(error):
+            traceback.print_exc()
+        return console.print_error(str(error), 1, as_json=as_json)
+    except Exception as error:
+        return _fail(error, as_json)
+
+
+def _fail(error: Exception, as_json: bool) -> int:
+    """Typer's own errors (its module for them differs between versions), and crashes."""
+    if type(error).__name__ == "Abort":
+        return console.print_error("interrupted; the same command continues", 130, as_json=as_json)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        context = getattr(error, "ctx", None)
+        path = getattr(context, "command_path", "")
+        hint = f" (see `{path} --help`)" if path else ""
+        message = error.format_message().rstrip(".")
+        return console.print_error(f"{message}{hint}", error.exit_code, as_json=as_json)
+    traceback.print_exc()
+    return console.print_error(f"crash: {type(error).__name__}: {error}", 1, as_json=as_json)

@@ -1,0 +1,245 @@
+"""Commands that only look: plans, workloads, accounting, runs, and this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robuq_bench import console
+from robuq_bench.cli_job import (
+    RUNS,
+    JsonFlag,
+    NameArgument,
+    OutputFlag,
+    PlanFlag,
+    SetFlag,
+    WorkloadFlag,
+    find_run,
+    show_rows,
+)
+from robuq_bench.errors import CheckError
+
+if TYPE_CHECKING:
+    from robuq_bench.config import Config, Plan
+
+inspect_app = typer.Typer()
+runs_app = typer.Typer(no_args_is_help=True, help="List, show and verify run folders.")
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="An id or a folder.")]
+
+
+@inspect_app.command()
+def plans(name: NameArgument = None, as_json: JsonFlag = False) -> None:
+    """List the packaged plans, or show one in full (a name or a file)."""
+    from robuq_bench.config import load_plan, plan_names, to_toml
+
+    if name is not None:
+        plan = load_plan(name)
+        if as_json:
+            console.print_json({"plan": plan.model_dump(mode="json")})
+        else:
+            print(to_toml(plan), end="")
+        return
+    rows = []
+    for plan in map(load_plan, plan_names()):
+        rows.append(
+            {
+                "plan": plan.name,
+                "activation bits": _bits_text(plan),
+                "rank": plan.low_rank.rank,
+                "about": plan.description,
+            }
+        )
+    show_rows("plans", rows, as_json)
+
+
+def _bits_text(plan: Plan) -> str:
+    if plan.activations.quantizer == "none":
+        return "full"
+    if plan.allocation.method == "ampn":
+        return f"mean {plan.allocation.mean_bits:g}"
+    return "file" if plan.allocation.method == "file" else str(plan.activations.bits)
+
+
+@inspect_app.command()
+def workloads(name: NameArgument = None, as_json: JsonFlag = False) -> None:
+    """List the packaged workloads, or show one in full (a name or a file)."""
+    from robuq_bench.config import load_workload, to_toml, workload_names
+
+    if name is not None:
+        workload = load_workload(name)
+        if as_json:
+            console.print_json({"workload": workload.model_dump(mode="json")})
+        else:
+            print(to_toml(workload), end="")
+        return
+    rows = [
+        {
+            "workload": workload.name,
+            "width": workload.model.hidden_size,
+            "depth": workload.model.depth,
+            "tokens": (workload.model.input_size // workload.model.patch_size) ** 2,
+            "about": workload.description,
+        }
+        for workload in map(load_workload, workload_names())
+    ]
+    show_rows("workloads", rows, as_json)
+
+
+@inspect_app.command()
+def account(
+    plan: PlanFlag = "a2",
+    on: WorkloadFlag = "digits",
+    overrides: SetFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Count parameters, bits, BitOPs and packed bytes of a plan on a workload's model."""
+    from robuq_bench.config import resolve
+
+    config = resolve("account", "1", plan, on, 0, overrides or ())
+    facts = _account(config)
+    if as_json:
+        console.print_json(
+            {"command": "account", "plan": config.plan.name, "workload": config.workload.name}
+            | facts
+        )
+        return
+    scalars = {key: value for key, value in facts.items() if not isinstance(value, dict | list)}
+    rows: list[dict[str, Any]] = [{"quantity": k, "value": v} for k, v in scalars.items()]
+    rows += [
+        {"quantity": f"{key}: {part}", "value": value}
+        for key, parts in facts.items()
+        if isinstance(parts, dict) and key != "published"
+        for part, value in parts.items()
+    ]
+    tables = [[row for row in rows if row["value"] is not None]]
+    tables += [value for value in facts.values() if isinstance(value, list)]
+    tables.append([{"published": key, **entry} for key, entry in facts["published"].items()])
+    for table in filter(None, tables):
+        console.print_table(table, missing="")
+        print()
+
+
+def _account(config: Config) -> dict[str, Any]:
+    from robuq_bench import accounting
+    from robuq_bench.config import load_allocation_file
+
+    model, plan = config.workload.model, config.plan
+    bits = None
+    if plan.allocation.method == "file":
+        structure = accounting.dit_structure(model, plan)
+        names = [layer.name for layer in structure.block_linears]
+        bits = load_allocation_file(plan.allocation, names)
+    return accounting.account(model, plan, bits)
+
+
+@inspect_app.command()
+def env(as_json: JsonFlag = False) -> None:
+    """Say what this machine is and what it can run."""
+    from robuq_bench.provenance import environment_report
+
+    facts = environment_report()
+    if as_json:
+        console.print_json({"command": "env"} | facts)
+        return
+    for name, value in facts.items():
+        if name == "can_run":
+            continue
+        parts = value.items() if isinstance(value, dict) else ((None, value),)
+        for part, text in parts:
+            label = name if part is None else f"{name}.{part}"
+            print(f"{label:26} {'none' if text is None else text}")
+    for ability, answer in facts["can_run"].items():
+        word = "yes" if answer["available"] else "no"
+        print(f"can run {ability:18} {word}: {answer['why']}", flush=True)
+
+
+@runs_app.command("list")
+def runs_list(output: OutputFlag = RUNS, as_json: JsonFlag = False) -> None:
+    """List the runs below the output folder."""
+    from robuq_bench.runs import list_runs
+
+    rows = [
+        {
+            "run": summary.id,
+            "state": summary.state,
+            "seed": summary.seed,
+            "items": summary.items,
+            "started": summary.started,
+            "ended": summary.ended,
+        }
+        for summary in list_runs(output)
+    ]
+    if rows or as_json:
+        show_rows("runs", rows, as_json)
+    else:
+        print(f"no runs in {output}", flush=True)
+
+
+@runs_app.command("show")
+def runs_show(run: RunArgument, output: OutputFlag = RUNS, as_json: JsonFlag = False) -> None:
+    """Show one run: its state, config, sessions and headline table."""
+    from robuq_bench.config import to_toml
+    from robuq_bench.context import RunResult
+    from robuq_bench.runs import open_existing
+
+    existing = open_existing(find_run(run, output))
+    result = RunResult.from_run(existing)
+    if as_json:
+        console.print_json(
+            {
+                "run": existing.id,
+                "path": existing.path,
+                "complete": existing.is_done,
+                "config": existing.config.model_dump(mode="json"),
+                "manifest": existing.manifest,
+                "table": result.table,
+            }
+        )
+        return
+    print(to_toml(existing.config))
+    sessions = [
+        {
+            "started": session["start"],
+            "ended": session["end"],
+            "status": session["status"],
+            "device": session["provenance"]["device"],
+            "threads": session["provenance"]["threads"],
+            "command": " ".join(session["argv"]),
+        }
+        for session in existing.manifest["sessions"]
+    ]
+    console.print_table(sessions)
+    print()
+    if result.table:
+        console.print_table(result.table)
+    print(f"{'finished' if existing.is_done else 'unfinished'}: {existing.path}", flush=True)
+
+
+@runs_app.command("verify")
+def runs_verify(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Ids or folders; without any, all runs."),
+    ] = None,
+    output: OutputFlag = RUNS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Recompute every checksum; exit 3 when a file is missing or changed."""
+    from robuq_bench.runs import list_runs, verify_run
+
+    if runs:
+        paths = [find_run(text, output) for text in runs]
+    else:
+        paths = [summary.path for summary in list_runs(output)]
+    problems = {f"{path.parent.name}/{path.name}": verify_run(path) for path in paths}
+    if as_json:
+        console.print_json({"command": "verify", "problems": problems})
+    for run_id, lines in problems.items():
+        if not as_json:
+            print(f"{run_id}: {'sound' if not lines else f'{len(lines)} problem(s)'}")
+            for line in lines:
+                print(f"  {line}")
+    bad = [run_id for run_id, lines in problems.items() if lines]
+    if bad:
+        raise CheckError(f"{len(bad)} of {len(paths)} run(s) are not sound: {', '.join(bad)}")

@@ -1,0 +1,184 @@
+"""What the commands share: the uniform flags, and resolve -> look up or do -> show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robuq_bench import console
+from robuq_bench.errors import UsageError, suggest
+
+if TYPE_CHECKING:
+    from robuq_bench.config import Config
+    from robuq_bench.context import Context, RunResult
+
+PlanFlag = Annotated[
+    str, typer.Option("--plan", metavar="NAME|FILE", help="How to quantize; see `plans`.")
+]
+WorkloadFlag = Annotated[
+    str,
+    typer.Option(
+        "--on", "--workload", metavar="NAME|FILE", help="What to quantize and judge; `workloads`."
+    ),
+]
+SeedFlag = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.")]
+SetFlag = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field; may be repeated."),
+]
+DeviceFlag = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+]
+ThreadsFlag = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads; torch decides if not given.", metavar="N"),
+]
+OutputFlag = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Root of the run folders.")
+]
+DryRunFlag = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")
+]
+ForceFlag = Annotated[
+    bool, typer.Option("--force", help="Set an existing run aside and begin anew.")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of tables.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress and no log, but warnings.")]
+ExportFlag = Annotated[
+    Path | None,
+    typer.Option("--export", metavar="FILE", help="Also write the trained weights here."),
+]
+NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)]
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the uniform flags of one command say."""
+
+    study: str
+    version: str
+    plan: str
+    workload: str
+    seed: int
+    overrides: list[str] | None
+    device: str
+    threads: int | None
+    output: Path
+    dry_run: bool
+    force: bool
+    as_json: bool
+    quiet: bool
+    outputs: tuple[Path, ...] = ()  # files besides the run folder
+
+    def resolve(self) -> Config:
+        """The frozen config; everything that can be wrong in the flags is refused here."""
+        from robuq_bench.config import resolve
+        from robuq_bench.context import check_device_name
+
+        check_device_name(self.device)
+        return resolve(
+            self.study, self.version, self.plan, self.workload, self.seed, self.overrides or ()
+        )
+
+    def context(self) -> Context:
+        """Import torch and set up device, threads and progress."""
+        from robuq_bench.context import Context
+        from robuq_bench.progress import Progress
+
+        for folder in (self.output, *(path.parent for path in self.outputs)):
+            console.check_writable(folder)
+        console.set_up_logging(quiet=self.quiet)
+        return Context.create(
+            device=self.device,
+            threads=self.threads,
+            progress=Progress(quiet=self.quiet),
+            argv=command_line(),
+            force=self.force,
+        )
+
+
+def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult | None:
+    """Resolve, then show (`--dry-run`), look up (finished) or do the work; None after a dry run."""
+    from robuq_bench.context import RunResult
+    from robuq_bench.runs import open_existing, run_folder
+
+    config = job.resolve()
+    folder = run_folder(job.output, config)
+    is_complete = (folder / "DONE").exists()
+    if job.dry_run:
+        show_dry_run(job, config, folder, is_complete)
+        return None
+    if is_complete and not job.force:
+        return RunResult.from_run(open_existing(folder))
+    context = job.context()
+    verb = "continues" if folder.exists() and not job.force else "starts"
+    if not job.quiet:
+        context.progress.log(f"{job.study}: {verb} {folder} on {context.device}")
+    return work(config, context)
+
+
+def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> None:
+    from robuq_bench.config import config_hash, to_toml
+
+    if job.as_json:
+        facts = {"command": job.study, "dry_run": True, "path": folder, "complete": is_complete}
+        values = config.model_dump(mode="json")
+        console.print_json({**facts, "config_sha256": config_hash(config), "config": values})
+        return
+    state = "finished" if is_complete else "unfinished" if folder.exists() else "new"
+    print(to_toml(config))
+    print(f"# run folder: {folder} ({state}); --dry-run: nothing was written", flush=True)
+
+
+def show(job: Job, result: RunResult | None) -> None:
+    if result is None:
+        return
+    if job.as_json:
+        facts = {
+            "command": job.study,
+            "run": f"{result.path.parent.name}/{result.path.name}",
+            "path": result.path,
+            "was_complete": result.was_complete,
+        }
+        console.print_json({**result.json, **facts, "table": result.table})
+        return
+    console.print_table(result.table)
+    print(f"{'already complete' if result.was_complete else 'done'}: {result.path}", flush=True)
+
+
+def show_rows(name: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print rows as a table, or as the JSON line {name: rows}."""
+    if as_json:
+        console.print_json({name: rows})
+    else:
+        console.print_table(rows)
+
+
+def find_run(text: str, root: Path) -> Path:
+    """Return the run folder that `text` means: a folder, or an id (or its end) below `root`.
+
+    Raises:
+        UsageError: none or several; names the nearest.
+    """
+    from robuq_bench.runs import list_runs
+
+    for path in (Path(text), root / text):
+        if (path / "manifest.json").is_file():
+            return path
+    known = {summary.id: summary.path for summary in list_runs(root)}
+    found = [run_id for run_id in known if run_id.rpartition("/")[2] == text]
+    if len(found) == 1:
+        return known[found[0]]
+    hint = suggest(text, known) or f"; there are no runs in {root}"
+    raise UsageError(f"unknown run {text!r}{hint}")
+
+
+def command_line() -> list[str]:
+    """The command as typed, for the manifest."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

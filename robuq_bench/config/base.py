@@ -1,0 +1,33 @@
+"""What every config section shares: frozen, no unknown keys, no silent type conversion."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
+
+
+def _none_word(value: Any) -> Any:
+    """TOML has no null, so the word 'none' stands for it wherever a field may be absent."""
+    return None if value == "none" else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Folder names are built from it, so nothing that could leave the runs folder.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+OptionalInt = Annotated[int | None, BeforeValidator(_none_word)]
+OptionalFloat = Annotated[float | None, BeforeValidator(_none_word)]
+OptionalText = Annotated[str | None, BeforeValidator(_none_word)]
+
+
+class Section(BaseModel):
+    """A frozen group of fields. `true` is not 1 and "4" is not 4: a slip is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )

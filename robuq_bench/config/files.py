@@ -1,0 +1,246 @@
+"""TOML files to `Plan` and `Workload`, with errors that name the file, the key and the way out."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from robuq_bench.config.plan import AllocationConfig, Plan
+from robuq_bench.config.workload import Workload
+from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.files import sha256_file
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ASSET_PREFIX = "asset:"
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+Table = dict[str, Any]
+
+
+def asset_path(spec: str) -> Path:
+    """Return the file that `spec` means: 'asset:NAME' is shipped with the package, else a path."""
+    if spec.startswith(ASSET_PREFIX):
+        return PACKAGE / "assets" / spec.removeprefix(ASSET_PREFIX)
+    return Path(spec).expanduser()
+
+
+def plan_names() -> list[str]:
+    """Names of the packaged plans, sorted."""
+    return _packaged("plan")
+
+
+def workload_names() -> list[str]:
+    """Names of the packaged workloads, sorted."""
+    return _packaged("workload")
+
+
+def load_plan(name_or_path: str | Path) -> Plan:
+    """Load a packaged plan by name, or a TOML file by path.
+
+    Raises:
+        ConfigError: no such plan, unreadable file, unknown key or invalid value.
+    """
+    return _load(Plan, "plan", name_or_path)
+
+
+def load_workload(name_or_path: str | Path) -> Workload:
+    """Load a packaged workload by name, or a TOML file by path; raises as `load_plan`."""
+    return _load(Workload, "workload", name_or_path)
+
+
+def load_allocation_file(allocation: AllocationConfig, layers: Iterable[str]) -> dict[str, int]:
+    """Read bits per layer from `allocation.path`, for exactly the layers named in `layers`.
+
+    The file is JSON, {layer: bits} (or an object that holds it as `bits_by_layer`), or a CSV with
+    columns `layer` and `bits`, such as a run's tables/allocation.csv.
+
+    Raises:
+        ConfigError: unreadable file, changed since the config was resolved, missing or unknown
+            layer, or bits outside 1 to 8.
+    """
+    path = Path(allocation.path or "").expanduser()
+    try:
+        if allocation.sha256 and sha256_file(path) != allocation.sha256:
+            raise ConfigError(f"{path}: changed since this run was planned; start the run again")
+        bits_by_layer = _parse_allocation(path)
+    except OSError as error:
+        raise ConfigError(f"allocation file {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"allocation file {path}: neither JSON {{layer: bits}} nor a CSV with columns layer "
+            f"and bits ({error})"
+        ) from None
+    wanted = list(layers)
+    for name, bits in bits_by_layer.items():
+        if name not in wanted:
+            raise ConfigError(f"{path}: unknown layer {name!r}{suggest(name, wanted)}")
+        if type(bits) is not int or not 1 <= bits <= 8:
+            raise ConfigError(f"{path}: {name}: bits must be 1 to 8, got {bits!r}")
+    missing = [name for name in wanted if name not in bits_by_layer]
+    if missing:
+        raise ConfigError(f"{path}: no bits for {len(missing)} layers, first {missing[0]!r}")
+    return {name: bits_by_layer[name] for name in wanted}
+
+
+def _parse_allocation(path: Path) -> dict[str, int]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".csv":
+        return {row["layer"]: int(row["bits"]) for row in csv.DictReader(text.splitlines())}
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds {type(values).__name__}")
+    return dict(values.get("bits_by_layer", values))
+
+
+def validate(model: type[ModelT], values: Mapping[str, Any], origin: str) -> ModelT:
+    """Validate `values`, turning every pydantic complaint into one `ConfigError`."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(model, item, origin) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """Dotted names of every leaf field of a model, e.g. 'activations.bits'."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        keys += [name] if section is None else [f"{name}.{key}" for key in keys_of(section)]
+    return keys
+
+
+def sections_of(model: type[BaseModel]) -> list[str]:
+    """Dotted names of every section of a model, e.g. 'teacher.training'."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            names += [name, *(f"{name}.{inner}" for inner in sections_of(section))]
+    return names
+
+
+def _packaged(kind: str) -> list[str]:
+    return sorted(path.stem for path in (PACKAGE / f"{kind}s").glob("*.toml"))
+
+
+def _locate(kind: str, name_or_path: str | Path, folder: Path | None = None) -> Path:
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text:
+        path = Path(name_or_path).expanduser()
+        path = path if folder is None else folder / path
+        if not path.is_file():
+            raise ConfigError(f"{kind} file not found: {path}")
+        return path
+    names = _packaged(kind)
+    if text not in names:
+        raise ConfigError(
+            f"unknown {kind} {text!r}{suggest(text, names)} "
+            f"(list them with `{kind}s`, or give a path to a .toml file)"
+        )
+    return PACKAGE / f"{kind}s" / f"{text}.toml"
+
+
+def _read(path: Path) -> Table:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _load(model: type[ModelT], kind: str, name_or_path: str | Path) -> ModelT:
+    path = _locate(kind, name_or_path)
+    values = _read(path)
+    base_name = values.pop("extends", None)
+    if base_name is not None:
+        if not isinstance(base_name, str):
+            raise ConfigError(f"{path}: extends must be the name or path of one {kind}")
+        try:
+            base_path = _locate(kind, base_name, path.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: extends: {error}") from None
+        base = _read(base_path)
+        if "extends" in base:
+            raise ConfigError(
+                f"{path}: extends {base_name!r}, which itself extends {base['extends']!r}; "
+                f"only one level is allowed, so extend {base['extends']!r} directly"
+            )
+        # Only the base's settings are inherited, not what it is called.
+        inherited = {key: base[key] for key in base.keys() - {"name", "description"}}
+        # The base is checked alone first, so that a mistake in it is not blamed on this file.
+        validate(model, {"name": base_path.stem, **inherited}, str(base_path))
+        values = merge(inherited, values)
+    values.setdefault("name", path.stem)
+    return validate(model, values, str(path))
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+    """Return `base` updated by `over`, section by section and key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
+
+
+def _explain(model: type[BaseModel], error: Any, origin: str) -> str:
+    location = [str(part) for part in error["loc"] if part != "function-before"]
+    key = ".".join(location)
+    prefix = f"{origin}: {key}: " if key else f"{origin}: "
+    if error["type"] == "extra_forbidden":
+        return f"{prefix}unknown key{nearest_key(model, location)}"
+    if error["type"] == "missing":
+        return f"{prefix}missing; add it"
+    if error["type"] == "value_error":
+        return prefix + str(error["ctx"]["error"])
+    if error["type"] == "literal_error":
+        expected = error["ctx"]["expected"]
+        return f"{prefix}{error['input']!r} is not one of {expected}{_near(error)}"
+    if error["type"] == "model_type":
+        return f"{prefix}must be a section [{key}], got {error['input']!r}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{prefix}{message}, got {error['input']!r}"
+
+
+def _near(error: Any) -> str:
+    choices = [part.strip().strip("'") for part in _split(error["ctx"]["expected"])]
+    hint = suggest(str(error["input"]), choices)
+    return hint if hint.startswith("; did") else ""
+
+
+def _split(expected: str) -> Iterable[str]:
+    return expected.replace(" or ", ", ").split(",")
+
+
+def nearest_key(model: type[BaseModel], location: list[str]) -> str:
+    """Message suffix with the nearest valid key for the unknown key at `location`."""
+    scope: type[BaseModel] = model
+    for part in location[:-1]:
+        field = scope.model_fields.get(part)
+        section = None if field is None else _section(field.annotation)
+        if section is None:
+            break
+        scope = section
+    here = list(scope.model_fields) + (["extends"] if scope is model else [])
+    elsewhere = [key for key in keys_of(model) if key.rpartition(".")[2] == location[-1]]
+    if elsewhere and not difflib.get_close_matches(location[-1], here, n=1, cutoff=0.8):
+        return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
+    return suggest(location[-1], here)

@@ -1,0 +1,224 @@
+"""One frozen `Config` from plan, workload and flags, its canonical text and its hash."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from robuq_bench.config.base import Name, Section
+from robuq_bench.config.files import (
+    asset_path,
+    keys_of,
+    load_plan,
+    load_workload,
+    sections_of,
+    validate,
+)
+from robuq_bench.config.plan import Plan
+from robuq_bench.config.workload import Workload
+from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.files import sha256_bytes, sha256_file
+
+_STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
+
+Override = tuple[str, list[str], Any]  # "plan" or "workload", key path, value
+
+
+class Config(Section):
+    """Everything that decides a result. Equal configs have equal hashes, and share a run folder."""
+
+    study: Name
+    study_version: str
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    plan: Plan
+    workload: Workload
+
+
+def resolve(
+    study: str,
+    version: str,
+    plan: str | Path | Plan,
+    workload: str | Path | Workload,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Return the frozen config of one run; precedence is override > file > default.
+
+    `overrides` are 'section.key=value' texts: a key is looked up in the workload, then in the
+    plan; 'plan.' and 'workload.' in front say which. A teacher or allocation file that exists is
+    identified by its SHA-256.
+
+    Raises:
+        ConfigError: unknown name or key, invalid value, or seed out of range.
+    """
+    parts: dict[str, dict[str, Any]] = {
+        "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
+        "workload": _dump(workload if isinstance(workload, Workload) else load_workload(workload)),
+    }
+    for part, keys, value in _digests_last([_parse_override(text) for text in overrides]):
+        target = parts[part]
+        for key in keys[:-1]:
+            target = target[key]
+        target[keys[-1]] = value
+        # A digest belongs to the file it was given for.
+        if keys[-1] in ("path", "checkpoint") and "sha256" in target:
+            target["sha256"] = ""
+    origin = "--set" if overrides else "config"
+    if parts["plan"]["allocation"]["method"] == "file":
+        _identify(parts["plan"]["allocation"], "path")
+    if study in _STUDIES_WITHOUT_TEACHER:
+        # What these runs make must not decide which run they are.
+        parts["workload"]["teacher"].update(checkpoint="", sha256="")
+    _identify(parts["workload"]["teacher"], "checkpoint")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+    return Config(
+        study=study,
+        study_version=version,
+        seed=seed,
+        plan=validate(Plan, parts["plan"], f"{origin}: plan"),
+        workload=validate(Workload, parts["workload"], f"{origin}: workload"),
+    )
+
+
+def canonical_json(config: Config) -> str:
+    """Return sorted, compact JSON of everything that decides the result.
+
+    Descriptions decide nothing; nor does the place of a file that is known by its SHA-256.
+    """
+    values = config.model_dump(
+        mode="json", exclude={"plan": {"description"}, "workload": {"description"}}
+    )
+    allocation, teacher = values["plan"]["allocation"], values["workload"]["teacher"]
+    for section, path_key in ((allocation, "path"), (teacher, "checkpoint")):
+        if section["sha256"]:
+            del section[path_key]
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def config_hash(config: Config) -> str:
+    """Return the SHA-256 of `canonical_json` as 64 hex digits; folders use the first 12."""
+    return sha256_bytes(canonical_json(config).encode())
+
+
+def to_toml(config: Config | Plan | Workload) -> str:
+    """Return the resolved config as TOML; absent values are written as "none"."""
+    lines: list[str] = []
+    _write_table(config.model_dump(mode="json"), (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def config_from_toml(text: str, origin: str) -> Config:
+    """Read back what `to_toml` wrote; `origin` names the file in errors.
+
+    Raises:
+        ConfigError: not TOML, or not a config of this version of the suite.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin}: not valid TOML: {error}") from None
+    return validate(Config, values, origin)
+
+
+def _dump(part: Plan | Workload) -> dict[str, Any]:
+    return part.model_dump(mode="json")
+
+
+def _parse_override(text: str) -> Override:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: expected section.key=value, e.g. training.steps=2000")
+    part, _, inner = key.partition(".")
+    known = {"workload": keys_of(Workload), "plan": keys_of(Plan)}
+    if part in known and inner in known[part]:
+        return part, inner.split("."), _parse_value(value)
+    owners = [owner for owner, keys in known.items() if key in keys]
+    if len(owners) > 1:
+        full = " or ".join(f"{owner}.{key}" for owner in owners)
+        raise ConfigError(f"--set {key}: is a key of both; write {full}")
+    if owners:
+        return owners[0], key.split("."), _parse_value(value)
+    raise ConfigError(f"--set {key}: {_why_unknown(key, known)}")
+
+
+def _digests_last(overrides: list[Override]) -> list[Override]:
+    return sorted(overrides, key=lambda override: override[1][-1] == "sha256")
+
+
+def _why_unknown(key: str, known: dict[str, list[str]]) -> str:
+    part, _, inner = key.partition(".")
+    bare = inner if part in known else key
+    for owner, model in (("workload", Workload), ("plan", Plan)):
+        if bare in sections_of(model):
+            inside = [full for full in known[owner] if full.startswith(f"{bare}.")]
+            return f"is a section, not a key; its keys: {', '.join(inside)}"
+    every = list(dict.fromkeys(known["workload"] + known["plan"]))
+    if difflib.get_close_matches(bare, every, n=1, cutoff=0.8):
+        return f"unknown key{suggest(bare, every)}"
+    section, _, last = bare.rpartition(".")
+    same = [full for full in every if full.rpartition(".")[2] == last]
+    if same:
+        return f"unknown key; did you mean {' or '.join(map(repr, same))}?"
+    inside = [full for full in every if section and full.startswith(f"{section}.")]
+    if inside:
+        return f"unknown key; known there: {', '.join(inside)}"
+    sections = {full.rpartition(".")[0] for full in every if "." in full}
+    return f"unknown key{suggest(section or last, sections)}"
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value where `text` is exactly one, else the text itself (dates stay text)."""
+    text = text.strip()
+    if "\n" in text:
+        return text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    is_date = isinstance(value, datetime.date | datetime.time)
+    return text if is_date or text.startswith("#") else value
+
+
+def _identify(section: dict[str, Any], path_key: str) -> None:
+    """Fill in the SHA-256 of the file a section names, when it is here and none was given."""
+    spec = section[path_key]
+    if not spec or not isinstance(spec, str) or section["sha256"]:
+        return
+    path = asset_path(spec)
+    if path.is_file():
+        try:
+            section["sha256"] = sha256_file(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _write_table(values: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+    leaves = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    if path and leaves:
+        lines += ["", f"[{'.'.join(path)}]"]
+    lines += [f"{key} = {_toml_value(value)}" for key, value in leaves.items()]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _write_table(value, (*path, key), lines)
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

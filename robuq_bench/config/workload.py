@@ -1,0 +1,177 @@
+"""`Workload`: what is quantized and judged. Frozen, strict, and free of heavy imports."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from robuq_bench.config.base import Name, OptionalFloat, OptionalText, Section
+from robuq_bench.errors import suggest
+
+FEATURES = ("digits", "inception")
+
+
+class ModelConfig(Section):
+    """A DiT in the shapes of facebookresearch/DiT; `input_size` is what the model sees."""
+
+    kind: Literal["dit"] = "dit"
+    input_size: int = Field(ge=1)
+    patch_size: int = Field(ge=1)
+    in_channels: int = Field(ge=1)
+    hidden_size: int = Field(ge=4)
+    depth: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    num_classes: int = Field(ge=1)
+    learn_sigma: bool = False
+    class_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 4, which the two-dimensional "
+                "sin-cos position embedding needs"
+            )
+        return self
+
+
+class TeacherTraining(Section):
+    """Budget of the full-precision teacher (`train-teacher`)."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every_steps: int = Field(default=1000, ge=1)
+    log_every_steps: int = Field(default=100, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+
+class TeacherConfig(Section):
+    """Where the full-precision weights are; an empty checkpoint must be trained or given."""
+
+    checkpoint: str = ""
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    training: TeacherTraining
+
+
+class DataConfig(Section):
+    """Training images or latents, in the shape that the model sees."""
+
+    source: Literal["digits", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"]
+    path: OptionalText = None
+    image_size: int = Field(ge=1)
+    channels: int = Field(ge=1)
+    num_classes: int = Field(ge=1)
+
+
+class DiffusionConfig(Section):
+    """The forward process; the defaults are those of facebookresearch/DiT."""
+
+    num_train_timesteps: int = Field(default=1000, ge=2)
+    beta_start: float = Field(default=1e-4, gt=0, lt=1)
+    beta_end: float = Field(default=0.02, gt=0, lt=1)
+    beta_schedule: Literal["linear"] = "linear"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DiffusionConfig:
+        if self.beta_start >= self.beta_end:
+            raise ValueError("beta_start must be below beta_end")
+        return self
+
+
+class TrainingConfig(Section):
+    """Budget of quantization-aware training; without its own rate the branch shares the main."""
+
+    steps: int = Field(ge=0)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    low_rank_learning_rate: OptionalFloat = Field(default=None, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    checkpoint_every_steps: int = Field(default=500, ge=1)
+    sensitivity_steps: int = Field(default=0, ge=0)
+    calibration_samples: int = Field(default=128, ge=1)
+    log_every_steps: int = Field(default=50, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+
+class EvaluationConfig(Section):
+    """How samples are drawn and judged; `num_samples` is the size of each seed range.
+
+    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`.
+    """
+
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampling_steps: int = Field(ge=1)
+    cfg_scale: float = Field(default=1.0, ge=0)
+    num_samples: int = Field(ge=2)
+    seed_ranges: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=100, ge=1)
+    features: str
+    inception_weights: OptionalText = None
+    grid_images: int = Field(default=40, ge=0)
+
+    @model_validator(mode="after")
+    def _known_features(self) -> EvaluationConfig:
+        if self.features not in FEATURES and not self.features.endswith(".safetensors"):
+            raise ValueError(
+                f"features {self.features!r} is neither a .safetensors file of `train-features` "
+                f"nor a known name{suggest(self.features, FEATURES)}"
+            )
+        return self
+
+
+class Workload(Section):
+    """What is quantized and judged; packaged workloads are `robuq_bench/workloads/*.toml`."""
+
+    name: Name
+    description: str = ""
+    model: ModelConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Workload:
+        pairs = (
+            ("data.image_size", self.data.image_size, "model.input_size", self.model.input_size),
+            ("data.channels", self.data.channels, "model.in_channels", self.model.in_channels),
+            (
+                "data.num_classes",
+                self.data.num_classes,
+                "model.num_classes",
+                self.model.num_classes,
+            ),
+        )
+        for data_key, data_value, model_key, model_value in pairs:
+            if data_value != model_value:
+                raise ValueError(f"{data_key} is {data_value} but {model_key} is {model_value}")
+        steps = self.evaluation.sampling_steps
+        if steps > self.diffusion.num_train_timesteps:
+            raise ValueError(
+                f"evaluation.sampling_steps {steps} exceeds diffusion.num_train_timesteps "
+                f"{self.diffusion.num_train_timesteps}"
+            )
+        return self

@@ -1,0 +1,136 @@
+"""What the commands print: tables for people, one JSON line for programs, errors on stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robuq_bench.errors import UsageError
+
+Row = Mapping[str, Any]
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one compact JSON line to stdout; NaN and infinity become null."""
+    print(json.dumps(plain(document), separators=(",", ":"), allow_nan=False), flush=True)
+
+
+def print_table(rows: Sequence[Row], missing: str = "not run") -> None:
+    """Print aligned columns to stdout; a few wide rows are turned if they then fit the screen."""
+    text = format_table(rows, missing)
+    screen = shutil.get_terminal_size((100, 24)).columns
+    if rows and _width(text) > screen:
+        first = next(iter(rows[0]))
+        names = [_cell(row.get(first), missing) for row in rows]
+        columns = list(dict.fromkeys(column for row in rows for column in row))[1:]
+        values = [
+            {first: column} | {name: row.get(column) for name, row in zip(names, rows, strict=True)}
+            for column in columns
+        ]
+        turned = format_table(values, missing)
+        if len(set(names)) == len(names) and _width(turned) <= screen:
+            text = turned
+    print(text, flush=True)
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()), default=0)
+
+
+def format_table(rows: Sequence[Row], missing: str = "not run") -> str:
+    """Aligned text columns in order of first appearance; None and NaN read `missing`."""
+    if not rows:
+        return "(no rows)"
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *([_cell(row.get(column), missing) for column in columns] for row in rows)]
+    numeric = [
+        all(isinstance(row.get(column), int | float) or row.get(column) is None for row in rows)
+        for column in columns
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = []
+    for line in cells:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _cell(value: Any, missing: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return missing
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item, missing) for item in value)
+    return str(value)
+
+
+def plain(value: Any) -> Any:
+    """Return `value` made of what JSON has; NaN and infinity become None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | str | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if callable(getattr(value, "item", None)):
+        return plain(value.item())
+    return str(value)
+
+
+def print_error(message: str, exit_code: int, *, as_json: bool = False) -> int:
+    """Print `error: message` to stderr (and a JSON line to stdout when asked); return the code."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if as_json:
+        print_json({"error": message, "exit_code": exit_code})
+    return exit_code
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UsageError unless `folder` is, or can be made, a folder that takes new files."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"{place} is a file, not a folder; choose another --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to folder {place}; make it writable or change --output")
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to the stderr of the moment, which a progress bar may have wrapped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def set_up_logging(*, quiet: bool) -> None:
+    """Send the suite's own log to stderr: everything from INFO on, or warnings only."""
+    for name in ("robuq_bench", "studies", "reports"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if isinstance(handler, _StderrHandler):
+                logger.removeHandler(handler)
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def is_disk_error(error: OSError) -> bool:
+    """Whether an OSError is about the disk or its permissions, not about a bug."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
