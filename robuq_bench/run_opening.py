@@ -1,0 +1,127 @@
+"""Opening a run for writing: its lock, moving an old one aside, its manifest, its torn results."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from robuq_bench.config import Config, config_hash
+from robuq_bench.errors import CheckpointError, RobuqError, UsageError
+from robuq_bench.files import append_durably, output_error, sync_file, truncate_durably
+from robuq_bench.run_files import (
+    CHECKPOINTS,
+    MANIFEST,
+    REPLACED,
+    RESULTS,
+    Record,
+    read_manifest,
+    read_results,
+)
+
+_LOG = logging.getLogger(__name__)
+
+
+def acquire_lock(path: Path, wait_s: float) -> filelock.BaseFileLock:
+    """Become the one writer of the run folder `path`, waiting `wait_s` seconds at most.
+
+    The lock file lies beside the folder and stays there; only the kernel's lock on it counts.
+
+    Raises:
+        UsageError: another process holds it; names the process and the folder.
+        RobuqError: the lock file cannot be created.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    lock = filelock.FileLock(place, thread_local=False)
+    try:
+        lock.acquire(timeout=wait_s)
+    except filelock.Timeout:
+        raise UsageError(
+            f"run {path.parent.name}/{path.name} is being written by {_holder(path)} (folder "
+            f"{path}); wait for it to end, or choose another --output or --seed"
+        ) from None
+    except OSError as error:
+        raise output_error(place, error) from error
+    return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        session = read_manifest(path)["sessions"][-1]
+    except RobuqError:
+        return "another process"
+    return f"process {session['pid']} on {session['host']} since {session['start']}"
+
+
+def move_aside(path: Path) -> None:
+    """Rename an existing run folder to the first free `<name>.replaced-<n>`.
+
+    Raises:
+        RobuqError: it cannot be renamed.
+    """
+    if not path.exists():
+        return
+    number = 1
+    while (target := path.with_name(f"{path.name}{REPLACED}{number}")).exists():
+        number += 1
+    try:
+        path.rename(target)
+        sync_file(path.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
+    _LOG.warning("the earlier run was moved to %s", target)
+
+
+def load_or_create_manifest(path: Path, config: Config) -> dict[str, Any]:
+    """Return the manifest of an interrupted run, or (in memory) that of a new one.
+
+    Raises:
+        CheckpointError: damaged, of another config, or missing beside results.
+    """
+    digest = config_hash(config)
+    if (path / MANIFEST).exists():
+        manifest = read_manifest(path)
+        if manifest["config_sha256"] != digest:
+            raise other_config(path)
+        return manifest
+    if (path / RESULTS).exists() or (path / CHECKPOINTS).exists():
+        raise CheckpointError(f"{path / MANIFEST} is missing; begin anew with --force")
+    return {
+        "format": 1,
+        "id": f"{path.parent.name}/{path.name}",
+        "study": config.study,
+        "study_version": config.study_version,
+        "plan": config.plan.name,
+        "workload": config.workload.name,
+        "seed": config.seed,
+        "config_sha256": digest,
+        "inputs": {},
+        "outputs": {},
+        "sessions": [],
+    }
+
+
+def recover_results(path: Path) -> dict[str, Record]:
+    """Return the records of a `results.jsonl`, created if new; a torn last line is cut off.
+
+    Raises:
+        CheckpointError: another line is damaged.
+        RobuqError: the file cannot be written.
+    """
+    records, good_bytes, torn = read_results(path)
+    if torn:
+        _LOG.warning("%s; it is dropped and its item computed again", torn)
+        truncate_durably(path, good_bytes)
+    if not path.exists():
+        append_durably(path, b"")
+    return records
+
+
+def other_config(path: Path) -> CheckpointError:
+    """Return the error for a folder whose manifest is that of another config than its name's."""
+    return CheckpointError(
+        f"{path / MANIFEST} belongs to another config than the folder's name says; move the folder "
+        "away, or begin anew with --force"
+    )
