@@ -1,0 +1,174 @@
+"""`QuantizedLinear`: rotation, low-rank branch, ternary weight and quantized activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robuq_bench.errors import ConfigError
+from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.quantization.rotations import random_signs, rotate
+from robuq_bench.quantization.weights import fake_quantize_weight
+
+
+def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r approximation of weight [out, in] as up [out, r] @ down [r, in], float64.
+
+    up = U sqrt(S), down = sqrt(S) V^T of the singular value decomposition; each column of V has
+    its largest entry positive, so that the factors do not depend on the LAPACK build.
+    """
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    sign = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
+    root = s.sqrt()
+    return u * sign.T * root, vh * sign * root[:, None]
+
+
+class QuantizedLinear(nn.Module):
+    """y = Q_a(x D H) Q_w(W)^T + (x D H) down^T up^T + bias.
+
+    `weight` [out, in] is the rotated weight less the low-rank branch up [out, r] @ down [r, in],
+    which reads the rotated activation before quantization. `signs` [in] is the diagonal of D
+    (buffer; None without random signs). In eval mode the ternary weight is cached until the
+    weight changes: any in-place operation, `load_state_dict`, `train()` or a move invalidates it,
+    but writing through `weight.data` does not.
+
+    Attributes:
+        name: layer name in its model, the seed of its signs.
+        activation_bits: bits per activation, None = not quantized; may be changed at any time.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        name: str,
+        weight_quantizer: str,
+        activation_quantizer: str,
+        activation_bits: int | None,
+        rotated: bool,
+        signs: Tensor | None,
+        low_rank: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.name = name
+        self.weight_quantizer = weight_quantizer
+        self.activation_quantizer = activation_quantizer
+        self.activation_bits = activation_bits
+        self.rotated = rotated
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        up, down = (None, None) if low_rank is None else low_rank
+        self.register_parameter("low_rank_up", None if up is None else nn.Parameter(up))
+        self.register_parameter("low_rank_down", None if down is None else nn.Parameter(down))
+        self.register_buffer("signs", signs)
+        self._cached: tuple[Any, Tensor] | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        name: str,
+        weight_quantizer: str = "ternary-twn",
+        activation_quantizer: str = "robust-midtread",
+        activation_bits: int | None = 4,
+        rotation: str = "randomized-hadamard",
+        rank: int = 16,
+        seed: int = 0,
+    ) -> QuantizedLinear:
+        """Convert a linear layer; the result computes the same function up to quantization.
+
+        Raises:
+            UnsupportedHadamardOrder: the rotation has no matrix for `in_features`.
+            ConfigError: rank above min(in, out), or an unknown rotation.
+        """
+        if rotation not in ("none", "hadamard", "randomized-hadamard"):
+            raise ConfigError(f"layer {name!r}: unknown rotation.kind {rotation!r}")
+        if rank > min(linear.in_features, linear.out_features):
+            raise ConfigError(
+                f"layer {name!r} is {linear.out_features} x {linear.in_features}: low_rank.rank "
+                f"{rank} exceeds its smaller side"
+            )
+        dtype, device = linear.weight.dtype, linear.weight.device
+        weight = linear.weight.detach().double()
+        signs = None
+        if rotation == "randomized-hadamard":
+            signs = random_signs(linear.in_features, name, seed).to(device, dtype)
+        if rotation != "none":
+            weight = rotate(weight, None if signs is None else signs.double())
+        low_rank = None
+        if rank > 0:
+            up, down = low_rank_factors(weight, rank)
+            weight = weight - up @ down
+            low_rank = (up.to(dtype), down.to(dtype))
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer = cls(
+            weight.to(dtype),
+            bias,
+            name=name,
+            weight_quantizer=weight_quantizer,
+            activation_quantizer=activation_quantizer,
+            activation_bits=activation_bits,
+            rotated=rotation != "none",
+            signs=signs,
+            low_rank=low_rank,
+        )
+        return layer.train(linear.training)
+
+    def check_activation_bits(self, bits: int | None) -> None:
+        """Raise ConfigError unless this layer's activation quantizer is defined at `bits`."""
+        quantizer = activation_quantizer(self.activation_quantizer)
+        if bits is None:
+            return
+        if quantizer is None:
+            raise ConfigError(f"layer {self.name!r} has no activation quantizer to give bits to")
+        quantizer.check_bits(bits)
+
+    def train(self, mode: bool = True) -> QuantizedLinear:
+        self._cached = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def quantized_weight(self) -> Tensor:
+        """Dequantized ternary weight [out, in], differentiable; cached in eval mode."""
+        needs_grad = torch.is_grad_enabled() and self.weight.requires_grad
+        if self.training or needs_grad or self.weight.is_inference():
+            return fake_quantize_weight(self.weight, self.weight_quantizer)
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._cached is None or self._cached[0] != key:
+            # A tensor made in inference mode could not take part in a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                value = fake_quantize_weight(self.weight, self.weight_quantizer)
+            self._cached = (key, value)
+        return self._cached[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        x = rotate(x, self.signs) if self.rotated else x
+        quantizer = activation_quantizer(self.activation_quantizer)
+        quantized = x
+        if quantizer is not None and self.activation_bits is not None:
+            quantized = quantizer.fake_quantize(x, self.activation_bits)
+        y = F.linear(quantized, self.quantized_weight(), self.bias)
+        if self.low_rank_up is not None:
+            y = y + F.linear(F.linear(x, self.low_rank_down), self.low_rank_up)
+        return y
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.low_rank_up is None else self.low_rank_up.shape[1]
+        bits = "fp" if self.activation_bits is None else f"{self.activation_bits} bits"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"weight={self.weight_quantizer}, activations={self.activation_quantizer} {bits}, "
+            f"rotated={self.rotated}, rank={rank}"
+        )
