@@ -45,6 +45,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(READY)
 	$(RUN) bench.py train-and-eval --plan a2
 	$(RUN) bench.py report
+	@echo 'open $(CURDIR)/runs/report.html'
 
 # one torch thread per worker: more would only fight over the cores
 test: $(READY)

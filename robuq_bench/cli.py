@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from robuq_bench.config import Config
     from robuq_bench.context import Context, RunResult
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="robuq-bench",
     help=(
@@ -207,11 +209,8 @@ def sample(
     quiet: QuietFlag = False,
 ) -> None:
     """Draw images, one seed each, into one PNG grid."""
-    from robuq_bench.study_index import command_version
-
     target = output / "samples.png" if png is None else png
-    version = command_version("sample_images")
-    job = Job("sample", version, "fp", on, seed, overrides, device, threads, output,
+    job = Job("sample", "1", "fp", on, seed, overrides, device, threads, output,
               dry_run, False, as_json, quiet, (target,))  # fmt: skip
     config = job.resolve()
     run_path = None if checkpoint is None else find_run(checkpoint, output)
@@ -331,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
+        if code == _INTERRUPTED:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         # The reader of our output left; nothing more can be said, not even by the interpreter.
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RobuqError as error:
         return console.print_error(str(error), error.exit_code, as_json=as_json)
     except KeyboardInterrupt:
-        return console.print_error("interrupted; the same command continues", 130, as_json=as_json)
+        return _interrupted(as_json)
     except OSError as error:
         if not console.is_disk_error(error):
             traceback.print_exc()
@@ -348,10 +349,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, as_json)
 
 
+def _interrupted(as_json: bool) -> int:
+    message = "interrupted; the same command continues"
+    return console.print_error(message, _INTERRUPTED, as_json=as_json)
+
+
 def _fail(error: Exception, as_json: bool) -> int:
     """Typer's own errors (its module for them differs between versions), and crashes."""
     if type(error).__name__ == "Abort":
-        return console.print_error("interrupted; the same command continues", 130, as_json=as_json)
+        return _interrupted(as_json)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return 2

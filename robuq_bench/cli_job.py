@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,16 +106,17 @@ class Job:
 def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult | None:
     """Resolve, then show (`--dry-run`), look up (finished) or do the work; None after a dry run."""
     from robuq_bench.context import RunResult
+    from robuq_bench.run_files import DONE
     from robuq_bench.runs import open_existing, run_folder
 
     config = job.resolve()
     folder = run_folder(job.output, config)
-    is_complete = (folder / "DONE").exists()
+    is_complete = (folder / DONE).exists()
     if job.dry_run:
         show_dry_run(job, config, folder, is_complete)
         return None
     if is_complete and not job.force:
-        return RunResult.from_run(open_existing(folder))
+        return replace(RunResult.from_run(open_existing(folder)), path=folder)
     context = job.context()
     verb = "continues" if folder.exists() and not job.force else "starts"
     if not job.quiet:
@@ -133,7 +134,7 @@ def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> N
         return
     state = "finished" if is_complete else "unfinished" if folder.exists() else "new"
     print(to_toml(config))
-    print(f"# run folder: {folder} ({state}); --dry-run: nothing was written", flush=True)
+    print(f"# output: {folder} ({state}); --dry-run: nothing was written", flush=True)
 
 
 def show(job: Job, result: RunResult | None) -> None:

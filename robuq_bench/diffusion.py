@@ -77,13 +77,16 @@ class Diffusion:
         the bound sees a detached epsilon, so that it trains the variance alone.
         """
         channels = x0.shape[1]
+        # Half-precision output would round the log-variance tables to its own precision.
+        output = output.to(x0.dtype)
         eps = output[:, :channels]
         mse = (eps - noise).square().flatten(1).mean(1)
         if output.shape[1] == channels:
             return mse
         if output.shape[1] != 2 * channels:
             raise UsageError(
-                f"model output has {output.shape[1]} channels; expected {channels} or {2 * channels}"
+                f"model output has {output.shape[1]} channels; expected {channels}, or "
+                f"{2 * channels} with learned sigma"
             )
         bound = self._variational_bound(eps.detach(), output[:, channels:], x0, x_t, t)
         return mse + bound * self.num_train_timesteps * VB_WEIGHT_PER_TIMESTEP
@@ -102,7 +105,10 @@ class Diffusion:
         mean = posterior_mean(self.predict_x0(x_t, t, eps))
         log_var = self.learned_range_log_variance(variance_values, t)
         kl = 0.5 * (
-            log_var - true_log_var - 1 + torch.exp(true_log_var - log_var)
+            log_var
+            - true_log_var
+            - 1
+            + torch.exp(true_log_var - log_var)
             + (true_mean - mean).square() * torch.exp(-log_var)
         )
         nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var)
@@ -113,18 +119,28 @@ class Diffusion:
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log-probability (nats) of 8-bit x in [-1, 1] under a Gaussian integrated over its bin."""
     inverse_std = torch.exp(-log_scale)
-    upper = torch.special.ndtr((x - mean + 1 / 255) * inverse_std)
-    lower = torch.special.ndtr((x - mean - 1 / 255) * inverse_std)
+    to_upper, to_lower = x - mean + 1 / 255, x - mean - 1 / 255
     # The outermost bins extend to infinity.
-    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    below = torch.special.ndtr(to_upper * inverse_std)
+    above = torch.special.ndtr(-to_lower * inverse_std)
+    # Both edges are seen from the near tail, where ndtr is small and its differences are exact.
+    distance = (x - mean).abs()
+    inside = torch.special.ndtr((1 / 255 - distance) * inverse_std) - torch.special.ndtr(
+        (-1 / 255 - distance) * inverse_std
+    )
+    probability = torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
     return torch.log(probability.clamp(min=1e-12))
 
 
 def make_scheduler(diffusion: Diffusion, sampler: str, steps: int, learn_sigma: bool) -> Any:
-    """Return a diffusers scheduler with `steps` evenly respaced timesteps set.
+    """Return a diffusers scheduler with `steps` respaced timesteps set, as DiT respaces them.
 
-    "ddim" is deterministic (eta = 0); "ddpm" is ancestral, with the learned variance range
+    "ddim" is deterministic (eta = 0) on 0, T/steps, 2T/steps, ...; "ddpm" is ancestral on
+    `steps` evenly spaced timesteps from 0 to T - 1 (rounded), with the learned variance range
     when the model predicts sigma, else the fixed small variance.
+
+    Raises UsageError for an unknown sampler, steps outside 1..T, or DDIM steps that do not
+    divide T: the stride would then leave out the noisiest timesteps.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -139,14 +155,24 @@ def make_scheduler(diffusion: Diffusion, sampler: str, steps: int, learn_sigma: 
         "beta_end": diffusion.beta_end,
         "beta_schedule": "linear",
         "clip_sample": False,
-        "timestep_spacing": "leading",
     }
     if sampler == "ddim":
-        scheduler: Any = DDIMScheduler(**common, set_alpha_to_one=True)
+        if diffusion.num_train_timesteps % steps:
+            below, above = _neighbouring_divisors(diffusion.num_train_timesteps, steps)
+            raise UsageError(
+                f"evaluation.sampling_steps must divide {diffusion.num_train_timesteps} for DDIM, "
+                f"got {steps}; the nearest are {below} and {above}"
+            )
+        scheduler: Any = DDIMScheduler(**common, timestep_spacing="leading", set_alpha_to_one=True)
     elif sampler == "ddpm":
         variance = "learned_range" if learn_sigma else "fixed_small"
-        scheduler = DDPMScheduler(**common, variance_type=variance)
+        scheduler = DDPMScheduler(**common, timestep_spacing="linspace", variance_type=variance)
     else:
         raise UsageError(f"evaluation.sampler must be 'ddim' or 'ddpm', got {sampler!r}")
     scheduler.set_timesteps(steps)
     return scheduler
+
+
+def _neighbouring_divisors(number: int, value: int) -> tuple[int, int]:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return max(d for d in divisors if d < value), min(d for d in divisors if d > value)

@@ -325,7 +325,7 @@ for mode, kills in (("store", 20), ("single", 20), ("plain", 8)):
         except Exception as error:
             bad[mode].append(f"{type(error).__name__}: {error}")
         step += 1
-        remove_temporaries(folder)
+        remove_temporaries(folder, recursive=True)
 print(json.dumps({**bad, "during_save": during_save}))
 """
 

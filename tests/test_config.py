@@ -16,7 +16,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from robuq_bench.config import (
@@ -339,16 +339,21 @@ def test_bad_overrides_name_the_key_and_the_nearest(override: str, message: str)
     assert str(caught.value).startswith("--set")
 
 
-@settings(max_examples=50)
-@given(st.text(max_size=40), st.text(max_size=20))
+KEYS = sorted({*keys_of(Plan), *keys_of(Workload)})
+
+
+@settings(max_examples=200)
+@example("teacher.checkpoint", "~nobody-here/x.pt")
+@example("teacher.checkpoint", "nul\0byte")
+@example("allocation.path", "~")
+@given(st.sampled_from(KEYS) | st.text(max_size=40), st.text(max_size=20))
 def test_any_override_is_either_applied_or_a_config_error(key: str, value: str) -> None:
-    known = {*keys_of(Plan), *keys_of(Workload)}
     try:
         quick([f"{key}={value}"])
     except ConfigError:
         return
     name = key.strip()
-    assert name.removeprefix("plan.").removeprefix("workload.") in known
+    assert name.removeprefix("plan.").removeprefix("workload.") in KEYS
 
 
 @settings(max_examples=20)

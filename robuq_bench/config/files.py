@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def asset_path(spec: str) -> Path:
     """Return the file that `spec` means: 'asset:NAME' is shipped with the package, else a path."""
     if spec.startswith(ASSET_PREFIX):
         return PACKAGE / "assets" / spec.removeprefix(ASSET_PREFIX)
-    return Path(spec).expanduser()
+    return _expand(spec)
 
 
 def plan_names() -> list[str]:
@@ -65,7 +66,7 @@ def load_allocation_file(allocation: AllocationConfig, layers: Iterable[str]) ->
         ConfigError: unreadable file, changed since the config was resolved, missing or unknown
             layer, or bits outside 1 to 8.
     """
-    path = Path(allocation.path or "").expanduser()
+    path = _expand(allocation.path or "")
     try:
         if allocation.sha256 and sha256_file(path) != allocation.sha256:
             raise ConfigError(f"{path}: changed since this run was planned; start the run again")
@@ -127,6 +128,11 @@ def sections_of(model: type[BaseModel]) -> list[str]:
     return names
 
 
+def _expand(spec: str | Path) -> Path:
+    # unlike Path.expanduser, this leaves an unknown ~user as it is, to be reported as missing
+    return Path(os.path.expanduser(spec))
+
+
 def _packaged(kind: str) -> list[str]:
     return sorted(path.stem for path in (PACKAGE / f"{kind}s").glob("*.toml"))
 
@@ -134,7 +140,7 @@ def _packaged(kind: str) -> list[str]:
 def _locate(kind: str, name_or_path: str | Path, folder: Path | None = None) -> Path:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text:
-        path = Path(name_or_path).expanduser()
+        path = _expand(name_or_path)
         path = path if folder is None else folder / path
         if not path.is_file():
             raise ConfigError(f"{kind} file not found: {path}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robuq_bench.checkpointing import load_untrusted_checkpoint
+from robuq_bench.config import asset_path
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
 from robuq_bench.files import sha256_file
 from robuq_bench.models.dit import DiT, sincos_position_embedding
@@ -83,17 +83,15 @@ def resolve_checkpoint(workload: Any) -> Path:
             f"workload {workload.name!r} has no teacher checkpoint; make one with `train-teacher "
             f"--workload {workload.name}` and pass --set teacher.checkpoint=PATH"
         )
-    if not name.startswith(ASSET_PREFIX):
-        return Path(name).expanduser()
-    asset = name.removeprefix(ASSET_PREFIX)
-    folder = Path(str(resources.files("robuq_bench"))) / "assets"
-    known = sorted(file.name for file in folder.glob("*.safetensors"))
-    if asset not in known:
-        raise MissingResourceError(
-            f"the package ships no asset {asset!r}{suggest(asset, known)}; give a path, or make "
-            f"the teacher with `train-teacher --workload {workload.name}`"
-        )
-    return folder / asset
+    if name.startswith(ASSET_PREFIX):
+        asset = name.removeprefix(ASSET_PREFIX)
+        known = [file.name for file in asset_path(ASSET_PREFIX).glob("*.safetensors")]
+        if asset not in known:
+            raise MissingResourceError(
+                f"the package ships no asset {asset!r}{suggest(asset, known)}; make the teacher "
+                f"with `train-teacher --workload {workload.name}`, or give a path"
+            )
+    return asset_path(name)
 
 
 def build_model(model_config: Any, state: Mapping[str, Tensor]) -> DiT:

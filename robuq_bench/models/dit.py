@@ -20,6 +20,19 @@ FREQUENCY_EMBEDDING_SIZE = 256
 # The released sampler guides the first three channels of epsilon whatever the channel count.
 CFG_GUIDED_CHANNELS = 3
 
+CONFIG_FIELDS = (
+    "input_size",
+    "patch_size",
+    "in_channels",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "num_classes",
+    "learn_sigma",
+    "class_dropout_prob",
+)
+
 #: depth, hidden size, attention heads of the four sizes in the DiT paper (Table 1).
 SIZES: dict[str, dict[str, int]] = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
@@ -84,7 +97,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -225,11 +238,7 @@ class DiT(nn.Module):
     @classmethod
     def from_config(cls, model_config: Any) -> DiT:
         """Build from a workload's `model` section (any object with the constructor's fields)."""
-        fields = (
-            "input_size patch_size in_channels hidden_size depth num_heads mlp_ratio "
-            "num_classes learn_sigma class_dropout_prob"
-        ).split()
-        return cls(**{field: getattr(model_config, field) for field in fields})
+        return cls(**{field: getattr(model_config, field) for field in CONFIG_FIELDS})
 
     @property
     def null_label(self) -> int:
@@ -244,15 +253,14 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.pos_embed.shape[-1], -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(self.get_parameter("x_embedder.proj.bias"))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.get_parameter("t_embedder.mlp.0.weight"), std=0.02)
+        nn.init.normal_(self.get_parameter("t_embedder.mlp.2.weight"), std=0.02)
         # adaLN-Zero: every block starts as the identity, the output as zero.
-        for layer in [*(block.adaLN_modulation[1] for block in self.blocks),
-                      self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Assemble tokens [B, T, p*p*C_out] into images [B, C_out, H, W]."""

@@ -1,0 +1,325 @@
+"""From runs to rows: what may stand in one table, and its mean and spread.
+
+A *protocol* is everything that must be equal before two FIDs can be compared (workload, teacher,
+sampler, steps, guidance, number of samples, features). A *row* is one plan with one training
+budget; its runs differ in the training seed only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reports.loading import Record, RunData
+from reports.settings import (
+    FAMILIES,
+    activation_bits,
+    differences,
+    family,
+    is_full_precision,
+    section,
+)
+from robuq_bench.errors import CheckpointError
+
+STUDY = "train-and-eval"
+TEACHER = "teacher"
+
+_METRIC_ORDER = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
+_HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
+_NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number and where it comes from; `seed_range` is None for validation losses."""
+
+    value: float
+    run: RunData
+    seed_range: int | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean, least and greatest of `count` values from `seeds` training seeds."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    seeds: int
+
+
+@dataclass
+class Row:
+    """One line of the summary table."""
+
+    label: str
+    plan: Mapping[str, Any]
+    runs: list[RunData]
+    values: dict[str, list[Value]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.plan.get("name", self.label))
+
+    @property
+    def family(self) -> str:
+        return family(self.plan)
+
+    @property
+    def bits(self) -> float | None:
+        return activation_bits(self.plan)
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    @property
+    def anchor(self) -> str:
+        return "row-" + self.runs[0].anchor if self.runs else "row-teacher"
+
+    def summary(self, metric: str) -> Summary | None:
+        """Mean and range of a metric over training seeds and seed ranges, None if not run."""
+        return summarize(self.values.get(metric, []))
+
+
+@dataclass
+class Group:
+    """Rows that share a protocol and may be compared."""
+
+    workload: Mapping[str, Any]
+    num_samples: int
+    seed_starts: list[int]
+    rows: list[Row]
+    teacher: Row
+    differs: str = ""
+
+    @property
+    def title(self) -> str:
+        name = str(self.workload.get("name", "unknown"))
+        return f"{name}, {self.differs}" if self.differs else name
+
+    @property
+    def evaluation(self) -> Mapping[str, Any]:
+        return section(self.workload, "evaluation")
+
+    @property
+    def all_rows(self) -> list[Row]:
+        return [self.teacher, *self.rows]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Columns of the summary table, in reading order."""
+        names = {name for row in self.all_rows for name in row.values}
+        return sorted(names, key=_metric_rank)
+
+    @property
+    def fid(self) -> str | None:
+        """The metric that orders plans: the protocol's FID, under its full name."""
+        return next((name for name in self.metrics if stem(name) == "fid"), None)
+
+    @property
+    def protocol(self) -> str:
+        """How the numbers were measured, in one line."""
+        evaluation = self.evaluation
+        ranges = f"{len(self.seed_starts)} seed range" + "s" * (len(self.seed_starts) != 1)
+        starts = ", ".join(map(str, self.seed_starts))
+        return (
+            f"{evaluation.get('sampler', 'sampler not recorded')}, "
+            f"{evaluation.get('sampling_steps', '?')} steps, "
+            f"cfg {evaluation.get('cfg_scale', '?')}, "
+            f"N = {self.num_samples} images per seed range, {ranges} (first seeds {starts}), "
+            f"features: {evaluation.get('features', '?')}"
+        )
+
+
+def stem(metric: str) -> str:
+    """`fid_digits` -> `fid`: the metric without the name of its feature space."""
+    return metric.split("_", 1)[0]
+
+
+def higher_is_better(metric: str) -> bool:
+    return stem(metric) in _HIGHER_IS_BETTER
+
+
+def summarize(values: Sequence[Value]) -> Summary | None:
+    """Mean (of all values, equally weighted) and range; None without values."""
+    if not values:
+        return None
+    numbers = [value.value for value in values]
+    return Summary(
+        mean=math.fsum(numbers) / len(numbers),
+        low=min(numbers),
+        high=max(numbers),
+        count=len(numbers),
+        seeds=len({value.run.seed for value in values}),
+    )
+
+
+def group_runs(runs: Iterable[RunData]) -> list[Group]:
+    """Sort finished train-and-eval runs into protocols and rows; others are left out."""
+    by_protocol: dict[str, list[RunData]] = {}
+    for run in runs:
+        if run.study == STUDY and run.finished:
+            by_protocol.setdefault(_canonical(_protocol(run)), []).append(run)
+    groups = [_group(members) for _, members in sorted(by_protocol.items())]
+    for index, differs in enumerate(differences([_protocol_view(group) for group in groups])):
+        groups[index].differs = differs.replace("evaluation.", "")
+    return sorted(groups, key=lambda group: (-len(group.rows), group.title))
+
+
+def metric_records(run: RunData, subject: str) -> list[Record]:
+    return [record for record in run.of_kind("metrics") if record.get("subject") == subject]
+
+
+def metric_values(record: Record) -> dict[str, float]:
+    """The numbers of one metrics record, without its bookkeeping fields."""
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if name not in _NOT_METRICS
+        and not name.endswith(("_s", "_seconds"))
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    }
+
+
+def _protocol(run: RunData) -> dict[str, Any]:
+    workload = run.workload
+    evaluation = dict(section(workload, "evaluation"))
+    for irrelevant in ("batch_size", "grid_images", "inception_weights"):
+        evaluation.pop(irrelevant, None)
+    evaluation["num_samples"] = _num_samples(run)
+    teacher = section(workload, "teacher")
+    identity = teacher.get("sha256") or teacher.get("checkpoint", "")
+    return {
+        "name": run.workload_name,
+        "model": section(workload, "model"),
+        "data": {k: v for k, v in section(workload, "data").items() if k != "path"},
+        "diffusion": section(workload, "diffusion"),
+        "teacher": identity,
+        "evaluation": evaluation,
+    }
+
+
+def _protocol_view(group: Group) -> dict[str, Any]:
+    member = next((row.runs[0] for row in group.rows if row.runs), None)
+    return _protocol(member or group.teacher.runs[0])
+
+
+def _num_samples(run: RunData) -> int:
+    counts = {record.get("num_samples") for record in run.of_kind("metrics")}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"{run.path / 'results.jsonl'} mixes metrics of different num_samples: "
+            f"{sorted(map(str, counts))}; delete the folder and run it again"
+        )
+    recorded = next(iter(counts), None)
+    configured = section(run.workload, "evaluation").get("num_samples", 0)
+    return int(configured if recorded is None else recorded)
+
+
+def _group(members: list[RunData]) -> Group:
+    by_plan: dict[str, list[RunData]] = {}
+    for run in members:
+        by_plan.setdefault(_canonical(_row_config(run)), []).append(run)
+    rows = [_row(runs) for _, runs in sorted(by_plan.items())]
+    for row, differs in zip(
+        rows, differences([_row_config(row.runs[0]) for row in rows]), strict=True
+    ):
+        row.label = f"{row.name} ({differs})" if differs else row.name
+    teacher = _teacher_row(members)
+    rows = [row for row in rows if not _is_teacher(row, teacher)]
+    starts = {
+        int(record.get("seed_start", 0))
+        for run in members
+        for record in run.of_kind("metrics")
+        if record.get("subject") in ("student", TEACHER)
+    }
+    return Group(
+        workload=members[0].workload,
+        num_samples=_num_samples(members[0]),
+        seed_starts=sorted(starts),
+        rows=sorted(rows, key=_row_rank),
+        teacher=teacher,
+    )
+
+
+def _row_config(run: RunData) -> dict[str, Any]:
+    plan = {k: v for k, v in run.plan.items() if k not in ("description", "expected")}
+    training = {
+        key: value
+        for key, value in section(run.workload, "training").items()
+        if key not in ("checkpoint_every_steps", "log_every_steps")
+    }
+    return {**plan, "training": training}
+
+
+def _row(runs: list[RunData]) -> Row:
+    row = Row(label=runs[0].plan_name, plan=runs[0].plan, runs=sorted(runs, key=lambda r: r.seed))
+    for run in row.runs:
+        for record in metric_records(run, "student"):
+            for name, value in metric_values(record).items():
+                row.values.setdefault(name, []).append(Value(value, run, record.get("seed_range")))
+        for name, value in metric_values(run.first("validation")).items():
+            if name.endswith("_loss"):
+                row.values.setdefault(name, []).append(Value(value, run))
+    return row
+
+
+def _teacher_row(members: list[RunData]) -> Row:
+    """Teacher metrics are copied into every run, so equal ones count once."""
+    by_id = {run.id: run for run in members}
+    seen: set[str] = set()
+    row = Row(label=TEACHER, plan={"name": TEACHER}, runs=[])
+    for run in members:
+        for record in metric_records(run, TEACHER):
+            values = metric_values(record)
+            identity = _canonical([record.get("seed_range"), record.get("seed_start"), values])
+            if identity in seen:
+                continue
+            seen.add(identity)
+            source = by_id.get(str(record.get("source_run")), run)
+            if source not in row.runs:
+                row.runs.append(source)
+            for name, value in values.items():
+                row.values.setdefault(name, []).append(
+                    Value(value, source, record.get("seed_range"))
+                )
+    return row
+
+
+def _is_teacher(row: Row, teacher: Row) -> bool:
+    """True for the full-precision plan once its values are in the teacher row.
+
+    Its metrics are the teacher's; only its validation losses are new, and move over.
+    """
+    if not is_full_precision(row.plan):
+        return False
+    metrics = {name for name, values in row.values.items() if values[0].seed_range is not None}
+    for name in metrics:
+        known = {value.value for value in teacher.values.get(name, [])}
+        if any(value.value not in known for value in row.values[name]):
+            return False
+    for name in row.values.keys() - metrics:
+        teacher.values.setdefault(name, []).extend(row.values[name])
+    teacher.runs += [run for run in row.runs if run not in teacher.runs]
+    return True
+
+
+def _row_rank(row: Row) -> tuple[Any, ...]:
+    bits = math.inf if is_full_precision(row.plan) else row.bits
+    return (-(bits if bits is not None else 0), FAMILIES.index(row.family), row.label)
+
+
+def _metric_rank(name: str) -> tuple[int, str]:
+    base = stem(name)
+    rank = _METRIC_ORDER.index(base) if base in _METRIC_ORDER else len(_METRIC_ORDER)
+    return (rank, name)
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=dict)

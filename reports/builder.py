@@ -1,0 +1,207 @@
+"""`build_report`: from run folders to one HTML file and its tables.
+
+The same runs give the same bytes: inputs are sorted, no clock is read, and every time shown comes
+from a manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from reports import tables
+from reports.aggregate import Group, group_runs
+from reports.claims import Claim, group_claims, open_claims
+from reports.export import write_tables
+from reports.loading import RunData, find_runs
+from reports.sections import build_sections
+from reports.settings import flatten, section
+from reports.story import plain_words
+from reports.text import NOT_RUN, Phrase, bytes_text, plural
+from robuq_bench.errors import UsageError
+from robuq_bench.files import atomic_write_text
+from robuq_bench.run_files import MANIFEST
+
+_STANDARD_MANIFEST = frozenset(
+    {
+        *("format", "id", "study", "study_version", "plan", "workload", "seed"),
+        *("config_sha256", "inputs", "outputs", "sessions"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware and software that several runs share, described once."""
+
+    anchor: str
+    name: str
+    facts: Sequence[tuple[str, str]]
+    packages: Mapping[str, str]
+
+
+def build_report(run_paths: Sequence[Path], output: Path) -> Path:
+    """Write the report of the given runs to `output`, its tables beside it; return `output`.
+
+    Args:
+        run_paths: run folders, or folders that hold runs at some depth. Finished runs are shown;
+            unfinished ones are only listed as such.
+        output: the HTML file. `<stem>-*.csv` and `<stem>-summary.tex` are written beside it.
+
+    Raises:
+        UsageError: no runs, a path that does not exist, or an output that is a folder.
+        CheckpointError: a run is damaged; names the file.
+        RobuqError: the output cannot be written.
+    """
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder; name a file, for example {output / 'report.html'}")
+    runs = find_runs(run_paths)
+    finished = [run for run in runs if run.finished]
+    groups = group_runs(runs)
+    claims = [(group, group_claims(group)) for group in groups]
+    unclaimed = open_claims(run.study for run in finished)
+    machines = _machines(finished)
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            stories=[(group, plain_words(group)) for group in groups]
+            or [(None, _no_results(runs))],
+            claims=[_judged(*item, is_main=i == 0) for i, item in enumerate(claims)],
+            open_claims=tables.claims_table(unclaimed, "Claims that need other studies"),
+            sections=build_sections(runs),
+            unfinished=tables.unfinished_table(runs),
+            runs=[_run_card(run, machines) for run in finished],
+            machines=list(machines.values()),
+            count=_count(runs),
+        )
+    )
+    page = "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
+    atomic_write_text(output, page)
+    listed = [(group.title, claim) for group, found in claims for claim in found]
+    write_tables(output, groups, finished, [*listed, *(("other studies", c) for c in unclaimed)])
+    return output
+
+
+def _judged(group: Group, claims: Sequence[Claim], *, is_main: bool) -> tables.Table:
+    """The checklist; of a further protocol only the claims that its runs can judge."""
+    shown = [claim for claim in claims if is_main or claim.verdict != NOT_RUN]
+    table = tables.claims_table(shown, f"Claims of the paper, judged on {group.title}")
+    if len(shown) < len(claims):
+        table.note = f"{plural(len(claims) - len(shown), 'other claim')}: not run on {group.title}."
+    return table
+
+
+def _count(runs: Sequence[RunData]) -> str:
+    finished = sum(run.finished for run in runs)
+    return f"{plural(finished, 'finished run')}, {len(runs) - finished} unfinished"
+
+
+def _no_results(runs: Sequence[RunData]) -> list[Phrase]:
+    waiting = [run for run in runs if not run.finished]
+    text = "No finished train-and-eval run is among these runs, so every result is “not run”."
+    if waiting:
+        text += f" {plural(len(waiting), 'run')} not finished: the same command continues each."
+    return [Phrase(text)]
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["css"] = (Path(__file__).parent / "templates/style.css").read_text("utf-8")
+    return environment
+
+
+def _machines(runs: Sequence[RunData]) -> dict[str, Machine]:
+    machines: dict[str, Machine] = {}
+    for run in runs:
+        origin = tables.provenance(run)
+        key = _machine_key(origin)
+        if key not in machines:
+            index = len(machines) + 1
+            machines[key] = Machine(
+                anchor=f"machine-{index}",
+                name=f"Machine {index}: {tables.hardware(origin)}",
+                facts=_machine_facts(origin),
+                packages=section(origin, "packages"),
+            )
+    return machines
+
+
+def _machine_key(origin: Mapping[str, Any]) -> str:
+    parts = ("packages", "python", "platform", "cpu", "gpu")
+    return json.dumps([origin.get(part) for part in parts], sort_keys=True)
+
+
+def _machine_facts(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = []
+    for part in ("cpu", "gpu", "python", "platform"):
+        value = origin.get(part)
+        if isinstance(value, Mapping):
+            facts += [(f"{part} {k.replace('_', ' ')}", _fact(k, v)) for k, v in value.items()]
+        else:
+            facts.append((part, "none" if value is None else str(value)))
+    return facts
+
+
+def _fact(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return bytes_text(value)
+    return "none" if value is None else str(value)
+
+
+def _run_card(run: RunData, machines: Mapping[str, Machine]) -> dict[str, Any]:
+    """What the provenance section prints of one run."""
+    manifest, origin = run.manifest, tables.provenance(run)
+    sessions = manifest["sessions"]
+    code = section(origin, "code")
+    code_facts = ", ".join(f"{k} {v}" for k, v in code.items() if v is not None)
+    settings = {**section(origin, "torch"), **section(origin, "environment")}
+    extra = {k: v for k, v in manifest.items() if k not in _STANDARD_MANIFEST}
+    facts = [
+        ("config SHA-256", str(manifest["config_sha256"])),
+        ("study version", str(manifest.get("study_version", "not recorded"))),
+        ("seed", str(run.seed)),
+        ("code", code_facts or "not recorded"),
+        ("device", str(origin.get("device", "not recorded"))),
+        ("threads", str(origin.get("threads", "not recorded"))),
+        ("settings", ", ".join(f"{k}={v}" for k, v in settings.items()) or "none"),
+        *((key, str(value)) for key, value in flatten(extra).items()),
+    ]
+    facts += [
+        (f"session {i}", f"{s.get('start')} to {s.get('end')}, {s.get('status')}")
+        for i, s in enumerate(sessions, start=1)
+    ]
+    commands = dict.fromkeys(" ".join(map(str, s.get("argv", []))) for s in sessions)
+    return {
+        "anchor": run.anchor,
+        "id": run.id,
+        "title": f"{run.plan_name} on {run.workload_name}, seed {run.seed}",
+        "study": run.study,
+        "facts": facts,
+        "commands": [command for command in commands if command],
+        "machine": machines[_machine_key(origin)],
+        "inputs": _digests(manifest["inputs"]),
+        "outputs": [(MANIFEST, run.manifest_sha256), *_digests(manifest["outputs"])],
+        "config": sorted((k, _setting(v)) for k, v in flatten(run.config).items()),
+    }
+
+
+def _digests(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(name), str(entry["sha256"])) for name, entry in sorted(entries.items())]
+
+
+def _setting(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,181 @@
+"""The tables as files beside the report: tidy CSV at full precision, and LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reports.aggregate import Group
+from reports.claims import Claim
+from reports.loading import RunData
+from reports.settings import flatten
+from reports.text import mean_and_spread, plain
+from robuq_bench.files import atomic_write_text
+
+_COLUMNS = {
+    "metrics": "workload sampler sampling_steps cfg_scale num_samples plan subject seed "
+    "seed_range metric value run",
+    "summary": "workload num_samples plan metric mean min max values training_seeds",
+    "allocation": "run plan seed layer activation_bits macs",
+    "sensitivity": "run plan seed layer activation_bits mse",
+    "training": "run plan seed step phase loss distillation_loss denoising_loss learning_rate "
+    "grad_norm",
+    "accounting": "run plan seed quantity value",
+    "claims": "protocol claim verdict evidence",
+}
+
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+)
+
+
+def write_tables(
+    output: Path,
+    groups: Sequence[Group],
+    runs: Sequence[RunData],
+    claims: Iterable[tuple[str, Claim]],
+) -> list[Path]:
+    """Write `<stem>-<table>.csv` for every table and `<stem>-summary.tex`; return their paths.
+
+    A table without rows is written with its header alone, so that no older file stays behind.
+
+    Raises:
+        RobuqError: the folder cannot be written.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {
+        "metrics": [line for group in groups for line in _metrics(group)],
+        "summary": [line for group in groups for line in _summary(group)],
+        "allocation": [line for run in runs for line in _allocation(run)],
+        "sensitivity": [line for run in runs for line in _records(run, "sensitivity")],
+        "training": [line for run in runs for line in _records(run, "train")],
+        "accounting": [line for run in runs for line in _accounting(run)],
+        "claims": [
+            {
+                "protocol": protocol,
+                "claim": claim.claim,
+                "verdict": claim.verdict,
+                "evidence": plain(claim.evidence),
+            }
+            for protocol, claim in claims
+        ],
+    }
+    paths = []
+    for name, columns in _COLUMNS.items():
+        frame = pd.DataFrame(rows[name], columns=columns.split())
+        path = output.with_name(f"{output.stem}-{name}.csv")
+        paths.append(atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n")))
+    path = output.with_name(f"{output.stem}-summary.tex")
+    return [*paths, atomic_write_text(path, latex(groups))]
+
+
+def summary_frame(group: Group) -> pd.DataFrame:
+    """Plans × metrics as printed; missing cells say "not run"."""
+    return pd.DataFrame(
+        [
+            [mean_and_spread(metric, row.summary(metric)) for metric in group.metrics]
+            for row in group.all_rows
+        ],
+        index=pd.Index([row.label for row in group.all_rows], name="plan"),
+        columns=group.metrics,
+    )
+
+
+def latex(groups: Sequence[Group]) -> str:
+    """One booktabs table per protocol; needs \\usepackage{booktabs}."""
+    tables = []
+    for group in groups:
+        frame = summary_frame(group).reset_index()
+        styler = frame.style.hide(axis="index").format(escape="latex")
+        styler = styler.format_index(escape="latex", axis=1)
+        caption = _escape_latex(f"{group.title}: mean [min–max]. {group.protocol}.")
+        tables.append(
+            styler.to_latex(
+                hrules=True, column_format="l" + "r" * len(group.metrics), caption=caption
+            )
+        )
+    return "\n".join(tables) if tables else "% no finished train-and-eval run\n"
+
+
+def _escape_latex(text: str) -> str:
+    return text.translate(_LATEX)
+
+
+def _metrics(group: Group) -> Iterable[dict[str, Any]]:
+    evaluation = group.evaluation
+    for row in group.all_rows:
+        is_teacher = row is group.teacher
+        for metric in group.metrics:
+            for value in row.values.get(metric, []):
+                yield {
+                    "workload": group.title,
+                    "sampler": evaluation.get("sampler"),
+                    "sampling_steps": evaluation.get("sampling_steps"),
+                    "cfg_scale": evaluation.get("cfg_scale"),
+                    "num_samples": group.num_samples,
+                    "plan": row.label,
+                    "subject": "teacher" if is_teacher else "student",
+                    "seed": "" if is_teacher else value.run.seed,
+                    "seed_range": "" if value.seed_range is None else value.seed_range,
+                    "metric": metric,
+                    "value": value.value,
+                    "run": value.run.id,
+                }
+
+
+def _summary(group: Group) -> Iterable[dict[str, Any]]:
+    for row in group.all_rows:
+        for metric in group.metrics:
+            summary = row.summary(metric)
+            numbers: Mapping[str, Any] = {"mean": "not run", "values": 0, "training_seeds": 0}
+            if summary is not None:
+                numbers = {
+                    "mean": summary.mean,
+                    "min": summary.low,
+                    "max": summary.high,
+                    "values": summary.count,
+                    "training_seeds": 0 if row is group.teacher else summary.seeds,
+                }
+            yield {
+                "workload": group.title,
+                "num_samples": group.num_samples,
+                "plan": row.label,
+                "metric": metric,
+                **numbers,
+            }
+
+
+def _identity(run: RunData) -> dict[str, Any]:
+    return {"run": run.id, "plan": run.plan_name, "seed": run.seed}
+
+
+def _records(run: RunData, kind: str) -> Iterable[dict[str, Any]]:
+    for record in run.of_kind(kind):
+        fields = {k: v for k, v in record.items() if k not in ("key", "kind", "bits")}
+        if "bits" in record:
+            fields["activation_bits"] = record["bits"]
+        yield {**_identity(run), **fields}
+
+
+def _allocation(run: RunData) -> Iterable[dict[str, Any]]:
+    record = run.first("allocation")
+    macs = record.get("macs", {})
+    for layer, bits in record.get("bits_by_layer", {}).items():
+        yield {
+            **_identity(run),
+            "layer": layer,
+            "activation_bits": bits,
+            "macs": macs.get(layer, ""),
+        }
+
+
+def _accounting(run: RunData) -> Iterable[dict[str, Any]]:
+    record = {k: v for k, v in run.first("accounting").items() if k not in ("key", "kind")}
+    for scheme in record.pop("packing_table", []):
+        record[f"packing.{scheme.get('packing')}.total_bytes"] = scheme.get("total_bytes")
+    for quantity, value in flatten(record).items():
+        if isinstance(value, int | float | str):
+            yield {**_identity(run), "quantity": quantity, "value": value}

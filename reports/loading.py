@@ -1,0 +1,215 @@
+"""Run folders as the report reads them: plain dictionaries, so that old runs stay readable.
+
+Checksums are verified on the way: a finished run's manifest against `DONE`, and every file read
+here against the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reports.settings import section
+from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.files import sha256_bytes, sha256_file
+from robuq_bench.run_files import (
+    CONFIG,
+    DONE,
+    MANIFEST,
+    REPLACED,
+    RESULTS,
+    check_done,
+    read_manifest,
+    read_results,
+)
+
+Record = Mapping[str, Any]
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_DEPTH = 3
+_REDO = "restore it, or delete the folder and run the plan again"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run folder, read and checked.
+
+    `records` are the lines of results.jsonl in order; `torn` says that the last line of an
+    unfinished run was cut off by a kill and has been left out.
+    """
+
+    path: Path
+    id: str
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    records: tuple[Record, ...]
+    finished: bool
+    torn: bool = False
+    manifest_sha256: str = ""
+
+    @property
+    def study(self) -> str:
+        return str(self.config.get("study", "unknown"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("seed", 0))
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        return section(self.config, "plan")
+
+    @property
+    def workload(self) -> Mapping[str, Any]:
+        return section(self.config, "workload")
+
+    @property
+    def plan_name(self) -> str:
+        return str(self.plan.get("name", "unknown"))
+
+    @property
+    def workload_name(self) -> str:
+        return str(self.workload.get("name", "unknown"))
+
+    @property
+    def anchor(self) -> str:
+        """The fragment under which the report describes this run."""
+        return "run-" + re.sub(r"[^A-Za-z0-9_-]+", "-", self.id)
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """Records of one kind, in the order they were written."""
+        return [record for record in self.records if record.get("kind") == kind]
+
+    def first(self, kind: str) -> Record:
+        """The first record of a kind, or an empty mapping."""
+        return next(iter(self.of_kind(kind)), {})
+
+    def read_output(self, relative: str) -> bytes | None:
+        """Bytes of one output file, None when the run has none; its checksum is verified.
+
+        Raises:
+            CheckpointError: the file is not what the manifest says.
+        """
+        path = self.path / relative
+        if not path.is_file():
+            if relative in self.manifest.get("outputs", {}):
+                raise CheckpointError(f"{path} is missing; {_REDO}")
+            return None
+        data = path.read_bytes()
+        if self.finished:
+            _check(path, relative, data, self.manifest)
+        return data
+
+    def read_png(self, relative: str) -> bytes | None:
+        """As `read_output`, for a picture.
+
+        Raises:
+            CheckpointError: not a PNG file, or its checksum is wrong.
+        """
+        data = self.read_output(relative)
+        if data is not None and not data.startswith(_PNG_SIGNATURE):
+            raise CheckpointError(f"{self.path / relative} is not a PNG file; run this plan again")
+        return data
+
+
+def find_runs(paths: Iterable[Path]) -> list[RunData]:
+    """Read every run at or below `paths`, each once, ordered by study, plan, seed and id.
+
+    Raises:
+        UsageError: a path does not exist, or no path holds a run.
+        CheckpointError: a run is damaged; the message names the file.
+    """
+    wanted = [Path(path) for path in paths]
+    folders: set[Path] = set()
+    for path in wanted:
+        if not path.exists():
+            raise UsageError(f"no such run folder: {path}; `python bench.py runs list` names them")
+        folders.update(_run_folders(path))
+    if not folders:
+        where = ", ".join(map(str, wanted)) or "an empty list of paths"
+        raise UsageError(
+            f"no runs in {where}: no folder there holds a manifest.json. Make one first: "
+            "python bench.py train-and-eval --plan a2"
+        )
+    runs: dict[str, RunData] = {}
+    for folder in sorted(folders):
+        run = read_run(folder)
+        kept = runs.get(run.id)
+        if kept is not None and kept.finished and run.finished and kept.records != run.records:
+            raise UsageError(
+                f"{kept.path} and {run.path} are the same run with different results; "
+                "name only one of them"
+            )
+        if kept is None or (run.finished and not kept.finished):
+            runs[run.id] = run
+    return sorted(runs.values(), key=lambda run: (run.study, run.plan_name, run.seed, run.id))
+
+
+def read_run(folder: Path) -> RunData:
+    """Read one run folder.
+
+    Raises:
+        UsageError: there is no run in it.
+        CheckpointError: config, manifest or results are missing or damaged.
+    """
+    finished = (folder / DONE).is_file()
+    manifest = check_done(folder) if finished else read_manifest(folder)
+    config = _read_config(folder, manifest, finished)
+    records, _, torn = read_results(folder / RESULTS)
+    return RunData(
+        path=folder,
+        id=str(manifest.get("id", f"{config['study']}/{folder.name}")),
+        config=config,
+        manifest=manifest,
+        records=tuple(records.values()),
+        finished=finished,
+        torn=bool(torn),
+        manifest_sha256=sha256_file(folder / MANIFEST),
+    )
+
+
+def _run_folders(path: Path) -> list[Path]:
+    # One spelling per folder, so that a run named twice is read once.
+    path = path.resolve()
+    found = []
+    for root, folders, files in os.walk(path):
+        folders.sort()
+        folders[:] = [name for name in folders if REPLACED not in name]
+        if MANIFEST in files:
+            found.append(Path(root))
+            folders.clear()
+        elif len(Path(root).relative_to(path).parts) >= _MAX_DEPTH:
+            folders.clear()
+    return found
+
+
+def _read_config(folder: Path, manifest: Mapping[str, Any], finished: bool) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists() and not finished:
+        # Killed between manifest and config: the manifest says enough to name the run.
+        named = {part: {"name": manifest.get(part, "unknown")} for part in ("plan", "workload")}
+        return {"study": manifest.get("study", folder.parent.name), "seed": 0, **named}
+    try:
+        data = path.read_bytes()
+        config = tomllib.loads(data.decode("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; {_REDO}") from error
+    if finished:
+        _check(path, CONFIG, data, manifest)
+    for key, kind in (("study", str), ("plan", dict), ("workload", dict), ("seed", int)):
+        if not isinstance(config.get(key), kind):
+            raise CheckpointError(f"{path} has no valid {key!r}; {_REDO}")
+    return config
+
+
+def _check(path: Path, name: str, data: bytes, manifest: Mapping[str, Any]) -> None:
+    entry = manifest["outputs"].get(name)
+    if entry is None:
+        raise CheckpointError(f"{path} is not among the outputs in {MANIFEST}; {_REDO}")
+    if sha256_bytes(data) != entry["sha256"]:
+        raise CheckpointError(f"{path} differs from its checksum in {MANIFEST}; {_REDO}")

@@ -1,0 +1,133 @@
+"""The result in plain words, written from the data: one paragraph per protocol."""
+
+from __future__ import annotations
+
+import math
+
+from reports.aggregate import Group, Row
+from reports.claims import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    Comparison,
+    ampn_comparison,
+    bitnet_comparison,
+    hadamard_comparison,
+    value_phrase,
+)
+from reports.settings import is_full_precision
+from reports.text import Phrase, listing, plural, significant
+
+_MEANING = {
+    HOLDS: "a clear gain",
+    UNDECIDED: "no clear difference",
+    FAILS: "clearly worse, against the claim",
+}
+
+
+def plain_words(group: Group) -> list[Phrase]:
+    """What a reader should take away: nearest plan, Hadamard, AMPN, BitNet v2, and the seeds."""
+    metric = group.fid
+    rows = [row for row in group.rows if not is_full_precision(row.plan)]
+    if metric is None:
+        return [Phrase(f"On {group.title}, no run has measured an FID yet: not run.")]
+    measured = [row for row in rows if row.summary(metric)]
+    phrases = [
+        Phrase(
+            f"On {group.title}, {plural(len(measured), 'quantized plan')} "
+            f"{'was' if len(measured) == 1 else 'were'} trained and judged. "
+        )
+    ]
+    phrases += _nearest(group, measured, metric)
+    phrases += _hadamard(group)
+    phrases += _pair(
+        ampn_comparison(group, 2),
+        "AMPN at a mean of 2 bits gives ",
+        " where 2 bits in every layer give ",
+        "AMPN against uniform bits at 2 bits: not run. ",
+    )
+    phrases += _pair(
+        bitnet_comparison(group, 4),
+        "At 4 activation bits RobuQ reaches ",
+        " and BitNet v2 ",
+        "RobuQ against BitNet v2 at 4 bits: not run. ",
+    )
+    phrases.append(Phrase(_seeds(rows)))
+    return phrases
+
+
+def _nearest(group: Group, rows: list[Row], metric: str) -> list[Phrase]:
+    teacher = group.teacher.summary(metric)
+    if teacher is None or not rows:
+        return [Phrase("Which plan is nearest to the teacher: not run. ")]
+
+    def distance(row: Row) -> float:
+        summary = row.summary(metric)
+        return abs(summary.mean - teacher.mean) if summary else math.inf
+
+    ranked = sorted(rows, key=distance)
+    phrases = [
+        Phrase(f"Nearest to its teacher ({metric} "),
+        value_phrase(group.teacher, metric),
+        Phrase(f") is {ranked[0].label} with "),
+        value_phrase(ranked[0], metric),
+    ]
+    if len(ranked) > 1:
+        phrases += [
+            Phrase(f"; farthest is {ranked[-1].label} with "),
+            value_phrase(ranked[-1], metric),
+        ]
+    return [*phrases, Phrase(". ")]
+
+
+def _hadamard(group: Group) -> list[Phrase]:
+    pairs = {bits: hadamard_comparison(group, bits) for bits in (4, 3, 2)}
+    found = {bits: pair for bits, pair in pairs.items() if pair is not None}
+    missing = [str(bits) for bits, pair in pairs.items() if pair is None]
+    if not found:
+        return [Phrase("Hadamard against no Hadamard: not run. ")]
+    notes = {HOLDS: "", UNDECIDED: " (no clear difference)", FAILS: " (clearly worse)"}
+    parts = []
+    for bits, pair in found.items():
+        note = {HOLDS: "", UNDECIDED: " (no clear difference)", FAILS: " (clearly worse)"}[
+            pair.verdict
+        ]
+        parts.append(f"{significant(pair.ratio, 3)} times at {bits} bits{note}")
+    phrases = [Phrase(f"With Hadamard, FID is smaller than without it by {listing(parts)}")]
+    held = [pair.verdict == HOLDS for pair in found.values()]
+    if all(held):
+        phrases.append(Phrase(f", {_MEANING[HOLDS]} at each. "))
+    elif not any(held):
+        phrases.append(Phrase(", so the claim is not supported here. "))
+    else:
+        phrases.append(Phrase(". "))
+    if missing:
+        phrases.append(Phrase(f"At {listing(missing)} bits: not run. "))
+    return phrases
+
+
+def _pair(pair: Comparison | None, first: str, second: str, missing: str) -> list[Phrase]:
+    if pair is None:
+        return [Phrase(missing)]
+    return [
+        Phrase(first),
+        value_phrase(pair.better, pair.metric),
+        Phrase(second),
+        value_phrase(pair.worse, pair.metric),
+        Phrase(f", {_MEANING[pair.verdict]}. "),
+    ]
+
+
+def _seeds(rows: list[Row]) -> str:
+    by_count: dict[int, list[str]] = {}
+    for row in rows:
+        by_count.setdefault(len(row.seeds), []).append(row.label)
+    parts = [
+        f"{count} for {listing(labels)}" for count, labels in sorted(by_count.items(), reverse=True)
+    ]
+    if not parts:
+        return ""
+    return (
+        f"Training seeds: {'; '.join(parts)}. Brackets hold the least and the greatest value over "
+        "training seeds and seed ranges; a difference is clear when they do not overlap."
+    )

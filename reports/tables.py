@@ -1,0 +1,361 @@
+"""Tables of the report: one small model that the template prints, and the functions that fill it.
+
+A cell never computes: it holds the text to print and the anchor of the run or row it comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reports.aggregate import Group, Row, Value, higher_is_better
+from reports.claims import Claim, mean_bits_by_type
+from reports.loading import RunData
+from reports.settings import recipe, section
+from reports.text import (
+    NOT_RUN,
+    Phrase,
+    bytes_text,
+    joined,
+    listing,
+    number,
+    seconds_text,
+    significant,
+    spread,
+)
+
+_TYPE_ORDER = ("proj", "qkv", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Printed parts, a second line in small print, and a tone (a CSS class, "" for none)."""
+
+    parts: Sequence[Phrase]
+    sub: str = ""
+    tone: str = ""
+    is_header: bool = False
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column head; `note` is a hint such as the direction that is better."""
+
+    label: str
+    is_number: bool = True
+    note: str = ""
+
+
+@dataclass
+class Table:
+    """A captioned table; `note` is printed below it."""
+
+    caption: str
+    columns: Sequence[Column]
+    rows: list[list[Cell]] = field(default_factory=list)
+    note: str = ""
+
+
+def text_cell(text: str, href: str = "", *, sub: str = "", tone: str = "") -> Cell:
+    return Cell([Phrase(text, href)], sub, tone)
+
+
+def header_cell(text: str, *, sub: str = "", anchor: str = "") -> Cell:
+    return Cell([Phrase(text)], sub, is_header=True, anchor=anchor)
+
+
+MISSING = text_cell(NOT_RUN, tone="missing")
+
+
+def metric_column(metric: str) -> Column:
+    better = "↑ is better" if higher_is_better(metric) else "↓ is better"
+    return Column(metric, note=better)
+
+
+def summary_table(group: Group) -> Table:
+    """Plans × metrics: mean and [min–max] over training seeds and seed ranges."""
+    fid = group.fid
+    columns = [Column("plan", is_number=False)]
+    columns += [metric_column(metric) for metric in group.metrics]
+    if fid:
+        columns.append(Column(f"{fid} over teacher’s", note="ratio of means"))
+    columns.append(Column("runs", is_number=False, note="training seeds"))
+    table = Table(f"Plans and metrics on {group.title}: mean [min–max]", columns)
+    teacher_fid = group.teacher.summary(fid) if fid else None
+    for row in group.all_rows:
+        cells = [header_cell(row.label)]
+        cells += [summary_cell(row, metric) for metric in group.metrics]
+        own = row.summary(fid) if fid else None
+        if fid:
+            known = own is not None and teacher_fid is not None and teacher_fid.mean > 0
+            ratio = own.mean / teacher_fid.mean if known and own and teacher_fid else math.nan
+            cells.append(text_cell(significant(ratio, 3), f"#{row.anchor}") if known else MISSING)
+        cells.append(_runs_cell(row, row is group.teacher))
+        table.rows.append(cells)
+    table.note = (
+        f"Protocol: {group.protocol}. Each mean is over all training seeds and seed ranges of the "
+        "row; the brackets hold the least and the greatest of those values. Every plan is sampled "
+        "from the same image seeds as the teacher. Losses are means over fixed validation batches."
+    )
+    return table
+
+
+def summary_cell(row: Row, metric: str) -> Cell:
+    summary = row.summary(metric)
+    if summary is None:
+        return MISSING
+    return text_cell(number(metric, summary.mean), f"#{row.anchor}", sub=spread(metric, summary))
+
+
+def values_table(group: Group) -> Table:
+    """Every value behind the summary: one line per run and seed range, each linked to its run."""
+    metrics = group.metrics
+    columns = [Column("plan", is_number=False), Column("training seed"), Column("seed range")]
+    table = Table(
+        f"Every measured value on {group.title}", columns + [Column(name) for name in metrics]
+    )
+    for row in group.all_rows:
+        lines: dict[tuple[int, int, str], dict[str, Value]] = {}
+        for name, values in row.values.items():
+            for value in values:
+                place = -1 if value.seed_range is None else value.seed_range
+                lines.setdefault((value.run.seed, place, value.run.id), {})[name] = value
+        for index, ((seed, place, _), found) in enumerate(sorted(lines.items())):
+            anchor = row.anchor if index == 0 else ""
+            cells = [
+                header_cell(row.label, anchor=anchor),
+                text_cell("none" if row is group.teacher else str(seed)),
+                text_cell("validation" if place < 0 else str(place)),
+            ]
+            cells += [_value_cell(name, found.get(name)) for name in metrics]
+            table.rows.append(cells)
+    table.note = (
+        "A dash marks what is measured on another line: losses on validation batches, the other "
+        "metrics on samples. Each number links to its run."
+    )
+    return table
+
+
+def plans_table(group: Group) -> Table:
+    """What each plan does, read from its settings."""
+    recipes = [(row, recipe(row.plan)) for row in group.rows]
+    names = list(recipes[0][1]) if recipes else []
+    columns = [Column(name, is_number=False) for name in ("plan", *names, "QAT steps")]
+    table = Table(f"What each plan on {group.title} does", columns)
+    for row, parts in recipes:
+        steps = section(row.runs[0].workload, "training").get("steps", "not recorded")
+        texts = [*parts.values(), str(steps)]
+        table.rows.append([header_cell(row.label), *(text_cell(text) for text in texts)])
+    return table
+
+
+def claims_table(claims: Iterable[Claim], caption: str) -> Table:
+    columns = [Column("claim", False), Column("here", False), Column("evidence", False)]
+    table = Table(caption, columns)
+    for claim in claims:
+        tone = "verdict " + claim.verdict.replace(" ", "-")
+        table.rows.append(
+            [header_cell(claim.claim), text_cell(claim.verdict, tone=tone), Cell(claim.evidence)]
+        )
+    return table
+
+
+def layer_type_table(group: Group, bits: float, published: Mapping[str, float]) -> Table | None:
+    """Mean bits per layer type that AMPN chose, beside the paper's; None without such a run."""
+    found = mean_bits_by_type(group, bits)
+    if found is None:
+        return None
+    row, by_type = found
+    columns = [
+        Column("layer type", is_number=False),
+        Column("here", note="mean [min–max] over training seeds"),
+        Column("paper", note="DiT-XL/2"),
+        Column("difference"),
+    ]
+    table = Table(f"Mean activation bits per layer type: {row.label} on {group.title}", columns)
+    names = sorted(
+        by_type, key=lambda n: (_TYPE_ORDER.index(n) if n in _TYPE_ORDER else len(_TYPE_ORDER), n)
+    )
+    for name in names:
+        values = by_type[name]
+        mean = math.fsum(values) / len(values)
+        limits = f"[{min(values):.2f}–{max(values):.2f}]" if len(values) > 1 else ""
+        paper = published.get(f"bits-a{bits:g}-{name}")
+        table.rows.append(
+            [
+                header_cell(name),
+                text_cell(f"{mean:.2f}", f"#{row.runs[0].anchor}", sub=limits),
+                text_cell(NOT_RUN, tone="missing") if paper is None else text_cell(f"{paper:.2f}"),
+                text_cell("no paper value", tone="missing")
+                if paper is None
+                else text_cell(f"{mean - paper:+.2f}"),
+            ]
+        )
+    seeds = listing(f"seed {run.seed}" for run in row.runs)
+    table.note = f"Training {seeds}. The mean counts layers equally."
+    return table
+
+
+def accounting_table(group: Group) -> Table:
+    """Cost of each plan: bits, operations and bytes, with reductions against full precision."""
+    columns = [
+        Column("plan", is_number=False),
+        Column("weight bits"),
+        Column("activation bits", note="mean, weighted by MACs"),
+        Column("BitOPs", note="per image and step"),
+        Column("effective FLOPs", note="BitOPs / 64 + full-precision MACs"),
+        Column("less compute", note="with the rotation’s additions below"),
+        Column("packed size", note="packing below"),
+        Column("smaller", note="than FP32"),
+    ]
+    table = Table(f"What each plan costs on {group.title}", columns)
+    for row in group.rows:
+        run = next((run for run in row.runs if run.first("accounting")), None)
+        cells = [header_cell(row.label)]
+        if run is None:
+            table.rows.append(cells + [MISSING] * (len(columns) - 1))
+            continue
+        record, href = run.first("accounting"), f"#{run.anchor}"
+        with_rotation = _ratio(record.get("compute_reduction_with_rotation"))
+        for name, render, sub in (
+            ("weight_bits", lambda v: significant(v, 3), ""),
+            ("mean_activation_bits", lambda v: significant(v, 4), ""),
+            ("bit_ops", lambda v: significant(v), ""),
+            ("effective_flops", lambda v: significant(v), ""),
+            ("compute_reduction", lambda v: f"{significant(v, 3)}×", with_rotation),
+            ("packed_bytes", bytes_text, str(record.get("packing", ""))),
+            ("size_reduction", lambda v: f"{significant(v, 3)}×", ""),
+        ):
+            cells.append(_optional_cell(record.get(name), render, href, sub))
+        table.rows.append(cells)
+    table.note = (
+        "The paper’s 13.2× (theory) and 15.2× (checkpoint) are for DiT-XL/2, where the layers kept "
+        "in full precision weigh less than in a small model. Effective FLOPs count one MAC as one."
+    )
+    return table
+
+
+def packing_table(group: Group) -> Table | None:
+    """Size of one plan under every packing scheme of its accounting record."""
+    for row in reversed(group.rows):
+        for run in row.runs:
+            schemes = run.first("accounting").get("packing_table")
+            if isinstance(schemes, list) and schemes:
+                return _packing_table(row, run, schemes)
+    return None
+
+
+def timing_table(runs: Sequence[RunData]) -> Table | None:
+    """Seconds of each part of a run; machines differ, so each line names its own."""
+    timed = [(run, run.first("timing")) for run in runs if run.first("timing")]
+    names = sorted(
+        {name for _, record in timed for name in record if name.endswith("_s")},
+        key=lambda name: (name == "total_s", name),
+    )
+    if not names:
+        return None
+    columns = [Column("run", False)] + [Column(name.removesuffix("_s")) for name in names]
+    columns += [Column("sessions"), Column("machine", False), Column("threads")]
+    table = Table("Time", columns)
+    for run, record in timed:
+        cells = [
+            Cell([Phrase(f"{run.plan_name} seed {run.seed}", f"#{run.anchor}")], is_header=True)
+        ]
+        for name in names:
+            cells.append(_optional_cell(record.get(name), seconds_text))
+        origin = provenance(run)
+        cells.append(text_cell(str(len(run.manifest.get("sessions", [])))))
+        cells.append(text_cell(hardware(origin)))
+        cells.append(text_cell(str(origin.get("threads", "not recorded"))))
+        table.rows.append(cells)
+    table.note = "Of a run that was continued after a stop, `total` covers its last session only."
+    return table
+
+
+def unfinished_table(runs: Sequence[RunData]) -> Table | None:
+    waiting = [run for run in runs if not run.finished]
+    if not waiting:
+        return None
+    columns = [Column("run", False), Column("seed"), Column("stored items"), Column("state", False)]
+    table = Table("Unfinished runs: nothing of theirs is shown as a result", columns)
+    for run in waiting:
+        sessions = run.manifest.get("sessions", [])
+        status = str(sessions[-1].get("status", "unknown")) if sessions else "not started"
+        torn = ", last line cut off" if run.torn else ""
+        table.rows.append(
+            [
+                header_cell(run.id, anchor=run.anchor),
+                text_cell(str(run.seed)),
+                text_cell(str(len(run.records))),
+                text_cell(f"unfinished ({status}{torn})"),
+            ]
+        )
+    return table
+
+
+def provenance(run: RunData) -> Mapping[str, Any]:
+    """Machine, packages and code of a run's last session."""
+    sessions = run.manifest.get("sessions", [])
+    return section(sessions[-1], "provenance") if sessions else {}
+
+
+def hardware(origin: Mapping[str, Any]) -> str:
+    """The device that computed, in words."""
+    gpu, cpu = section(origin, "gpu"), section(origin, "cpu")
+    if gpu:
+        return str(gpu.get("name", "GPU"))
+    return str(cpu.get("model", "not recorded"))
+
+
+def _runs_cell(row: Row, is_teacher: bool) -> Cell:
+    if not row.runs:
+        return MISSING
+    links = (
+        Phrase("teacher" if is_teacher else f"seed {run.seed}", f"#{run.anchor}")
+        for run in (row.runs[:1] if is_teacher else row.runs)
+    )
+    return Cell(joined(links, ", "))
+
+
+def _value_cell(metric: str, value: Value | None) -> Cell:
+    if value is None:
+        return text_cell("–", tone="missing")
+    return text_cell(number(metric, value.value), f"#{value.run.anchor}")
+
+
+def _packing_table(row: Row, run: RunData, schemes: Sequence[Mapping[str, Any]]) -> Table:
+    columns = [
+        Column("packing", is_number=False),
+        Column("what it assumes", is_number=False),
+        Column("size"),
+        Column("smaller", note="than FP32"),
+        Column("paper", note="DiT-XL/2"),
+    ]
+    table = Table(f"Packing schemes: {row.label}, seed {run.seed}", columns)
+    for scheme in schemes:
+        paper = scheme.get("published")
+        table.rows.append(
+            [
+                header_cell(str(scheme.get("packing", ""))),
+                text_cell(str(scheme.get("reading", ""))),
+                text_cell(bytes_text(float(scheme["total_bytes"])), f"#{run.anchor}"),
+                text_cell(f"{significant(float(scheme['size_reduction']), 3)}×"),
+                text_cell("other model", tone="missing")
+                if paper is None
+                else text_cell(f"{significant(float(paper), 3)}×"),
+            ]
+        )
+    return table
+
+
+def _optional_cell(
+    value: object, render: Callable[[float], str], href: str = "", sub: str = ""
+) -> Cell:
+    return text_cell(render(value), href, sub=sub) if isinstance(value, int | float) else MISSING
+
+
+def _ratio(value: object) -> str:
+    return f"{significant(float(value), 3)}×" if isinstance(value, int | float) else ""

@@ -1,0 +1,260 @@
+"""What a plan costs: parameters, multiply-accumulates, bit operations and bytes on disk.
+
+Everything follows from the structure of the model, built on PyTorch's meta device: no weights, no
+memory, no forward pass. All counts are per image and per forward pass.
+
+Formulas (one multiply-accumulate, MAC, counts as one FLOP, as in the "119 Gflops" of DiT-XL/2):
+
+    BitOPs          = sum over products with two quantized operands of MACs * w_bits * a_bits,
+                      with w_bits = log2(3) = 1.585 for a ternary weight
+    effective FLOPs = BitOPs / 64 + MACs of every product with a full-precision operand
+
+A 64-bit word does 64 binary multiplications at once, hence the 64 (the convention of binary
+networks). It counts an 8-bit x 8-bit product as one full-precision FLOP. Elementwise work
+(norms, softmax, GELU, quantization) is left out on both sides. The additions of the online
+Hadamard rotation, as the small products that this suite runs, stand beside the effective FLOPs:
+`compute_reduction` leaves them out, `compute_reduction_with_rotation` includes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from robuq_bench.allocation import mean_bits, mean_bits_by_type
+from robuq_bench.errors import UsageError, suggest
+from robuq_bench.model_structure import (
+    LinearLayer,
+    Structure,
+    converted_layers,
+    dit_layer_macs,
+    dit_structure,
+    layer_macs,
+    rotated_layers,
+    ternary_layers,
+    weight_quantizer,
+)
+from robuq_bench.packings import (
+    DEFAULT_PACKING,
+    FULL_PRECISION_PACKINGS,
+    PACKINGS,
+    READINGS,
+    TERNARY_BITS,
+    Packing,
+)
+from robuq_bench.quantization.hadamard import hadamard_factors
+
+if TYPE_CHECKING:
+    from robuq_bench.config import Plan
+    from robuq_bench.config.workload import ModelConfig
+
+__all__ = ["account", "dit_layer_macs", "dit_structure", "layer_macs", "packing_table"]
+
+BITS_PER_WORD = 64
+FULL_PRECISION_BITS = 32
+MIB = 2**20
+
+DIT_XL_2 = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28}
+PUBLISHED_DIT_XL_2: dict[str, dict[str, object]] = {
+    "macs": {"value": 119e9, "source": "facebookresearch/DiT README, 119 Gflops"},
+    "size_reduction_theory": {"value": 13.2, "source": "RobuQ, from reading notes (second-hand)"},
+    "size_reduction_checkpoint": {
+        "value": 15.2,
+        "source": "RobuQ, from reading notes (second-hand)",
+    },
+    "compute_reduction_theory": {
+        "value": 17.3,
+        "source": "RobuQ, from reading notes (second-hand); bits and counting rule not found",
+    },
+}
+
+
+def packing_table(model_config: ModelConfig, plan: Plan) -> list[dict[str, Any]]:
+    """Return one row per way of storing the quantized model, with bytes by part.
+
+    Ternary codes are packed per tensor; scales are one per output channel (`ternary-twn`) or per
+    tensor (`ternary-absmean`); values of the low-rank branch, biases, embeddings and layers kept
+    full precision are floats. `size_reduction` is against every parameter in FP32 (position table
+    included). The last rows are readings that reproduce or bound the published 13.2x and 15.2x;
+    their `published` is set for DiT-XL/2 only.
+    """
+    return _packing_table(dit_structure(model_config, plan), plan, _is_dit_xl_2(model_config))
+
+
+def _packing_table(structure: Structure, plan: Plan, is_dit_xl_2: bool) -> list[dict[str, Any]]:
+    ternary = ternary_layers(structure, plan)
+    packings = (*PACKINGS, *READINGS) if ternary else FULL_PRECISION_PACKINGS
+    return [_packed_row(structure, plan, packing, is_dit_xl_2) for packing in packings]
+
+
+def _packed_row(
+    structure: Structure, plan: Plan, packing: Packing, is_dit_xl_2: bool
+) -> dict[str, Any]:
+    ternary = ternary_layers(structure, plan)
+    converted = converted_layers(structure, plan)
+    with_branch = [
+        layer
+        for layer in converted
+        if packing.adaln_low_rank or layer not in structure.adaln_linears
+    ]
+    has_signs = packing.has_signs and plan.rotation.kind == "randomized-hadamard"
+    signed = rotated_layers(structure, plan) if has_signs else []
+    parts = {
+        "codes": sum(math.ceil(layer.weights * packing.bits_per_code / 8) for layer in ternary),
+        "scales": packing.scale_bytes * sum(_scales(layer, plan) for layer in ternary),
+        "low_rank": packing.low_rank_bytes
+        * sum(layer.low_rank_values(plan.low_rank.rank) for layer in with_branch),
+        "signs": sum(math.ceil(layer.in_features / 8) for layer in signed),
+        "rest": packing.rest_bytes
+        * (structure.parameters - sum(layer.weights for layer in ternary)),
+    }
+    total = sum(parts.values())
+    return {
+        "packing": packing.name,
+        "reading": packing.reading,
+        **{f"{part}_bytes": size for part, size in parts.items()},
+        "total_bytes": total,
+        "total_mib": total / MIB,
+        "size_reduction": 4 * structure.parameters / total,
+        "published": packing.published if is_dit_xl_2 else None,
+    }
+
+
+def account(
+    model_config: ModelConfig, plan: Plan, bits_by_layer: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Return the whole account of a plan on a DiT as one JSON-able dict, per image and forward.
+
+    Args:
+        model_config: the workload's `model` section.
+        plan: how the model is quantized.
+        bits_by_layer: activation bits of every quantized block linear. None takes the plan's
+            uniform bits; for an AMPN plan it takes the budget as every layer's bits, which gives
+            the exact BitOPs of any allocation that spends its whole MAC-weighted budget.
+
+    The main numbers are at the top level: `parameters`, `macs`, `mean_activation_bits`
+    (MAC-weighted, block linears; 32 when not quantized), `mean_activation_bits_by_type` (None
+    where only the budget is known), `bit_ops`, `effective_flops`, `compute_reduction`,
+    `packed_bytes` and `size_reduction` (packing `packing`). `*_by_part` split them;
+    `packing_table` lists every packing; `published` holds the figures for DiT-XL/2.
+
+    Raises:
+        UsageError: unknown or missing layers in `bits_by_layer`, or none for a plan that reads
+            its allocation from a file.
+        UnsupportedHadamardOrder: a rotated layer's width has no Hadamard matrix.
+    """
+    structure = dit_structure(model_config, plan)
+    bits, source = _activation_bits(structure, plan, bits_by_layer)
+    macs = {layer.name: layer.macs for layer in structure.block_linears}
+    compute = _compute(structure, plan, bits)
+    is_dit_xl_2 = _is_dit_xl_2(model_config)
+    table = _packing_table(structure, plan, is_dit_xl_2)
+    chosen = next((row for row in table if row["packing"] == DEFAULT_PACKING), table[0])
+    effective = sum(compute["effective_flops_by_part"].values())
+    block_weights = sum(layer.weights for layer in structure.block_linears)
+    adaln_weights = sum(layer.weights for layer in structure.adaln_linears)
+    return {
+        "parameters": structure.parameters,
+        "parameters_by_group": {
+            "block_linears": block_weights,
+            "adaln_linears": adaln_weights,
+            "rest": structure.parameters - block_weights - adaln_weights,
+        },
+        "macs": structure.macs,
+        "weight_bits": TERNARY_BITS if ternary_layers(structure, plan) else FULL_PRECISION_BITS,
+        "activation_bits_source": source,
+        "mean_activation_bits": mean_bits(bits, macs) if bits else FULL_PRECISION_BITS,
+        "mean_activation_bits_by_type": (
+            mean_bits_by_type(bits) if bits and source != "budget" else None
+        ),
+        **compute,
+        "effective_flops": effective,
+        "compute_reduction": structure.macs / effective,
+        "compute_reduction_with_rotation": structure.macs
+        / (effective + compute["rotation_additions"]),
+        "packing": chosen["packing"],
+        "packed_bytes": chosen["total_bytes"],
+        "full_precision_bytes": 4 * structure.parameters,
+        "size_reduction": chosen["size_reduction"],
+        "packing_table": table,
+        "published": PUBLISHED_DIT_XL_2 if is_dit_xl_2 else {},
+    }
+
+
+def _compute(structure: Structure, plan: Plan, bits: Mapping[str, float]) -> dict[str, Any]:
+    """MACs, BitOPs and effective FLOPs by part, and the additions of the online rotation."""
+    matmul_bits = plan.attention.matmul_bits
+    block_weight_bits = _weight_bits(plan.weights.quantizer)
+    adaln_weight_bits = _weight_bits(plan.adaln.weight_quantizer)
+    bit_ops = {
+        "block_linears": sum(
+            layer.macs * block_weight_bits * bits.get(layer.name, 0)
+            for layer in structure.block_linears
+        ),
+        "adaln_linears": sum(
+            layer.macs * adaln_weight_bits * (plan.adaln.activation_bits or 0)
+            for layer in structure.adaln_linears
+        ),
+        "attention": structure.attention_macs * (matmul_bits or 0) ** 2,
+    }
+    macs = {
+        "block_linears": sum(layer.macs for layer in structure.block_linears),
+        "adaln_linears": sum(layer.macs for layer in structure.adaln_linears),
+        "attention": structure.attention_macs,
+        "other": structure.other_macs,
+        "low_rank": sum(
+            layer.tokens * layer.low_rank_values(plan.low_rank.rank)
+            for layer in converted_layers(structure, plan)
+        ),
+    }
+    return {
+        "macs_by_part": macs,
+        "bit_ops": sum(bit_ops.values()),
+        "bit_ops_by_part": bit_ops,
+        "effective_flops_by_part": {
+            part: bit_ops[part] / BITS_PER_WORD if bit_ops.get(part) else count
+            for part, count in macs.items()
+        },
+        "rotation_additions": sum(
+            layer.tokens * layer.in_features * sum(hadamard_factors(layer.in_features))
+            for layer in rotated_layers(structure, plan)
+        ),
+    }
+
+
+def _activation_bits(
+    structure: Structure, plan: Plan, bits_by_layer: Mapping[str, int] | None
+) -> tuple[dict[str, float], str]:
+    """Return the bits of every quantized block linear (empty: none is) and where they are from."""
+    names = [layer.name for layer in structure.block_linears]
+    if plan.activations.quantizer == "none":
+        return {}, "full precision"
+    if bits_by_layer is None:
+        if plan.allocation.method == "uniform":
+            return dict.fromkeys(names, plan.activations.bits), "uniform"
+        if plan.allocation.mean_bits is None:
+            raise UsageError(
+                f"plan {plan.name!r} reads its allocation from a file: pass its bits_by_layer"
+            )
+        return dict.fromkeys(names, plan.allocation.mean_bits), "budget"
+    for name in bits_by_layer:
+        if name not in names:
+            raise UsageError(f"the allocation has unknown layer {name!r}{suggest(name, names)}")
+    for name in names:
+        if name not in bits_by_layer:
+            raise UsageError(f"the allocation has no bits for layer {name!r}")
+    return {name: bits_by_layer[name] for name in names}, "allocation"
+
+
+def _scales(layer: LinearLayer, plan: Plan) -> int:
+    return layer.out_features if weight_quantizer(layer, plan) == "ternary-twn" else 1
+
+
+def _weight_bits(quantizer: str) -> float:
+    """Bits of a weight for BitOPs; 0 where the product is not a bit operation."""
+    return 0.0 if quantizer == "none" else TERNARY_BITS
+
+
+def _is_dit_xl_2(model_config: ModelConfig) -> bool:
+    return all(getattr(model_config, field) == value for field, value in DIT_XL_2.items())

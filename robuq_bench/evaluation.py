@@ -1,0 +1,135 @@
+"""Judging a model under a workload's protocol: samples, metrics and losses, per seed range.
+
+Every subject (teacher or student) is sampled from the same image seeds, so that differences
+between rows are differences between models.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from robuq_bench.data import ImageData
+from robuq_bench.diffusion import Diffusion
+from robuq_bench.fidelity import FeatureNetwork, Features, compute_metrics
+from robuq_bench.sampling import image_grid, sample_images
+from robuq_bench.training import BatchSource
+
+if TYPE_CHECKING:
+    from robuq_bench.config import Workload
+    from robuq_bench.context import Context
+    from robuq_bench.runs import Run
+
+VALIDATION_BATCHES = 8
+VALIDATION_BATCH_SIZE = 128
+GRID_COLUMNS = 10
+GRID_SCALE = 4
+
+
+def seed_ranges(workload: Workload) -> list[range]:
+    """Return the disjoint image-seed ranges of the protocol: [0, N), [N, 2N), ..."""
+    count = workload.evaluation.num_samples
+    return [range(i * count, (i + 1) * count) for i in range(workload.evaluation.seed_ranges)]
+
+
+def evaluate_samples(
+    model: nn.Module,
+    workload: Workload,
+    run: Run,
+    context: Context,
+    *,
+    subject: str,
+    network: FeatureNetwork,
+    reference: Features,
+) -> list[dict[str, object]]:
+    """Sample and measure `model` in every seed range; finished ranges are taken from the run.
+
+    Appends one `metrics/<subject>/<range>` record per range, and writes the first range's grid
+    to samples/grid-<subject>.png and all images as uint8 NHWC `arr_0` (the ADM evaluator's
+    layout) to samples/<subject>-<range>.npz.
+    """
+    rows = []
+    for index, seeds in enumerate(seed_ranges(workload)):
+        key = f"metrics/{subject}/{index}"
+        if not run.has(key):
+            start = time.perf_counter()
+            with context.progress.task(
+                f"sample {subject} {index + 1}/{workload.evaluation.seed_ranges}", len(seeds)
+            ) as task:
+                images = sample_images(
+                    model,
+                    workload,
+                    seeds=seeds,
+                    batch_size=workload.evaluation.batch_size,
+                    device=context.device,
+                    progress=task.advance,
+                )
+            seconds = time.perf_counter() - start
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
+            run.write_bytes(f"samples/{subject}-{index}.npz", buffer.getvalue())
+            if index == 0 and workload.evaluation.grid_images:
+                grid = image_grid(
+                    images[: workload.evaluation.grid_images], GRID_COLUMNS, GRID_SCALE
+                )
+                run.write_bytes(f"samples/grid-{subject}.png", grid)
+            metrics = compute_metrics(
+                network.extract(images, workload.evaluation.batch_size),
+                reference,
+                network.suffix,
+            )
+            run.append(
+                key,
+                kind="metrics",
+                subject=subject,
+                seed_range=index,
+                seed_start=seeds.start,
+                num_samples=len(seeds),
+                sample_seconds=round(seconds, 3),
+                **metrics,
+            )
+        rows.append(run.get(key))
+    return rows
+
+
+@torch.no_grad()
+def validation_losses(
+    model: nn.Module, teacher: nn.Module, data: ImageData, workload: Workload, device: str
+) -> dict[str, float]:
+    """Return mean distillation and denoising loss on fixed batches, the same for every plan.
+
+    The batches come from the training images with noise, timesteps and labels of their own
+    stream; they measure fit to the teacher, not generalisation to unseen digits.
+    """
+    diffusion = Diffusion.from_config(workload.diffusion)
+    source = BatchSource(
+        data.model_inputs(torch.arange(len(data))),
+        data.labels,
+        diffusion,
+        teacher,
+        batch_size=VALIDATION_BATCH_SIZE,
+        seed=0,
+        stream="validation",
+        device=device,
+    )
+    was_training = model.training
+    model.eval()
+    distillation = denoising = 0.0
+    for step in range(VALIDATION_BATCHES):
+        batch = source.batch(step)
+        output = model(batch.x_t, batch.t, batch.y).float()
+        target = teacher(batch.x_t, batch.t, batch.y).float()
+        distillation += float((output - target).square().mean()) / VALIDATION_BATCHES
+        denoising += (
+            float(
+                diffusion.training_loss(output, batch.x0, batch.x_t, batch.t, batch.noise).mean()
+            )
+            / VALIDATION_BATCHES
+        )
+    model.train(was_training)
+    return {"distillation_loss": distillation, "denoising_loss": denoising}

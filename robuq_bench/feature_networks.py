@@ -1,0 +1,219 @@
+"""Where image features come from: our digit classifier or torch-fidelity's Inception v3."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from robuq_bench._compat import import_torch_fidelity
+from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.features import ASSET, Features, load_features
+from robuq_bench.files import make_folder, sha256_file
+
+logger = logging.getLogger(__name__)
+
+EXTRACTOR = "robuq-digits"
+FEATURE_LAYERS = ("pool", "spatial", "logits")
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+class EvaluationSection(Protocol):
+    """The fields of `Workload.evaluation` that choose the features."""
+
+    @property
+    def features(self) -> str: ...
+    @property
+    def inception_weights(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A feature extractor with its identity.
+
+    Attributes:
+        name: "digits", "inception", ...; recorded with every metric.
+        suffix: what metric names end in; "" for Inception.
+        sha256: digest of the weight file.
+        forward: uint8 [n, C, H, W] on `device` -> (pool, spatial, logits).
+    """
+
+    name: str
+    suffix: str
+    sha256: str
+    forward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    device: torch.device
+
+    @torch.no_grad()
+    def extract(self, images: Tensor, batch_size: int = 256) -> Features:
+        """Return the features of uint8 images [N, C, H, W]; the batch size does not change them.
+
+        Raises:
+            UsageError: no images, or not uint8.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+            raise UsageError(
+                f"{self.name} features take uint8 [N, C, H, W] images with N > 0, got "
+                f"{images.dtype} {tuple(images.shape)}"
+            )
+        parts = [self.forward(part.to(self.device)) for part in torch.split(images, batch_size)]
+        pool, spatial, logits = (
+            torch.cat([tensor.cpu() for tensor in column]) for column in zip(*parts, strict=True)
+        )
+        return Features(pool, spatial, logits)
+
+
+def load_feature_network(
+    evaluation: EvaluationSection, *, device: str | torch.device = "cpu"
+) -> FeatureNetwork:
+    """Load the features that a workload's `evaluation` section names.
+
+    `evaluation.features` is "digits", "inception", or a `.safetensors` file of `train-features`.
+
+    Raises:
+        CheckpointError: a weight file is damaged or not the one expected.
+        MissingResourceError: Inception's weights are neither here nor downloadable.
+        UsageError: unknown features.
+    """
+    if evaluation.features == "inception":
+        return load_inception(evaluation.inception_weights, device=device)
+    if evaluation.features == "digits":
+        return load_classifier(ASSET, device=device)
+    if evaluation.features.endswith(".safetensors"):
+        return load_classifier(Path(evaluation.features), device=device)
+    raise UsageError(
+        f"unknown evaluation.features {evaluation.features!r}; known: digits, inception, FILE"
+    )
+
+
+def load_classifier(path: Path = ASSET, *, device: str | torch.device = "cpu") -> FeatureNetwork:
+    """Load a digit classifier made by `train-features`; see `features.load_features`."""
+    network, metadata, digest = load_features(path)
+    network.to(device)
+    name = metadata["name"]
+    return FeatureNetwork(name, f"_{name}", digest, network, torch.device(device))
+
+
+def load_inception(
+    weights: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    expected_sha256: str | None = INCEPTION_SHA256,
+) -> FeatureNetwork:
+    """Load torch-fidelity's TF-compatible Inception v3 (2015-12-05): pool 2048, spatial 2023.
+
+    Spatial features are ADM's: `mixed_6/conv`, first 7 channels of 17x17, channel last (here the
+    output of `Mixed_6d.branch1x1`). Logits omit the bias. Grey images are repeated to three
+    channels. Without `weights`, torch.hub's cache is used, filled by one download if need be.
+
+    Raises:
+        MissingResourceError: no file at `weights`, or none cached and no network.
+        CheckpointError: the file is not the expected one, or holds more than tensors.
+    """
+    path = Path(weights).expanduser() if weights else _inception_from_hub()
+    if not path.is_file():
+        raise MissingResourceError(
+            f"Inception weights {path} do not exist; download {INCEPTION_URL} and point "
+            "evaluation.inception_weights at the file"
+        )
+    digest = sha256_file(path)
+    if expected_sha256 is not None and digest != expected_sha256:
+        raise CheckpointError(
+            f"{path} has SHA-256 {digest}, expected {expected_sha256}; download it anew from "
+            f"{INCEPTION_URL}"
+        )
+    try:
+        # torch-fidelity unpickles without restrictions, so refuse first what is not plain tensors.
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a plain weight file ({error})") from error
+    import_torch_fidelity()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    extractor = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
+    extractor.eval().to(device)
+    captured: list[Tensor] = []
+    extractor.Mixed_6d.branch1x1.register_forward_hook(lambda *call: captured.append(call[2]))
+
+    def forward(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pool, logits = extractor(images.expand(-1, 3, -1, -1))
+        spatial = captured.pop()[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return pool, spatial, logits
+
+    return FeatureNetwork("inception", "", digest, forward, torch.device(device))
+
+
+def _inception_from_hub() -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not path.is_file():
+        make_folder(path.parent)
+        logger.warning("downloading Inception weights (91 MiB) to %s", path)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256, False)
+        except (URLError, OSError, RuntimeError) as error:
+            raise MissingResourceError(
+                f"Inception weights are not at {path} and cannot be downloaded ({error}); fetch "
+                f"{INCEPTION_URL} elsewhere and set evaluation.inception_weights=FILE"
+            ) from error
+    return path
+
+
+@functools.cache
+def register_extractor() -> str:
+    """Register the digit features with torch-fidelity as "robuq-digits" and return that name.
+
+    `torch_fidelity.calculate_metrics(..., feature_extractor=register_extractor(), cache=False)`
+    then gives the same numbers as `compute_metrics`. Registration is process-global and refuses a
+    second time, so an extractor already there under this name is left as it is.
+    """
+    fidelity = import_torch_fidelity()
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
+        fidelity.register_feature_extractor(EXTRACTOR, _extractor_class(fidelity))
+    return EXTRACTOR
+
+
+def _extractor_class(fidelity: Any) -> type[nn.Module]:
+    class DigitsExtractor(fidelity.FeatureExtractorBase):  # type: ignore[misc]
+        def __init__(
+            self,
+            name: str,
+            features_list: list[str],
+            feature_extractor_weights_path: str | None = None,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(name, features_list)
+            self.network = load_features(Path(feature_extractor_weights_path or ASSET))[0]
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            values = dict(zip(FEATURE_LAYERS, self.network(images), strict=True))
+            return tuple(values[name] for name in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return FEATURE_LAYERS
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return {"isc": "logits"}.get(metric, "pool")
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+    return DigitsExtractor

@@ -1,0 +1,204 @@
+"""Linear layers, sizes and multiply-accumulates (MACs) of a model, by the groups of a plan.
+
+The DiT of a workload is built on PyTorch's meta device: no weights, no memory, no forward pass. All
+counts are per image and per forward pass.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from robuq_bench.models.dit import DiT
+from robuq_bench.quantization.convert import is_adaln
+
+if TYPE_CHECKING:
+    from robuq_bench.config import Plan
+    from robuq_bench.config.workload import ModelConfig
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer that a plan may quantize; `tokens` are its rows per image."""
+
+    name: str
+    in_features: int
+    out_features: int
+    tokens: int
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def macs(self) -> int:
+        return self.tokens * self.weights
+
+    def low_rank_values(self, rank: int) -> int:
+        """Values in the two factors of the branch."""
+        return rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Sizes of a DiT: block linears and modulation (adaLN) linears apart from the rest."""
+
+    parameters: int
+    block_linears: tuple[LinearLayer, ...]
+    adaln_linears: tuple[LinearLayer, ...]
+    attention_macs: int
+    other_macs: int
+
+    @property
+    def macs(self) -> int:
+        linears = (*self.block_linears, *self.adaln_linears)
+        return sum(layer.macs for layer in linears) + self.attention_macs + self.other_macs
+
+
+def layer_macs(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Return the MACs per image of every linear and convolution layer, in the order they run.
+
+    Counted in one forward pass on `inputs` (batch first; a batch of 1 on the meta device is
+    cheapest). Layers with `in_features` and `out_features` count as linear, quantized or not;
+    bias, low-rank branch and rotation are left out. A layer that runs twice counts twice.
+    """
+    batch = len(inputs[0])
+    counted: dict[str, int] = {}
+    handles = []
+
+    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(module, nn.Conv2d):
+                macs = output.numel() * module.weight[0].numel()
+            else:
+                macs = args[0].numel() * int(module.out_features)  # type: ignore[arg-type]
+            counted[name] = counted.get(name, 0) + macs // batch
+
+        return hook
+
+    for name, module in model.named_modules():
+        is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        if is_linear or isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(count(name)))
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted
+
+
+def dit_layer_macs(model_config: ModelConfig) -> dict[str, int]:
+    """Return what `layer_macs` gives for a workload's DiT, without its weights or a forward pass.
+
+    Counted from the shapes, in module order: the timestep embedder and the modulation linears see
+    one row per image, every other layer one row per token.
+    """
+    return dict(_sizes(model_config).macs)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters, MACs by layer (linear and convolution) and linear layers of a whole DiT."""
+
+    parameters: int
+    macs: dict[str, int]
+    linears: tuple[LinearLayer, ...]
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Puts the weights of new layers on the meta device and leaves `normal_` out.
+
+    The whole model on the meta device would do too, but its arithmetic there (`normal_`, position
+    table) imports PyTorch's compiler, which takes seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        if func is nn.init.normal_:
+            return next(iter((*args, *kwargs.values())))
+        return func(*args, **kwargs)
+
+
+@lru_cache(maxsize=8)
+def _sizes(model_config: ModelConfig) -> _Sizes:
+    with _WithoutWeights():
+        model = DiT.from_config(model_config)
+    tokens = _tokens(model_config)
+    macs: dict[str, int] = {}
+    linears = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            is_conditioning = name.startswith("t_embedder.") or "adaLN_modulation" in name
+            rows = 1 if is_conditioning else tokens
+            linears.append(LinearLayer(name, module.in_features, module.out_features, rows))
+            macs[name] = linears[-1].macs
+        elif isinstance(module, nn.Conv2d):
+            macs[name] = tokens * module.weight.numel()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return _Sizes(parameters, macs, tuple(linears))
+
+
+def _tokens(model_config: ModelConfig) -> int:
+    return (model_config.input_size // model_config.patch_size) ** 2
+
+
+def dit_structure(model_config: ModelConfig, plan: Plan) -> Structure:
+    """Return the sizes of a DiT, its linears grouped by the name patterns of `plan.layers`."""
+    sizes = _sizes(model_config)
+    linears = [layer for layer in sizes.linears if not _matches(layer.name, plan.layers.skip)]
+    return Structure(
+        parameters=sizes.parameters,
+        block_linears=tuple(layer for layer in linears if not is_adaln(layer.name, plan)),
+        adaln_linears=tuple(layer for layer in linears if is_adaln(layer.name, plan)),
+        # QK^T and attention x V: tokens x tokens x width each.
+        attention_macs=2
+        * model_config.depth
+        * _tokens(model_config) ** 2
+        * model_config.hidden_size,
+        other_macs=sum(sizes.macs.values()) - sum(layer.macs for layer in linears),
+    )
+
+
+def converted_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
+    """Layers that `quantize_` replaces: each has a low-rank branch and, by pattern, a rotation."""
+    if plan.is_full_precision:
+        return []
+    quantizes_adaln = (
+        plan.adaln.weight_quantizer != "none" or plan.adaln.activation_bits is not None
+    )
+    return [*structure.block_linears, *(structure.adaln_linears if quantizes_adaln else ())]
+
+
+def ternary_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
+    layers = converted_layers(structure, plan)
+    return [layer for layer in layers if weight_quantizer(layer, plan) != "none"]
+
+
+def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
+    if plan.rotation.kind == "none":
+        return []
+    layers = converted_layers(structure, plan)
+    return [layer for layer in layers if _matches(layer.name, plan.rotation.layers)]
+
+
+def weight_quantizer(layer: LinearLayer, plan: Plan) -> str:
+    if is_adaln(layer.name, plan):
+        return plan.adaln.weight_quantizer
+    return plan.weights.quantizer
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,95 @@
+"""Ways to store a quantized model: bits of a ternary code, and precision of everything else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+
+TERNARY_BITS = math.log2(3)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One way to store a quantized model.
+
+    Attributes:
+        name: row name.
+        bits_per_code: bits of one ternary code; whole bytes per tensor.
+        low_rank_bytes: bytes of each low-rank value; 0 leaves the branch out.
+        rest_bytes: bytes of each other value (biases, embeddings, layers kept full precision).
+        scale_bytes: bytes of each weight scale; 0 leaves the scales out.
+        has_signs: whether the random signs of the rotation are stored, one bit each.
+        adaln_low_rank: whether the modulation linears have a low-rank branch.
+        published: the published size reduction that this reading explains or bounds.
+        reading: what it assumes.
+    """
+
+    name: str
+    bits_per_code: Fraction
+    low_rank_bytes: int
+    rest_bytes: int
+    scale_bytes: int
+    has_signs: bool = True
+    adaln_low_rank: bool = True
+    published: float | None = None
+    reading: str = ""
+
+
+CODES = {
+    "ideal": (Fraction(TERNARY_BITS), "log2(3) bits a code, the entropy bound"),
+    "base3": (Fraction(8, 5), "five codes a byte, 1.6 bits"),
+    "2bit": (Fraction(2), "four codes a byte"),
+}
+FLOAT_BYTES = {"fp32": 4, "fp16": 2}
+PACKINGS = tuple(
+    Packing(
+        f"{code}/{low_rank}/{rest}",
+        CODES[code][0],
+        FLOAT_BYTES[low_rank],
+        FLOAT_BYTES[rest],
+        FLOAT_BYTES[rest],
+        reading=f"{CODES[code][1]}; {low_rank} low-rank branch; {rest} scales and rest",
+    )
+    for code, low_rank, rest in product(CODES, FLOAT_BYTES, FLOAT_BYTES)
+)
+DEFAULT_PACKING = "base3/fp32/fp32"
+# Hypotheses that reproduce the published figures on DiT-XL/2 with rank 16; nobody confirmed them.
+READINGS = (
+    Packing(
+        "reading-13.2x",
+        Fraction(158, 100),
+        low_rank_bytes=4,
+        rest_bytes=4,
+        scale_bytes=0,
+        has_signs=False,
+        published=13.2,
+        reading="1.58 bits a code, fp32 low-rank branch and rest, scales not counted",
+    ),
+    Packing(
+        "reading-15.2x",
+        Fraction(8, 5),
+        low_rank_bytes=2,
+        rest_bytes=4,
+        scale_bytes=4,
+        has_signs=False,
+        adaln_low_rank=False,
+        published=15.2,
+        reading="1.6 bits a code, fp16 low-rank branch without adaLN, fp32 scales and rest",
+    ),
+    Packing(
+        "bound-2bit",
+        Fraction(2),
+        low_rank_bytes=0,
+        rest_bytes=2,
+        scale_bytes=0,
+        has_signs=False,
+        published=15.2,
+        reading="the most that 2 bits a code can give: no branch, no scales, fp16 rest",
+    ),
+)
+FULL_PRECISION_PACKINGS = tuple(
+    Packing(name, Fraction(0), size, size, size, reading=f"every parameter in {name}")
+    for name, size in FLOAT_BYTES.items()
+)

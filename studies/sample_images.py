@@ -1,0 +1,73 @@
+"""Draw images from a workload's teacher, or from the student of a finished train-and-eval run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from robuq_bench.checkpointing import load_tensors
+from robuq_bench.config import Config, Plan, Workload
+from robuq_bench.context import Context
+from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.files import atomic_write_bytes
+from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.models.dit import DiT
+from robuq_bench.quantization.convert import quantize_, set_activation_bits
+from robuq_bench.runs import open_existing
+from robuq_bench.sampling import image_grid, sample_images
+
+GRID_COLUMNS = 10
+GRID_SCALE = 4
+STUDENT_FILE = Path("checkpoints") / "student-ema.safetensors"
+
+
+def load_student(run_path: Path, workload: Workload) -> nn.Module:
+    """Rebuild the averaged-weights student of a train-and-eval run, fake-quantized, on the CPU.
+
+    Raises:
+        CheckpointError: the run is unfinished, or its weights are damaged or of another model.
+    """
+    run = open_existing(run_path)
+    path = run.path / STUDENT_FILE
+    if run.config.plan.is_full_precision:
+        raise UsageError(f"{run.id} trained no student; leave out --checkpoint for the teacher")
+    tensors, metadata = load_tensors(path)
+    model = DiT.from_config(workload.model)
+    quantize_(model, Plan.model_validate_json(metadata["plan"]), initialize=False)
+    set_activation_bits(model, json.loads(metadata["bits_by_layer"]))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors missing (first {missing[:1]}), {len(unexpected)} "
+            f"unexpected (first {unexpected[:1]}); it belongs to another model than --on names"
+        )
+    return model
+
+
+def run_sample(
+    config: Config, context: Context, *, checkpoint: Path | None, num: int, output: Path
+) -> Path:
+    """Sample `num` images with seeds seed, seed + 1, ... and write one PNG grid.
+
+    checkpoint: a train-and-eval run folder (its student) or None (the workload's teacher).
+    """
+    workload = config.workload
+    if workload.data.source == "latents":
+        raise UsageError("sample needs a pixel workload; latents need a VAE to become images")
+    if checkpoint is None:
+        model, _ = load_teacher(workload, context.device)
+    else:
+        model = load_student(checkpoint, workload)
+    with context.progress.task("sample", num) as task:
+        images = sample_images(
+            model,
+            workload,
+            seeds=range(config.seed, config.seed + num),
+            batch_size=workload.evaluation.batch_size,
+            device=context.device,
+            progress=task.advance,
+        )
+    atomic_write_bytes(output, image_grid(images, GRID_COLUMNS, GRID_SCALE))
+    return output

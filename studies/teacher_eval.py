@@ -1,0 +1,51 @@
+"""The teacher's own row: full-precision samples under a workload's protocol, measured once.
+
+Every plan of a workload is compared with the same teacher at the same N, seeds, sampler and
+steps, so this run is shared: its folder is named by the workload alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from robuq_bench.config import Config, load_plan
+from robuq_bench.context import Context, RunResult
+from robuq_bench.evaluation import evaluate_samples
+from robuq_bench.fidelity import FeatureNetwork, Features
+from robuq_bench.runs import Run, open_existing
+
+VERSION = "1"
+SUMMARY = "Sample and measure a workload's full-precision teacher."
+LOCK_WAIT_S = 3600.0
+
+
+def run_teacher_eval(
+    config: Config,
+    root: Path,
+    context: Context,
+    teacher: nn.Module,
+    network: FeatureNetwork,
+    reference: Features,
+) -> Run:
+    """Return the finished teacher-eval run of this workload, computing what is missing.
+
+    Two jobs that start together share it: the second waits for the first's lock.
+    """
+    own = config.model_copy(
+        update={"plan": load_plan("fp"), "seed": 0, "study": "teacher-eval", "study_version": VERSION}
+    )
+    with Run.open(
+        root, own, context.argv,
+        wait_s=LOCK_WAIT_S, device=context.device, threads=context.threads,
+    ) as run:
+        if not run.is_done:
+            rows = evaluate_samples(
+                teacher, config.workload, run, context,
+                subject="teacher", network=network, reference=reference,
+            )
+            RunResult.store(run, rows, {"run": run.id})
+            run.finish()
+        path = run.path
+    return open_existing(path)

@@ -1,0 +1,330 @@
+"""The main job: quantize a teacher by a plan, train it, allocate its bits, and judge it.
+
+Steps, in the order of the run: load what can fail (data, metric reference, teacher, the teacher's
+own evaluation); convert; train `sensitivity_steps` at the warm-up bits and measure every layer's
+sensitivity; solve AMPN; train on at the allocated bits to `training.steps` in total, so that plans
+with and without AMPN get the same number of steps; evaluate the averaged weights; account.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robuq_bench import accounting, sensitivity
+from robuq_bench.allocation import mean_bits, mean_bits_by_type, solve_ampn
+from robuq_bench.checkpointing import CheckpointStore, save_tensors
+from robuq_bench.config import Config, load_allocation_file
+from robuq_bench.context import Context, RunResult
+from robuq_bench.data import ImageData, load_dataset
+from robuq_bench.diffusion import Diffusion
+from robuq_bench.evaluation import evaluate_samples, validation_losses
+from robuq_bench.fidelity import load_feature_network, reference_features
+from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.quantization.convert import (
+    allocatable_layers,
+    layer_type,
+    quantize_,
+    quantized_layers,
+    set_activation_bits,
+)
+from robuq_bench.runs import Run
+from robuq_bench.training import BatchSource, Trainer, qat_loss
+from studies import teacher_eval
+from studies.figures import plot_allocation, plot_losses
+
+VERSION = "1"
+SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
+
+
+def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResult:
+    """Run (or continue, or just report) the main job; return its run folder and table."""
+    started = time.perf_counter()
+    workload, plan = config.workload, config.plan
+    data = load_dataset(workload.data, name=workload.name)
+    network = load_feature_network(workload.evaluation)
+    reference = reference_features(network, data, workload.evaluation.batch_size)
+    teacher, teacher_sha256 = load_teacher(workload, context.device)
+    teacher_run = teacher_eval.run_teacher_eval(config, root, context, teacher, network, reference)
+
+    with Run.open(
+        root, config, context.argv,
+        force=context.force, device=context.device, threads=context.threads,
+    ) as run:
+        if run.is_done:
+            return RunResult.from_run(run)
+        resumed = bool(run.results())
+        run.add_input_digest("teacher", teacher_sha256)
+        run.add_input_digest("data", data.sha256, source=data.source)
+        run.add_input_digest("features", network.sha256, network=network.name)
+        copy_teacher_rows(teacher_run, run)
+        if plan.is_full_precision:
+            copy_teacher_rows(teacher_run, run, subject="student")
+            student = teacher
+            bits = None
+        else:
+            student, bits = train_student(config, run, context, teacher, data)
+            evaluate_samples(
+                student, workload, run, context,
+                subject="student", network=network, reference=reference,
+            )
+        if not run.has("validation"):
+            losses = validation_losses(student, teacher, data, workload, context.device)
+            run.append("validation", kind="validation", **losses)
+        if not run.has("accounting"):
+            run.append(
+                "accounting",
+                kind="accounting",
+                **accounting.account(workload.model, plan, bits),
+            )
+        if not run.has("timing"):
+            seconds = round(time.perf_counter() - started, 1)
+            run.append("timing", kind="timing", total_s=seconds, resumed=resumed)
+        write_outputs(run)
+        result = RunResult.store(run, summary_table(run), {"run": run.id})
+        run.finish()
+    return result
+
+
+def train_student(
+    config: Config, run: Run, context: Context, teacher: nn.Module, data: ImageData
+) -> tuple[nn.Module, dict[str, int]]:
+    """Convert and train; return the model with averaged weights and its activation bits."""
+    plan, workload = config.plan, config.workload
+    recipe = workload.training
+    teacher.requires_grad_(False).eval()
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    student.pos_embed.requires_grad_(False)
+    quantize_(student, plan, seed=config.seed)
+    layers = allocatable_layers(student, plan)
+    diffusion = Diffusion.from_config(workload.diffusion)
+    source = BatchSource(
+        data.model_inputs(torch.arange(len(data))), data.labels, diffusion, student,
+        batch_size=recipe.batch_size, seed=config.seed, stream="qat", device=context.device,
+    )
+    loss_function = qat_loss(
+        diffusion, teacher, plan.qat.distillation_weight, plan.qat.denoising_weight
+    )
+    trainer = Trainer(student, recipe, context.device)
+    store = CheckpointStore(run.path / "checkpoints" / "training")
+    resumed = store.load_latest()
+    if resumed is not None:
+        trainer.load_state(resumed[0], resumed[1], str(store.path(resumed[0])))
+
+    def train_to(until: int, phase: str) -> None:
+        train_with_checkpoints(
+            trainer, source, loss_function, until, run, store, context, phase=phase
+        )
+
+    warmup_steps = 0
+    if plan.allocation.method == "ampn":
+        warmup_steps = plan.allocation.sensitivity_steps
+        if warmup_steps is None:
+            warmup_steps = recipe.sensitivity_steps
+        warmup_steps = min(warmup_steps, recipe.steps)
+        train_to(warmup_steps, "warmup")
+        if not run.has("allocation"):
+            allocate_ampn(config, run, context, student, data, diffusion, layers)
+    elif not run.has("allocation"):
+        bits = {name: plan.activations.bits for name in layers}
+        if plan.allocation.method == "file":
+            bits = load_allocation_file(plan.allocation, layers)
+        record_allocation(run, student, workload, bits, objective=None)
+    bits = dict(run.get("allocation")["bits_by_layer"])
+    set_activation_bits(student, bits)
+    train_to(recipe.steps, "qat")
+
+    trainer.copy_ema_to(student)
+    student.eval()
+    tensors = {name: value.contiguous() for name, value in student.state_dict().items()}
+    save_tensors(
+        run.path / "checkpoints" / "student-ema.safetensors",
+        tensors,
+        {
+            "format": "robuq-bench student (fake-quantized, averaged weights)",
+            "run": run.id,
+            "plan": plan.model_dump_json(),
+            "model": workload.model.model_dump_json(),
+            "bits_by_layer": json.dumps(bits, sort_keys=True),
+        },
+    )
+    return student, bits
+
+
+def train_with_checkpoints(
+    trainer: Trainer,
+    source: BatchSource,
+    loss_function: Any,
+    until: int,
+    run: Run,
+    store: CheckpointStore,
+    context: Context,
+    *,
+    phase: str,
+) -> None:
+    """Train to step `until`, logging window means and saving atomically every N steps.
+
+    The logging window restarts at each checkpoint, so a resumed run logs the same numbers.
+    """
+    recipe = trainer.recipe
+    if trainer.step >= until:
+        return
+    window: list[dict[str, float]] = []
+    with context.progress.task(f"QAT {phase}", until, trainer.step) as task:
+        for values in trainer.train(source, loss_function, until):
+            step = trainer.step
+            window.append(values)
+            task.update(f"loss {values['loss']:.4f}")
+            task.advance(step)
+            if step % recipe.log_every_steps == 0 or step == until:
+                key = f"train/{step:08d}"
+                if not run.has(key):
+                    means = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
+                    run.append(key, kind="train", step=step, phase=phase, **means)
+                window = []
+            if step % recipe.checkpoint_every_steps == 0 or step == until:
+                store.save(step, trainer.state(), {"run": run.id, "phase": phase})
+                window = []
+
+
+def allocate_ampn(
+    config: Config,
+    run: Run,
+    context: Context,
+    student: nn.Module,
+    data: ImageData,
+    diffusion: Diffusion,
+    layers: list[str],
+) -> None:
+    """Measure s_l(b) for every layer and bit width (resumable), solve AMPN, record it."""
+    plan, workload = config.plan, config.workload
+    batches = sensitivity.calibration_batches(
+        data.model_inputs(torch.arange(len(data))), data.labels, diffusion,
+        num_samples=workload.training.calibration_samples,
+        batch_size=workload.evaluation.batch_size,
+        seed=config.seed,
+    )
+    done: dict[str, dict[int, float]] = {}
+    for record in run.results():
+        if record["kind"] == "sensitivity":
+            done.setdefault(record["layer"], {})[record["bits"]] = record["mse"]
+    total = len(layers) * len(plan.allocation.bit_choices)
+    with context.progress.task("sensitivity", total, sum(map(len, done.values()))) as task:
+
+        def on_item(layer: str, bits: int, mse: float) -> None:
+            run.append(
+                f"sensitivity/{layer}/{bits}", kind="sensitivity", layer=layer, bits=bits, mse=mse
+            )
+            task.advance(task.completed + 1)
+
+        table = sensitivity.measure_sensitivity(
+            student, layers, plan.allocation.bit_choices, batches,
+            done=done, on_item=on_item,
+        )
+    macs = accounting.dit_layer_macs(workload.model)
+    solution = solve_ampn(
+        table, {name: macs[name] for name in layers}, float(plan.allocation.mean_bits or 0)
+    )
+    record_allocation(run, student, workload, solution.bits_by_layer, solution.objective)
+
+
+def record_allocation(
+    run: Run,
+    student: nn.Module,
+    workload: Any,
+    bits: dict[str, int],
+    objective: float | None,
+) -> None:
+    """Append the allocation with MACs and its means per layer type."""
+    macs = accounting.dit_layer_macs(workload.model)
+    known = quantized_layers(student)
+    macs = {name: macs[name] for name in bits if name in known}
+    run.append(
+        "allocation",
+        kind="allocation",
+        bits_by_layer=bits,
+        macs=macs,
+        mean_bits=mean_bits(bits, macs),
+        objective=objective,
+        by_type=mean_bits_by_type(bits),
+    )
+
+
+def copy_teacher_rows(teacher_run: Run, run: Run, subject: str = "teacher") -> None:
+    """Cite the teacher's metrics (same seeds, N, sampler) and grid in this run."""
+    for record in teacher_run.results():
+        if record["kind"] != "metrics":
+            continue
+        key = f"metrics/{subject}/{record['seed_range']}"
+        if not run.has(key):
+            fields = {k: v for k, v in record.items() if k not in ("key", "subject")}
+            run.append(key, subject=subject, source_run=teacher_run.id, **fields)
+    grid = teacher_run.path / "samples" / "grid-teacher.png"
+    if grid.exists():
+        run.write_bytes(f"samples/grid-{subject}.png", grid.read_bytes())
+
+
+def metric_names(records: list[dict[str, Any]]) -> list[str]:
+    """Return the metric columns of `metrics` records, in the order they were measured."""
+    prefixes = ("fid", "sfid", "is", "kid", "precision", "recall")
+    return [
+        name
+        for name, value in records[0].items()
+        if isinstance(value, float) and name.split("_")[0] in prefixes and not name.endswith("_std")
+    ]
+
+
+def summary_table(run: Run) -> list[dict[str, Any]]:
+    """One row per subject: mean over the seed ranges of every metric, with N and ranges."""
+    records = [record for record in run.results() if record["kind"] == "metrics"]
+    rows = []
+    for subject in ("teacher", "student"):
+        own = [record for record in records if record["subject"] == subject]
+        if not own:
+            continue
+        row: dict[str, Any] = {"subject": subject, "num_samples": own[0]["num_samples"]}
+        row["seed_ranges"] = len(own)
+        for name in metric_names(own):
+            values = [record[name] for record in own]
+            row[name] = sum(values) / len(values)
+            row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
+        rows.append(row)
+    return rows
+
+
+def write_outputs(run: Run) -> None:
+    """Write the tidy tables and figures of a finished job from its records alone."""
+    records = run.results()
+    metrics = [
+        {k: v for k, v in record.items() if k not in ("key", "kind")}
+        for record in records
+        if record["kind"] == "metrics"
+    ]
+    run.write_table("metrics", metrics)
+    losses = [record for record in records if record["kind"] == "train"]
+    if losses:
+        run.write_table(
+            "losses", [{k: v for k, v in r.items() if k not in ("key", "kind")} for r in losses]
+        )
+        plot_losses(losses, run.figure_path("losses"))
+    allocation = run.get("allocation")
+    if allocation is not None:
+        run.write_table(
+            "allocation",
+            [
+                {
+                    "layer": layer,
+                    "layer_type": layer_type(layer),
+                    "bits": bits,
+                    "macs": allocation["macs"][layer],
+                }
+                for layer, bits in allocation["bits_by_layer"].items()
+            ],
+        )
+        plot_allocation(allocation, run.figure_path("allocation"))

@@ -1,0 +1,85 @@
+"""Train a workload's full-precision teacher, resumable to the bit, and export it.
+
+`--export FILE` writes the averaged weights as safetensors under facebookresearch/DiT's keys, with
+the recipe and the run's id in the file's metadata: this is how the packaged teacher was made.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from robuq_bench.checkpointing import CheckpointStore, save_tensors
+from robuq_bench.config import Config
+from robuq_bench.context import Context, RunResult
+from robuq_bench.data import load_dataset
+from robuq_bench.diffusion import Diffusion
+from robuq_bench.models.dit import DiT
+from robuq_bench.runs import Run
+from robuq_bench.training import BatchSource, Trainer, denoising_loss
+from studies.figures import plot_losses
+from studies.train_and_eval import train_with_checkpoints
+
+VERSION = "1"
+SUMMARY = "Train a workload's full-precision teacher."
+
+
+def run_train_teacher(
+    config: Config, root: Path, context: Context, export: Path | None = None
+) -> RunResult:
+    """Train (or continue) the teacher; return the run with its final loss and weights' SHA-256."""
+    workload = config.workload
+    recipe = workload.teacher.training
+    data = load_dataset(workload.data, name=workload.name)
+    torch.manual_seed(config.seed)
+    model = DiT.from_config(workload.model).to(context.device)
+    diffusion = Diffusion.from_config(workload.diffusion)
+    with Run.open(
+        root, config, context.argv,
+        force=context.force, device=context.device, threads=context.threads,
+    ) as run:
+        if run.is_done:
+            return RunResult.from_run(run)
+        run.add_input_digest("data", data.sha256, source=data.source)
+        weights = run.path / "checkpoints" / "teacher.safetensors"
+        store = CheckpointStore(run.path / "checkpoints" / "training")
+        trainer = Trainer(model, recipe, context.device)
+        resumed = store.load_latest()
+        if resumed is not None:
+            trainer.load_state(resumed[0], resumed[1], str(store.path(resumed[0])))
+        source = BatchSource(
+            data.model_inputs(torch.arange(len(data))), data.labels, diffusion, model,
+            batch_size=recipe.batch_size, seed=config.seed, stream="teacher",
+            device=context.device,
+        )
+        train_with_checkpoints(
+            trainer, source, denoising_loss(diffusion), recipe.steps, run, store, context,
+            phase="teacher",
+        )
+        trainer.copy_ema_to(model)
+        metadata = {
+            "format": "DiT state dict (facebookresearch/DiT keys), averaged weights",
+            "workload": workload.name,
+            "model": workload.model.model_dump_json(),
+            "training": recipe.model_dump_json(),
+            "seed": str(config.seed),
+            "data": f"{data.source} sha256 {data.sha256}",
+            "command": f"python bench.py train-teacher --on {workload.name}",
+        }
+        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        sha256 = save_tensors(weights, tensors, metadata)
+        if export is not None:
+            save_tensors(export, tensors, metadata)
+        losses = [record for record in run.results() if record["kind"] == "train"]
+        plot_losses(losses, run.figure_path("losses"))
+        row = {
+            "steps": recipe.steps,
+            "denoising_loss": losses[-1]["denoising_loss"],
+            "sha256": sha256,
+            "weights": str(weights),
+        }
+        result = RunResult.store(run, [row], {"run": run.id, "metadata": json.dumps(metadata)})
+        run.finish()
+    return result

@@ -1,0 +1,192 @@
+"""What a user meets before any model: imports, help, pins, package files, README commands."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import robuq_bench
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+HEAVY = ("torch", "torchvision", "scipy", "pandas", "matplotlib", "seaborn", "diffusers", "sklearn")
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=100
+    )
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """Least CPU time of three runs: elapsed time too on a quiet machine, stable on a busy one."""
+    best = float("inf")
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = python(*arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return best
+
+
+def test_import_is_fast_and_light() -> None:
+    assert cpu_seconds("-c", "import robuq_bench") < 0.5
+    names = "{m.partition('.')[0] for m in sys.modules}"
+    done = python("-c", f"import robuq_bench, sys; print(*sorted({names} & set({HEAVY})))")
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train-and-eval", "--help")])
+def test_help_is_fast(arguments: tuple[str, ...]) -> None:
+    assert cpu_seconds("bench.py", *arguments) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plans",), ("workloads",)])
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    done = python("-X", "importtime", "bench.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert imported & set(HEAVY) == set()
+
+
+def test_public_names_load_on_first_use() -> None:
+    for name in robuq_bench.__all__:
+        assert getattr(robuq_bench, name) is not None
+    assert robuq_bench.load_plan("a2").name == "a2"
+    assert set(robuq_bench.__all__) <= set(dir(robuq_bench))
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = robuq_bench.nothing_here
+
+
+# diffusers and transformers probe for a third-party package called `kernels`, our folder's name
+HUB = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+from robuq_bench._compat import import_torchvision
+import_torchvision()
+import diffusers, kernels, transformers
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers.utils import is_kernels_available as in_diffusers
+from transformers.utils import is_kernels_available as in_transformers
+print(kernels.__file__, in_diffusers(), in_transformers())
+"""
+
+
+@pytest.mark.slow
+def test_hub_libraries_import_beside_our_kernels_folder(tmp_path: Path) -> None:
+    here = ROOT
+    if not (ROOT / "kernels").is_dir():
+        here = tmp_path
+        (here / "kernels").mkdir()
+        (here / "kernels" / "__init__.py").touch()
+    done = python("-c", HUB, cwd=here)
+    assert done.returncode == 0, done.stderr
+    expected = [str(here / "kernels" / "__init__.py"), "False", "False"]
+    assert done.stdout.split() == expected, "our folder must be found, and not as the hub's package"
+
+
+def requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_pinned_versions_satisfy_the_declared_ranges(requirement: Requirement) -> None:
+    if requirement.name == "triton":
+        pytest.skip("torch chooses triton's version")
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_pins_name_no_build_variant() -> None:
+    assert [version for version in pins().values() if "+" in version] == []
+
+
+def test_one_version_everywhere() -> None:
+    version = re.escape(robuq_bench.__version__)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^version: {version}$", citation, re.MULTILINE)
+    assert re.search(rf"^## \[{version}\]", changelog, re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", ["robuq_bench", "reports"])
+def test_every_data_file_is_packaged(package: str) -> None:
+    folder = ROOT / package
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"][package]
+    packaged = {path for pattern in patterns for path in folder.glob(pattern)}
+    recorded = folder / "recorded"  # documents of the checkout, not needed at run time
+    found = {
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix not in {".py", ".pyc", ".tmp"}
+        and recorded not in path.parents
+    }
+    assert found, f"no data file under {package}"
+    assert found - packaged == set()
+
+
+def readme_commands() -> list[str]:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    blocks = re.findall(r"^```(?:bash|sh|console|shell)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition(" #")[0].removeprefix("$ ").strip() for line in lines if line.strip()]
+
+
+def bench_commands() -> list[list[str]]:
+    """Arguments of every `python bench.py …` line of the README, sample values filled in."""
+    found = [shlex.split(line) for line in readme_commands()]
+    return [words[2:] for words in found if words[:2] == ["python", "bench.py"]]
+
+
+def test_readme_shows_the_two_commands_and_the_main_job() -> None:
+    assert {"make demo", "make test"} <= set(readme_commands())
+    assert ["train-and-eval", "--plan", "a2"] in bench_commands()
+
+
+@pytest.mark.parametrize("arguments", bench_commands(), ids=shlex.join)
+def test_readme_bench_command_parses(arguments: list[str]) -> None:
+    import typer.main
+
+    from robuq_bench.cli import app
+
+    command = typer.main.get_command(app)
+    words = [word for word in arguments if word not in {"--help", "--version"}]
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands
+        command = command.commands[words.pop(0)]
+    if hasattr(command, "commands"):
+        return  # a group alone shows its help
+    context = command.make_context("bench.py", words)
+    plan = context.params.get("plan")
+    if isinstance(plan, str) and "/" not in plan:
+        assert robuq_bench.load_plan(plan).name == plan
+
+
+@pytest.mark.parametrize(
+    "words",
+    [shlex.split(line) for line in readme_commands() if line.startswith("make ")],
+    ids=shlex.join,
+)
+def test_readme_make_command_exists(words: list[str]) -> None:
+    done = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
