@@ -237,15 +237,16 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model/{name}"])
                 self.ema[name].copy_(tensors[f"ema/{name}"])
+                # Fused AdamW walks memory: its moments must have the parameter's own strides.
                 state = {
-                    key: tensors[f"adamw/{key}/{name}"].to(self.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: torch.empty_like(parameter).copy_(tensors[f"adamw/{key}/{name}"])
+                    for key in ("exp_avg", "exp_avg_sq")
                     if f"adamw/{key}/{name}" in tensors
                 }
                 if state:
+                    state["step"] = tensors[f"adamw/step/{name}"].to(self.device)
                     self.optimizer.state[parameter] = state
         self.step = step
-
 
     def copy_ema_to(self, model: nn.Module) -> None:
         """Load the averaged weights into `model` (buffers untouched)."""

@@ -35,7 +35,7 @@ def load_student(run_path: Path, workload: Workload) -> nn.Module:
         raise UsageError(f"{run.id} trained no student; leave out --checkpoint for the teacher")
     tensors, metadata = load_tensors(path)
     model = DiT.from_config(workload.model)
-    quantize_(model, Plan.model_validate_json(metadata["plan"]), initialize=False)
+    quantize_(model, Plan.model_validate_json(metadata["plan"]))
     set_activation_bits(model, json.loads(metadata["bits_by_layer"]))
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if missing or unexpected:

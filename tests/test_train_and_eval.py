@@ -1,0 +1,254 @@
+"""The main job end to end on a tiny model: results, resume to the bit, second command, honesty."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from robuq_bench import allocation
+from robuq_bench.checkpointing import load_tensors, save_tensors
+from robuq_bench.config import Config, load_workload, resolve
+from robuq_bench.context import Context, RunResult
+from robuq_bench.models.dit import DiT
+from robuq_bench.progress import Progress
+from robuq_bench.runs import Run, open_existing, verify_run
+from robuq_bench.sampling import sample_images
+from robuq_bench.training import Trainer
+from studies import train_and_eval
+from studies.sample_images import load_student
+from studies.train_and_eval import run_train_and_eval
+
+ROOT = Path(__file__).parents[1]
+
+WORKLOAD = """
+extends = "digits"
+[model]
+hidden_size = 48
+depth = 2
+num_heads = 2
+[teacher]
+checkpoint = "{teacher}"
+sha256 = ""
+[training]
+steps = 9
+batch_size = 8
+warmup_steps = 2
+sensitivity_steps = 4
+calibration_samples = 12
+checkpoint_every_steps = 2
+log_every_steps = 3
+[evaluation]
+sampling_steps = 2
+num_samples = 130
+batch_size = 70
+seed_ranges = 2
+grid_images = 10
+"""
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workload")
+    torch.manual_seed(0)
+    model_config = load_workload("digits").model.model_copy(
+        update={"hidden_size": 48, "depth": 2, "num_heads": 2}
+    )
+    model = DiT.from_config(model_config)
+    for block in model.blocks:  # adaLN-Zero would make every quantized layer invisible
+        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    save_tensors(folder / "teacher.safetensors", dict(model.state_dict()), {})
+    path = folder / "tiny.toml"
+    path.write_text(WORKLOAD.format(teacher=folder / "teacher.safetensors"))
+    return path
+
+
+def config_for(workload: Path, plan: str = "a2", seed: int = 0, *overrides: str) -> Config:
+    return resolve(
+        "train-and-eval", train_and_eval.VERSION, plan, str(workload), seed, list(overrides)
+    )
+
+
+def run_job(config: Config, root: Path) -> RunResult:
+    context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True), argv=["test"])
+    return run_train_and_eval(config, root, context)
+
+
+def student_digest(path: Path) -> str:
+    tensors, _ = load_tensors(path / "checkpoints" / "student-ema.safetensors")
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def finished(workload: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return run_job(config_for(workload), tmp_path_factory.mktemp("runs"))
+
+
+def test_the_run_holds_everything_the_report_needs(finished: RunResult) -> None:
+    run = open_existing(finished.path)
+    assert run.is_done
+    assert verify_run(finished.path) == []
+    records = run.results()
+    metrics = [record for record in records if record["kind"] == "metrics"]
+    assert {(r["subject"], r["seed_start"]) for r in metrics} == {
+        ("teacher", 0), ("teacher", 130), ("student", 0), ("student", 130)
+    }
+    names = ("fid", "sfid", "is", "kid", "precision", "recall")
+    assert all(f"{name}_digits" in record for record in metrics for name in names)
+    assert "fid" not in metrics[0], "digits features must not pass for Inception's"
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    assert steps == [3, 4, 6, 9], "a line every 3 steps and one at the end of each phase"
+    assert run.get("validation")["distillation_loss"] > 0
+    for name in ("samples/grid-student.png", "samples/grid-teacher.png", "tables/metrics.csv",
+                 "figures/allocation.svg", "figures/losses.svg"):
+        assert (finished.path / name).stat().st_size > 100
+
+
+def test_the_allocation_is_optimal_for_the_measured_sensitivities(finished: RunResult) -> None:
+    run = open_existing(finished.path)
+    record = run.get("allocation")
+    table: dict[str, dict[int, float]] = {}
+    for row in run.results():
+        if row["kind"] == "sensitivity":
+            table.setdefault(row["layer"], {})[row["bits"]] = row["mse"]
+    assert len(table) == 8
+    assert all(set(row) == {1, 2, 3, 4} for row in table.values())
+    assert all(row[4] == 0 for row in table.values()), "4 bits are the warm-up's own"
+    assert record["mean_bits"] <= 2.0
+    best = allocation.solve_ampn(table, record["macs"], 2.0)
+    assert record["bits_by_layer"] == best.bits_by_layer
+    uniform = sum(row[2] for row in table.values())
+    assert record["objective"] <= uniform
+
+
+def test_a_second_run_of_the_job_is_bit_identical(
+    finished: RunResult, workload: Path, tmp_path: Path
+) -> None:
+    again = run_job(config_for(workload), tmp_path)
+    assert student_digest(again.path) == student_digest(finished.path)
+    assert again.table == finished.table
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 8])
+def test_resume_after_an_interrupt_is_bit_identical(
+    finished: RunResult, workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+) -> None:
+    train = Trainer.train
+
+    def interrupted(self, *args):  # type: ignore[no-untyped-def]
+        for values in train(self, *args):
+            if self.step == stop_at + 1:
+                raise KeyboardInterrupt
+            yield values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(config_for(workload), tmp_path)
+    result = run_job(config_for(workload), tmp_path)
+    assert student_digest(result.path) == student_digest(finished.path)
+    assert result.table == finished.table
+    keys = [record["key"] for record in open_existing(result.path).results()]
+    assert len(keys) == len(set(keys))
+    assert open_existing(result.path).get("timing")["resumed"] is True
+
+
+def test_an_interrupted_sensitivity_scan_is_not_measured_twice(
+    workload: Path, finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Run.append
+
+    def failing(self, key, **fields):  # type: ignore[no-untyped-def]
+        if key.startswith("sensitivity/blocks.1.attn.qkv/2"):
+            raise KeyboardInterrupt
+        append(self, key, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "append", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(config_for(workload), tmp_path)
+    appended: list[str] = []
+
+    def counting(self, key, **fields):  # type: ignore[no-untyped-def]
+        appended.append(key)
+        append(self, key, **fields)
+
+    monkeypatch.setattr(Run, "append", counting)
+    result = run_job(config_for(workload), tmp_path)
+    measured = [key for key in appended if key.startswith("sensitivity/")]
+    assert not any("blocks.0" in key for key in measured)
+    assert student_digest(result.path) == student_digest(finished.path)
+
+
+def test_the_student_can_be_loaded_and_samples_as_recorded(
+    finished: RunResult, workload: Path
+) -> None:
+    config = config_for(workload)
+    student = load_student(finished.path, config.workload)
+    import numpy as np
+
+    recorded = np.load(finished.path / "samples" / "student-0.npz")["arr_0"]
+    images = sample_images(student, config.workload, seeds=range(5)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images.astype(int) - recorded[:5].astype(int)).max() <= 1
+
+
+def test_full_precision_plan_is_the_teacher(workload: Path, finished: RunResult) -> None:
+    result = run_job(config_for(workload, "fp"), finished.path.parents[1])
+    teacher, student = result.table
+    assert {k: v for k, v in teacher.items() if k != "subject"} == {
+        k: v for k, v in student.items() if k != "subject"
+    }
+    assert open_existing(result.path).get("validation")["distillation_loss"] == 0
+
+
+def test_unreachable_budget_fails_before_training(workload: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "bench.py", "train-and-eval", "--plan", "a2", "--on", str(workload),
+        "--set", "allocation.mean_bits=0.5", "-o", str(tmp_path / "runs"), "--quiet",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "mean_bits" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_sigkill_then_the_same_command(
+    finished: RunResult, workload: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "bench.py", "train-and-eval", "--plan", "a2", "--on", str(workload),
+        "-o", str(tmp_path), "--threads", "1", "--device", "cpu", "--quiet", "--json",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("train-and-eval/*/checkpoints/training/step-*.safetensors")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert student_digest(Path(document["path"])) == student_digest(finished.path)
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert json.loads(again.stdout.strip().splitlines()[-1])["was_complete"] is True
