@@ -27,20 +27,32 @@ ADAM_BETAS = (0.9, 0.999)
 
 
 class Recipe(Protocol):
-    """Training fields of a workload's `training` or `teacher.training` section."""
+    """Training fields of a workload's `training` or `teacher.training` section (read-only)."""
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    min_learning_rate_ratio: float
-    weight_decay: float
-    grad_clip_norm: float
-    ema_decay: float
-    checkpoint_every_steps: int
-    log_every_steps: int
-    precision: str
-    compile: bool
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def min_learning_rate_ratio(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def grad_clip_norm(self) -> float: ...
+    @property
+    def ema_decay(self) -> float: ...
+    @property
+    def checkpoint_every_steps(self) -> int: ...
+    @property
+    def log_every_steps(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def compile(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from robuq_bench.config import Config, load_plan
+from robuq_bench.config import Config, TrainingConfig, load_plan
 from robuq_bench.context import Context, RunResult
 from robuq_bench.evaluation import evaluate_samples
 from robuq_bench.fidelity import FeatureNetwork, Features
@@ -19,6 +19,7 @@ from robuq_bench.runs import Run, open_existing
 VERSION = "1"
 SUMMARY = "Sample and measure a workload's full-precision teacher."
 LOCK_WAIT_S = 3600.0
+NO_TRAINING = TrainingConfig(steps=0, batch_size=1, learning_rate=1.0)
 
 
 def run_teacher_eval(
@@ -33,8 +34,16 @@ def run_teacher_eval(
 
     Two jobs that start together share it: the second waits for the first's lock.
     """
+    # The QAT budget does not touch the teacher: it must not be part of the folder's hash.
+    workload = config.workload.model_copy(update={"training": NO_TRAINING})
     own = config.model_copy(
-        update={"plan": load_plan("fp"), "seed": 0, "study": "teacher-eval", "study_version": VERSION}
+        update={
+            "plan": load_plan("fp"),
+            "workload": workload,
+            "seed": 0,
+            "study": "teacher-eval",
+            "study_version": VERSION,
+        }
     )
     with Run.open(
         root, own, context.argv,
