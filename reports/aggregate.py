@@ -56,14 +56,20 @@ class Summary:
 class Row:
     """One line of the summary table."""
 
-    label: str
     plan: Mapping[str, Any]
     runs: list[RunData]
     values: dict[str, list[Value]] = field(default_factory=dict)
+    anchor: str = ""
+    differs: str = ""
 
     @property
     def name(self) -> str:
-        return str(self.plan.get("name", self.label))
+        return str(self.plan.get("name", "unknown"))
+
+    @property
+    def label(self) -> str:
+        """The plan's name, with the settings that tell it from others of that name."""
+        return f"{self.name} ({self.differs})" if self.differs else self.name
 
     @property
     def family(self) -> str:
@@ -76,10 +82,6 @@ class Row:
     @property
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})
-
-    @property
-    def anchor(self) -> str:
-        return "row-" + self.runs[0].anchor if self.runs else "row-teacher"
 
     def summary(self, metric: str) -> Summary | None:
         """Mean and range of a metric over training seeds and seed ranges, None if not run."""
@@ -160,12 +162,16 @@ def summarize(values: Sequence[Value]) -> Summary | None:
 
 
 def group_runs(runs: Iterable[RunData]) -> list[Group]:
-    """Sort finished train-and-eval runs into protocols and rows; others are left out."""
+    """Sort finished train-and-eval runs into protocols and rows.
+
+    Of other studies, only the runs that measured a teacher are used: the teacher row cites them.
+    """
+    by_id = {run.id: run for run in runs if run.finished}
     by_protocol: dict[str, list[RunData]] = {}
-    for run in runs:
-        if run.study == STUDY and run.finished:
+    for run in by_id.values():
+        if run.study == STUDY:
             by_protocol.setdefault(_canonical(_protocol(run)), []).append(run)
-    groups = [_group(members) for _, members in sorted(by_protocol.items())]
+    groups = [_group(members, by_id) for _, members in sorted(by_protocol.items())]
     for index, differs in enumerate(differences([_protocol_view(group) for group in groups])):
         groups[index].differs = differs.replace("evaluation.", "")
     return sorted(groups, key=lambda group: (-len(group.rows), group.title))
@@ -222,7 +228,7 @@ def _num_samples(run: RunData) -> int:
     return int(configured if recorded is None else recorded)
 
 
-def _group(members: list[RunData]) -> Group:
+def _group(members: list[RunData], by_id: Mapping[str, RunData]) -> Group:
     by_plan: dict[str, list[RunData]] = {}
     for run in members:
         by_plan.setdefault(_canonical(_row_config(run)), []).append(run)
@@ -230,8 +236,8 @@ def _group(members: list[RunData]) -> Group:
     for row, differs in zip(
         rows, differences([_row_config(row.runs[0]) for row in rows]), strict=True
     ):
-        row.label = f"{row.name} ({differs})" if differs else row.name
-    teacher = _teacher_row(members)
+        row.differs = differs
+    teacher = _teacher_row(members, by_id)
     rows = [row for row in rows if not _is_teacher(row, teacher)]
     starts = {
         int(record.get("seed_start", 0))
@@ -259,7 +265,8 @@ def _row_config(run: RunData) -> dict[str, Any]:
 
 
 def _row(runs: list[RunData]) -> Row:
-    row = Row(label=runs[0].plan_name, plan=runs[0].plan, runs=sorted(runs, key=lambda r: r.seed))
+    runs = sorted(runs, key=lambda run: run.seed)
+    row = Row(plan=runs[0].plan, runs=runs, anchor=f"row-{runs[0].anchor}")
     for run in row.runs:
         for record in metric_records(run, "student"):
             for name, value in metric_values(record).items():
@@ -270,11 +277,12 @@ def _row(runs: list[RunData]) -> Row:
     return row
 
 
-def _teacher_row(members: list[RunData]) -> Row:
+def _teacher_row(members: list[RunData], by_id: Mapping[str, RunData]) -> Row:
     """Teacher metrics are copied into every run, so equal ones count once."""
-    by_id = {run.id: run for run in members}
     seen: set[str] = set()
-    row = Row(label=TEACHER, plan={"name": TEACHER}, runs=[])
+    # The runs of a protocol are in no other, so the first of them makes a unique anchor.
+    anchor = f"row-teacher-of-{members[0].anchor}"
+    row = Row(plan={"name": TEACHER}, runs=[], anchor=anchor)
     for run in members:
         for record in metric_records(run, TEACHER):
             values = metric_values(record)

@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the metric of the row that should be better is (means)."""
+        """Mean of the row that should be worse over that of the other."""
         a, b = self.better.summary(self.metric), self.worse.summary(self.metric)
         return b.mean / a.mean if a and b and a.mean else math.nan
 
@@ -161,7 +161,9 @@ def _claim(
         return Claim(text, NOT_RUN, [Phrase(needs)])
     evidence = list(comparison.evidence)
     if math.isfinite(comparison.ratio):
-        evidence.append(Phrase(f": {significant(comparison.ratio, 3)} times smaller"))
+        evidence.append(
+            Phrase(f": the second is {significant(comparison.ratio, 3)} times the first")
+        )
     differing = _differing(comparison.better, comparison.worse)
     others = [key for key in differing if not key.startswith("rotation.")]
     if list_differences and others:

@@ -39,6 +39,8 @@ def fid_chart(group: Group) -> str | None:
         figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for y, row in enumerate(rows):
+            if y and row.bits != rows[y - 1].bits:
+                axes.axhline(y - 0.5, color=COLOURS["line"], lw=0.6)
             _dot_line(axes, y, row, metric)
         teacher = group.teacher.summary(metric)
         if teacher:
@@ -54,7 +56,9 @@ def fid_chart(group: Group) -> str | None:
                 va="bottom",
                 color=COLOURS["muted"],
             )
-        _log_axis(axes, [v.value for row in rows for v in row.values[metric]])
+        _log_axis(
+            axes, [v.value for row in (*rows, group.teacher) for v in row.values.get(metric, [])]
+        )
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.tick_params(axis="y", length=0, labelcolor=COLOURS["text"])
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -158,6 +162,8 @@ def sensitivity_chart(sensitivity: Mapping[tuple[str, int], float], name: str) -
                 box.set_edgecolor(COLOURS["page"])
                 axes.add_patch(box)
             _matrix_axes(axes, blocks, types)
+            if axes.get_subplotspec() is not None and not axes.get_subplotspec().is_first_col():
+                axes.set_yticks([])
             axes.set_title(f"{bits} bit" if bits == 1 else f"{bits} bits", loc="left")
         for axes in panels[len(widths) :]:
             axes.set_axis_off()
@@ -187,9 +193,10 @@ def _dot_line(axes: Axes, y: int, row: Row, metric: str) -> None:
         return
     colour, marker = FAMILY_MARKS[row.family]
     values = [value.value for value in row.values[metric]]
-    axes.plot([summary.low, summary.high], [y, y], color=COLOURS[colour], lw=1.4, alpha=0.55)
-    axes.plot(values, [y] * len(values), "|", color=COLOURS[colour], ms=6, mew=1)
-    axes.plot([summary.mean], [y], marker, color=COLOURS[colour], ms=6.5, mew=0)
+    axes.plot([summary.low, summary.high], [y, y], color=COLOURS[colour], lw=1.4, alpha=0.5)
+    axes.plot(values, [y] * len(values), "|", color=COLOURS[colour], ms=9, mew=0.8, alpha=0.7)
+    edge = {"mec": COLOURS["page"], "mew": 0.7}
+    axes.plot([summary.mean], [y], marker, color=COLOURS[colour], ms=7, **edge)
     axes.annotate(
         number(metric, summary.mean),
         (summary.high, y),
@@ -204,12 +211,12 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic, with 1-2-5 ticks and room for the labels; linear if a value is not positive."""
     if min(values) <= 0:
         return
-    low, high = axes.get_xlim()
-    low, high = min(min(values), max(low, min(values) / 2)) / 1.15, max(values) * 1.6
+    low, high = min(values) / 1.25, max(values) * 1.5
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
 
@@ -240,8 +247,10 @@ def _curves(panels: Sequence[tuple[str, Sequence[_Curve]]], title: str) -> str |
             axes.margins(x=0.02)
             if finite and min(finite) > 0:
                 axes.set_yscale("log")
-        for axes in grid.ravel()[len(panels) :]:
-            axes.set_axis_off()
+            axes.minorticks_off()
+        for index in range(len(panels), columns * lines):
+            grid.ravel()[index].set_axis_off()
+            grid.ravel()[index - columns].tick_params(labelbottom=True)
         figure.supxlabel("training step", fontsize=9, color=COLOURS["muted"])
         figure.supylabel("loss (logarithmic)", fontsize=9, color=COLOURS["muted"])
         return figure

@@ -13,7 +13,7 @@ from reports.aggregate import Group, Row
 from reports.claims import mean_bits_by_type, value_phrase
 from reports.settings import section
 from reports.tables import MISSING, Cell, Column, Table, header_cell, text_cell
-from reports.text import NOT_RUN, Phrase, number, significant
+from reports.text import NOT_RUN, Phrase, number, signed, significant
 
 PATH = Path(__file__).with_name("published.toml")
 EVIDENCE = {
@@ -155,4 +155,4 @@ def _difference(entry: Mapping[str, Any], measured: float | None) -> Cell:
         return MISSING
     if not entry.get("comparable", True):
         return text_cell("not comparable", tone="missing")
-    return Cell([Phrase(f"{measured - float(entry['value']):+.2f}{entry.get('unit', '')}")])
+    return Cell([Phrase(signed(measured - float(entry["value"])) + entry.get("unit", ""))])

@@ -1,8 +1,9 @@
 """What each study contributes to the report, chosen by `config.study`.
 
-A renderer takes the finished runs of one study and returns a `Section`: the template that prints
-it and the data the template needs. To add a study, write a renderer and enter it in `SECTIONS`; a
-study without one gets `generic_section`, which prints the tables that its runs wrote.
+A renderer takes the finished runs of one study, and all finished runs, and returns a `Section`: the
+template that prints it and the data the template needs. To add a study, write a renderer and enter
+it in `SECTIONS`; a study without one gets `generic_section`, which prints the tables that its runs
+wrote.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ class Allocations:
 
     row: Row
     charts: Sequence[tuple[RunData, str]]
-    sensitivity: Sequence[tuple[RunData, str]]
     by_type: Table | None
+    sensitivity: str | None
+    sensitivity_note: str
 
 
-def train_and_eval_section(runs: Sequence[RunData]) -> Section:
+def train_and_eval_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
     """Results, samples, training, bits and cost of every protocol, and the published numbers."""
-    groups = group_runs(runs)
+    groups = group_runs(every)
     budget = BUDGET_BYTES // max(1, len(groups))
     views = [
         {
@@ -84,19 +86,21 @@ def train_and_eval_section(runs: Sequence[RunData]) -> Section:
     )
 
 
-def train_teacher_section(runs: Sequence[RunData]) -> Section:
+def train_teacher_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
     """Loss curves of the full-precision teachers, and what else their runs recorded."""
     chart = figures.run_loss_chart(runs, "teachers")
     return _study_section("train-teacher", "Teacher training", runs, chart)
 
 
-def generic_section(runs: Sequence[RunData]) -> Section:
+def generic_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
     """The tables that runs of a study without a renderer of its own wrote to tables/*.csv."""
     study = runs[0].study
     return _study_section(study, f"Study: {study}", runs, None)
 
 
-SECTIONS: dict[str, Callable[[Sequence[RunData]], Section]] = {
+Renderer = Callable[[Sequence[RunData], Sequence[RunData]], Section]
+
+SECTIONS: dict[str, Renderer] = {
     "train-and-eval": train_and_eval_section,
     "train-teacher": train_teacher_section,
 }
@@ -108,14 +112,14 @@ _SHOWN_ELSEWHERE = frozenset({"teacher-eval"})
 def build_sections(runs: Sequence[RunData]) -> list[Section]:
     """One section per study among the finished runs, the main job first."""
     by_study: dict[str, list[RunData]] = {}
-    for run in runs:
-        if run.finished:
-            by_study.setdefault(run.study, []).append(run)
+    every = [run for run in runs if run.finished]
+    for run in every:
+        by_study.setdefault(run.study, []).append(run)
     if "train-and-eval" in by_study:
         for study in _SHOWN_ELSEWHERE & by_study.keys():
             del by_study[study]
     ordered = sorted(by_study, key=lambda s: (_ORDER.index(s) if s in _ORDER else len(_ORDER), s))
-    return [SECTIONS.get(study, generic_section)(by_study[study]) for study in ordered]
+    return [SECTIONS.get(study, generic_section)(by_study[study], every) for study in ordered]
 
 
 def _allocations(group: Group) -> list[Allocations]:
@@ -125,7 +129,7 @@ def _allocations(group: Group) -> list[Allocations]:
         if row.family not in (AMPN, FROM_FILE):
             continue
         charts: list[tuple[RunData, str]] = []
-        sensitivity: list[tuple[RunData, str]] = []
+        sensitivity, note = None, ""
         for run in row.runs:
             bits = run.first("allocation").get("bits_by_layer", {})
             chart = figures.allocation_chart(bits, run.anchor)
@@ -135,14 +139,18 @@ def _allocations(group: Group) -> list[Allocations]:
                 (str(record["layer"]), int(record["bits"])): float(record["mse"])
                 for record in run.of_kind("sensitivity")
             }
-            heat = figures.sensitivity_chart(measured, run.anchor) if measured else None
-            # One chart shows the pattern; the CSV file has those of every seed.
-            if heat and not sensitivity:
-                sensitivity.append((run, heat))
+            # One chart shows the pattern; the CSV file has those of every training seed.
+            if measured and sensitivity is None:
+                sensitivity = figures.sensitivity_chart(measured, run.anchor)
+                low, high = min(measured.values()), max(measured.values())
+                note = (
+                    f"training seed {run.seed}, from {significant(low, 2)} (faint) to "
+                    f"{significant(high, 2)} (strong), logarithmic"
+                )
         table = None
         if row.family == AMPN and row.bits is not None:
             table = tables.layer_type_table(group, row.bits, published)
-        found.append(Allocations(row, charts, sensitivity, table))
+        found.append(Allocations(row, charts, table, sensitivity, note))
     return found
 
 

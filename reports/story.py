@@ -89,11 +89,9 @@ def _hadamard(group: Group) -> list[Phrase]:
     notes = {HOLDS: "", UNDECIDED: " (no clear difference)", FAILS: " (clearly worse)"}
     parts = []
     for bits, pair in found.items():
-        note = {HOLDS: "", UNDECIDED: " (no clear difference)", FAILS: " (clearly worse)"}[
-            pair.verdict
-        ]
+        note = notes[pair.verdict]
         parts.append(f"{significant(pair.ratio, 3)} times at {bits} bits{note}")
-    phrases = [Phrase(f"With Hadamard, FID is smaller than without it by {listing(parts)}")]
+    phrases = [Phrase(f"Without Hadamard, FID is {listing(parts)} what it is with Hadamard")]
     held = [pair.verdict == HOLDS for pair in found.values()]
     if all(held):
         phrases.append(Phrase(f", {_MEANING[HOLDS]} at each. "))

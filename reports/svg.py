@@ -36,7 +36,7 @@ COLOURS = {
     "on3": "#000123",
     "on4": "#000124",
 }
-_PIXELS_PER_POINT = 1.25
+_PIXELS_PER_POINT = 1.33
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "robuq-bench",

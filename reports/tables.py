@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reports.aggregate import Group, Row, Value, higher_is_better
+from reports.aggregate import Group, Row, Summary, Value, higher_is_better
 from reports.claims import Claim, mean_bits_by_type
 from reports.loading import RunData
 from reports.settings import recipe, section
@@ -18,10 +18,12 @@ from reports.text import (
     NOT_RUN,
     Phrase,
     bytes_text,
+    count_text,
     joined,
     listing,
     number,
     seconds_text,
+    signed,
     significant,
     spread,
 )
@@ -34,7 +36,7 @@ class Cell:
     """Printed parts, a second line in small print, and a tone (a CSS class, "" for none)."""
 
     parts: Sequence[Phrase]
-    sub: str = ""
+    sub: str | Sequence[Phrase] = ""
     tone: str = ""
     is_header: bool = False
     anchor: str = ""
@@ -67,6 +69,11 @@ def header_cell(text: str, *, sub: str = "", anchor: str = "") -> Cell:
     return Cell([Phrase(text)], sub, is_header=True, anchor=anchor)
 
 
+def plan_cell(row: Row, anchor: str = "") -> Cell:
+    """The head of a plan's line; what tells it from others of its name in small print."""
+    return header_cell(row.name, sub=row.differs, anchor=anchor)
+
+
 MISSING = text_cell(NOT_RUN, tone="missing")
 
 
@@ -79,21 +86,18 @@ def summary_table(group: Group) -> Table:
     """Plans × metrics: mean and [min–max] over training seeds and seed ranges."""
     fid = group.fid
     columns = [Column("plan", is_number=False)]
-    columns += [metric_column(metric) for metric in group.metrics]
-    if fid:
-        columns.append(Column(f"{fid} over teacher’s", note="ratio of means"))
-    columns.append(Column("runs", is_number=False, note="training seeds"))
+    for metric in group.metrics:
+        columns.append(metric_column(metric))
+        if metric == fid:
+            columns.append(Column("÷ teacher", note="ratio of means"))
     table = Table(f"Plans and metrics on {group.title}: mean [min–max]", columns)
     teacher_fid = group.teacher.summary(fid) if fid else None
     for row in group.all_rows:
-        cells = [header_cell(row.label)]
-        cells += [summary_cell(row, metric) for metric in group.metrics]
-        own = row.summary(fid) if fid else None
-        if fid:
-            known = own is not None and teacher_fid is not None and teacher_fid.mean > 0
-            ratio = own.mean / teacher_fid.mean if known and own and teacher_fid else math.nan
-            cells.append(text_cell(significant(ratio, 3), f"#{row.anchor}") if known else MISSING)
-        cells.append(_runs_cell(row, row is group.teacher))
+        cells = [_summary_head(row, row is group.teacher)]
+        for metric in group.metrics:
+            cells.append(summary_cell(row, metric))
+            if metric == fid:
+                cells.append(_ratio_cell(row, row.summary(metric), teacher_fid))
         table.rows.append(cells)
     table.note = (
         f"Protocol: {group.protocol}. Each mean is over all training seeds and seed ranges of the "
@@ -126,7 +130,7 @@ def values_table(group: Group) -> Table:
         for index, ((seed, place, _), found) in enumerate(sorted(lines.items())):
             anchor = row.anchor if index == 0 else ""
             cells = [
-                header_cell(row.label, anchor=anchor),
+                plan_cell(row, anchor),
                 text_cell("none" if row is group.teacher else str(seed)),
                 text_cell("validation" if place < 0 else str(place)),
             ]
@@ -148,7 +152,7 @@ def plans_table(group: Group) -> Table:
     for row, parts in recipes:
         steps = section(row.runs[0].workload, "training").get("steps", "not recorded")
         texts = [*parts.values(), str(steps)]
-        table.rows.append([header_cell(row.label), *(text_cell(text) for text in texts)])
+        table.rows.append([plan_cell(row), *(text_cell(text) for text in texts)])
     return table
 
 
@@ -182,7 +186,7 @@ def layer_type_table(group: Group, bits: float, published: Mapping[str, float]) 
     for name in names:
         values = by_type[name]
         mean = math.fsum(values) / len(values)
-        limits = f"[{min(values):.2f}–{max(values):.2f}]" if len(values) > 1 else ""
+        limits = f"[{min(values):.2f}–{max(values):.2f}]" if max(values) > min(values) else ""
         paper = published.get(f"bits-a{bits:g}-{name}")
         table.rows.append(
             [
@@ -191,7 +195,7 @@ def layer_type_table(group: Group, bits: float, published: Mapping[str, float]) 
                 text_cell(NOT_RUN, tone="missing") if paper is None else text_cell(f"{paper:.2f}"),
                 text_cell("no paper value", tone="missing")
                 if paper is None
-                else text_cell(f"{mean - paper:+.2f}"),
+                else text_cell(signed(mean - paper)),
             ]
         )
     seeds = listing(f"seed {run.seed}" for run in row.runs)
@@ -214,7 +218,7 @@ def accounting_table(group: Group) -> Table:
     table = Table(f"What each plan costs on {group.title}", columns)
     for row in group.rows:
         run = next((run for run in row.runs if run.first("accounting")), None)
-        cells = [header_cell(row.label)]
+        cells = [plan_cell(row)]
         if run is None:
             table.rows.append(cells + [MISSING] * (len(columns) - 1))
             continue
@@ -223,8 +227,8 @@ def accounting_table(group: Group) -> Table:
         for name, render, sub in (
             ("weight_bits", lambda v: significant(v, 3), ""),
             ("mean_activation_bits", lambda v: significant(v, 4), ""),
-            ("bit_ops", lambda v: significant(v), ""),
-            ("effective_flops", lambda v: significant(v), ""),
+            ("bit_ops", count_text, ""),
+            ("effective_flops", count_text, ""),
             ("compute_reduction", lambda v: f"{significant(v, 3)}×", with_rotation),
             ("packed_bytes", bytes_text, str(record.get("packing", ""))),
             ("size_reduction", lambda v: f"{significant(v, 3)}×", ""),
@@ -310,14 +314,22 @@ def hardware(origin: Mapping[str, Any]) -> str:
     return str(cpu.get("model", "not recorded"))
 
 
-def _runs_cell(row: Row, is_teacher: bool) -> Cell:
-    if not row.runs:
+def _ratio_cell(row: Row, own: Summary | None, teacher: Summary | None) -> Cell:
+    if own is None or teacher is None or teacher.mean <= 0:
         return MISSING
-    links = (
-        Phrase("teacher" if is_teacher else f"seed {run.seed}", f"#{run.anchor}")
-        for run in (row.runs[:1] if is_teacher else row.runs)
-    )
-    return Cell(joined(links, ", "))
+    return text_cell(significant(own.mean / teacher.mean, 3), f"#{row.anchor}")
+
+
+def _summary_head(row: Row, is_teacher: bool) -> Cell:
+    """Name of a plan and, below, links to its runs."""
+    links = [Phrase(str(run.seed), f"#{run.anchor}") for run in row.runs]
+    if is_teacher:
+        links = [Phrase("its run", links[0].href)] if links else []
+    else:
+        links = [Phrase("seeds " if len(links) > 1 else "seed "), *joined(links, ", ")]
+    if row.differs:
+        links.append(Phrase(f"; {row.differs}"))
+    return Cell([Phrase(row.name)], links, is_header=True)
 
 
 def _value_cell(metric: str, value: Value | None) -> Cell:

@@ -22,16 +22,14 @@ class Phrase:
 
 
 def number(metric: str, value: float) -> str:
-    """`value` at the precision printed for `metric` (losses and costs: 4 significant digits)."""
+    """`value` at the precision printed for `metric` (losses and KID: 3 significant digits)."""
     if not math.isfinite(value):
         return "not finite"
     if stem(metric) in _TWO_DECIMALS:
         return f"{value:.2f}"
     if stem(metric) in _THREE_DECIMALS:
         return f"{value:.3f}"
-    if stem(metric) == "kid":
-        return significant(value, 3)
-    return significant(value)
+    return significant(value, 3)
 
 
 def significant(value: float, digits: int = 4) -> str:
@@ -69,6 +67,20 @@ def listing(items: Iterable[str]) -> str:
     """`a, b and c`."""
     words = list(items)
     return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, two decimals."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def count_text(value: float) -> str:
+    """Three significant digits with k, M, G, T."""
+    for unit in ("", " k", " M", " G"):
+        if abs(value) < 1000:
+            return f"{significant(value, 3)}{unit}"
+        value /= 1000
+    return f"{significant(value, 3)} T"
 
 
 def bytes_text(count: float) -> str:

@@ -38,7 +38,7 @@ def import_torchvision() -> ModuleType:
         del sys.modules[module]
     import torch
 
-    library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("torchvision", "DEF")
     for schema in _TORCHVISION_OPERATORS:
         library.define(schema)
     _keep_alive.append(library)

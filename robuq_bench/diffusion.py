@@ -118,17 +118,17 @@ class Diffusion:
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log-probability (nats) of 8-bit x in [-1, 1] under a Gaussian integrated over its bin."""
-    inverse_std = torch.exp(-log_scale)
-    to_upper, to_lower = x - mean + 1 / 255, x - mean - 1 / 255
-    # The outermost bins extend to infinity.
-    below = torch.special.ndtr(to_upper * inverse_std)
-    above = torch.special.ndtr(-to_lower * inverse_std)
-    # Both edges are seen from the near tail, where ndtr is small and its differences are exact.
+    # torch.special.ndtr loses the tails in float32; erfc keeps them.
+    inverse_scale = torch.exp(-log_scale) * math.sqrt(0.5)
     distance = (x - mean).abs()
-    inside = torch.special.ndtr((1 / 255 - distance) * inverse_std) - torch.special.ndtr(
-        (-1 / 255 - distance) * inverse_std
+    # The outermost bins extend to infinity.
+    below = torch.erfc((mean - x - 1 / 255) * inverse_scale)
+    above = torch.erfc((x - mean - 1 / 255) * inverse_scale)
+    # Seen from the nearer tail, where erfc is small, the difference of the edges is exact.
+    inside = torch.erfc((distance - 1 / 255) * inverse_scale) - torch.erfc(
+        (distance + 1 / 255) * inverse_scale
     )
-    probability = torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
+    probability = 0.5 * torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
     return torch.log(probability.clamp(min=1e-12))
 
 

@@ -35,7 +35,7 @@ class MissingResourceError(RobuqError):
 
 
 class CheckpointError(MissingResourceError):
-    """A stored file is missing, truncated, corrupt or not trusted; the message names it (exit 4)."""
+    """A stored file is missing, damaged or not trusted; the message names it (exit 4)."""
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,16 @@ from torch import nn
 
 from robuq_bench.data import ImageData
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.fidelity import FeatureNetwork, Features, compute_metrics
-from robuq_bench.sampling import image_grid, sample_images
+from robuq_bench.errors import MissingResourceError
+from robuq_bench.feature_networks import FeatureNetwork
+from robuq_bench.features import Features
+from robuq_bench.fidelity import (
+    Reference,
+    compute_metrics,
+    load_adm_reference,
+    reference_features,
+)
+from robuq_bench.sampling import decode_latents, image_grid, sample_images
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
@@ -37,6 +45,30 @@ def seed_ranges(workload: Workload) -> list[range]:
     return [range(i * count, (i + 1) * count) for i in range(workload.evaluation.seed_ranges)]
 
 
+def load_reference(
+    workload: Workload, data: ImageData, network: FeatureNetwork
+) -> Features | Reference:
+    """Load what samples are compared with, and check that latents can become images.
+
+    An ADM `.npz` when `evaluation.reference` names one, else the features of the training images.
+
+    Raises:
+        MissingResourceError: a latent workload without reference statistics or VAE.
+    """
+    evaluation = workload.evaluation
+    if data.is_latent:
+        if evaluation.reference is None:
+            raise MissingResourceError(
+                f"workload {workload.name!r} holds latents, which have no pixels to compare with; "
+                "pass reference statistics: --set evaluation.reference=FILE.npz (ADM's format)"
+            )
+        # A VAE that is missing or damaged must show before the training, not after it.
+        decode_latents(torch.zeros(1, *data.images.shape[1:]), evaluation.vae)
+    if evaluation.reference is not None:
+        return load_adm_reference(evaluation.reference, network, evaluation.batch_size)
+    return reference_features(network, data, evaluation.batch_size)
+
+
 def evaluate_samples(
     model: nn.Module,
     workload: Workload,
@@ -45,15 +77,15 @@ def evaluate_samples(
     *,
     subject: str,
     network: FeatureNetwork,
-    reference: Features,
-) -> list[dict[str, object]]:
+    reference: Features | Reference,
+) -> list[dict[str, Any]]:
     """Sample and measure `model` in every seed range; finished ranges are taken from the run.
 
     Appends one `metrics/<subject>/<range>` record per range, and writes the first range's grid
     to samples/grid-<subject>.png and all images as uint8 NHWC `arr_0` (the ADM evaluator's
     layout) to samples/<subject>-<range>.npz.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, seeds in enumerate(seed_ranges(workload)):
         key = f"metrics/{subject}/{index}"
         if not run.has(key):
@@ -69,6 +101,8 @@ def evaluate_samples(
                     device=context.device,
                     progress=task.advance,
                 )
+            if workload.data.source == "latents":
+                images = decode_latents(images, workload.evaluation.vae, device=context.device)
             seconds = time.perf_counter() - start
             buffer = io.BytesIO()
             np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
@@ -93,7 +127,7 @@ def evaluate_samples(
                 sample_seconds=round(seconds, 3),
                 **metrics,
             )
-        rows.append(run.get(key))
+        rows.append(run.get(key) or {})
     return rows
 
 
@@ -126,9 +160,7 @@ def validation_losses(
         target = teacher(batch.x_t, batch.t, batch.y).float()
         distillation += float((output - target).square().mean()) / VALIDATION_BATCHES
         denoising += (
-            float(
-                diffusion.training_loss(output, batch.x0, batch.x_t, batch.t, batch.noise).mean()
-            )
+            float(diffusion.training_loss(output, batch.x0, batch.x_t, batch.t, batch.noise).mean())
             / VALIDATION_BATCHES
         )
     model.train(was_training)

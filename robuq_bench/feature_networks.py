@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench._compat import import_torch_fidelity
+from robuq_bench.checkpointing import load_untrusted_checkpoint
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.features import ASSET, Features, load_features
 from robuq_bench.files import make_folder, sha256_file
@@ -134,11 +134,8 @@ def load_inception(
             f"{path} has SHA-256 {digest}, expected {expected_sha256}; download it anew from "
             f"{INCEPTION_URL}"
         )
-    try:
-        # torch-fidelity unpickles without restrictions, so refuse first what is not plain tensors.
-        torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a plain weight file ({error})") from error
+    # torch-fidelity unpickles without restrictions, so refuse first what is not plain tensors.
+    load_untrusted_checkpoint(path)
     import_torch_fidelity()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,18 +212,22 @@ def load_adm_reference(
             "https://github.com/openai/guided-diffusion/tree/main/evaluations"
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-        pool = _statistics(arrays["mu"], arrays["sigma"])
-        spatial = _statistics(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
+        with path.open("rb") as stream:  # np.load by name leaks its handle when it fails
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            pool = _statistics(archive["mu"], archive["sigma"])
+            known = "mu_s" in archive.files
+            spatial = _statistics(archive["mu_s"], archive["sigma_s"]) if known else None
+            wanted = network is not None and "arr_0" in archive.files
+            images = archive["arr_0"] if wanted else None
     except KeyError as error:
-        raise CheckpointError(f"{path} has no array {error}, so it is no ADM reference") from error
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is no ADM reference: {error.args[0]}") from error
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path} is not a readable ADM reference ({error})") from error
     features = None
-    if network is not None and "arr_0" in arrays:
-        images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
-        features = network.extract(images, batch_size)
+    if network is not None and images is not None:
+        features = network.extract(torch.from_numpy(images).permute(0, 3, 1, 2), batch_size)
     return Reference(pool, spatial, features, num_images=None)
 
 

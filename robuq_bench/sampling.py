@@ -2,6 +2,9 @@
 
 Image i takes its starting noise and its ancestral noise from its own CPU generator, seeded with
 seed i: batch size, order, shard and device change no random number (habit of NVlabs/edm2).
+Matrix products round differently in batches of another size. In full precision that moves a
+pixel by one level at most; in a quantized model a last bit can flip an activation code, and some
+pixels move by more. Batches of equal content give equal bits.
 """
 
 from __future__ import annotations

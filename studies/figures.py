@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from robuq_bench.quantization.convert import layer_type
 
@@ -45,13 +46,15 @@ def plot_allocation(allocation: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3))
     for offset, kind in enumerate(types):
         own = [value for name, value in bits.items() if layer_type(name) == kind]
-        positions = [block + (offset - (len(types) - 1) / 2) * 0.8 / len(types)
-                     for block in range(len(own))]
+        positions = [
+            block + (offset - (len(types) - 1) / 2) * 0.8 / len(types) for block in range(len(own))
+        ]
         axes.bar(positions, own, width=0.8 / len(types), label=kind)
     axes.set(
-        xlabel="block", ylabel="activation bits",
+        xlabel="block",
+        ylabel="activation bits",
         title=f"mean {allocation['mean_bits']:.3f} bits (MAC-weighted)",
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, ncols=len(types))
     save_svg(figure, path)

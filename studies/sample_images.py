@@ -56,6 +56,7 @@ def run_sample(
     workload = config.workload
     if workload.data.source == "latents":
         raise UsageError("sample needs a pixel workload; latents need a VAE to become images")
+    model: nn.Module
     if checkpoint is None:
         model, _ = load_teacher(workload, context.device)
     else:

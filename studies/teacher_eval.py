@@ -13,7 +13,9 @@ from torch import nn
 from robuq_bench.config import Config, TrainingConfig, load_plan
 from robuq_bench.context import Context, RunResult
 from robuq_bench.evaluation import evaluate_samples
-from robuq_bench.fidelity import FeatureNetwork, Features
+from robuq_bench.feature_networks import FeatureNetwork
+from robuq_bench.features import Features
+from robuq_bench.fidelity import Reference
 from robuq_bench.runs import Run, open_existing
 
 VERSION = "1"
@@ -28,7 +30,7 @@ def run_teacher_eval(
     context: Context,
     teacher: nn.Module,
     network: FeatureNetwork,
-    reference: Features,
+    reference: Features | Reference,
 ) -> Run:
     """Return the finished teacher-eval run of this workload, computing what is missing.
 
@@ -46,13 +48,22 @@ def run_teacher_eval(
         }
     )
     with Run.open(
-        root, own, context.argv,
-        wait_s=LOCK_WAIT_S, device=context.device, threads=context.threads,
+        root,
+        own,
+        context.argv,
+        wait_s=LOCK_WAIT_S,
+        device=context.device,
+        threads=context.threads,
     ) as run:
         if not run.is_done:
             rows = evaluate_samples(
-                teacher, config.workload, run, context,
-                subject="teacher", network=network, reference=reference,
+                teacher,
+                config.workload,
+                run,
+                context,
+                subject="teacher",
+                network=network,
+                reference=reference,
             )
             RunResult.store(run, rows, {"run": run.id})
             run.finish()

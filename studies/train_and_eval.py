@@ -20,18 +20,17 @@ from torch import nn
 from robuq_bench import accounting, sensitivity
 from robuq_bench.allocation import mean_bits, mean_bits_by_type, solve_ampn
 from robuq_bench.checkpointing import CheckpointStore, save_tensors
-from robuq_bench.config import Config, load_allocation_file
+from robuq_bench.config import Config, Workload, load_allocation_file
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.evaluation import evaluate_samples, validation_losses
-from robuq_bench.fidelity import load_feature_network, reference_features
+from robuq_bench.evaluation import evaluate_samples, load_reference, validation_losses
+from robuq_bench.feature_networks import load_feature_network
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import (
     allocatable_layers,
     layer_type,
     quantize_,
-    quantized_layers,
     set_activation_bits,
 )
 from robuq_bench.runs import Run
@@ -48,14 +47,18 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
     started = time.perf_counter()
     workload, plan = config.workload, config.plan
     data = load_dataset(workload.data, name=workload.name)
-    network = load_feature_network(workload.evaluation)
-    reference = reference_features(network, data, workload.evaluation.batch_size)
+    network = load_feature_network(workload.evaluation, device=context.device)
+    reference = load_reference(workload, data, network)
     teacher, teacher_sha256 = load_teacher(workload, context.device)
     teacher_run = teacher_eval.run_teacher_eval(config, root, context, teacher, network, reference)
 
     with Run.open(
-        root, config, context.argv,
-        force=context.force, device=context.device, threads=context.threads,
+        root,
+        config,
+        context.argv,
+        force=context.force,
+        device=context.device,
+        threads=context.threads,
     ) as run:
         if run.is_done:
             return RunResult.from_run(run)
@@ -64,15 +67,20 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
         run.add_input_digest("data", data.sha256, source=data.source)
         run.add_input_digest("features", network.sha256, network=network.name)
         copy_teacher_rows(teacher_run, run)
+        student: nn.Module = teacher
+        bits: dict[str, int] | None = None
         if plan.is_full_precision:
             copy_teacher_rows(teacher_run, run, subject="student")
-            student = teacher
-            bits = None
         else:
             student, bits = train_student(config, run, context, teacher, data)
             evaluate_samples(
-                student, workload, run, context,
-                subject="student", network=network, reference=reference,
+                student,
+                workload,
+                run,
+                context,
+                subject="student",
+                network=network,
+                reference=reference,
             )
         if not run.has("validation"):
             losses = validation_losses(student, teacher, data, workload, context.device)
@@ -100,13 +108,19 @@ def train_student(
     recipe = workload.training
     teacher.requires_grad_(False).eval()
     student = copy.deepcopy(teacher).requires_grad_(True)
-    student.pos_embed.requires_grad_(False)
+    student.get_parameter("pos_embed").requires_grad_(False)
     quantize_(student, plan, seed=config.seed)
     layers = allocatable_layers(student, plan)
     diffusion = Diffusion.from_config(workload.diffusion)
     source = BatchSource(
-        data.model_inputs(torch.arange(len(data))), data.labels, diffusion, student,
-        batch_size=recipe.batch_size, seed=config.seed, stream="qat", device=context.device,
+        data.model_inputs(torch.arange(len(data))),
+        data.labels,
+        diffusion,
+        student,
+        batch_size=recipe.batch_size,
+        seed=config.seed,
+        stream="qat",
+        device=context.device,
     )
     loss_function = qat_loss(
         diffusion, teacher, plan.qat.distillation_weight, plan.qat.denoising_weight
@@ -122,21 +136,16 @@ def train_student(
             trainer, source, loss_function, until, run, store, context, phase=phase
         )
 
-    warmup_steps = 0
     if plan.allocation.method == "ampn":
-        warmup_steps = plan.allocation.sensitivity_steps
-        if warmup_steps is None:
-            warmup_steps = recipe.sensitivity_steps
-        warmup_steps = min(warmup_steps, recipe.steps)
-        train_to(warmup_steps, "warmup")
+        train_to(min(warmup_steps(config), recipe.steps), "warmup")
         if not run.has("allocation"):
             allocate_ampn(config, run, context, student, data, diffusion, layers)
     elif not run.has("allocation"):
-        bits = {name: plan.activations.bits for name in layers}
+        bits = dict.fromkeys(layers, plan.activations.bits)
         if plan.allocation.method == "file":
             bits = load_allocation_file(plan.allocation, layers)
-        record_allocation(run, student, workload, bits, objective=None)
-    bits = dict(run.get("allocation")["bits_by_layer"])
+        record_allocation(run, workload, bits, objective=None)
+    bits = dict((run.get("allocation") or {})["bits_by_layer"])
     set_activation_bits(student, bits)
     train_to(recipe.steps, "qat")
 
@@ -155,6 +164,12 @@ def train_student(
         },
     )
     return student, bits
+
+
+def warmup_steps(config: Config) -> int:
+    """QAT steps at the warm-up bits, before sensitivity is measured."""
+    own = config.plan.allocation.sensitivity_steps
+    return config.workload.training.sensitivity_steps if own is None else own
 
 
 def train_with_checkpoints(
@@ -205,7 +220,9 @@ def allocate_ampn(
     """Measure s_l(b) for every layer and bit width (resumable), solve AMPN, record it."""
     plan, workload = config.plan, config.workload
     batches = sensitivity.calibration_batches(
-        data.model_inputs(torch.arange(len(data))), data.labels, diffusion,
+        data.model_inputs(torch.arange(len(data))),
+        data.labels,
+        diffusion,
         num_samples=workload.training.calibration_samples,
         batch_size=workload.evaluation.batch_size,
         seed=config.seed,
@@ -224,27 +241,26 @@ def allocate_ampn(
             task.advance(task.completed + 1)
 
         table = sensitivity.measure_sensitivity(
-            student, layers, plan.allocation.bit_choices, batches,
-            done=done, on_item=on_item,
+            student,
+            layers,
+            plan.allocation.bit_choices,
+            batches,
+            done=done,
+            on_item=on_item,
         )
     macs = accounting.dit_layer_macs(workload.model)
     solution = solve_ampn(
         table, {name: macs[name] for name in layers}, float(plan.allocation.mean_bits or 0)
     )
-    record_allocation(run, student, workload, solution.bits_by_layer, solution.objective)
+    record_allocation(run, workload, solution.bits_by_layer, solution.objective)
 
 
 def record_allocation(
-    run: Run,
-    student: nn.Module,
-    workload: Any,
-    bits: dict[str, int],
-    objective: float | None,
+    run: Run, workload: Workload, bits: dict[str, int], objective: float | None
 ) -> None:
     """Append the allocation with MACs and its means per layer type."""
-    macs = accounting.dit_layer_macs(workload.model)
-    known = quantized_layers(student)
-    macs = {name: macs[name] for name in bits if name in known}
+    all_macs = accounting.dit_layer_macs(workload.model)
+    macs = {name: all_macs[name] for name in bits}
     run.append(
         "allocation",
         kind="allocation",

@@ -45,7 +45,9 @@ def run_train_features(config: Config, root: Path, context: Context) -> RunResul
             weights,
             trained,
             name=workload.name,
-            command=f"python bench.py train-features --on {workload.name} --seed {config.seed}",
+            # stated with its threads, which the weights' last bits depend on
+            command=f"python bench.py train-features --on {workload.name} --seed {config.seed} "
+            f"--threads {context.threads}",
         )
         row = {
             "heldout_accuracy": trained.heldout_accuracy,

@@ -37,8 +37,12 @@ def run_train_teacher(
     model = DiT.from_config(workload.model).to(context.device)
     diffusion = Diffusion.from_config(workload.diffusion)
     with Run.open(
-        root, config, context.argv,
-        force=context.force, device=context.device, threads=context.threads,
+        root,
+        config,
+        context.argv,
+        force=context.force,
+        device=context.device,
+        threads=context.threads,
     ) as run:
         if run.is_done:
             return RunResult.from_run(run)
@@ -50,12 +54,23 @@ def run_train_teacher(
         if resumed is not None:
             trainer.load_state(resumed[0], resumed[1], str(store.path(resumed[0])))
         source = BatchSource(
-            data.model_inputs(torch.arange(len(data))), data.labels, diffusion, model,
-            batch_size=recipe.batch_size, seed=config.seed, stream="teacher",
+            data.model_inputs(torch.arange(len(data))),
+            data.labels,
+            diffusion,
+            model,
+            batch_size=recipe.batch_size,
+            seed=config.seed,
+            stream="teacher",
             device=context.device,
         )
         train_with_checkpoints(
-            trainer, source, denoising_loss(diffusion), recipe.steps, run, store, context,
+            trainer,
+            source,
+            denoising_loss(diffusion),
+            recipe.steps,
+            run,
+            store,
+            context,
             phase="teacher",
         )
         trainer.copy_ema_to(model)

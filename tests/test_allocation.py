@@ -129,9 +129,12 @@ def test_more_budget_is_never_worse_and_the_front_is_the_same_optimum() -> None:
 
 def test_whole_front_of_112_layers_is_fast() -> None:
     sensitivity, macs = dit_instance(seed=9)
-    started = time.perf_counter()
-    front = allocation_table(sensitivity, macs).front()
-    assert time.perf_counter() - started < 1.0
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        front = allocation_table(sensitivity, macs).front()
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 0.2
     assert len(front) > 200
 
 
@@ -142,7 +145,7 @@ def instances(draw: st.DrawFn) -> tuple[Sensitivity, Macs, float]:
     # Small integers make ties common, and keep every sum exact.
     value = st.integers(0, 5)
     sensitivity = {f"l{i}": {b: float(draw(value)) for b in widths} for i in range(size)}
-    macs = {name: draw(st.integers(1, 30)) for name in sensitivity}
+    macs = {name: draw(st.integers(1, 5)) for name in sensitivity}
     return sensitivity, macs, draw(st.floats(widths[0], widths[-1] + 1.0))
 
 
@@ -165,6 +168,15 @@ def test_budget_that_was_reached_can_be_asked_for_again() -> None:
     for budget in np.linspace(1.0, 4.0, 40):
         found = solve_ampn(sensitivity, macs, float(budget))
         assert solve_ampn(sensitivity, macs, found.mean_bits).bits_by_layer == found.bits_by_layer
+
+
+def test_interchangeable_layers_are_told_apart_by_name() -> None:
+    same = {1: 1.0, 2: 0.0}
+    found = [
+        solve_ampn(dict.fromkeys(names, same), dict.fromkeys(names, 1), 1.5)
+        for names in ("ab", "ba")
+    ]
+    assert found[0] == found[1]
 
 
 def test_useless_bits_are_not_spent() -> None:
@@ -261,6 +273,8 @@ def test_knapsack_takes_any_costs() -> None:
     assert best.tolist() == [5.0, np.inf, 9.0, np.inf, np.inf, np.inf, np.inf]
     assert choices[0, 0] == 1
     assert choices[1, 2] == 0
+    _, choices = knapsack(np.ones((1, 3)), np.zeros((1, 3), dtype=np.int64), capacity=0)
+    assert choices.item() == 0
 
 
 def test_mean_bits_is_weighted_by_macs() -> None:

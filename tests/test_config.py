@@ -393,7 +393,7 @@ def test_configs_cannot_be_changed() -> None:
 
 def test_the_hash_is_sha256_of_sorted_compact_json_without_descriptions() -> None:
     config = make(["teacher.checkpoint=''"])
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude_none=True)
     del values["plan"]["description"], values["workload"]["description"]
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     assert canonical_json(config) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -223,7 +224,7 @@ def test_ddim_timesteps_have_an_integer_stride_from_zero() -> None:
     assert timesteps.tolist() == list(range(960, -1, -40))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 30, 250, 999, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 250, 500, 1000])
 def test_ddpm_timesteps_are_respaced_as_in_dit(steps: int) -> None:
     """DiT's respacing walks from 0 by (T - 1) / (steps - 1) and rounds."""
     timesteps = make_scheduler(DIFFUSION, "ddpm", steps, learn_sigma=True).timesteps.tolist()
@@ -253,7 +254,7 @@ def test_ddpm_step_draws_from_the_respaced_posterior() -> None:
     timesteps = scheduler.timesteps
     x, eps, values = torch.randn(3, 1, 1, 4, 4, generator=generator(9)).unbind()
     values = values.clamp(-1, 1)
-    for t, before in zip(timesteps[:-1], timesteps[1:], strict=True):
+    for t, before in itertools.pairwise(timesteps):
         bar, bar_before = DIFFUSION.alphas_cumprod[t], DIFFUSION.alphas_cumprod[before]
         beta = 1 - bar / bar_before
         x0 = (x - (1 - bar).sqrt() * eps) / bar.sqrt()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.metadata
 import re
 import resource
 import shlex
@@ -119,6 +122,36 @@ def test_pins_name_no_build_variant() -> None:
     assert [version for version in pins().values() if "+" in version] == []
 
 
+distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
+def imported(folder: Path) -> set[str]:
+    """Top-level names of what the Python files under `folder` import, wherever in the file."""
+    names: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", ["robuq_bench", "studies", "reports", "tests"])
+def test_every_import_is_declared(folder: str) -> None:
+    providers = distributions()
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {"conftest"}
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+    foreign = imported(ROOT / folder) - set(sys.stdlib_module_names) - ours
+    undeclared = {
+        name
+        for name in foreign
+        if not declared & {canonicalize_name(provider) for provider in providers.get(name, [name])}
+    }
+    assert foreign
+    assert undeclared == set()
+
+
 def test_one_version_everywhere() -> None:
     version = re.escape(robuq_bench.__version__)
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
@@ -153,9 +186,13 @@ def readme_commands() -> list[str]:
 
 
 def bench_commands() -> list[list[str]]:
-    """Arguments of every `python bench.py …` line of the README, sample values filled in."""
-    found = [shlex.split(line) for line in readme_commands()]
-    return [words[2:] for words in found if words[:2] == ["python", "bench.py"]]
+    """Arguments of every `bench.py …` in the README, in a block or inside a sentence or table."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    inline = re.findall(r"(?<!`)`(?:python )?(bench\.py [^`]+)`(?!`)", text)
+    found = [shlex.split(line.removeprefix("python ")) for line in readme_commands() + inline]
+    unique = {tuple(words[1:]) for words in found if words[0] == "bench.py"}
+    return [list(words) for words in sorted(unique)]
 
 
 def test_readme_shows_the_two_commands_and_the_main_job() -> None:

@@ -143,18 +143,15 @@ def test_order_and_batch_size_do_not_matter(student: tuple[nn.Module, list[str]]
 
 
 def test_interrupted_measurement_continues_where_it_stopped() -> None:
-    class Killed(Exception):
-        pass
-
     stored: Sensitivity = {}
 
     def store(layer: str, bits: int, value: float) -> None:
         stored.setdefault(layer, {})[bits] = value
         if sum(map(len, stored.values())) == 3:
-            raise Killed
+            raise KeyboardInterrupt
 
     model = Gains(2.0, 3.0)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         measure_sensitivity(model, ["a", "b"], [1, 2, 3], staircase(), on_item=store)
     assert (model.a.activation_bits, model.b.activation_bits) == (2, 2)
     seen: list[tuple[str, int]] = []
@@ -227,14 +224,20 @@ def test_calibration_timesteps_cover_every_stratum() -> None:
     for count in (7, 64, 1000, 2500):
         batches = calibration_batches(images, labels, Diffusion(), count, 100, seed=count)
         t = torch.cat([batch.t for batch in batches])
-        strata = (t.sort().values.double() * count / 1000).floor()
-        # A timestep may stand up to one stratum below its draw, because it is an integer.
-        width = 1000 / count
-        assert len(t) == count
-        assert 0 <= t.min()
-        assert t.max() < 1000
-        assert (strata - torch.arange(count)).abs().max() <= max(1, 1 / width)
-        assert not torch.equal(t, t.sort().values)
+        ordered = t.sort().values
+        edges = torch.arange(count + 1, dtype=torch.float64) * 1000 / count
+        assert (ordered >= edges[:-1].floor()).all()
+        assert (ordered < edges[1:].ceil()).all()
+        assert ordered[-1] < 1000
+        assert not torch.equal(t, ordered)
+
+
+def test_the_last_stratum_ends_with_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 1 - 2.0**-53
+    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.full((n,), largest).double())
+    images, labels = torch.zeros(9, 1, 2, 2), torch.zeros(9, dtype=torch.int64)
+    (batch,) = calibration_batches(images, labels, Diffusion(), 9, 9, seed=0)
+    assert batch.t.max() == 999
 
 
 def test_calibration_set_is_a_function_of_the_seed_alone() -> None:

@@ -103,7 +103,10 @@ def test_the_run_holds_everything_the_report_needs(finished: RunResult) -> None:
     records = run.results()
     metrics = [record for record in records if record["kind"] == "metrics"]
     assert {(r["subject"], r["seed_start"]) for r in metrics} == {
-        ("teacher", 0), ("teacher", 130), ("student", 0), ("student", 130)
+        ("teacher", 0),
+        ("teacher", 130),
+        ("student", 0),
+        ("student", 130),
     }
     names = ("fid", "sfid", "is", "kid", "precision", "recall")
     assert all(f"{name}_digits" in record for record in metrics for name in names)
@@ -111,8 +114,13 @@ def test_the_run_holds_everything_the_report_needs(finished: RunResult) -> None:
     steps = [record["step"] for record in records if record["kind"] == "train"]
     assert steps == [3, 4, 6, 9], "a line every 3 steps and one at the end of each phase"
     assert run.get("validation")["distillation_loss"] > 0
-    for name in ("samples/grid-student.png", "samples/grid-teacher.png", "tables/metrics.csv",
-                 "figures/allocation.svg", "figures/losses.svg"):
+    for name in (
+        "samples/grid-student.png",
+        "samples/grid-teacher.png",
+        "tables/metrics.csv",
+        "figures/allocation.svg",
+        "figures/losses.svg",
+    ):
         assert (finished.path / name).stat().st_size > 100
 
 
@@ -143,7 +151,10 @@ def test_a_second_run_of_the_job_is_bit_identical(
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 8])
 def test_resume_after_an_interrupt_is_bit_identical(
-    finished: RunResult, workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    finished: RunResult,
+    workload: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     stop_at: int,
 ) -> None:
     train = Trainer.train
@@ -216,8 +227,18 @@ def test_full_precision_plan_is_the_teacher(workload: Path, finished: RunResult)
 
 def test_unreachable_budget_fails_before_training(workload: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "bench.py", "train-and-eval", "--plan", "a2", "--on", str(workload),
-        "--set", "allocation.mean_bits=0.5", "-o", str(tmp_path / "runs"), "--quiet",
+        sys.executable,
+        "bench.py",
+        "train-and-eval",
+        "--plan",
+        "a2",
+        "--on",
+        str(workload),
+        "--set",
+        "allocation.mean_bits=0.5",
+        "-o",
+        str(tmp_path / "runs"),
+        "--quiet",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
@@ -227,12 +248,23 @@ def test_unreachable_budget_fails_before_training(workload: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_sigkill_then_the_same_command(
-    finished: RunResult, workload: Path, tmp_path: Path
-) -> None:
+def test_sigkill_then_the_same_command(finished: RunResult, workload: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "bench.py", "train-and-eval", "--plan", "a2", "--on", str(workload),
-        "-o", str(tmp_path), "--threads", "1", "--device", "cpu", "--quiet", "--json",
+        sys.executable,
+        "bench.py",
+        "train-and-eval",
+        "--plan",
+        "a2",
+        "--on",
+        str(workload),
+        "-o",
+        str(tmp_path),
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--json",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -41,7 +42,12 @@ class TinyRecipe:
 def tiny_model() -> DiT:
     torch.manual_seed(3)
     return DiT(
-        input_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3,
+        input_size=4,
+        in_channels=1,
+        hidden_size=16,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
         learn_sigma=False,
     )
 
@@ -50,8 +56,14 @@ def tiny_source(model: DiT, seed: int = 0) -> BatchSource:
     images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
     labels = torch.arange(20) % 3
     return BatchSource(
-        images, labels, Diffusion(), model,
-        batch_size=4, seed=seed, stream="test", device="cpu",
+        images,
+        labels,
+        Diffusion(),
+        model,
+        batch_size=4,
+        seed=seed,
+        stream="test",
+        device="cpu",
     )
 
 
@@ -75,8 +87,9 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
     model = tiny_model()
     first, second = tiny_source(model), tiny_source(model)
     second.batch(7)  # reading another batch first must not matter
-    for a, b in zip(dataclasses.astuple(first.batch(3)), dataclasses.astuple(second.batch(3)),
-                    strict=True):
+    for a, b in zip(
+        dataclasses.astuple(first.batch(3)), dataclasses.astuple(second.batch(3)), strict=True
+    ):
         assert torch.equal(a, b)
     assert not torch.equal(first.batch(3).noise, first.batch(4).noise)
     assert not torch.equal(first.batch(3).noise, tiny_source(model, seed=1).batch(3).noise)
@@ -93,8 +106,9 @@ def test_streams_and_seeds_are_independent_generators() -> None:
 
 
 def test_two_runs_are_bit_identical() -> None:
-    first, second = Trainer(tiny_model(), TinyRecipe(), "cpu"), Trainer(
-        tiny_model(), TinyRecipe(), "cpu"
+    first, second = (
+        Trainer(tiny_model(), TinyRecipe(), "cpu"),
+        Trainer(tiny_model(), TinyRecipe(), "cpu"),
     )
     assert train(first, 12) == train(second, 12)
     assert_same(weights(first), weights(second))
@@ -136,7 +150,7 @@ def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
     rates = [learning_rate_at(recipe, step) for step in range(100)]
     assert rates[0] == pytest.approx(1e-3)
     assert max(rates) == pytest.approx(1e-2)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert learning_rate_at(recipe, 100) == pytest.approx(1e-3)
     middle = learning_rate_at(recipe, 55)
     assert middle == pytest.approx(1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi / 2)))

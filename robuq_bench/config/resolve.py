@@ -93,13 +93,16 @@ def canonical_json(config: Config) -> str:
 
     Descriptions decide nothing; nor does the place of a file that is known by its SHA-256.
     """
+    # Leaving out what is not set keeps old runs' names when a new optional field appears.
     values = config.model_dump(
-        mode="json", exclude={"plan": {"description"}, "workload": {"description"}}
+        mode="json",
+        exclude={"plan": {"description"}, "workload": {"description"}},
+        exclude_none=True,
     )
     allocation, teacher = values["plan"]["allocation"], values["workload"]["teacher"]
     for section, path_key in ((allocation, "path"), (teacher, "checkpoint")):
         if section["sha256"]:
-            del section[path_key]
+            section.pop(path_key, None)
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

@@ -129,6 +129,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=100, ge=1)
     features: str
     inception_weights: OptionalText = None
+    reference: OptionalText = None
+    vae: OptionalText = None
     grid_images: int = Field(default=40, ge=0)
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """Per-token activation quantizers: integer codes, and fake quantization for training.
 
-A token is the last axis. Every quantizer maps a token to int8 codes c in [-2^(b-1), 2^(b-1) - 1]
+A token is the last axis, or the axis given as `dim`. Every quantizer maps a token to int8 codes c in [-2^(b-1), 2^(b-1) - 1]
 and back to `scale * level(c) + offset`, with one scale and one offset per token; `level` is the
 identity except for Lloyd-Max, where it is a codebook. Fake quantization runs the very same
 floating-point operations, so it equals `dequantize(quantize(x))` bit for bit.
@@ -37,7 +37,7 @@ BITNET_EPS = 1e-5
 
 
 class QuantizedActivation(NamedTuple):
-    """int8 `codes` [..., n]; floating `scale` and `offset` [..., 1]; `bits`; `bits` names the grid."""
+    """int8 `codes` like the input, `scale` and `offset` of size 1 along the token's axis, `bits`."""
 
     codes: Tensor
     scale: Tensor
@@ -46,8 +46,10 @@ class QuantizedActivation(NamedTuple):
 
 
 class Normalised(NamedTuple):
-    """A token in grid units: t = (x - shift) / scale; `live` [..., 1] is False where the
-    statistics were not finite. `t` is a fresh tensor that the caller may overwrite."""
+    """Tokens in grid units, t = (x - shift) / scale, in a fresh tensor that may be overwritten.
+
+    `live` is False for the tokens whose statistics were not finite.
+    """
 
     t: Tensor
     scale: Tensor
@@ -59,12 +61,14 @@ class Normalised(NamedTuple):
 class ActivationQuantizer:
     """Base of the quantizers. Subclasses give the normalisation and, if not uniform, the levels.
 
-    Gradient of this base class: identity (straight-through, also outside the clip), as in BitNet.
+    Gradient of this base class: identity (straight-through, also outside the clip), as in BitNet;
+    `needs_state` says that `input_gradient` reads the normalised tokens.
     """
 
     name: ClassVar[str]
     min_bits: ClassVar[int] = 1
     max_bits: ClassVar[int] = 8
+    needs_state: ClassVar[bool] = False
 
     def check_bits(self, bits: int) -> None:
         """Raise ConfigError unless this quantizer is defined at `bits`."""
@@ -74,8 +78,8 @@ class ActivationQuantizer:
                 f"bits, got {bits}"
             )
 
-    def normalise(self, x: Tensor, bits: int) -> Normalised:
-        """Per-token statistics and the normalised tokens of x [..., n] (float32 or float64)."""
+    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
+        """Statistics and normalised values of the tokens along `dim` (float32 or float64)."""
         raise NotImplementedError
 
     def encode_(self, t: Tensor, bits: int) -> Tensor:
@@ -86,9 +90,16 @@ class ActivationQuantizer:
         """Overwrite integer codes by their levels, in units of the scale."""
         return codes
 
-    def input_gradient(self, grad: Tensor, values: Tensor, state: Normalised, bits: int) -> Tensor:
-        """Gradient at x from the gradient at the fake-quantized `values`."""
+    def input_gradient(
+        self, grad: Tensor, values: Tensor, state: Normalised, bits: int, dim: int = -1
+    ) -> Tensor:
+        """Gradient at x from the gradient at the fake-quantized `values`; may be `grad` itself."""
         return grad
+
+    def values_from(self, state: Normalised, bits: int) -> Tensor:
+        """Fake-quantized values of normalised tokens, overwriting `state.t`."""
+        codes = self.encode_(state.t, bits)
+        return self.levels_(codes, bits).mul_(state.scale).add_(state.offset)
 
     def quantize(self, x: Tensor, bits: int) -> QuantizedActivation:
         """Integer codes of x [..., n]; computed in float32, or float64 for float64 input.
@@ -125,18 +136,16 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: ActivationQuantizer, bits: int) -> Tensor:
         state = quantizer.normalise(_working(x), bits)
-        keeps_state = isinstance(quantizer, RobustQuantizer)
-        codes = quantizer.encode_(state.t.clone() if keeps_state else state.t, bits)
-        values = quantizer.levels_(codes, bits).mul_(state.scale).add_(state.offset)
         ctx.quantizer, ctx.bits = quantizer, bits
-        if keeps_state:
-            ctx.save_for_backward(values, *state)
+        if not quantizer.needs_state:
+            return quantizer.values_from(state, bits).to(x.dtype)
+        values = quantizer.values_from(state._replace(t=state.t.clone()), bits)
+        ctx.save_for_backward(values, *state)
         return values.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if not ctx.saved_tensors:
+        if not ctx.quantizer.needs_state:
             return grad, None, None
         values, *state = ctx.saved_tensors
         upstream = grad.to(values.dtype)
@@ -164,34 +173,40 @@ class RobustQuantizer(ActivationQuantizer):
         """Value of code 0."""
         return mean
 
-    def normalise(self, x: Tensor, bits: int) -> Normalised:
-        mean = x.mean(-1, keepdim=True)
-        mean = mean.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
+        mean = x.mean(dim, keepdim=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         t = x - mean
-        scale = t.abs().mean(-1, keepdim=True).mul_(self.step(bits) * MAD_TO_SIGMA)
+        scale = t.abs().mean(dim, keepdim=True).mul_(self.step(bits) * MAD_TO_SIGMA)
         live = scale.isfinite()
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
-        # 1/0 becomes 0, so that a constant token sits on code 0 of a grid of scale 0.
-        t.mul_(scale.reciprocal().nan_to_num_(posinf=0.0))
+        t.mul_(_reciprocal(scale))
         return Normalised(t, scale, self.offset(mean, scale, bits), mean, live)
 
-    def input_gradient(self, grad: Tensor, values: Tensor, state: Normalised, bits: int) -> Tensor:
+    def input_gradient(
+        self, grad: Tensor, values: Tensor, state: Normalised, bits: int, dim: int = -1
+    ) -> Tensor:
         t, scale, _, mean, live = state
         low, high = self.clip_range(bits)
+        # One vectorised pass; boolean masks are several times slower on CPU.
         passed = torch.ops.aten.hardtanh_backward(grad, t, low, high)
-        grad_sum = grad.sum(-1, keepdim=True)
-        grad_mean = grad_sum - passed.sum(-1, keepdim=True)
-        inverse = scale.reciprocal().nan_to_num_(posinf=0.0)
-        level_dot = (grad * values).sum(-1, keepdim=True).sub_(mean * grad_sum).mul_(inverse)
-        grad_scale = level_dot.sub_((passed * t).sum(-1, keepdim=True))
-        grad_scale = torch.where(live, grad_scale, 0.0)
-        # d scale / d x_j = step sqrt(pi/2) / n (sign_j - mean sign); d μ / d x_j = 1 / n.
-        n = t.shape[-1]
-        sign = t.sign()
+        grad_sum = grad.sum(dim, keepdim=True)
+        grad_mean = grad_sum - passed.sum(dim, keepdim=True)
+        work = grad * values
+        grad_scale = work.sum(dim, keepdim=True).sub_(mean * grad_sum).mul_(_reciprocal(scale))
+        work = torch.mul(passed, t, out=work)
+        grad_scale = torch.where(live, grad_scale.sub_(work.sum(dim, keepdim=True)), 0.0)
+        grad_mean = torch.where(live, grad_mean, 0.0)
+        # d scale / d x_j = step sqrt(pi/2) / n (sign_j - mean sign); d mean / d x_j = 1 / n.
+        n = t.shape[dim]
         slope = grad_scale.mul_(self.step(bits) * MAD_TO_SIGMA / n)
-        constant = torch.where(live, grad_mean.mul_(1 / n), 0.0)
-        constant.sub_(sign.mean(-1, keepdim=True).mul_(slope))
+        sign = torch.sign(t, out=work)
+        constant = grad_mean.mul_(1 / n).sub_(sign.mean(dim, keepdim=True).mul_(slope))
         return passed.add_(sign.mul_(slope)).add_(constant)
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """1/scale with 1/0 = 0, so that a constant token sits on code 0 of a grid of scale 0."""
+    return scale.reciprocal().nan_to_num_(posinf=0.0)
 
 
 class RobustMidrise(RobustQuantizer):
@@ -275,14 +290,14 @@ class MinMax(ActivationQuantizer):
 
     name = "minmax"
 
-    def normalise(self, x: Tensor, bits: int) -> Normalised:
+    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
         # amin and amax: each vectorised, where aminmax is 5 times slower on CPU.
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
         scale = (high - low) / (2**bits - 1)
         live = scale.isfinite()
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
         middle = torch.where(live, low + scale * 2 ** (bits - 1), 0.0)
-        t = (x - middle).mul_(scale.reciprocal().nan_to_num_(posinf=0.0))
+        t = (x - middle).mul_(_reciprocal(scale))
         return Normalised(t, scale, middle, middle, live)
 
 
@@ -298,12 +313,12 @@ class BitNet(ActivationQuantizer):
     name = "bitnet"
     min_bits = 2
 
-    def normalise(self, x: Tensor, bits: int) -> Normalised:
+    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
         magnitude = x.abs()
         if bits == 8:
-            statistic, divisor = magnitude.amax(-1, keepdim=True), 127.0
+            statistic, divisor = magnitude.amax(dim, keepdim=True), 127.0
         else:
-            statistic = magnitude.mean(-1, keepdim=True)
+            statistic = magnitude.mean(dim, keepdim=True)
             divisor = math.sqrt(2 ** (bits - 1) - 1)
         live = statistic.isfinite()
         statistic = torch.where(live, statistic, divisor)
@@ -333,8 +348,7 @@ class _AbsmaxFakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, limit: int) -> Tensor:
         del ctx
         scale = x.abs().amax(-1, keepdim=True).float() / limit
-        inverse = scale.reciprocal().nan_to_num_(posinf=0.0)
-        return (x * inverse).round_().mul_(scale).to(x.dtype)
+        return (x * _reciprocal(scale)).round_().mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -14,6 +14,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from robuq_bench.errors import ConfigError
@@ -111,7 +112,7 @@ def _nearest(n: int) -> str:
 
 
 @functools.cache
-def _factor_matrix(order: int) -> np.ndarray:
+def _factor_matrix(order: int) -> NDArray[np.int8]:
     if order & (order - 1) == 0:
         matrix = np.ones((1, 1), dtype=np.int8)
         while matrix.shape[0] < order:
@@ -136,31 +137,26 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 @functools.cache
-def _transform_factors(
-    n: int, inverse: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Orthonormal factors F with y_row = x_row @ (F_1 (x) F_2 ...), as contiguous tensors."""
-    factors = []
-    for order in hadamard_factors(n):
-        matrix = torch.from_numpy(_factor_matrix(order).astype(np.float64)) / math.sqrt(order)
-        matrix = matrix.T if inverse else matrix
-        factors.append(matrix.contiguous().to(dtype=dtype, device=device))
-    return tuple(factors)
-
-
-def apply_factors(x: Tensor, inverse: bool = False) -> Tensor:
-    """Orthonormal transform of the last axis without autograd; see `hadamard_transform`."""
-    n = x.shape[-1]
+def transform_factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Orthonormal factors F_1, F_2, ... with hadamard_matrix(n)/sqrt(n) = F_1 (x) F_2 (x) ..."""
     with torch.inference_mode(False):
-        *leading, last = _transform_factors(n, inverse, x.dtype, x.device)
-    order = last.shape[0]
-    y = torch.mm(x.reshape(-1, order), last)
-    inner = order
-    for factor in reversed(leading):
-        order = factor.shape[0]
-        # The left product contracts with rows, hence the transpose of a non-symmetric factor.
-        y = torch.matmul(factor.T, y.view(-1, order, inner))
-        inner *= order
+        return tuple(
+            torch.from_numpy(_factor_matrix(order) / math.sqrt(order)).to(device, dtype)
+            for order in hadamard_factors(n)
+        )
+
+
+def _apply_factors(x: Tensor, inverse: bool) -> Tensor:
+    *leading, last = transform_factors(x.shape[-1], x.dtype, x.device)
+    inner = last.shape[0]
+    # Half precision would round the factors, which the quantizer behind would see as noise.
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.mm(x.reshape(-1, inner), last.T if inverse else last)
+        for factor in reversed(leading):
+            order = factor.shape[0]
+            left = factor if inverse else factor.T
+            y = torch.matmul(left, y.view(-1, order, inner))
+            inner *= order
     return y.view(x.shape)
 
 
@@ -170,7 +166,7 @@ class _HadamardTransform(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, inverse: bool) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.inverse = inverse
-        return apply_factors(x, inverse)
+        return _apply_factors(x, inverse)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]

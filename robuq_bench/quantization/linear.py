@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robuq_bench.errors import ConfigError
+from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.quantization.fused import fused_linear
 from robuq_bench.quantization.rotations import random_signs, rotate
 from robuq_bench.quantization.weights import fake_quantize_weight
 
@@ -25,6 +26,17 @@ def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     sign = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
     root = s.sqrt()
     return u * sign.T * root, vh * sign * root[:, None]
+
+
+def _fusible(x: Tensor, weight: Tensor) -> bool:
+    """Whether the CPU path applies; a GPU, half precision and `torch.compile` take the other."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 class QuantizedLinear(nn.Module):
@@ -107,7 +119,7 @@ class QuantizedLinear(nn.Module):
         if rank > 0:
             up, down = low_rank_factors(weight, rank)
             weight = weight - up @ down
-            low_rank = (up.to(dtype), down.to(dtype))
+            low_rank = (up.to(dtype).contiguous(), down.to(dtype).contiguous())
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(
             weight.to(dtype),
@@ -140,29 +152,50 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def quantized_weight(self) -> Tensor:
-        """Dequantized ternary weight [out, in], differentiable; cached in eval mode."""
-        needs_grad = torch.is_grad_enabled() and self.weight.requires_grad
-        if self.training or needs_grad or self.weight.is_inference():
-            return fake_quantize_weight(self.weight, self.weight_quantizer)
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        """Dequantized ternary weight [out, in], differentiable."""
+        return fake_quantize_weight(self.weight, self.weight_quantizer)
+
+    def _wide_weight(self) -> Tensor:
+        """[quantized weight | up], [out, in + r]: both products of the layer in one."""
+        weight = self.quantized_weight()
+        return weight if self.low_rank_up is None else torch.cat([weight, self.low_rank_up], 1)
+
+    def _cached_wide_weight(self) -> Tensor:
+        sources = [p for p in (self.weight, self.low_rank_up) if p is not None]
+        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
+        if self.training or needs_grad or any(p.is_inference() for p in sources):
+            return self._wide_weight()
+        key = tuple((p.data_ptr(), p._version, p.dtype) for p in sources)
         if self._cached is None or self._cached[0] != key:
             # A tensor made in inference mode could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                value = fake_quantize_weight(self.weight, self.weight_quantizer)
-            self._cached = (key, value)
+                self._cached = (key, self._wide_weight())
         return self._cached[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        x = rotate(x, self.signs) if self.rotated else x
-        quantizer = activation_quantizer(self.activation_quantizer)
-        quantized = x
-        if quantizer is not None and self.activation_bits is not None:
-            quantized = quantizer.fake_quantize(x, self.activation_bits)
-        y = F.linear(quantized, self.quantized_weight(), self.bias)
-        if self.low_rank_up is not None:
-            y = y + F.linear(F.linear(x, self.low_rank_down), self.low_rank_up)
-        return y
+        if x.shape[-1] != self.in_features:
+            raise UsageError(
+                f"layer {self.name!r} takes {self.in_features} features, got {tuple(x.shape)}"
+            )
+        weight = self._cached_wide_weight()
+        bits = self.activation_bits
+        quantizer = None if bits is None else activation_quantizer(self.activation_quantizer)
+        if quantizer is not None:
+            quantizer.check_bits(bits or 0)
+        if _fusible(x, weight):
+            return fused_linear(
+                x, weight, self.bias, self.low_rank_down, self.signs, self.rotated, quantizer,
+                bits or 0,
+            )
+        tokens = x if x.dtype == torch.float64 else x.float()
+        if self.rotated:
+            tokens = rotate(tokens, None if self.signs is None else self.signs.to(tokens.dtype))
+        operand = tokens if quantizer is None else quantizer.fake_quantize(tokens, bits or 0)
+        if self.low_rank_down is not None:
+            branch = F.linear(tokens.to(weight.dtype), self.low_rank_down)
+            operand = torch.cat([operand.to(branch.dtype), branch], -1)
+        return F.linear(operand.to(weight.dtype), weight, self.bias)
 
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank_up is None else self.low_rank_up.shape[1]

@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,7 @@ class Fabricator:
         ]
 
 
-def metrics(
-    config: Config, subject: str, level: float, rng: random.Random
-) -> list[dict[str, Any]]:
+def metrics(config: Config, subject: str, level: float, rng: random.Random) -> list[dict[str, Any]]:
     count = config.workload.evaluation.num_samples
     source = {"source_run": "teacher-eval/fp-digits-000000000000"} if subject == "teacher" else {}
     return [
@@ -179,7 +178,11 @@ def allocation(config: Config, rng: random.Random) -> dict[str, Any]:
 def accounting(config: Config) -> dict[str, Any]:
     from robuq_bench.accounting import account
 
-    return {"key": "accounting", "kind": "accounting", **account(config.workload.model, config.plan)}
+    return {
+        "key": "accounting",
+        "kind": "accounting",
+        **account(config.workload.model, config.plan),
+    }
 
 
 def picture(text: str) -> bytes:
@@ -190,6 +193,95 @@ def picture(text: str) -> bytes:
     buffer = io.BytesIO()
     small.resize((320, 128), Image.Resampling.NEAREST).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+@dataclasses.dataclass
+class PageCell:
+    """A parsed table cell: its own text, its small print and the first link of its own text."""
+
+    text: str = ""
+    small: str = ""
+    href: str = ""
+
+
+@dataclasses.dataclass
+class PageTable:
+    caption: str = ""
+    head: list[PageCell] = dataclasses.field(default_factory=list)
+    rows: list[list[PageCell]] = dataclasses.field(default_factory=list)
+
+    def cell(self, row: str, column: str) -> PageCell:
+        """The cell where the row that starts with `row` meets `column`."""
+        index = [cell.text for cell in self.head].index(column)
+        return next(line for line in self.rows if line[0].text == row)[index]
+
+
+class Page(HTMLParser):
+    """Tables, identifiers, links and tags of an HTML page."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tables: list[PageTable] = []
+        self.ids: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self._place = ""
+        self._small = False
+        self._head = False
+
+    def table(self, caption: str) -> PageTable:
+        return next(table for table in self.tables if table.caption.startswith(caption))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, found))
+        if "id" in found:
+            self.ids.append(found["id"])
+        if tag == "table":
+            self.tables.append(PageTable())
+        elif tag in ("thead", "tbody"):
+            self._head = tag == "thead"
+        elif tag == "tr" and not self._head:
+            self.tables[-1].rows.append([])
+        elif tag in ("th", "td"):
+            self._line().append(PageCell())
+            self._place = "cell"
+        elif tag in ("caption", "style"):
+            self._place = tag
+        elif tag == "small":
+            self._small = True
+        elif tag == "a" and self._place == "cell" and not self._small and not self._cell().href:
+            self._cell().href = found.get("href", "")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("th", "td", "caption", "style"):
+            self._place = ""
+        elif tag == "small":
+            self._small = False
+
+    def handle_data(self, data: str) -> None:
+        if self._place == "style":
+            return
+        self.text += data
+        if self._place == "caption":
+            self.tables[-1].caption += data
+        elif self._place == "cell" and self._small:
+            self._cell().small += data
+        elif self._place == "cell":
+            self._cell().text += data
+
+    def _line(self) -> list[PageCell]:
+        table = self.tables[-1]
+        return table.head if self._head else table.rows[-1]
+
+    def _cell(self) -> PageCell:
+        return self._line()[-1]
+
+
+def parse(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
 
 
 @pytest.fixture
@@ -216,4 +308,12 @@ def report(twelve_plans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return build_report([twelve_plans], tmp_path_factory.mktemp("report") / "report.html")
 
 
-Fabricate = Callable[..., Path]
+@pytest.fixture(scope="session")
+def page(report: Path) -> Page:
+    """The report of `twelve_plans`, parsed."""
+    return parse(report)
+
+
+@pytest.fixture(scope="session")
+def parse_page() -> Callable[[Path], Page]:
+    return parse

@@ -1,0 +1,139 @@
+"""Protocols, rows, means and ranges."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+
+from reports.aggregate import group_runs
+from reports.loading import find_runs
+from reports.settings import AMPN, PARTIAL, UNIFORM, UNROTATED, differences
+from robuq_bench.errors import CheckpointError
+
+
+def groups_of(fabricate):
+    return group_runs(find_runs([fabricate.root]))
+
+
+def test_mean_and_range_over_training_seeds_and_seed_ranges(fabricate):
+    paths = [fabricate.run("a4", seed) for seed in (0, 1, 2)]
+    expected = [
+        record["fid_digits"]
+        for path in paths
+        for record in map(json.loads, (path / "results.jsonl").read_text().splitlines())
+        if record.get("subject") == "student"
+    ]
+    (group,) = groups_of(fabricate)
+    summary = group.rows[0].summary("fid_digits")
+    assert summary.mean == pytest.approx(statistics.mean(expected), rel=1e-15)
+    assert (summary.low, summary.high) == (min(expected), max(expected))
+    assert (summary.count, summary.seeds) == (9, 3)
+    assert group.rows[0].seeds == [0, 1, 2]
+    assert group.rows[0].summary("no_such_metric") is None
+
+
+def test_the_teachers_copied_values_count_once(fabricate):
+    for plan in ("a4", "a3", "a2"):
+        fabricate.run(plan)
+    (group,) = groups_of(fabricate)
+    assert group.teacher.summary("fid_digits").count == 3
+
+
+def test_the_teacher_row_cites_the_run_that_measured_it(fabricate):
+    a4 = fabricate.run("a4", finish=False)
+    records = [dict(record) for record in find_runs([a4])[0].records]
+    teachers = [record for record in records if record.get("subject") == "teacher"]
+    measured = fabricate.run("fp", study="teacher-eval", records=teachers)
+    for record in teachers:
+        record["source_run"] = f"teacher-eval/{measured.name}"
+    fabricate.run("a4", 1, records=records)
+    (group,) = groups_of(fabricate)
+    assert [run.id for run in group.teacher.runs] == [f"teacher-eval/{measured.name}"]
+
+
+def test_the_full_precision_plan_is_the_teacher_row_and_adds_its_losses(fabricate):
+    fabricate.run("fp")
+    fabricate.run("a4")
+    (group,) = groups_of(fabricate)
+    assert [row.name for row in group.rows] == ["a4"]
+    assert group.teacher.summary("distillation_loss").mean == 0
+    assert group.teacher.summary("fid_digits").count == 3
+
+
+def test_a_full_precision_plan_with_other_values_keeps_its_own_row(fabricate):
+    fabricate.run("a4")
+    fabricate.run("fp", fid=9.9)
+    (group,) = groups_of(fabricate)
+    assert {row.name for row in group.rows} == {"a4", "fp"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluation.num_samples=500",
+        "evaluation.sampler=ddpm",
+        "evaluation.sampling_steps=50",
+        "evaluation.cfg_scale=4.0",
+        "evaluation.seed_ranges=2",
+        "model.depth=5",
+    ],
+)
+def test_runs_of_different_protocols_are_never_in_one_table(fabricate, override):
+    fabricate.run("a4")
+    fabricate.run("a4", overrides=[override])
+    groups = groups_of(fabricate)
+    assert [len(group.rows) for group in groups] == [1, 1]
+    key = override.split("=")[0].removeprefix("evaluation.")
+    assert all(key in group.title for group in groups)
+    assert groups[0].protocol != groups[1].protocol or key == "model.depth"
+
+
+@pytest.mark.parametrize("override", ["evaluation.batch_size=10", "evaluation.grid_images=20"])
+def test_settings_that_change_no_number_do_not_split_a_protocol(fabricate, override):
+    fabricate.run("a4")
+    fabricate.run("a3", overrides=[override])
+    (group,) = groups_of(fabricate)
+    assert len(group.rows) == 2
+
+
+def test_one_plan_with_two_budgets_has_two_rows_that_say_so(fabricate):
+    fabricate.run("a4", overrides=["training.steps=700"])
+    fabricate.run("a4", 1, overrides=["training.steps=700"])
+    fabricate.run("a4", overrides=["training.steps=900"])
+    (group,) = groups_of(fabricate)
+    assert [row.label for row in group.rows] == [
+        "a4 (training.steps = 700)",
+        "a4 (training.steps = 900)",
+    ]
+    assert [row.seeds for row in group.rows] == [[0, 1], [0]]
+
+
+def test_metrics_of_two_sample_counts_in_one_run_are_refused(fabricate):
+    def spoil(record):
+        return {**record, "num_samples": 7} if record["key"] == "metrics/student/1" else record
+
+    source = fabricate.run("a4", finish=False)
+    lines = [json.loads(line) for line in (source / "results.jsonl").read_text().splitlines()]
+    path = fabricate.run("a4", 1, records=[spoil(line) for line in lines])
+    with pytest.raises(CheckpointError, match=rf"{path.name}/results\.jsonl mixes"):
+        groups_of(fabricate)
+
+
+def test_families_are_read_from_settings_and_rows_go_from_many_bits_to_few(fabricate):
+    for plan in ("baseline-a2", "a2-uniform", "bitnetv2-a4", "a2", "a8"):
+        fabricate.run(plan)
+    (group,) = groups_of(fabricate)
+    assert [(row.name, row.family, row.bits) for row in group.rows] == [
+        ("a8", UNIFORM, 8),
+        ("bitnetv2-a4", PARTIAL, 4),
+        ("a2", AMPN, 2),
+        ("a2-uniform", UNIFORM, 2),
+        ("baseline-a2", UNROTATED, 2),
+    ]
+
+
+def test_differences_name_keys_that_only_one_side_has():
+    configs = [{"name": "x", "a": {"b": 1}}, {"name": "x", "a": {"b": 1, "c": 2}}, {"name": "y"}]
+    assert differences(configs) == ["a.c = not set", "a.c = 2", ""]

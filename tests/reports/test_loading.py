@@ -1,0 +1,106 @@
+"""Run folders as the report reads them: what is refused, and that the message names the file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from reports import build_report
+from reports.loading import find_runs
+from robuq_bench.errors import CheckpointError, UsageError
+
+
+def test_a_folder_of_runs_and_its_run_folders_give_the_same_runs(fabricate):
+    paths = [fabricate.run("a4"), fabricate.run("a2")]
+    from_root = find_runs([fabricate.root])
+    assert [run.plan_name for run in from_root] == ["a2", "a4"]
+    assert find_runs([*paths, fabricate.root]) == from_root
+    assert {run.id for run in from_root} == {f"train-and-eval/{path.name}" for path in paths}
+
+
+def test_no_runs_is_a_usage_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match=r"no runs in .*train-and-eval --plan a2"):
+        build_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UsageError, match="no runs"):
+        build_report([], tmp_path / "report.html")
+    with pytest.raises(UsageError, match=r"no such run folder: .*nowhere"):
+        build_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_a_folder_is_refused(fabricate, tmp_path):
+    fabricate.run("a4")
+    with pytest.raises(UsageError, match="is a folder"):
+        build_report([fabricate.root], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["results.jsonl", "manifest.json", "config.toml", "samples/grid-student.png", "DONE"]
+)
+def test_a_flipped_bit_in_a_finished_run_is_an_error_that_names_the_file(fabricate, tmp_path, name):
+    file = fabricate.run("a4") / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    # DONE holds the manifest's checksum, so a flip there condemns the manifest.
+    named = r"(DONE|manifest\.json)" if name == "DONE" else Path(name).name
+    with pytest.raises(CheckpointError, match=named):
+        build_report([fabricate.root], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "config.toml", "samples/grid-student.png"])
+def test_a_missing_file_of_a_finished_run_is_an_error_that_names_it(fabricate, tmp_path, name):
+    (fabricate.run("a4") / name).unlink()
+    with pytest.raises(CheckpointError, match=Path(name).name):
+        build_report([fabricate.root], tmp_path / "report.html")
+
+
+def test_a_damaged_line_of_an_unfinished_run_is_an_error_with_its_number(fabricate):
+    file = fabricate.run("a4", finish=False) / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], lines[1][:-8] + "\n", *lines[2:]]))
+    with pytest.raises(CheckpointError, match=r"results\.jsonl.*line 2"):
+        find_runs([fabricate.root])
+
+
+def test_a_torn_last_line_of_an_unfinished_run_is_left_out_and_said(fabricate):
+    file = fabricate.run("a4", finish=False) / "results.jsonl"
+    whole = len(find_runs([fabricate.root])[0].records)
+    file.write_bytes(file.read_bytes()[:-9])
+    run = find_runs([fabricate.root])[0]
+    assert run.torn
+    assert len(run.records) == whole - 1
+
+
+def test_a_picture_that_is_no_png_is_refused(fabricate, tmp_path):
+    path = fabricate.run("a4", finish=False)
+    (path / "samples").mkdir()
+    (path / "samples/grid-student.png").write_bytes(b"GIF89a")
+    run = find_runs([path])[0]
+    with pytest.raises(CheckpointError, match=r"grid-student\.png is not a PNG"):
+        run.read_png("samples/grid-student.png")
+
+
+def test_runs_that_were_moved_aside_are_not_read(fabricate):
+    path = fabricate.run("a4")
+    shutil.copytree(path, path.with_name(path.name + ".replaced-1"))
+    assert len(find_runs([fabricate.root])) == 1
+
+
+def test_a_copy_of_a_run_counts_once_but_other_results_under_its_name_are_refused(
+    fabricate, tmp_path
+):
+    path = fabricate.run("a4")
+    copy = shutil.copytree(path, tmp_path / "elsewhere" / path.name)
+    assert len(find_runs([path, copy])) == 1
+    fabricate.root = tmp_path / "other"
+    other = fabricate.run("a4", fid=99.0)
+    with pytest.raises(UsageError, match="same run with different results"):
+        find_runs([path, other])
+    unfinished = tmp_path / "half" / path.name
+    shutil.copytree(other, unfinished)
+    (unfinished / "DONE").unlink()
+    assert find_runs([unfinished, path])[0].finished

@@ -1,0 +1,273 @@
+"""The HTML file: self-contained, reproducible, small, and every number as measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from reports import build_report
+from robuq_bench.errors import RobuqError
+
+ROOT = Path(__file__).resolve().parents[2]
+DECIMALS = {"fid": 2, "sfid": 2, "is": 2, "precision": 3, "recall": 3}
+
+
+def printed(metric, value):
+    """How a number should read, written without the code under test."""
+    decimals = DECIMALS.get(metric.split("_")[0])
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    # Three significant digits; Python's own rounding, then back to plain decimals.
+    rounded = f"{value:.2e}"
+    return f"{value:.{2 - int(rounded.split('e')[1])}f}" if value else "0"
+
+
+def measured(runs, plan, subject):
+    """metric -> values of all seeds and ranges, straight from results.jsonl."""
+    found = {}
+    for folder in sorted(runs.glob(f"train-and-eval/{plan}-digits-*")):
+        for line in (folder / "results.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            wanted = record.get("subject") == subject or record["kind"] == "validation"
+            for name, value in record.items():
+                if wanted and (name.endswith(("_digits", "_loss"))):
+                    found.setdefault(name, []).append(value)
+    return found
+
+
+def test_the_same_runs_give_the_same_bytes(twelve_plans, report, tmp_path):
+    again = build_report(sorted(twelve_plans.glob("*/*"), reverse=True), tmp_path / "report.html")
+    assert again.read_bytes() == report.read_bytes()
+    for file in report.parent.glob("report-*"):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_another_process_folder_and_hash_seed_give_the_same_bytes(fabricate, tmp_path):
+    for plan in ("a2", "baseline-a2"):
+        fabricate.run(plan)
+    here = build_report([fabricate.root], tmp_path / "here.html")
+    code = (
+        "import sys; from pathlib import Path; from reports import build_report;"
+        "build_report([Path(sys.argv[1])], Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(fabricate.root), "there.html"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "there.html").read_bytes() == here.read_bytes()
+
+
+def test_twelve_plans_fit_in_two_megabytes_with_room(report):
+    assert report.stat().st_size < 1_000_000
+
+
+def test_nothing_is_fetched(report, page):
+    text = report.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text.split("<body>")[0])
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
+        for name in ("src", "href", "action", "poster", "data", "srcset", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
+        assert not any(name.startswith("on") for name in attributes)
+        assert "url(" not in attributes.get("style", "").replace("url(#", "")
+    assert "default-src 'none'" in text
+
+
+def test_every_link_has_a_target_and_every_id_is_unique(page):
+    assert len(page.ids) == len(set(page.ids))
+    targets = {a["href"][1:] for _, a in page.tags if a.get("href", "").startswith("#")}
+    assert targets <= set(page.ids)
+
+
+def test_summary_numbers_are_those_of_results_jsonl(twelve_plans, page):
+    table = page.table("Plans and metrics on digits")
+    assert len(table.rows) == 12
+    checked = 0
+    for row in table.rows:
+        plan = row[0].text
+        is_teacher = plan == "teacher"
+        found = measured(twelve_plans, "fp" if is_teacher else plan, "student")
+        for metric, values in found.items():
+            cell = table.cell(plan, metric)
+            assert cell.text == printed(metric, statistics.fmean(values)), (plan, metric)
+            if len(values) > 1:
+                low, high = printed(metric, min(values)), printed(metric, max(values))
+                assert cell.small == f"[{low}–{high}]"
+            assert cell.href.startswith("#row-")
+            checked += 1
+    assert checked == 12 * 8
+
+
+def test_every_value_is_listed_and_links_to_its_run(twelve_plans, page):
+    table = page.table("Every measured value on digits")
+    for seed in (0, 1, 2):
+        lines = [r for r in table.rows if r[0].text == "a2" and r[1].text == str(seed)]
+        assert [line[2].text for line in lines] == ["validation", "0", "1", "2"]
+        anchor = lines[1][3].href
+        folder = twelve_plans / "train-and-eval" / anchor.removeprefix("#run-train-and-eval-")
+        records = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+        own = [r["fid_digits"] for r in records if r.get("subject") == "student"]
+        assert [line[3].text for line in lines[1:]] == [f"{value:.2f}" for value in own]
+        assert {line[3].href for line in lines[1:]} == {anchor}
+
+
+def test_a_missing_metric_says_not_run_and_no_cell_is_blank(fabricate, tmp_path, parse_page):
+    source = fabricate.run("a4", finish=False)
+    lines = [json.loads(line) for line in (source / "results.jsonl").read_text().splitlines()]
+    for record in lines:
+        if record.get("subject") == "student":
+            del record["recall_digits"]
+    kept = [r for r in lines if r["kind"] not in ("validation", "accounting", "timing")]
+    fabricate.run("a4", 1, records=kept)
+    fabricate.run("a3")
+    page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    table = page.table("Plans and metrics on digits")
+    assert table.cell("a4", "recall_digits").text == "not run"
+    assert table.cell("a4", "distillation_loss").text == "not run"
+    assert table.cell("a3", "recall_digits").text != "not run"
+    assert page.table("What each plan costs").cell("a4", "BitOPs").text == "not run"
+    assert all(cell.text.strip() for t in page.tables for row in t.rows for cell in row)
+
+
+def test_accounting_and_allocation_print_what_the_run_recorded(twelve_plans, page):
+    folder = next(twelve_plans.glob("train-and-eval/a4-digits-*"))
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    record = next(r for r in records if r["kind"] == "accounting")
+    table = page.table("What each plan costs")
+    assert table.cell("a4", "smaller").text == f"{record['size_reduction']:.2f}×"
+    assert table.cell("a4", "packed size").text == f"{record['packed_bytes'] / 2**20:.2f} MiB"
+    assert table.cell("a4", "BitOPs").text == f"{record['bit_ops'] / 1e6:.0f} M"
+    assert table.cell("a4", "BitOPs").href.endswith(folder.name)
+    types = page.table("Mean activation bits per layer type: a2")
+    assert [types.cell(name, "paper").text for name in ("proj", "qkv", "fc1", "fc2")] == [
+        "2.75",
+        "2.21",
+        "2.00",
+        "1.64",
+    ]
+    assert types.cell("proj", "here").text == "3.00"
+    assert types.cell("proj", "difference").text == "+0.25"
+    assert types.cell("fc2", "difference").text == "−0.64"
+
+
+def test_published_numbers_stand_beside_measured_ones(page):
+    table = page.table("Published numbers beside measured ones")
+    rows = {(row[0].text, row[0].small): row for row in table.rows}
+    ours = page.table("Plans and metrics").cell("bitnetv2-a4", "fid_digits")
+    row = rows["BitNet v2 W1.58A4", "FID"]
+    assert row[1].text == "41.59"
+    assert row[2].text == f"{ours.text} {ours.small}"
+    assert row[3].text == "not comparable"
+    assert rows["RobuQ", "faster"][2].text == "not run"
+    assert all(row[5].text for row in table.rows)
+
+
+def test_hostile_text_is_escaped(fabricate, tmp_path, parse_page):
+    attack = "<script>alert(1)</script>\"'&amp;"
+    fabricate.run("a4", argv=["bench.py", attack])
+    fabricate.run("a4", 1, overrides=[f"data.path={attack}"])
+    path = fabricate.run("a4", study="other", finish=False, records=[])
+    (path / "tables").mkdir()
+    (path / "tables/x.csv").write_text(f"name,{attack.replace(chr(34), '')}\n<b>,<i>1</i>\n")
+    fabricate.run("a4", study="other", records=[])
+    report = build_report([fabricate.root], tmp_path / "report.html")
+    text = report.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "<i>1" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    page = parse_page(report)
+    assert attack in page.text
+    assert page.table("other/a4").rows[0][1].text == "<i>1</i>"
+
+
+def test_unfinished_runs_are_named_and_never_shown_as_results(fabricate, tmp_path, parse_page):
+    fabricate.run("a4")
+    left = fabricate.run("a2", fid=1.0, finish=False)
+    page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    assert [row[0].text for row in page.table("Plans and metrics").rows] == ["teacher", "a4"]
+    (row,) = page.table("Unfinished runs").rows
+    assert row[0].text == f"train-and-eval/{left.name}"
+    assert row[3].text.startswith("unfinished")
+    assert sum(left.name in cell.text for t in page.tables for r in t.rows for cell in r) == 1
+    assert left.name not in (tmp_path / "report-metrics.csv").read_text()
+
+
+def test_without_any_finished_run_the_page_says_so(fabricate, tmp_path, parse_page):
+    fabricate.run("a2", finish=False)
+    page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    assert "every result is “not run”" in page.text
+    assert page.table("Unfinished runs").rows
+
+
+def test_two_protocols_have_tables_of_their_own(fabricate, tmp_path, parse_page):
+    fabricate.run("a2")
+    fabricate.run("a2-uniform")
+    fabricate.run("a2", overrides=["evaluation.num_samples=64"])
+    page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    tables = [t for t in page.tables if t.caption.startswith("Plans and metrics")]
+    assert [len(t.rows) for t in tables] == [3, 2]
+    assert "num_samples = 64" in tables[1].caption
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_other_studies_get_their_own_section(fabricate, tmp_path, parse_page):
+    train = [{"key": f"train/{i}", "kind": "train", "step": i, "loss": 1 / i} for i in (1, 2, 3)]
+    fabricate.pictures = False
+    fabricate.run("fp", study="train-teacher", records=train)
+    fabricate.run("fp", study="brand-new", records=[])
+    page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    assert {"study-train-teacher", "study-brand-new"} <= set(page.ids)
+    assert "These runs wrote no tables." in page.text
+    labels = [a.get("aria-label", "") for tag, a in page.tags if tag == "svg"]
+    assert any("Training loss" in label and "0.333" in label for label in labels)
+
+
+def test_provenance_of_every_run_is_on_the_page(twelve_plans, page):
+    for folder in twelve_plans.glob("*/*/"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        provenance = manifest["sessions"][-1]["provenance"]
+        assert f"run-train-and-eval-{folder.name}" in page.ids
+        assert manifest["config_sha256"] in page.text
+        assert (folder / "DONE").read_text().split()[0] in page.text
+        assert all(entry["sha256"] in page.text for entry in manifest["outputs"].values())
+        assert manifest["sessions"][0]["start"] in page.text
+    assert provenance["cpu"]["model"] in page.text
+    assert f"numpy=={provenance['packages']['numpy']}" in page.text
+
+
+def test_pictures_and_charts_have_alternative_texts_and_tables_captions(page):
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 12
+    assert all(image["alt"] and image["width"] and image["height"] for image in images)
+    charts = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert charts
+    assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
+    assert all(table.caption for table in page.tables)
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_charts_are_sound_xml_and_follow_the_theme(report):
+    charts = re.findall(r"<svg.*?</svg>", report.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(charts) >= 8
+    for chart in charts:
+        ElementTree.fromstring(chart)
+        colours = set(re.findall(r"(?:fill|stroke): ?([^;\"]+)", chart))
+        assert all(colour.startswith("var(--") or colour == "none" for colour in colours)
+
+
+def test_an_unwritable_folder_is_a_clear_error(fabricate, tmp_path):
+    fabricate.run("a4")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RobuqError, match="cannot"):
+        build_report([fabricate.root], tmp_path / "file" / "report.html")
