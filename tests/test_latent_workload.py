@@ -1,4 +1,4 @@
-"""The ImageNet path on small data in the real formats: latents, VAE, ADM reference, learned sigma."""
+"""The ImageNet path on small files in the real formats: latents, VAE, ADM reference, sigma."""
 
 from __future__ import annotations
 
