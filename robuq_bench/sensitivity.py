@@ -110,7 +110,8 @@ def measure_sensitivity(
             [B, C or 2C, H, W], of which the first C channels are the noise prediction.
         layers: names of quantized layers, each measured alone.
         bit_choices: activation bit widths to try.
-        batches: calibration set; the mean runs over all elements, so batch sizes do not matter.
+        batches: calibration set; the mean runs over all elements, so batch sizes matter only
+            through rounding.
         done: results of an earlier, interrupted call, which are not measured again.
         on_item: called with (layer, bits, value) as soon as each new value is known.
 

@@ -129,7 +129,7 @@ def test_matches_a_direct_computation_on_a_dit(student: tuple[nn.Module, list[st
     assert all(found[layer][4] == 0.0 < found[layer][2] for layer in layers[:4])
 
 
-def test_order_and_batch_size_do_not_matter(student: tuple[nn.Module, list[str]]) -> None:
+def test_order_does_not_matter(student: tuple[nn.Module, list[str]]) -> None:
     model, layers = student
     chosen = layers[:3]
     first = measure_sensitivity(model, chosen, [1, 2], digits_batches())
@@ -137,9 +137,19 @@ def test_order_and_batch_size_do_not_matter(student: tuple[nn.Module, list[str]]
     assert again == first
     alone = measure_sensitivity(model, chosen[1:2], [1], digits_batches())
     assert alone[chosen[1]][1] == first[chosen[1]][1]
-    batched = measure_sensitivity(model, chosen, [1, 2], digits_batches(batch_size=12))
-    for layer in chosen:
-        assert batched[layer] == pytest.approx(first[layer], rel=1e-4)
+
+
+def test_uneven_batches_weigh_by_their_size() -> None:
+    tokens = torch.randn(7, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    index = torch.zeros(7, dtype=torch.int64)
+    found = []
+    for size in (1, 3, 7):
+        parts = zip(tokens.split(size), index.split(size), index.split(size), strict=True)
+        batches = [CalibrationBatch(*batch) for batch in parts]
+        found.append(measure_sensitivity(Gains(2.0, 3.0), ["a", "b"], [1, 3], batches))
+    for other in found[1:]:
+        for layer, by_bits in found[0].items():
+            assert other[layer] == pytest.approx(by_bits, rel=1e-6)
 
 
 def test_interrupted_measurement_continues_where_it_stopped() -> None:
