@@ -131,10 +131,10 @@ def train_teacher(
     def work(config: Config, context: Context) -> RunResult:
         from studies.train_teacher import run_train_teacher
 
-        return run_train_teacher(config, output, context, export)
+        return run_train_teacher(config, output, context)
 
     result = execute(job, work)
-    if result is not None and result.was_complete and export is not None:
+    if result is not None and export is not None:
         _export(result.path / "checkpoints" / "teacher.safetensors", export)
     show(job, result)
 

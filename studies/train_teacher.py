@@ -1,7 +1,7 @@
 """Train a workload's full-precision teacher, resumable to the bit, and export it.
 
-`--export FILE` writes the averaged weights as safetensors under facebookresearch/DiT's keys, with
-the recipe and the run's id in the file's metadata: this is how the packaged teacher was made.
+`--export FILE` copies the averaged weights (safetensors under facebookresearch/DiT's keys) with
+their checksum and card: this is how the packaged teacher was made.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ VERSION = "1"
 SUMMARY = "Train a workload's full-precision teacher."
 
 
-def run_train_teacher(
-    config: Config, root: Path, context: Context, export: Path | None = None
-) -> RunResult:
+def run_train_teacher(config: Config, root: Path, context: Context) -> RunResult:
     """Train (or continue) the teacher; return the run with its final loss and weights' SHA-256."""
     workload = config.workload
     recipe = workload.teacher.training
@@ -75,18 +73,22 @@ def run_train_teacher(
         )
         trainer.copy_ema_to(model)
         metadata = {
+            "licence": "Apache-2.0",
             "format": "DiT state dict (facebookresearch/DiT keys), averaged weights",
             "workload": workload.name,
             "model": workload.model.model_dump_json(),
             "training": recipe.model_dump_json(),
             "seed": str(config.seed),
             "data": f"{data.source} sha256 {data.sha256}",
-            "command": f"python bench.py train-teacher --on {workload.name}",
+            # stated with its threads, which the weights' last bits depend on
+            "command": f"python bench.py train-teacher --on {workload.name} --seed {config.seed} "
+            f"--threads {context.threads}",
+            "torch": torch.__version__,
         }
         tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         sha256 = save_tensors(weights, tensors, metadata)
-        if export is not None:
-            save_tensors(export, tensors, metadata)
+        card = json.dumps({"sha256": sha256, **metadata}, indent=2) + "\n"
+        run.write_text("checkpoints/teacher.json", card)
         losses = [record for record in run.results() if record["kind"] == "train"]
         plot_losses(losses, run.figure_path("losses"))
         row = {
@@ -95,6 +97,6 @@ def run_train_teacher(
             "sha256": sha256,
             "weights": str(weights),
         }
-        result = RunResult.store(run, [row], {"run": run.id, "metadata": json.dumps(metadata)})
+        result = RunResult.store(run, [row], {"run": run.id})
         run.finish()
     return result

@@ -418,10 +418,9 @@ def test_the_commands_call_their_studies(
     (config, root, context), named = seen["train_and_eval"]
     assert (config.study, config.plan.name, root) == ("train-and-eval", "a3", Path("o"))
     assert (context.device, context.force, named) == ("cpu", False, {})
-    assert bench("train-teacher", "--export", "t.safetensors", "--on", "mnist32").code == 0
-    (config, _, _, export), _ = seen["train_teacher"]
+    assert bench("train-teacher", "--on", "mnist32").code == 0
+    (config, _, _), _ = seen["train_teacher"]
     assert (config.plan.name, config.workload.name) == ("fp", "mnist32")
-    assert export == Path("t.safetensors")
     assert bench("train-features").code == 0
     assert seen["train_features"][0][0].workload.name == "digits"
     outcome = bench("sample", "--num", "4", "--png", "x.png", "--json")
