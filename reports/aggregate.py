@@ -30,15 +30,21 @@ TEACHER = "teacher"
 _METRIC_ORDER = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
 _HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
+# How a metric was computed, not how good the images are.
+_DETAILS = ("_std", "_splits", "_subset_size", "_is_rank_deficient", "_seconds", "_s")
 
 
 @dataclass(frozen=True)
 class Value:
-    """One measured number and where it comes from; `seed_range` is None for validation losses."""
+    """One measured number and where it comes from; `seed_range` is None for validation losses.
+
+    `is_rank_deficient` marks a Fréchet distance of too few images for its number of features.
+    """
 
     value: float
     run: RunData
     seed_range: int | None = None
+    is_rank_deficient: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,10 @@ class Row:
     @property
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})
+
+    def is_rank_deficient(self, metric: str) -> bool:
+        """Whether any value of the metric is."""
+        return any(value.is_rank_deficient for value in self.values.get(metric, []))
 
     def summary(self, metric: str) -> Summary | None:
         """Mean and range of a metric over training seeds and seed ranges, None if not run."""
@@ -187,7 +197,7 @@ def metric_values(record: Record) -> dict[str, float]:
         name: float(value)
         for name, value in record.items()
         if name not in _NOT_METRICS
-        and not name.endswith(("_s", "_seconds"))
+        and not name.endswith(_DETAILS)
         and isinstance(value, int | float)
         and not isinstance(value, bool)
     }
@@ -269,8 +279,7 @@ def _row(runs: list[RunData]) -> Row:
     row = Row(plan=runs[0].plan, runs=runs, anchor=f"row-{runs[0].anchor}")
     for run in row.runs:
         for record in metric_records(run, "student"):
-            for name, value in metric_values(record).items():
-                row.values.setdefault(name, []).append(Value(value, run, record.get("seed_range")))
+            _add(row, run, record)
         for name, value in metric_values(run.first("validation")).items():
             if name.endswith("_loss"):
                 row.values.setdefault(name, []).append(Value(value, run))
@@ -293,11 +302,15 @@ def _teacher_row(members: list[RunData], by_id: Mapping[str, RunData]) -> Row:
             source = by_id.get(str(record.get("source_run")), run)
             if source not in row.runs:
                 row.runs.append(source)
-            for name, value in values.items():
-                row.values.setdefault(name, []).append(
-                    Value(value, source, record.get("seed_range"))
-                )
+            _add(row, source, record)
     return row
+
+
+def _add(row: Row, run: RunData, record: Record) -> None:
+    for name, value in metric_values(record).items():
+        is_deficient = bool(record.get(f"{name}_is_rank_deficient", False))
+        place = record.get("seed_range")
+        row.values.setdefault(name, []).append(Value(value, run, place, is_deficient))
 
 
 def _is_teacher(row: Row, teacher: Row) -> bool:

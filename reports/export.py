@@ -17,7 +17,7 @@ from robuq_bench.files import atomic_write_text
 
 _COLUMNS = {
     "metrics": "workload sampler sampling_steps cfg_scale num_samples plan subject seed "
-    "seed_range metric value run",
+    "seed_range metric value is_rank_deficient run",
     "summary": "workload num_samples plan metric mean min max values training_seeds",
     "allocation": "run plan seed layer activation_bits macs",
     "sensitivity": "run plan seed layer activation_bits mse",
@@ -122,6 +122,7 @@ def _metrics(group: Group) -> Iterable[dict[str, Any]]:
                     "seed_range": "" if value.seed_range is None else value.seed_range,
                     "metric": metric,
                     "value": value.value,
+                    "is_rank_deficient": value.is_rank_deficient,
                     "run": value.run.id,
                 }
 

@@ -195,8 +195,8 @@ def _dot_line(axes: Axes, y: int, row: Row, metric: str) -> None:
     values = [value.value for value in row.values[metric]]
     axes.plot([summary.low, summary.high], [y, y], color=COLOURS[colour], lw=1.4, alpha=0.5)
     axes.plot(values, [y] * len(values), "|", color=COLOURS[colour], ms=9, mew=0.8, alpha=0.7)
-    edge = {"mec": COLOURS["page"], "mew": 0.7}
-    axes.plot([summary.mean], [y], marker, color=COLOURS[colour], ms=7, **edge)
+    page = COLOURS["page"]
+    axes.plot([summary.mean], [y], marker, color=COLOURS[colour], ms=7, mec=page, mew=0.7)
     axes.annotate(
         number(metric, summary.mean),
         (summary.high, y),
@@ -212,13 +212,23 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
     if min(values) <= 0:
         return
     low, high = min(values) / 1.25, max(values) * 1.5
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
+    ticks = log_ticks(low, high)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high` (positive), about four of them, denser on short ranges."""
+    span = high / low
+    steps: tuple[float, ...] = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    for limit, coarser in ((2.5, (1, 1.5, 2, 3, 4, 5, 7)), (8, (1, 2, 5)), (300, (1,))):
+        steps = coarser if span > limit else steps
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # Through text, so that 3 * 10**-2 is 0.03.
+    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 _Curve = tuple[str, list[tuple[float, float]]]
@@ -246,7 +256,9 @@ def _curves(panels: Sequence[tuple[str, Sequence[_Curve]]], title: str) -> str |
             axes.grid(axis="y")
             axes.margins(x=0.02)
             if finite and min(finite) > 0:
+                ticks = log_ticks(min(finite), max(finite))
                 axes.set_yscale("log")
+                axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         for index in range(len(panels), columns * lines):
             grid.ravel()[index].set_axis_off()

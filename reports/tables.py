@@ -28,6 +28,7 @@ from reports.text import (
     spread,
 )
 
+_DAGGER = "†"
 _TYPE_ORDER = ("proj", "qkv", "fc1", "fc2")
 
 
@@ -104,6 +105,11 @@ def summary_table(group: Group) -> Table:
         "row; the brackets hold the least and the greatest of those values. Every plan is sampled "
         "from the same image seeds as the teacher. Losses are means over fixed validation batches."
     )
+    if any(row.is_rank_deficient(metric) for row in group.all_rows for metric in group.metrics):
+        table.note += (
+            f" {_DAGGER} Too few images for the number of features, so the covariance is "
+            "rank-deficient and the value biased."
+        )
     return table
 
 
@@ -111,7 +117,9 @@ def summary_cell(row: Row, metric: str) -> Cell:
     summary = row.summary(metric)
     if summary is None:
         return MISSING
-    return text_cell(number(metric, summary.mean), f"#{row.anchor}", sub=spread(metric, summary))
+    mark = _DAGGER if row.is_rank_deficient(metric) else ""
+    text = number(metric, summary.mean) + mark
+    return text_cell(text, f"#{row.anchor}", sub=spread(metric, summary))
 
 
 def values_table(group: Group) -> Table:
@@ -315,8 +323,10 @@ def hardware(origin: Mapping[str, Any]) -> str:
 
 
 def _ratio_cell(row: Row, own: Summary | None, teacher: Summary | None) -> Cell:
-    if own is None or teacher is None or teacher.mean <= 0:
+    if own is None or teacher is None:
         return MISSING
+    if teacher.mean <= 0:
+        return text_cell("undefined", tone="missing")
     return text_cell(significant(own.mean / teacher.mean, 3), f"#{row.anchor}")
 
 
@@ -335,7 +345,8 @@ def _summary_head(row: Row, is_teacher: bool) -> Cell:
 def _value_cell(metric: str, value: Value | None) -> Cell:
     if value is None:
         return text_cell("–", tone="missing")
-    return text_cell(number(metric, value.value), f"#{value.run.anchor}")
+    mark = _DAGGER if value.is_rank_deficient else ""
+    return text_cell(number(metric, value.value) + mark, f"#{value.run.anchor}")
 
 
 def _packing_table(row: Row, run: RunData, schemes: Sequence[Mapping[str, Any]]) -> Table:

@@ -50,7 +50,8 @@ def spread(metric: str, summary: Summary) -> str:
     """`[min–max]`, or nothing when a single value leaves no spread to show."""
     if summary.count < 2:
         return ""
-    return f"[{number(metric, summary.low)}–{number(metric, summary.high)}]"
+    dash = " to " if summary.low < 0 else "–"
+    return f"[{number(metric, summary.low)}{dash}{number(metric, summary.high)}]"
 
 
 def mean_and_spread(metric: str, summary: Summary | None) -> str:

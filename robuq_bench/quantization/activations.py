@@ -1,9 +1,9 @@
 """Per-token activation quantizers: integer codes, and fake quantization for training.
 
-A token is the last axis, or the axis given as `dim`. Every quantizer maps a token to int8 codes c in [-2^(b-1), 2^(b-1) - 1]
-and back to `scale * level(c) + offset`, with one scale and one offset per token; `level` is the
-identity except for Lloyd-Max, where it is a codebook. Fake quantization runs the very same
-floating-point operations, so it equals `dequantize(quantize(x))` bit for bit.
+A token is the last axis, or the axis given as `dim`. Every quantizer maps a token to int8 codes c
+in [-2^(b-1), 2^(b-1) - 1] and back to `scale * level(c) + offset`, one scale and one offset per
+token; `level` is the identity except for Lloyd-Max, where it is a codebook. Fake quantization runs
+the very same floating-point operations, so it equals `dequantize(quantize(x))` bit for bit.
 
 Corner cases, all quantizers:
 - constant, all-zero and one-element tokens come back as the constant;
@@ -37,7 +37,7 @@ BITNET_EPS = 1e-5
 
 
 class QuantizedActivation(NamedTuple):
-    """int8 `codes` like the input, `scale` and `offset` of size 1 along the token's axis, `bits`."""
+    """int8 `codes` like the input; `scale`, `offset` of size 1 along the token's axis; `bits`."""
 
     codes: Tensor
     scale: Tensor
@@ -123,7 +123,7 @@ class ActivationQuantizer:
     def fake_quantize(self, x: Tensor, bits: int) -> Tensor:
         """Differentiable `dequantize(quantize(x, bits))` in the dtype of x [..., n]."""
         self.check_bits(bits)
-        result: Tensor = _FakeQuantize.apply(x, self, bits)  # type: ignore[no-untyped-call]
+        result: Tensor = _FakeQuantize.apply(x, self, bits)
         return result
 
 
@@ -160,6 +160,8 @@ class RobustQuantizer(ActivationQuantizer):
     rounding sits inside the normalisation, so with y = (x - μ)/σ̂, q its level and m = 1 inside
     the clip: d x̂ = (1 - m) dμ + m dx + (q - m y) dσ̂.
     """
+
+    needs_state = True
 
     def step(self, bits: int) -> float:
         """Grid step in units of σ̂."""
@@ -367,7 +369,7 @@ def matmul_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
     limit = 2 ** (bits - 1) - 1
 
     def quantize(x: Tensor) -> Tensor:
-        result: Tensor = _AbsmaxFakeQuantize.apply(x, limit)  # type: ignore[no-untyped-call]
+        result: Tensor = _AbsmaxFakeQuantize.apply(x, limit)
         return result
 
     return quantize

@@ -34,7 +34,8 @@ def _replaceable(module: nn.Module) -> bool:
 
 
 def _target_layers(model: nn.Module, plan: Plan, keep: LayerFilter | None) -> dict[str, nn.Linear]:
-    quantizes_adaln = plan.adaln.weight_quantizer != "none" or plan.adaln.activation_bits is not None
+    adaln = plan.adaln
+    quantizes_adaln = adaln.weight_quantizer != "none" or adaln.activation_bits is not None
     return {
         name: module
         for name, module in model.named_modules()

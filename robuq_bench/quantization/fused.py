@@ -92,7 +92,7 @@ class _FusedLinear(torch.autograd.Function):
             if quantizer is not None and quantizer.needs_state:
                 state = Normalised(*(next(queue) for _ in Normalised._fields))
                 inner = quantizer.input_gradient(inner, operand[:n], state, bits, dim=0)
-            if down is not None:
+            if grad_down is not None:
                 grad_down.addmm_(grad_operand[n:], columns.t())
                 inner.addmm_(down.t(), grad_operand[n:])
             if rotation is None:
@@ -128,7 +128,5 @@ def fused_linear(
     Returns:
         [..., out]; gradients reach x, weight, bias and down.
     """
-    result: Tensor = _FusedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, down, signs, rotated, quantizer, bits
-    )
+    result: Tensor = _FusedLinear.apply(x, weight, bias, down, signs, rotated, quantizer, bits)
     return result

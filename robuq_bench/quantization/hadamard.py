@@ -91,7 +91,7 @@ def hadamard_factors(n: int) -> tuple[int, ...]:
         raise UnsupportedHadamardOrder(
             f"no Hadamard matrix of order {n} can be constructed (Sylvester, Paley I and II and "
             f"their Kronecker products); nearest supported orders: {_nearest(n)}. Choose such a "
-            f"layer width, or set rotation.kind = \"none\" for this layer"
+            f'layer width, or set rotation.kind = "none" for this layer'
         )
     power_of_two, *paley = found
     factors = (*_split_power_of_two(power_of_two), *paley)
@@ -118,9 +118,9 @@ def _factor_matrix(order: int) -> NDArray[np.int8]:
         while matrix.shape[0] < order:
             matrix = np.block([[matrix, matrix], [matrix, -matrix]])
         return matrix
-    matrix = paley_construction(order)
-    assert matrix is not None
-    return matrix
+    constructed = paley_construction(order)
+    assert constructed is not None
+    return constructed
 
 
 def hadamard_matrix(n: int) -> Tensor:
@@ -186,5 +186,5 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
     Raises:
         UnsupportedHadamardOrder: n has no matrix here; the input is never padded.
     """
-    result: Tensor = _HadamardTransform.apply(x, inverse)  # type: ignore[no-untyped-call]
+    result: Tensor = _HadamardTransform.apply(x, inverse)
     return result

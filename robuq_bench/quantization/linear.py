@@ -53,6 +53,11 @@ class QuantizedLinear(nn.Module):
         activation_bits: bits per activation, None = not quantized; may be changed at any time.
     """
 
+    bias: nn.Parameter | None
+    low_rank_up: nn.Parameter | None
+    low_rank_down: nn.Parameter | None
+    signs: Tensor | None
+
     def __init__(
         self,
         weight: Tensor,
@@ -185,7 +190,13 @@ class QuantizedLinear(nn.Module):
             quantizer.check_bits(bits or 0)
         if _fusible(x, weight):
             return fused_linear(
-                x, weight, self.bias, self.low_rank_down, self.signs, self.rotated, quantizer,
+                x,
+                weight,
+                self.bias,
+                self.low_rank_down,
+                self.signs,
+                self.rotated,
+                quantizer,
                 bits or 0,
             )
         tokens = x if x.dtype == torch.float64 else x.float()

@@ -18,7 +18,7 @@ _NORMAL = NormalDist()
 
 
 class Codebook(NamedTuple):
-    """`levels` ascending [2^bits] and `thresholds` between them [2^bits - 1], float64, units of σ."""
+    """Ascending `levels` [2^bits] and the `thresholds` between them [2^bits - 1], float64, in σ."""
 
     levels: NDArray[np.float64]
     thresholds: NDArray[np.float64]

@@ -91,5 +91,5 @@ def fake_quantize_weight(weight: Tensor, name: str) -> Tensor:
     if name == "none":
         return weight
     _codes_of(name)
-    result: Tensor = _TernaryFakeQuantize.apply(weight, name)  # type: ignore[no-untyped-call]
+    result: Tensor = _TernaryFakeQuantize.apply(weight, name)
     return result

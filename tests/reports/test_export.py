@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from reports import build_report, text
-from reports.figures import MAX_CURVE_POINTS, by_block, loss_curve
+from reports.aggregate import Summary
+from reports.figures import MAX_CURVE_POINTS, by_block, log_ticks, loss_curve
 from reports.loading import find_runs
 from reports.pictures import fit_png, png_size
 from reports.published import EVIDENCE, load_published, published_values
@@ -100,6 +101,11 @@ def test_bytes_in_binary_units(value, printed):
     assert text.bytes_text(value) == printed
 
 
+def test_a_range_below_zero_is_readable():
+    summary = Summary(mean=-0.05, low=-0.0584, high=0.0531, count=3, seeds=1)
+    assert text.spread("kid_digits", summary) == "[-0.0584 to 0.0531]"
+
+
 def test_words_for_counts_and_times():
     assert text.count_text(675_130_000) == "675 M"
     assert text.count_text(7) == "7"
@@ -135,6 +141,19 @@ def test_long_curves_are_thinned_and_keep_their_last_point(fabricate):
     assert curve[0] == (1, 1)
     assert curve[-1] == (1000, 1 / 1000)
     assert len(curve) <= MAX_CURVE_POINTS + 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.012, 0.9, [0.02, 0.05, 0.1, 0.2, 0.5]),
+        (1e-4, 1.0, [1e-4, 1e-3, 1e-2, 0.1, 1.0]),
+        (0.021, 0.05, [0.025, 0.03, 0.04, 0.05]),
+        (3.4, 120.0, [5.0, 10.0, 20.0, 50.0, 100.0]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_round(low, high, ticks):
+    assert log_ticks(low, high) == ticks
 
 
 def test_layer_names_become_places_in_the_grid():

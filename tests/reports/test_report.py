@@ -104,6 +104,7 @@ def test_summary_numbers_are_those_of_results_jsonl(twelve_plans, page):
             assert cell.href.startswith("#row-")
             checked += 1
     assert checked == 12 * 8
+    assert len(table.head) == 2 + 8  # plan and ratio; details such as kid_digits_std stay out
 
 
 def test_every_value_is_listed_and_links_to_its_run(twelve_plans, page):
@@ -215,6 +216,11 @@ def test_two_protocols_have_tables_of_their_own(fabricate, tmp_path, parse_page)
     tables = [t for t in page.tables if t.caption.startswith("Plans and metrics")]
     assert [len(t.rows) for t in tables] == [3, 2]
     assert "num_samples = 64" in tables[1].caption
+    # 64 images cannot fill a covariance of 112 features: marked, and only there.
+    assert tables[1].cell("a2", "sfid_digits").text.endswith("†")
+    assert not tables[1].cell("a2", "fid_digits").text.endswith("†")
+    assert not tables[0].cell("a2", "sfid_digits").text.endswith("†")
+    assert page.text.count("rank-deficient") == 1
     assert len(page.ids) == len(set(page.ids))
 
 
