@@ -131,6 +131,7 @@ class LayersConfig(Section):
         "norm_out*",
         "adaln_single*",
         "context_embedder*",
+        "*.emb.*",
     )
     adaln: Strings = (
         "*adaLN_modulation*",

@@ -267,7 +267,7 @@ class LloydMax(RobustQuantizer):
     def encode_(self, t: Tensor, bits: int) -> Tensor:
         _, thresholds = _codebook(bits, t.dtype, t.device)
         # right=True counts thresholds <= t; NaN would sort last, so it is put back.
-        index = torch.bucketize(t, thresholds, out_int32=True, right=True)
+        index = torch.bucketize(t.contiguous(), thresholds, out_int32=True, right=True)
         return torch.where(t.isnan(), t, index.to(t.dtype).sub_(2 ** (bits - 1)))
 
     def levels_(self, codes: Tensor, bits: int) -> Tensor:

