@@ -46,10 +46,8 @@ class QuantizedActivation(NamedTuple):
 
 
 class Normalised(NamedTuple):
-    """Tokens in grid units, t = (x - shift) / scale, in a fresh tensor that may be overwritten.
-
-    `live` is False for the tokens whose statistics were not finite.
-    """
+    """Tokens in grid units: t = (x - shift) / scale; `live` is False where statistics are not
+    finite."""
 
     t: Tensor
     scale: Tensor
@@ -78,28 +76,43 @@ class ActivationQuantizer:
                 f"bits, got {bits}"
             )
 
-    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
-        """Statistics and normalised values of the tokens along `dim` (float32 or float64)."""
+    def normalise(
+        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+    ) -> Normalised:
+        """Statistics and normalised values of the tokens along `dim` (float32 or float64).
+
+        `out` receives `t`; it may be x itself, which a caller with no further use of x gives to
+        save memory.
+        """
         raise NotImplementedError
 
-    def encode_(self, t: Tensor, bits: int) -> Tensor:
-        """Overwrite grid coordinates by integer codes (as floats)."""
-        return t.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round_()
+    def encode(self, t: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+        """Integer codes (as floats) of grid coordinates."""
+        return torch.clamp(t, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, out=out).round_()
 
     def levels_(self, codes: Tensor, bits: int) -> Tensor:
         """Overwrite integer codes by their levels, in units of the scale."""
         return codes
 
-    def input_gradient(
-        self, grad: Tensor, values: Tensor, state: Normalised, bits: int, dim: int = -1
-    ) -> Tensor:
-        """Gradient at x from the gradient at the fake-quantized `values`; may be `grad` itself."""
-        return grad
-
-    def values_from(self, state: Normalised, bits: int) -> Tensor:
-        """Fake-quantized values of normalised tokens, overwriting `state.t`."""
-        codes = self.encode_(state.t, bits)
+    def values(self, state: Normalised, bits: int, out: Tensor | None = None) -> Tensor:
+        """Fake-quantized values of normalised tokens."""
+        codes = self.encode(state.t, bits, out)
         return self.levels_(codes, bits).mul_(state.scale).add_(state.offset)
+
+    def input_gradient(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        state: Normalised,
+        bits: int,
+        dim: int = -1,
+        scratch: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient at x from the gradient at the fake-quantized `values`; may be `grad` itself.
+
+        `scratch` is overwritten with intermediate results; it may be `grad`.
+        """
+        return grad
 
     def quantize(self, x: Tensor, bits: int) -> QuantizedActivation:
         """Integer codes of x [..., n]; computed in float32, or float64 for float64 input.
@@ -112,7 +125,7 @@ class ActivationQuantizer:
         state = self.normalise(_working(x.detach()), bits)
         if bool(state.t.isnan().any()):
             raise RobuqError("cannot quantize activations that contain NaN; find where they arise")
-        codes = self.encode_(state.t, bits).to(torch.int8)
+        codes = self.encode(state.t, bits).to(torch.int8)
         return QuantizedActivation(codes, state.scale, state.offset, bits)
 
     def dequantize(self, quantized: QuantizedActivation) -> Tensor:
@@ -138,8 +151,8 @@ class _FakeQuantize(torch.autograd.Function):
         state = quantizer.normalise(_working(x), bits)
         ctx.quantizer, ctx.bits = quantizer, bits
         if not quantizer.needs_state:
-            return quantizer.values_from(state, bits).to(x.dtype)
-        values = quantizer.values_from(state._replace(t=state.t.clone()), bits)
+            return quantizer.values(state, bits, out=state.t).to(x.dtype)
+        values = quantizer.values(state, bits)
         ctx.save_for_backward(values, *state)
         return values.to(x.dtype)
 
@@ -175,9 +188,11 @@ class RobustQuantizer(ActivationQuantizer):
         """Value of code 0."""
         return mean
 
-    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
+    def normalise(
+        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+    ) -> Normalised:
         mean = x.mean(dim, keepdim=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        t = x - mean
+        t = torch.sub(x, mean, out=out)
         scale = t.abs().mean(dim, keepdim=True).mul_(self.step(bits) * MAD_TO_SIGMA)
         live = scale.isfinite()
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
@@ -185,7 +200,13 @@ class RobustQuantizer(ActivationQuantizer):
         return Normalised(t, scale, self.offset(mean, scale, bits), mean, live)
 
     def input_gradient(
-        self, grad: Tensor, values: Tensor, state: Normalised, bits: int, dim: int = -1
+        self,
+        grad: Tensor,
+        values: Tensor,
+        state: Normalised,
+        bits: int,
+        dim: int = -1,
+        scratch: Tensor | None = None,
     ) -> Tensor:
         t, scale, _, mean, live = state
         low, high = self.clip_range(bits)
@@ -193,7 +214,7 @@ class RobustQuantizer(ActivationQuantizer):
         passed = torch.ops.aten.hardtanh_backward(grad, t, low, high)
         grad_sum = grad.sum(dim, keepdim=True)
         grad_mean = grad_sum - passed.sum(dim, keepdim=True)
-        work = grad * values
+        work = torch.mul(grad, values, out=scratch)
         grad_scale = work.sum(dim, keepdim=True).sub_(mean * grad_sum).mul_(_reciprocal(scale))
         work = torch.mul(passed, t, out=work)
         grad_scale = torch.where(live, grad_scale.sub_(work.sum(dim, keepdim=True)), 0.0)
@@ -203,7 +224,7 @@ class RobustQuantizer(ActivationQuantizer):
         slope = grad_scale.mul_(self.step(bits) * MAD_TO_SIGMA / n)
         sign = torch.sign(t, out=work)
         constant = grad_mean.mul_(1 / n).sub_(sign.mean(dim, keepdim=True).mul_(slope))
-        return passed.add_(sign.mul_(slope)).add_(constant)
+        return passed.addcmul_(sign, slope).add_(constant)
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
@@ -222,8 +243,8 @@ class RobustMidrise(RobustQuantizer):
     def offset(self, mean: Tensor, scale: Tensor, bits: int) -> Tensor:
         return mean + scale / 2
 
-    def encode_(self, t: Tensor, bits: int) -> Tensor:
-        return t.floor_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    def encode(self, t: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+        return torch.floor(t, out=out).clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 class RobustMidtread(RobustMidrise):
@@ -241,10 +262,10 @@ class RobustMidtread(RobustMidrise):
     def offset(self, mean: Tensor, scale: Tensor, bits: int) -> Tensor:
         return super().offset(mean, scale, bits) if bits == 1 else mean
 
-    def encode_(self, t: Tensor, bits: int) -> Tensor:
+    def encode(self, t: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
         if bits == 1:
-            return super().encode_(t, bits)
-        return ActivationQuantizer.encode_(self, t, bits)
+            return super().encode(t, bits, out)
+        return ActivationQuantizer.encode(self, t, bits, out)
 
 
 class LloydMax(RobustQuantizer):
@@ -264,16 +285,17 @@ class LloydMax(RobustQuantizer):
         reach = float(2 * levels[-1] - thresholds[-1])
         return -reach, reach
 
-    def encode_(self, t: Tensor, bits: int) -> Tensor:
+    def encode(self, t: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
         _, thresholds = _codebook(bits, t.dtype, t.device)
-        # right=True counts thresholds <= t; NaN would sort last, so it is put back.
-        index = torch.bucketize(t.contiguous(), thresholds, out_int32=True, right=True)
-        return torch.where(t.isnan(), t, index.to(t.dtype).sub_(2 ** (bits - 1)))
+        # right=True counts thresholds <= t. NaN sorts last, so it is added back.
+        index = torch.bucketize(t, thresholds, out_int32=True, right=True)
+        nan = torch.where(t.isnan(), t, -(2.0 ** (bits - 1)))
+        return torch.add(index, nan, out=out)
 
     def levels_(self, codes: Tensor, bits: int) -> Tensor:
         levels, _ = _codebook(bits, codes.dtype, codes.device)
         index = codes.nan_to_num(nan=0.0).to(torch.int32) + 2 ** (bits - 1)
-        return torch.where(codes.isnan(), codes, levels[index])
+        return codes.copy_(torch.where(codes.isnan(), codes, levels[index]))
 
 
 @functools.cache
@@ -292,14 +314,16 @@ class MinMax(ActivationQuantizer):
 
     name = "minmax"
 
-    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
+    def normalise(
+        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+    ) -> Normalised:
         # amin and amax: each vectorised, where aminmax is 5 times slower on CPU.
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
         scale = (high - low) / (2**bits - 1)
         live = scale.isfinite()
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
         middle = torch.where(live, low + scale * 2 ** (bits - 1), 0.0)
-        t = (x - middle).mul_(_reciprocal(scale))
+        t = torch.sub(x, middle, out=out).mul_(_reciprocal(scale))
         return Normalised(t, scale, middle, middle, live)
 
 
@@ -315,7 +339,9 @@ class BitNet(ActivationQuantizer):
     name = "bitnet"
     min_bits = 2
 
-    def normalise(self, x: Tensor, bits: int, dim: int = -1) -> Normalised:
+    def normalise(
+        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+    ) -> Normalised:
         magnitude = x.abs()
         if bits == 8:
             statistic, divisor = magnitude.amax(dim, keepdim=True), 127.0
@@ -325,7 +351,7 @@ class BitNet(ActivationQuantizer):
         live = statistic.isfinite()
         statistic = torch.where(live, statistic, divisor)
         zero = torch.zeros_like(statistic)
-        t = x * (divisor / (statistic + BITNET_EPS))
+        t = torch.mul(x, divisor / (statistic + BITNET_EPS), out=out)
         return Normalised(t, statistic / divisor, zero, zero, live)
 
 
@@ -349,8 +375,8 @@ class _AbsmaxFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: int) -> Tensor:
         del ctx
-        scale = x.abs().amax(-1, keepdim=True).float() / limit
-        return (x * _reciprocal(scale)).round_().mul_(scale)
+        scale = _working(x.abs().amax(-1, keepdim=True)) / limit
+        return (x * _reciprocal(scale)).round_().mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
