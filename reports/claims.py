@@ -178,7 +178,7 @@ def _gain_grows(group: Group) -> Claim:
     if len(ratios) < 2 or 2 not in ratios:
         return Claim(text, NOT_RUN, [Phrase("needs both plans at 2 bits and at 3 or 4 bits")])
     evidence = Phrase(
-        "ratio of mean FIDs, without over with: "
+        f"ratio of mean {group.fid}, without over with: "
         + ", ".join(f"{significant(ratio, 3)} at {bits} bits" for bits, ratio in ratios.items())
         + "."
     )

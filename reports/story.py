@@ -91,7 +91,7 @@ def _hadamard(group: Group) -> list[Phrase]:
     for bits, pair in found.items():
         note = notes[pair.verdict]
         parts.append(f"{significant(pair.ratio, 3)} times at {bits} bits{note}")
-    phrases = [Phrase(f"Without Hadamard, FID is {listing(parts)} what it is with Hadamard")]
+    phrases = [Phrase(f"Without Hadamard, {group.fid} is {listing(parts)} what it is with it")]
     held = [pair.verdict == HOLDS for pair in found.values()]
     if all(held):
         phrases.append(Phrase(f", {_MEANING[HOLDS]} at each. "))
