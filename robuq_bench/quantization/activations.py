@@ -46,14 +46,17 @@ class QuantizedActivation(NamedTuple):
 
 
 class Normalised(NamedTuple):
-    """Tokens in grid units: t = (x - shift) / scale; `live` is False where statistics are not
-    finite."""
+    """Tokens in grid units, t = (x - shift) * inverse, and what maps codes back.
+
+    `inverse` is 1/scale, or 0 for scale 0. `dead` marks tokens whose statistics are infinite.
+    """
 
     t: Tensor
     scale: Tensor
+    inverse: Tensor
     offset: Tensor
     shift: Tensor
-    live: Tensor
+    dead: Tensor
 
 
 class ActivationQuantizer:
@@ -77,12 +80,16 @@ class ActivationQuantizer:
             )
 
     def normalise(
-        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+        self,
+        x: Tensor,
+        bits: int,
+        dim: int = -1,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Normalised:
         """Statistics and normalised values of the tokens along `dim` (float32 or float64).
 
-        `out` receives `t`; it may be x itself, which a caller with no further use of x gives to
-        save memory.
+        `out` receives `t` and may be x itself; `scratch` is overwritten. Both only save memory.
         """
         raise NotImplementedError
 
@@ -97,7 +104,9 @@ class ActivationQuantizer:
     def values(self, state: Normalised, bits: int, out: Tensor | None = None) -> Tensor:
         """Fake-quantized values of normalised tokens."""
         codes = self.encode(state.t, bits, out)
-        return self.levels_(codes, bits).mul_(state.scale).add_(state.offset)
+        levels = self.levels_(codes, bits)
+        # Fused multiply-add, one rounding; `dequantize` runs the same operation.
+        return torch.addcmul(state.offset, levels, state.scale, out=levels)
 
     def input_gradient(
         self,
@@ -131,7 +140,8 @@ class ActivationQuantizer:
     def dequantize(self, quantized: QuantizedActivation) -> Tensor:
         """`scale * level(codes) + offset`, [..., n] in the dtype of the scale."""
         codes = quantized.codes.to(quantized.scale.dtype)
-        return self.levels_(codes, quantized.bits).mul_(quantized.scale).add_(quantized.offset)
+        levels = self.levels_(codes, quantized.bits)
+        return torch.addcmul(quantized.offset, levels, quantized.scale)
 
     def fake_quantize(self, x: Tensor, bits: int) -> Tensor:
         """Differentiable `dequantize(quantize(x, bits))` in the dtype of x [..., n]."""
@@ -189,15 +199,22 @@ class RobustQuantizer(ActivationQuantizer):
         return mean
 
     def normalise(
-        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+        self,
+        x: Tensor,
+        bits: int,
+        dim: int = -1,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Normalised:
         mean = x.mean(dim, keepdim=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         t = torch.sub(x, mean, out=out)
-        scale = t.abs().mean(dim, keepdim=True).mul_(self.step(bits) * MAD_TO_SIGMA)
-        live = scale.isfinite()
+        magnitude = torch.abs(t, out=scratch)
+        scale = magnitude.mean(dim, keepdim=True).mul_(self.step(bits) * MAD_TO_SIGMA)
+        dead = scale == math.inf
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
-        t.mul_(_reciprocal(scale))
-        return Normalised(t, scale, self.offset(mean, scale, bits), mean, live)
+        inverse = _reciprocal(scale)
+        t.mul_(inverse)
+        return Normalised(t, scale, inverse, self.offset(mean, scale, bits), mean, dead)
 
     def input_gradient(
         self,
@@ -208,17 +225,17 @@ class RobustQuantizer(ActivationQuantizer):
         dim: int = -1,
         scratch: Tensor | None = None,
     ) -> Tensor:
-        t, scale, _, mean, live = state
+        t, _, inverse, _, mean, dead = state
         low, high = self.clip_range(bits)
         # One vectorised pass; boolean masks are several times slower on CPU.
         passed = torch.ops.aten.hardtanh_backward(grad, t, low, high)
         grad_sum = grad.sum(dim, keepdim=True)
         grad_mean = grad_sum - passed.sum(dim, keepdim=True)
         work = torch.mul(grad, values, out=scratch)
-        grad_scale = work.sum(dim, keepdim=True).sub_(mean * grad_sum).mul_(_reciprocal(scale))
+        grad_scale = work.sum(dim, keepdim=True).sub_(mean * grad_sum).mul_(inverse)
         work = torch.mul(passed, t, out=work)
-        grad_scale = torch.where(live, grad_scale.sub_(work.sum(dim, keepdim=True)), 0.0)
-        grad_mean = torch.where(live, grad_mean, 0.0)
+        grad_scale.sub_(work.sum(dim, keepdim=True)).masked_fill_(dead, 0.0)
+        grad_mean.masked_fill_(dead, 0.0)
         # d scale / d x_j = step sqrt(pi/2) / n (sign_j - mean sign); d mean / d x_j = 1 / n.
         n = t.shape[dim]
         slope = grad_scale.mul_(self.step(bits) * MAD_TO_SIGMA / n)
@@ -315,16 +332,22 @@ class MinMax(ActivationQuantizer):
     name = "minmax"
 
     def normalise(
-        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+        self,
+        x: Tensor,
+        bits: int,
+        dim: int = -1,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Normalised:
         # amin and amax: each vectorised, where aminmax is 5 times slower on CPU.
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
         scale = (high - low) / (2**bits - 1)
-        live = scale.isfinite()
+        dead = scale == math.inf
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
-        middle = torch.where(live, low + scale * 2 ** (bits - 1), 0.0)
-        t = torch.sub(x, middle, out=out).mul_(_reciprocal(scale))
-        return Normalised(t, scale, middle, middle, live)
+        inverse = _reciprocal(scale)
+        middle = low.add_(scale, alpha=2 ** (bits - 1)).masked_fill_(dead, 0.0)
+        t = torch.sub(x, middle, out=out).mul_(inverse)
+        return Normalised(t, scale, inverse, middle, middle, dead)
 
 
 class BitNet(ActivationQuantizer):
@@ -340,19 +363,25 @@ class BitNet(ActivationQuantizer):
     min_bits = 2
 
     def normalise(
-        self, x: Tensor, bits: int, dim: int = -1, out: Tensor | None = None
+        self,
+        x: Tensor,
+        bits: int,
+        dim: int = -1,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Normalised:
-        magnitude = x.abs()
+        magnitude = torch.abs(x, out=scratch)
         if bits == 8:
             statistic, divisor = magnitude.amax(dim, keepdim=True), 127.0
         else:
             statistic = magnitude.mean(dim, keepdim=True)
             divisor = math.sqrt(2 ** (bits - 1) - 1)
-        live = statistic.isfinite()
-        statistic = torch.where(live, statistic, divisor)
+        dead = statistic == math.inf
+        statistic = statistic.masked_fill_(dead, divisor)
+        inverse = divisor / (statistic + BITNET_EPS)
         zero = torch.zeros_like(statistic)
-        t = torch.mul(x, divisor / (statistic + BITNET_EPS), out=out)
-        return Normalised(t, statistic / divisor, zero, zero, live)
+        t = torch.mul(x, inverse, out=out)
+        return Normalised(t, statistic / divisor, inverse, zero, zero, dead)
 
 
 _QUANTIZERS: dict[str, ActivationQuantizer] = {

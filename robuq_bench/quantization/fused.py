@@ -1,9 +1,9 @@
-"""The CPU path of `QuantizedLinear`: one autograd node over cache-sized blocks of tokens.
+"""The CPU path of `QuantizedLinear`: one autograd node over blocks of tokens.
 
 Same mathematics as the composition in `linear.py`, with three differences that make a training
 step about 1.5 times faster on CPU: tokens are columns, so that rotation, statistics and rounding
 run on contiguous memory; the low-rank branch shares the layer's matrix products by concatenation;
-and each block of tokens goes through every operation while it is in the cache.
+and a block of tokens goes through every operation before the next one, while it is in the cache.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from torch import Tensor
 
 from robuq_bench.quantization.activations import ActivationQuantizer, Normalised
 from robuq_bench.quantization.rotations import (
+    ColumnRotation,
+    column_rotation,
     rotate_from_columns,
     rotate_to_columns,
-    rotation_blocks,
 )
 
-#: Elements of one block of activations, measured: fewer cost more calls, more fall out of cache.
-BLOCK_ELEMENTS = 300_000
+#: Elements of one block of activations, measured: smaller ones cost more calls than they save.
+BLOCK_ELEMENTS = 600_000
 
 
 def _blocks(rows: int, features: int) -> Iterator[slice]:
-    """Slices of equal size, so that a token's result hardly depends on the batch around it."""
-    # A multiple of 16 but not of 32: power-of-two strides collide in the cache.
-    size = max(16, BLOCK_ELEMENTS // features // 32 * 32 - 16)
+    """Slices whose size depends on the layer alone, so that a token hardly feels its batch."""
+    # An odd multiple of 16: power-of-two strides collide in the cache.
+    size = BLOCK_ELEMENTS // features // 32 * 32 + 16
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _columns(tokens: Tensor, rotation: Tensor | None) -> Tensor:
-    return tokens.t().contiguous() if rotation is None else rotate_to_columns(tokens, rotation)
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -51,64 +52,68 @@ class _FusedLinear(torch.autograd.Function):
     ) -> Tensor:
         n = x.shape[-1]
         rows = x.reshape(-1, n)
-        rotation = rotation_blocks(signs, x) if rotated else None
+        rotation = column_rotation(signs, x) if rotated else None
         y = x.new_empty(len(rows), weight.shape[0])
+        transposed = weight.t()
         saved: list[Tensor] = []
         for block in _blocks(len(rows), n):
             tokens = rows[block]
-            columns = _columns(tokens, rotation)
+            if rotation is None:
+                columns = tokens.t().clone(memory_format=torch.contiguous_format)
+            else:
+                columns = rotate_to_columns(tokens, rotation)
             operand = x.new_empty(weight.shape[1], len(tokens))
             if down is not None:
                 torch.mm(down, columns, out=operand[n:])
+            main = operand[:n]
+            saved.append(operand)
             if quantizer is None:
-                operand[:n] = columns
-                saved += [operand]
+                main.copy_(columns)
             elif quantizer.needs_state:
-                state = quantizer.normalise(columns, bits, dim=0, out=columns)
-                quantizer.values(state, bits, out=operand[:n])
-                saved += [operand, *state]
+                state = quantizer.normalise(columns, bits, dim=0, out=columns, scratch=main)
+                quantizer.values(state, bits, out=main)
+                saved += state
             else:
-                state = quantizer.normalise(columns, bits, dim=0, out=operand[:n])
-                quantizer.values(state, bits, out=operand[:n])
-                saved += [operand] if down is None else [operand, columns]
+                state = quantizer.normalise(columns, bits, dim=0, out=main, scratch=main)
+                quantizer.values(state, bits, out=main)
+                if down is not None:
+                    saved.append(columns)
             if bias is None:
-                torch.mm(operand.t(), weight.t(), out=y[block])
+                torch.mm(operand.t(), transposed, out=y[block])
             else:
-                torch.addmm(bias, operand.t(), weight.t(), out=y[block])
-        ctx.save_for_backward(weight, down, rotation, *saved)
-        ctx.settings = (x.shape, bias is not None, quantizer, bits)
-        return y.view(*x.shape[:-1], -1)
+                torch.addmm(bias, operand.t(), transposed, out=y[block])
+        blocks, leading = (None, ()) if rotation is None else rotation
+        ctx.save_for_backward(weight, down, blocks, *saved)
+        ctx.settings = (x.shape, bias is not None, leading, quantizer, bits)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, down, rotation, *saved = ctx.saved_tensors
-        shape, has_bias, quantizer, bits = ctx.settings
+        weight, down, blocks, *saved = ctx.saved_tensors
+        shape, has_bias, leading, quantizer, bits = ctx.settings
+        rotation = None if blocks is None else ColumnRotation(blocks, leading)
         n = shape[-1]
         grad = grad.reshape(-1, weight.shape[0])
         grad_x = grad.new_empty(len(grad), n)
-        grad_weight = torch.zeros_like(weight)
-        grad_down = None if down is None else torch.zeros_like(down)
+        grad_weight: Tensor | None = None
+        grad_down: Tensor | None = None
+        transposed = weight.t()
         queue = iter(saved)
         for block in _blocks(len(grad), n):
-            operand = next(queue)
-            upstream = grad[block]
-            grad_weight.addmm_(upstream.t(), operand.t())
-            grad_operand = torch.mm(weight.t(), upstream.t())
-            inner, branch = grad_operand[:n], grad_operand[n:]
-            if quantizer is None:
-                if down is not None:
-                    grad_down.addmm_(branch, operand[:n].t())
-            elif quantizer.needs_state:
+            operand, upstream = next(queue), grad[block].t()
+            grad_weight = _add_product(grad_weight, upstream, operand.t())
+            grad_operand = torch.mm(transposed, upstream)
+            inner, branch, main = grad_operand[:n], grad_operand[n:], operand[:n]
+            if quantizer is not None and quantizer.needs_state:
                 state = Normalised(*(next(queue) for _ in Normalised._fields))
                 if down is not None:
-                    # The rotated tokens are t * scale + shift, so they need no memory of their own.
-                    grad_down.addmm_(branch * state.scale, state.t.t())
+                    # The rotated tokens are t * scale + shift and need no memory of their own.
+                    grad_down = _add_product(grad_down, branch * state.scale, state.t.t())
                     grad_down.add_((branch * state.shift).sum(1, keepdim=True))
-                inner = quantizer.input_gradient(
-                    inner, operand[:n], state, bits, dim=0, scratch=inner
-                )
+                inner = quantizer.input_gradient(inner, main, state, bits, dim=0, scratch=inner)
             elif down is not None:
-                grad_down.addmm_(branch, next(queue).t())
+                columns = main if quantizer is None else next(queue)
+                grad_down = _add_product(grad_down, branch, columns.t())
             if down is not None:
                 inner.addmm_(down.t(), branch)
             if rotation is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,46 +31,58 @@ def rotate(x: Tensor, signs: Tensor | None) -> Tensor:
     return hadamard_transform(x if signs is None else x * signs)
 
 
-def rotation_blocks(signs: Tensor | None, like: Tensor) -> Tensor:
-    """Last Kronecker factor with the signs folded in: [n/m, m, m] for like [..., n].
+class ColumnRotation(NamedTuple):
+    """The rotation prepared for tokens as columns; see `rotate_to_columns`.
 
-    Block i is H_m^T diag(D_i); multiplying by it flips the signs at no cost.
+    `blocks` [n/m, m, m]: the last Kronecker factor, block i with its signs folded in, H_m^T D_i,
+    so that flipping signs costs nothing. `leading`: the other factors, last first.
     """
+
+    blocks: Tensor
+    leading: tuple[Tensor, ...]
+
+
+def column_rotation(signs: Tensor | None, like: Tensor) -> ColumnRotation:
+    """Prepare the rotation of tokens like [..., n] by signs [n] (None = all 1)."""
     n = like.shape[-1]
-    last = transform_factors(n, like.dtype, like.device)[-1].T
+    *leading, last = transform_factors(n, like.dtype, like.device)
     m = last.shape[0]
-    if signs is None:
-        return last.expand(n // m, m, m)
-    return last * signs.view(n // m, 1, m)
+    count = n // m
+    blocks = last.T.expand(count, m, m) if signs is None else last.T * signs.view(count, 1, m)
+    return ColumnRotation(blocks, tuple(reversed(leading)))
 
 
-def rotate_to_columns(rows: Tensor, blocks: Tensor) -> Tensor:
-    """Rotated tokens as columns: rows [R, n] -> [n, R] contiguous, n = blocks' n/m * m.
+def rotate_to_columns(rows: Tensor, rotation: ColumnRotation) -> Tensor:
+    """Rotated tokens as columns: rows [R, n] -> [n, R] contiguous.
 
     Tokens as columns make every factor one large product and every per-token operation a
     contiguous one, which on CPU halves the cost against `rotate`; the transposition itself
     happens inside the first product.
     """
-    count, m, _ = blocks.shape
-    columns = torch.bmm(blocks, rows.view(-1, count, m).permute(1, 2, 0))
-    return _leading_factors(columns.view(count * m, -1), m, inverse=False)
+    count, m, _ = rotation.blocks.shape
+    columns = torch.bmm(rotation.blocks, rows.view(-1, count, m).permute(1, 2, 0))
+    inner = m
+    for factor in rotation.leading:
+        columns = _left_product(factor.T, columns, inner)
+        inner *= factor.shape[0]
+    return columns.view(count * m, -1)
 
 
-def rotate_from_columns(columns: Tensor, blocks: Tensor, rows: Tensor) -> None:
-    """Transpose of `rotate_to_columns`: write the gradient at its rows into rows [R, n]."""
-    count, m, _ = blocks.shape
-    columns = _leading_factors(columns, m, inverse=True)
-    product = torch.bmm(columns.view(count, m, -1).transpose(1, 2), blocks)
-    rows.view(-1, count, m).copy_(product.transpose(0, 1))
+def rotate_from_columns(columns: Tensor, rotation: ColumnRotation, out: Tensor) -> None:
+    """Transpose of `rotate_to_columns`: columns [n, R] -> out [R, n], which is written to."""
+    count, m, _ = rotation.blocks.shape
+    inner = m
+    for factor in rotation.leading:
+        columns = _left_product(factor, columns, inner)
+        inner *= factor.shape[0]
+    target = out.view(-1, count, m).transpose(0, 1)
+    torch.bmm(columns.view(count, m, -1).transpose(1, 2), rotation.blocks, out=target)
 
 
-def _leading_factors(columns: Tensor, m: int, inverse: bool) -> Tensor:
-    """Apply all Kronecker factors but the last to the feature axis of columns [n, R]."""
-    n = columns.shape[0]
-    inner = columns.shape[1] * m
-    for factor in reversed(transform_factors(n, columns.dtype, columns.device)[:-1]):
-        order = factor.shape[0]
-        left = factor if inverse else factor.T
-        columns = torch.matmul(left, columns.view(-1, order, inner))
-        inner *= order
-    return columns.view(n, -1)
+def _left_product(factor: Tensor, columns: Tensor, inner: int) -> Tensor:
+    """Apply a factor to the axis of its order in columns viewed as [outer, order, inner * R]."""
+    order = factor.shape[0]
+    n = columns.numel() // columns.shape[-1]
+    if n == order * inner:
+        return torch.mm(factor, columns.view(order, -1))
+    return torch.matmul(factor, columns.view(n // (order * inner), order, -1))
