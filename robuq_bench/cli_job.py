@@ -116,6 +116,8 @@ def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult
         show_dry_run(job, config, folder, is_complete)
         return None
     if is_complete and not job.force:
+        if job.device.startswith("cuda"):
+            job.context()  # a device that is not here is an error, finished elsewhere or not
         return replace(RunResult.from_run(open_existing(folder)), path=folder)
     context = job.context()
     verb = "continues" if folder.exists() and not job.force else "starts"

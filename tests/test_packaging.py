@@ -195,6 +195,16 @@ def bench_commands() -> list[list[str]]:
     return [list(words) for words in sorted(unique)]
 
 
+def test_readme_plan_file_is_valid(tmp_path: Path) -> None:
+    from robuq_bench.config import load_plan
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("```toml\n")[1].split("```")[0]
+    (tmp_path / "mine.toml").write_text(block)
+    assert load_plan(tmp_path / "mine.toml").allocation.mean_bits == 2.5
+    assert not re.search(r"@[A-Z_]+@", text), "a placeholder was left in the README"
+
+
 def test_readme_shows_the_two_commands_and_the_main_job() -> None:
     assert {"make demo", "make test"} <= set(readme_commands())
     assert ["train-and-eval", "--plan", "a2"] in bench_commands()

@@ -110,6 +110,8 @@ def quantize_(
         UsageError: the model is quantized already, no layer matches, or `bits_by_layer` names
             other layers than the model's.
     """
+    if not hasattr(plan, "is_full_precision"):
+        raise UsageError(f"quantize_ takes a Plan, not {plan!r}; see load_plan(name)")
     if plan.is_full_precision:
         if bits_by_layer:
             raise UsageError(f"plan {plan.name!r} is full precision; it takes no bits_by_layer")

@@ -144,6 +144,10 @@ class QuantizedLinear(nn.Module):
         quantizer = activation_quantizer(self.activation_quantizer)
         if bits is None:
             return
+        if bits != int(bits):
+            raise ConfigError(
+                f"layer {self.name!r}: activation bits must be a whole number: {bits}"
+            )
         if quantizer is None:
             raise ConfigError(f"layer {self.name!r} has no activation quantizer to give bits to")
         quantizer.check_bits(bits)

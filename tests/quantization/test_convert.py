@@ -164,6 +164,10 @@ def test_set_activation_bits_is_all_or_nothing() -> None:
     model = quantize_(dit(), load_plan("a4"))
     with pytest.raises(ConfigError, match="9"):
         set_activation_bits(model, {"blocks.0.attn.qkv": 2, "blocks.0.attn.proj": 9})
+    with pytest.raises(ConfigError, match="whole number"):
+        set_activation_bits(model, {"blocks.0.attn.qkv": 2.5})  # type: ignore[dict-item]
+    with pytest.raises(UsageError, match="load_plan"):
+        quantize_(dit(), "a4")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no quantized layer"):
         set_activation_bits(model, {"blocks.0.attn.qkv": 2, "nothing": 2})
     assert {layer.activation_bits for layer in quantized_layers(model).values()} == {4}
