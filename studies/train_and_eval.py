@@ -34,7 +34,7 @@ from robuq_bench.quantization.convert import (
     set_activation_bits,
 )
 from robuq_bench.runs import Run
-from robuq_bench.training import BatchSource, Trainer, qat_loss
+from robuq_bench.training import BatchSource, LossFunction, Trainer, qat_loss
 from studies import teacher_eval
 from studies.figures import plot_allocation, plot_losses
 
@@ -106,26 +106,10 @@ def train_student(
     """Convert and train; return the model with averaged weights and its activation bits."""
     plan, workload = config.plan, config.workload
     recipe = workload.training
-    teacher.requires_grad_(False).eval()
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    student.get_parameter("pos_embed").requires_grad_(False)
-    quantize_(student, plan, seed=config.seed)
-    layers = allocatable_layers(student, plan)
     diffusion = Diffusion.from_config(workload.diffusion)
-    source = BatchSource(
-        data.model_inputs(torch.arange(len(data))),
-        data.labels,
-        diffusion,
-        student,
-        batch_size=recipe.batch_size,
-        seed=config.seed,
-        stream="qat",
-        device=context.device,
-    )
-    loss_function = qat_loss(
-        diffusion, teacher, plan.qat.distillation_weight, plan.qat.denoising_weight
-    )
-    trainer = Trainer(student, recipe, context.device)
+    trainer, source, loss_function = prepare_training(config, context, teacher, data)
+    student = trainer.model
+    layers = allocatable_layers(student, plan)
     store = CheckpointStore(run.path / "checkpoints" / "training")
     resumed = store.load_latest()
     if resumed is not None:
@@ -164,6 +148,32 @@ def train_student(
         },
     )
     return student, bits
+
+
+def prepare_training(
+    config: Config, context: Context, teacher: nn.Module, data: ImageData
+) -> tuple[Trainer, BatchSource, LossFunction]:
+    """Convert a copy of the teacher (`trainer.model`) and set up its training at step 0."""
+    plan, recipe = config.plan, config.workload.training
+    teacher.requires_grad_(False).eval()
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    student.get_parameter("pos_embed").requires_grad_(False)
+    quantize_(student, plan, seed=config.seed)
+    diffusion = Diffusion.from_config(config.workload.diffusion)
+    source = BatchSource(
+        data.model_inputs(torch.arange(len(data))),
+        data.labels,
+        diffusion,
+        student,
+        batch_size=recipe.batch_size,
+        seed=config.seed,
+        stream="qat",
+        device=context.device,
+    )
+    loss_function = qat_loss(
+        diffusion, teacher, plan.qat.distillation_weight, plan.qat.denoising_weight
+    )
+    return Trainer(student, recipe, context.device), source, loss_function
 
 
 def warmup_steps(config: Config) -> int:

@@ -33,6 +33,7 @@ from robuq_bench.config.resolve import (
     resolve,
     to_toml,
 )
+from robuq_bench.config.studies import NormalityConfig, SensitivityConfig
 from robuq_bench.config.workload import (
     DataConfig,
     DiffusionConfig,
@@ -56,9 +57,11 @@ __all__ = [
     "LayersConfig",
     "LowRankConfig",
     "ModelConfig",
+    "NormalityConfig",
     "Plan",
     "QATConfig",
     "RotationConfig",
+    "SensitivityConfig",
     "TeacherConfig",
     "TeacherTraining",
     "TrainingConfig",

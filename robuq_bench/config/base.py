@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
 
-def _none_word(value: Any) -> Any:
+def none_word(value: Any) -> Any:
     """TOML has no null, so the word 'none' stands for it wherever a field may be absent."""
     return None if value == "none" else value
 
@@ -20,9 +20,9 @@ def _as_tuple(value: Any) -> Any:
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
-OptionalInt = Annotated[int | None, BeforeValidator(_none_word)]
-OptionalFloat = Annotated[float | None, BeforeValidator(_none_word)]
-OptionalText = Annotated[str | None, BeforeValidator(_none_word)]
+OptionalInt = Annotated[int | None, BeforeValidator(none_word)]
+OptionalFloat = Annotated[float | None, BeforeValidator(none_word)]
+OptionalText = Annotated[str | None, BeforeValidator(none_word)]
 
 
 class Section(BaseModel):

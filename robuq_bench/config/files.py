@@ -59,8 +59,9 @@ def load_workload(name_or_path: str | Path) -> Workload:
 def load_allocation_file(allocation: AllocationConfig, layers: Iterable[str]) -> dict[str, int]:
     """Read bits per layer from `allocation.path`, for exactly the layers named in `layers`.
 
-    The file is JSON, {layer: bits} (or an object that holds it as `bits_by_layer`), or a CSV with
-    columns `layer` and `bits`, such as a run's tables/allocation.csv.
+    The file is JSON or TOML, {layer: bits} or that as `bits_by_layer` among other entries (as
+    `save_allocation` writes), or a CSV with columns `layer` and `bits`, such as a run's
+    tables/allocation.csv.
 
     Raises:
         ConfigError: unreadable file, changed since the config was resolved, missing or unknown
@@ -75,8 +76,8 @@ def load_allocation_file(allocation: AllocationConfig, layers: Iterable[str]) ->
         raise ConfigError(f"allocation file {path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"allocation file {path}: neither JSON {{layer: bits}} nor a CSV with columns layer "
-            f"and bits ({error})"
+            f"allocation file {path}: neither JSON or TOML {{layer: bits}} nor a CSV with columns "
+            f"layer and bits ({error})"
         ) from None
     wanted = list(layers)
     for name, bits in bits_by_layer.items():
@@ -94,7 +95,7 @@ def _parse_allocation(path: Path) -> dict[str, int]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".csv":
         return {row["layer"]: int(row["bits"]) for row in csv.DictReader(text.splitlines())}
-    values = json.loads(text)
+    values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}")
     return dict(values.get("bits_by_layer", values))

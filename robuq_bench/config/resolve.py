@@ -22,13 +22,21 @@ from robuq_bench.config.files import (
     validate,
 )
 from robuq_bench.config.plan import Plan
+from robuq_bench.config.studies import (
+    STUDY_SETTINGS,
+    OptionalNormality,
+    OptionalSensitivity,
+    default_settings,
+)
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import sha256_bytes, sha256_file
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
+# Fields of study settings that name an input; `<field>_sha256` identifies it.
+_INPUTS_OF_STUDIES = ("captured", "student")
 
-Override = tuple[str, list[str], Any]  # "plan" or "workload", key path, value
+Override = tuple[str, list[str], Any]  # "plan", "workload" or the study, key path, value
 
 
 class Config(Section):
@@ -39,6 +47,8 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     plan: Plan
     workload: Workload
+    normality: OptionalNormality = None
+    sensitivity: OptionalSensitivity = None
 
 
 def resolve(
@@ -52,8 +62,8 @@ def resolve(
     """Return the frozen config of one run; precedence is override > file > default.
 
     `overrides` are 'section.key=value' texts: a key is looked up in the workload, then in the
-    plan; 'plan.' and 'workload.' in front say which. A teacher or allocation file that exists is
-    identified by its SHA-256.
+    plan; 'plan.', 'workload.' or the study's name in front say which. Files that exist (teacher,
+    allocation, captured activations, student) are identified by their SHA-256.
 
     Raises:
         ConfigError: unknown name or key, invalid value, or seed out of range.
@@ -62,7 +72,10 @@ def resolve(
         "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
         "workload": _dump(workload if isinstance(workload, Workload) else load_workload(workload)),
     }
-    for part, keys, value in _digests_last([_parse_override(text) for text in overrides]):
+    settings = default_settings(study)
+    if settings is not None:
+        parts[study] = settings
+    for part, keys, value in _digests_last([_parse_override(text, study) for text in overrides]):
         target = parts[part]
         for key in keys[:-1]:
             target = target[key]
@@ -77,14 +90,23 @@ def resolve(
         # What these runs make must not decide which run they are.
         parts["workload"]["teacher"].update(checkpoint="", sha256="")
     _identify(parts["workload"]["teacher"], "checkpoint")
+    if settings is not None:
+        for path_key in _INPUTS_OF_STUDIES:
+            _identify_input(settings, path_key)
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+    sections: dict[str, Any] = {
+        name: validate(STUDY_SETTINGS[name], values, f"{origin}: {name}")
+        for name, values in parts.items()
+        if name in STUDY_SETTINGS
+    }
     return Config(
         study=study,
         study_version=version,
         seed=seed,
         plan=validate(Plan, parts["plan"], f"{origin}: plan"),
         workload=validate(Workload, parts["workload"], f"{origin}: workload"),
+        **sections,
     )
 
 
@@ -103,6 +125,10 @@ def canonical_json(config: Config) -> str:
     for section, path_key in ((allocation, "path"), (teacher, "checkpoint")):
         if section["sha256"]:
             section.pop(path_key, None)
+    for name in STUDY_SETTINGS.keys() & values.keys():
+        for path_key in _INPUTS_OF_STUDIES:
+            if values[name].get(f"{path_key}_sha256"):
+                values[name].pop(path_key, None)
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -135,13 +161,14 @@ def _dump(part: Plan | Workload) -> dict[str, Any]:
     return part.model_dump(mode="json")
 
 
-def _parse_override(text: str) -> Override:
+def _parse_override(text: str, study: str) -> Override:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"--set {text}: expected section.key=value, e.g. training.steps=2000")
     part, _, inner = key.partition(".")
-    known = {"workload": keys_of(Workload), "plan": keys_of(Plan)}
+    models = _overridable(study)
+    known = {name: keys_of(model) for name, model in models.items()}
     if part in known and inner in known[part]:
         return part, inner.split("."), _parse_value(value)
     owners = [owner for owner, keys in known.items() if key in keys]
@@ -150,21 +177,30 @@ def _parse_override(text: str) -> Override:
         raise ConfigError(f"--set {key}: is a key of both; write {full}")
     if owners:
         return owners[0], key.split("."), _parse_value(value)
-    raise ConfigError(f"--set {key}: {_why_unknown(key, known)}")
+    raise ConfigError(f"--set {key}: {_why_unknown(key, known, models)}")
+
+
+def _overridable(study: str) -> dict[str, type[Section]]:
+    models: dict[str, type[Section]] = {"workload": Workload, "plan": Plan}
+    if study in STUDY_SETTINGS:
+        models[study] = STUDY_SETTINGS[study]
+    return models
 
 
 def _digests_last(overrides: list[Override]) -> list[Override]:
-    return sorted(overrides, key=lambda override: override[1][-1] == "sha256")
+    return sorted(overrides, key=lambda override: override[1][-1].endswith("sha256"))
 
 
-def _why_unknown(key: str, known: dict[str, list[str]]) -> str:
+def _why_unknown(key: str, known: dict[str, list[str]], models: dict[str, type[Section]]) -> str:
     part, _, inner = key.partition(".")
+    if key in known:
+        return f"is a section, not a key; its keys: {', '.join(known[key])}"
     bare = inner if part in known else key
-    for owner, model in (("workload", Workload), ("plan", Plan)):
+    for owner, model in models.items():
         if bare in sections_of(model):
             inside = [full for full in known[owner] if full.startswith(f"{bare}.")]
             return f"is a section, not a key; its keys: {', '.join(inside)}"
-    every = list(dict.fromkeys(known["workload"] + known["plan"]))
+    every = list(dict.fromkeys(key for keys in known.values() for key in keys))
     if difflib.get_close_matches(bare, every, n=1, cutoff=0.8):
         return f"unknown key{suggest(bare, every)}"
     section, _, last = bare.rpartition(".")
@@ -202,6 +238,29 @@ def _identify(section: dict[str, Any], path_key: str) -> None:
             section["sha256"] = sha256_file(path)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _identify_input(settings: dict[str, Any], path_key: str) -> None:
+    """The same for the input of a study, which may be a folder."""
+    spec = settings.get(path_key)
+    if not spec or not isinstance(spec, str) or settings[f"{path_key}_sha256"]:
+        return
+    path = asset_path(spec)
+    if path.is_dir():
+        settings[f"{path_key}_sha256"] = folder_digest(path)
+    elif path.is_file():
+        holder = {"path": spec, "sha256": ""}
+        _identify(holder, "path")
+        settings[f"{path_key}_sha256"] = holder["sha256"]
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of every checksum file (*.sha256) below a folder."""
+    found = sorted(folder.rglob("*.sha256"))
+    if not found:
+        raise ConfigError(f"{folder}: holds no safetensors files with checksums (*.sha256)")
+    parts = [f"{path.relative_to(folder).as_posix()}\n{path.read_text('utf-8')}" for path in found]
+    return sha256_bytes("".join(parts).encode())
 
 
 def _write_table(values: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:

@@ -33,7 +33,10 @@ def _replaceable(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-def _target_layers(model: nn.Module, plan: Plan, keep: LayerFilter | None) -> dict[str, nn.Linear]:
+def target_layers(
+    model: nn.Module, plan: Plan, keep: LayerFilter | None = None
+) -> dict[str, nn.Linear]:
+    """The layers of an unquantized model that `quantize_` would replace, by name."""
     adaln = plan.adaln
     quantizes_adaln = adaln.weight_quantizer != "none" or adaln.activation_bits is not None
     return {
@@ -118,7 +121,7 @@ def quantize_(
         return model
     if quantized_layers(model):
         raise UsageError("the model is quantized already; convert a fresh copy of the teacher")
-    layers = _target_layers(model, plan, filter_fn)
+    layers = target_layers(model, plan, filter_fn)
     if not layers:
         raise UsageError(
             f"plan {plan.name!r} matches no nn.Linear of {type(model).__name__}; see layers.skip "
@@ -185,9 +188,12 @@ def set_activation_bits(model: nn.Module, bits_by_layer: Mapping[str, int | None
 def layer_type(name: str) -> str:
     """Kind of a layer from its name: qkv, proj, fc1, fc2, adaLN, or the last component.
 
-    A trailing list index is not a kind: "attn1.to_out.0" is "to_out".
+    A trailing list index is not a kind: "attn1.to_out.0" is "to_out". The feed-forward network of
+    diffusers, "ff.net.0.proj" and "ff.net.2", is fc1 and fc2.
     """
     if "adaLN" in name:
         return "adaLN"
+    if ".net." in name:
+        return "fc1" if name.endswith(".net.0.proj") else "fc2"
     parts = [part for part in name.split(".") if not part.isdigit()]
     return parts[-1] if parts else name

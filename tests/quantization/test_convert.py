@@ -180,6 +180,8 @@ def test_set_activation_bits_is_all_or_nothing() -> None:
         ("blocks.3.mlp.fc2", "fc2"),
         ("blocks.3.adaLN_modulation.1", "adaLN"),
         ("transformer_blocks.0.attn1.to_out.0", "to_out"),
+        ("transformer_blocks.0.ff.net.0.proj", "fc1"),
+        ("transformer_blocks.0.ff.net.2", "fc2"),
     ],
 )
 def test_layer_types(name: str, kind: str) -> None:

@@ -1,0 +1,107 @@
+"""Settings of the studies that have some: `--set normality.images=64`. Free of heavy imports."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from robuq_bench.config.base import Ints, OptionalText, Section, none_word
+
+MIN_IMAGES = 16
+
+
+class NormalityConfig(Section):
+    """What `study normality` captures and how it tests; the defaults suit two CPU cores.
+
+    images: clusters of the bootstrap, diffused to `timesteps` evenly spread timesteps each;
+    tokens_per_image: reservoir of every (layer, timestep, image); `captured` is a folder of saved
+    activations to analyse instead of a model, and `student` a train-and-eval run whose student is
+    analysed instead of the teacher. `qat_steps` also trains the plan and looks at it after these
+    numbers of steps.
+    """
+
+    images: int = Field(default=32, ge=MIN_IMAGES)
+    timesteps: int = Field(default=10, ge=1)
+    tokens_per_image: int = Field(default=4, ge=1)
+    qat_steps: Ints = ()
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    bootstrap_draws: int = Field(default=1000, ge=100)
+    control_tokens: int = Field(default=512, ge=16)
+    control_widths: Ints = (144, 576, 1152, 4608)
+    bound_tokens: int = Field(default=50, ge=1)
+    bound_draws: int = Field(default=2000, ge=100)
+    decay_tokens: int = Field(default=4, ge=1)
+    save_activations: bool = False
+    captured: OptionalText = None
+    captured_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    student: OptionalText = None
+    student_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NormalityConfig:
+        if self.captured and (self.student or self.qat_steps or self.save_activations):
+            raise ValueError(
+                "captured activations need no model: leave out student, qat_steps and "
+                "save_activations"
+            )
+        if self.student and self.qat_steps:
+            raise ValueError("qat_steps trains the plan from its teacher; leave out student")
+        if any(step < 0 for step in self.qat_steps) or list(self.qat_steps) != sorted(
+            set(self.qat_steps)
+        ):
+            raise ValueError(f"qat_steps must ascend from 0 or more, got {list(self.qat_steps)}")
+        if any(width < 8 for width in self.control_widths):
+            raise ValueError("control_widths must be at least 8")
+        return self
+
+
+class SensitivityConfig(Section):
+    """What `study sensitivity` measures, and the budget of its ground truth.
+
+    Metrics are measured on the plan's model after each of `qat_steps` training steps (0: the
+    post-training-quantized model). The truth is measured by training: for every layer, every one of
+    `truth_bits` and every seed, `truth_steps` steps with that layer alone at those bits.
+    """
+
+    qat_steps: Ints = (0, 25, 50, 100, 200)
+    bit_choices: Ints = (1, 2, 3, 4)
+    truth_bits: Ints = (1, 2, 3)
+    truth_steps: int = Field(default=100, ge=1)
+    truth_seeds: int = Field(default=3, ge=1)
+    truth_samples: int = Field(default=500, ge=0)
+    truth_sampling_steps: int = Field(default=10, ge=1)
+    pairs: int = Field(default=64, ge=0)
+    allocations: int = Field(default=64, ge=0)
+    timestep_buckets: int = Field(default=4, ge=1)
+    top_k: int = Field(default=4, ge=1)
+    bootstrap_draws: int = Field(default=1000, ge=100)
+    shard: OptionalText = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SensitivityConfig:
+        for name in ("qat_steps", "bit_choices", "truth_bits"):
+            values = getattr(self, name)
+            if not values or list(values) != sorted(set(values)) or min(values) < 0:
+                raise ValueError(f"{name} must ascend and not be empty, got {list(values)}")
+        if self.qat_steps[0] != 0:
+            raise ValueError("qat_steps must begin with 0, the post-training-quantized model")
+        if not set(self.truth_bits) <= set(self.bit_choices):
+            raise ValueError("truth_bits must be among bit_choices")
+        return self
+
+
+OptionalNormality = Annotated[NormalityConfig | None, BeforeValidator(none_word)]
+OptionalSensitivity = Annotated[SensitivityConfig | None, BeforeValidator(none_word)]
+
+#: Study -> its settings, which `Config` holds in the field of the same name.
+STUDY_SETTINGS: dict[str, type[Section]] = {
+    "normality": NormalityConfig,
+    "sensitivity": SensitivityConfig,
+}
+
+
+def default_settings(study: str) -> dict[str, Any] | None:
+    """Fields and defaults of a study's settings, or None if it has none."""
+    settings = STUDY_SETTINGS.get(study)
+    return None if settings is None else settings().model_dump(mode="json")
