@@ -1,0 +1,37 @@
+"""Solvers by name, as studies and their options know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from robuq_bench.allocation.heuristics import greedy, uniform
+from robuq_bench.allocation.problem import Allocation, Problem
+from robuq_bench.allocation.programming import lagrangian, mixed_integer
+from robuq_bench.allocation.search import evolutionary_search, random_search
+from robuq_bench.allocation.table import exact
+from robuq_bench.errors import UsageError, suggest
+
+Solver = Callable[[Problem, int], Allocation]
+"""Takes the problem and a seed, which only the solvers that draw use."""
+
+SOLVERS: dict[str, Solver] = {
+    "exact": lambda problem, seed: exact(problem),
+    "milp": lambda problem, seed: mixed_integer(problem),
+    "lagrangian": lambda problem, seed: lagrangian(problem),
+    "greedy": lambda problem, seed: greedy(problem),
+    "evolutionary": lambda problem, seed: evolutionary_search(problem, seed=seed),
+    "random": lambda problem, seed: random_search(problem, seed=seed),
+    "random-best-of-1000": lambda problem, seed: random_search(problem, seed=seed, draws=1000),
+    "uniform": lambda problem, seed: uniform(problem),
+}
+
+
+def solve(problem: Problem, solver: str, *, seed: int = 0) -> Allocation:
+    """Solve with the solver of that name.
+
+    Raises:
+        UsageError: unknown solver, or the problem is not one that it can solve.
+    """
+    if solver not in SOLVERS:
+        raise UsageError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)}")
+    return SOLVERS[solver](problem, seed)
