@@ -20,6 +20,7 @@ from robuq_bench import __version__, console
 from robuq_bench.cli_inspect import inspect_app, runs_app
 from robuq_bench.cli_job import (
     RUNS,
+    ActivationsFlag,
     DeviceFlag,
     DryRunFlag,
     ExportFlag,
@@ -32,6 +33,7 @@ from robuq_bench.cli_job import (
     QuietFlag,
     SeedFlag,
     SetFlag,
+    StudentFlag,
     ThreadsFlag,
     WorkloadFlag,
     execute,
@@ -39,6 +41,7 @@ from robuq_bench.cli_job import (
     show,
     show_dry_run,
     show_rows,
+    study_inputs,
 )
 from robuq_bench.errors import MissingResourceError, RobuqError
 
@@ -231,6 +234,8 @@ def sample(
 def study(
     name: NameArgument = None,
     plan: PlanFlag = "a2",
+    activations: ActivationsFlag = None,
+    checkpoint: StudentFlag = None,
     on: WorkloadFlag = "digits",
     seed: SeedFlag = 0,
     overrides: SetFlag = None,
@@ -253,8 +258,9 @@ def study(
             print("no studies yet; the main job is `train-and-eval`", flush=True)
         return
     info = find_study(name)
-    job = Job(info.name, info.version, plan, on, seed, overrides, device, threads, output,
-              dry_run, force, as_json, quiet)  # fmt: skip
+    inputs = study_inputs(info.name, activations, checkpoint, output)
+    job = Job(info.name, info.version, plan, on, seed, [*inputs, *(overrides or [])], device,
+              threads, output, dry_run, force, as_json, quiet)  # fmt: skip
 
     def work(config: Config, context: Context) -> RunResult:
         from robuq_bench.context import RunResult

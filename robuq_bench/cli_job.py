@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,16 @@ QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress and no log
 ExportFlag = Annotated[
     Path | None,
     typer.Option("--export", metavar="FILE", help="Also write the trained weights here."),
+]
+ActivationsFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--activations", metavar="FOLDER", help="normality: analyse these saved activations."
+    ),
+]
+StudentFlag = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="RUN", help="normality: this run's student."),
 ]
 NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)]
 RUNS = Path("runs")
@@ -180,6 +191,28 @@ def find_run(text: str, root: Path) -> Path:
         return known[found[0]]
     hint = suggest(text, known) or f"; there are no runs in {root}"
     raise UsageError(f"unknown run {text!r}{hint}")
+
+
+def study_inputs(
+    study: str, activations: Path | None, checkpoint: str | None, root: Path
+) -> list[str]:
+    """What `--activations` and `--checkpoint` mean, as overrides of the study's settings.
+
+    Raises:
+        UsageError: the study takes no such input, or the run does not exist.
+    """
+    overrides = []
+    for flag, value in (("--activations", activations), ("--checkpoint", checkpoint)):
+        if value is not None and study != "normality":
+            raise UsageError(f"study {study} takes no {flag}; study normality does")
+    if activations is not None:
+        # A run that saved its activations stands for them.
+        inside = activations / "activations"
+        folder = inside if inside.is_dir() else activations
+        overrides.append(f"normality.captured={json.dumps(str(folder))}")
+    if checkpoint is not None:
+        overrides.append(f"normality.student={json.dumps(str(find_run(checkpoint, root)))}")
+    return overrides
 
 
 def command_line() -> list[str]:

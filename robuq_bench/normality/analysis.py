@@ -1,0 +1,102 @@
+"""Every statistic of every token of one layer under one transform, as one matrix.
+
+A `TokenTable` keeps a row per token, so that any summary (by layer, by timestep, by image) can be
+made afterwards without the tokens. Tokens stream through in blocks: memory is the table's, 8 bytes
+x columns per token, plus one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robuq_bench.normality.consequence import SETTINGS, Setting, error_ratios
+from robuq_bench.normality.controls import control_tokens
+from robuq_bench.normality.statistics import token_statistics
+from robuq_bench.normality.transforms import Transform
+
+#: Above this many coordinates Shapiro-Wilk p-values err toward "normal"; a subsample is tested.
+MAX_TESTED = 5000
+BLOCK_TOKENS = 4096
+STATISTICS = (
+    *("shapiro_w", "shapiro_p", "anderson_a2", "anderson_p", "ks_distance", "lilliefors_p"),
+    *("dagostino_k2", "dagostino_p", "skewness", "excess_kurtosis", "wasserstein", "negentropy"),
+    *("l3", "dc_share"),
+)
+TESTS = {
+    "shapiro": "shapiro_p",
+    "anderson": "anderson_p",
+    "lilliefors": "lilliefors_p",
+    "dagostino": "dagostino_p",
+}
+
+
+class TokenTable(NamedTuple):
+    """`values` [T, columns] float64, NaN rows for degenerate tokens; `images` [T]; n tested."""
+
+    columns: tuple[str, ...]
+    values: NDArray[np.float64]
+    images: NDArray[np.int64]
+    n: int
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """One column [T]."""
+        return self.values[:, self.columns.index(name)]
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """Which tokens are not degenerate, [T]."""
+        return np.isfinite(self.column("shapiro_w"))
+
+
+def column_names(settings: Sequence[Setting] = SETTINGS) -> tuple[str, ...]:
+    """Columns of a `TokenTable`: the statistics, then quantizer/bits."""
+    return (*STATISTICS, *(f"{s.quantizer}/{s.bits}" for s in settings))
+
+
+def analyse(
+    tokens: Tensor,
+    images: Tensor,
+    transform: Transform,
+    seed: int = 0,
+    settings: tuple[Setting, ...] = SETTINGS,
+) -> TokenTable:
+    """Transform tokens [T, width] (any float dtype, CPU or CUDA) and measure each of them.
+
+    Computed in float32 whatever the tokens' dtype (float64 stays). `dc_share` is the share of the
+    squared norm in the first coordinate; it is removed from no statistic. Above `MAX_TESTED`
+    coordinates the tests see a subsample drawn from `seed`; the quantizers see every coordinate.
+    """
+    parts: list[NDArray[np.float64]] = []
+    n = 0
+    for block in tokens.split(BLOCK_TOKENS):
+        y = transform(block if block.dtype == torch.float64 else block.float())
+        tested = y if y.shape[-1] <= MAX_TESTED else y[:, _subsample(y.shape[-1], seed)]
+        n = tested.shape[-1]
+        statistics = token_statistics(tested)
+        squares = y.double().square()
+        share = (squares[:, 0] / squares.sum(-1)).cpu().numpy()
+        columns = [
+            share if name == "dc_share" else getattr(statistics, name) for name in STATISTICS
+        ]
+        values = np.column_stack([*columns, error_ratios(y, settings)])
+        dead = statistics.degenerate | ~np.isfinite(values[:, len(STATISTICS) :]).all(1)
+        values[dead] = np.nan
+        parts.append(values)
+    return TokenTable(column_names(settings), np.concatenate(parts), images.numpy(), n)
+
+
+def null_table(width: int, count: int, dtype: torch.dtype, seed: int) -> TokenTable:
+    """The Gaussian null: `count` tokens of N(0, 1) rounded to `dtype`, each its own "image"."""
+    tokens = control_tokens("gaussian", count, width, seed, dtype)
+    return analyse(tokens, torch.arange(count), lambda x: x, seed)
+
+
+def _subsample(width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(width, generator=generator)[:MAX_TESTED].sort().values

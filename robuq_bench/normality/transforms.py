@@ -1,0 +1,88 @@
+"""The rotations whose effect on normality is compared, by name.
+
+Every one is an orthogonal map of a token [n], fixed before any token is seen, but for the dual
+rotation, which is fitted on calibration tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from robuq_bench.errors import UsageError, suggest
+from robuq_bench.quantization.dual_rotation import fit_dual_rotation
+from robuq_bench.quantization.hadamard import hadamard_transform
+from robuq_bench.quantization.rotations import random_signs, rotate
+
+TRANSFORMS = (
+    "identity",
+    "hadamard",
+    "hadamard-without-dc",
+    "randomized-hadamard",
+    "random-orthogonal",
+    "block-hadamard-64",
+    "block-hadamard-128",
+    "dual-rotation",
+)
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class NotApplicable(UsageError):  # noqa: N818 - the name says what happened
+    """The transform is not defined at this width; the message says why."""
+
+
+def make_transform(
+    name: str, n: int, *, layer: str = "", seed: int = 0, calibration: Tensor | None = None
+) -> Transform:
+    """Return the map [T, n] -> [T, n] (float32 or float64) called `name`.
+
+    - "identity": y = x.
+    - "hadamard": y = x H / sqrt(n). The first column of H is constant, so y_1 = sqrt(n) mean(x).
+    - "hadamard-without-dc": the same without y_1, [T, n - 1].
+    - "randomized-hadamard": y = x D H / sqrt(n), with the signs D that `quantize_` gives `layer`.
+    - "random-orthogonal": Haar-distributed, one matrix per width and seed.
+    - "block-hadamard-64", "-128": a Hadamard transform of every block of channels.
+    - "dual-rotation": DuQuant's, as in LRQ-DiT; fitted on `calibration` [T, n].
+
+    Raises:
+        UsageError: unknown name.
+        NotApplicable: the width is no multiple of the block, or has no Hadamard matrix.
+    """
+    if name == "identity":
+        return lambda x: x
+    if name == "hadamard":
+        return hadamard_transform
+    if name == "hadamard-without-dc":
+        return lambda x: hadamard_transform(x)[..., 1:]
+    if name == "randomized-hadamard":
+        signs = random_signs(n, layer, seed)
+        return lambda x: rotate(x, signs.to(x.device, x.dtype))
+    if name == "random-orthogonal":
+        matrix = _haar_matrix(n, seed)
+        return lambda x: x @ matrix.to(x.device, x.dtype)
+    if name.startswith("block-hadamard-") and name in TRANSFORMS:
+        block = int(name.rpartition("-")[2])
+        if n % block:
+            raise NotApplicable(f"{name} needs a width that is a multiple of {block}, not {n}")
+        return lambda x: hadamard_transform(x.reshape(-1, n // block, block)).view(x.shape)
+    if name == "dual-rotation":
+        if calibration is None or not len(calibration):
+            raise NotApplicable("dual-rotation needs calibration tokens of the layer")
+        rotation = fit_dual_rotation(calibration, seed=seed)
+        return rotation.apply
+    raise UsageError(f"unknown transform {name!r}{suggest(name, TRANSFORMS)}")
+
+
+@functools.lru_cache(maxsize=4)
+def _haar_matrix(n: int, seed: int) -> Tensor:
+    """Orthogonal [n, n] float32 from the uniform (Haar) distribution.
+
+    QR of a Gaussian matrix with the signs of R's diagonal moved into Q (Mezzadri 2007).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator))
+    return q * torch.sign(torch.diagonal(r))

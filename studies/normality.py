@@ -1,0 +1,356 @@
+"""Is every token's activation normal after a Hadamard transform? The claim RobuQ rests on.
+
+**Verdict rule, fixed before any activation was seen.** For a layer type, a transform and b bits,
+take each token's mean squared error under the uniform mid-rise quantizer with RobuQ's steps and its
+mean-absolute-deviation scale, divide it by the token's variance and by the value for N(0, 1)
+(0.3634, 0.1188, 0.03744, 0.01154 at 1 to 4 bits), and average over tokens. The layer type is
+*normal enough for b bits* if the upper end of the 95 % interval of that mean is below 1.05. The
+interval resamples whole images, because tokens of one image are not independent.
+
+Steps: diffuse real images to evenly spread timesteps; sample tokens at the input of every layer
+that the plan quantizes; measure each token under every transform; do the same to tokens whose
+distribution is known (a Gaussian null, and controls that are not normal); then the evidence that
+needs single tokens: the Berry-Esseen bound against the exact distance, its decay with the width,
+projections, and what a test rejects at which n. Nothing is tuned to the outcome: p-values stand
+beside their n and the null's share, degenerate tokens are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from robuq_bench.checkpointing import CheckpointStore, load_tensors, save_tensors
+from robuq_bench.config import Config, NormalityConfig
+from robuq_bench.config.studies import MIN_IMAGES
+from robuq_bench.context import Context
+from robuq_bench.data import ImageData, load_dataset
+from robuq_bench.diffusion import Diffusion
+from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.normality import evidence, summaries
+from robuq_bench.normality.analysis import TokenTable, analyse, null_table
+from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
+from robuq_bench.normality.transforms import (
+    TRANSFORMS,
+    NotApplicable,
+    Transform,
+    make_transform,
+)
+from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
+from robuq_bench.runs import Run
+from robuq_bench.training import seeded_generator
+from studies.sample_images import load_student
+from studies.train_and_eval import prepare_training, train_with_checkpoints
+
+VERSION = "1"
+SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
+CALIBRATION = "calibration"
+CALIBRATION_IMAGES = 16
+CALIBRATION_TOKENS = 8
+HEADLINE = ("identity", "randomized-hadamard")
+
+
+class Capture(NamedTuple):
+    """Activations of one subject at one timestep (-1: the calibration tokens)."""
+
+    subject: str
+    timestep: int
+    layers: Captured
+
+
+def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Capture, measure, summarise; returns one line per subject and layer type."""
+    options = config.normality
+    if options is None:
+        raise UsageError("study normality needs its settings; resolve the config for it")
+    settings = summaries.Settings(options.alpha, options.bootstrap_draws, config.seed)
+    captures = saved_captures(options, run) if options.captured else live(config, run, context)
+    probes: dict[str, Captured] = {}
+    rotations = Rotations(config.seed)
+    dtypes: set[torch.dtype] = set()
+    for capture in captures:
+        # A subject's calibration tokens come first, and serve as its examples too.
+        probes.setdefault(capture.subject, capture.layers)
+        dtypes |= {part.tokens.dtype for part in capture.layers.values()}
+        if capture.timestep >= 0:
+            measure(capture, rotations, probes[capture.subject], run, context)
+    if not probes:
+        raise MissingResourceError(f"{options.captured}: holds no shards of activations")
+    null_dtype = min(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))
+    nulls: dict[int, TokenTable] = {}
+    tables: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("cells", "types", "errors", "lyapunov")
+    }
+    # One transform at a time bounds the memory.
+    for transform in TRANSFORMS:
+        cells = read_parts(run, transform)
+        for n in sorted({cell.table.n for cell in cells} - nulls.keys()):
+            nulls[n] = null_table(n, options.control_tokens, null_dtype, config.seed)
+        tables["cells"] += summaries.cell_rows(cells, settings)
+        tables["types"] += summaries.type_rows(cells, nulls, settings)
+        tables["errors"] += summaries.error_rows(cells, nulls, settings)
+        tables["lyapunov"] += summaries.lyapunov_rows(cells)
+    tables["skipped"] = skipped_rows(run)
+    tables["verdicts"] = summaries.verdict_rows(tables["errors"], tables["cells"])
+    tables |= evidence.evidence_tables(probes, options, config.seed, context.progress)
+    for name, rows in tables.items():
+        if rows:
+            run.write_table(name, rows)
+    table = headline(tables["types"], tables["verdicts"])
+    for row in table:
+        run.append(f"normality/{row['subject']}/{row['layer_type']}", kind="normality", **row)
+    return table
+
+
+def live(config: Config, run: Run, context: Context) -> Iterator[Capture]:
+    """Run every subject on the same diffused images; finished timesteps are not run again."""
+    options, workload = config.normality, config.workload
+    assert options is not None
+    data = load_dataset(workload.data, name=workload.name)
+    run.add_input_digest("data", data.sha256, source=data.source)
+    wanted = options.images + CALIBRATION_IMAGES
+    if len(data) < wanted:
+        raise UsageError(
+            f"workload {workload.name!r} has {len(data)} images; the study needs "
+            f"normality.images + {CALIBRATION_IMAGES} = {wanted}"
+        )
+    generator = seeded_generator("normality/images", config.seed, 0)
+    order = torch.randperm(len(data), generator=generator)[:wanted].tolist()
+    diffusion = Diffusion.from_config(workload.diffusion)
+    steps = diffusion.num_train_timesteps
+    timesteps = [int((i + 0.5) * steps / options.timesteps) for i in range(options.timesteps)]
+    for subject, model in subjects(config, run, context, data):
+        model.eval()
+        layers = list(quantized_layers(model)) or list(target_layers(model, config.plan))
+        folder = run.path / "activations" / slug(subject)
+        mixed = [int((i + 0.5) * steps / CALIBRATION_IMAGES) for i in range(CALIBRATION_IMAGES)]
+        plans = [(-1, order[options.images :], mixed, CALIBRATION_TOKENS)]
+        plans += [
+            (t, order[: options.images], [t] * options.images, options.tokens_per_image)
+            for t in timesteps
+        ]
+        for timestep, images, ts, per_image in plans:
+            if timestep >= 0 and part_path(run, subject, timestep).exists():
+                continue
+            captured = run_model(
+                model, layers, data, diffusion, images, ts, per_image, config, context
+            )
+            if options.save_activations:
+                name = CALIBRATION if timestep < 0 else f"t{timestep:04d}"
+                facts = {"subject": subject, "timestep": str(timestep), "model": workload.name}
+                save_shard(folder / f"{name}.safetensors", captured, facts)
+            yield Capture(subject, timestep, captured)
+
+
+def subjects(
+    config: Config, run: Run, context: Context, data: ImageData
+) -> Iterator[tuple[str, nn.Module]]:
+    """The models to look at: the teacher or a student, then the plan in the middle of training."""
+    options, workload = config.normality, config.workload
+    assert options is not None
+    if options.student:
+        yield "student", load_student(Path(options.student), workload).to(context.device)
+        return
+    teacher, digest = load_teacher(workload, context.device)
+    run.add_input_digest("teacher", digest)
+    yield "teacher", teacher
+    if not options.qat_steps:
+        return
+    trainer, source, loss_function = prepare_training(config, context, teacher, data)
+    store = CheckpointStore(run.checkpoint_folder / "training", keep=len(options.qat_steps) + 1)
+    for steps in options.qat_steps:
+        if steps in store.steps():
+            trainer.load_state(steps, load_tensors(store.path(steps))[0], str(store.path(steps)))
+        train_with_checkpoints(
+            trainer, source, loss_function, steps, run, store, context, phase="normality"
+        )
+        yield f"{config.plan.name} after {steps} steps", trainer.model
+
+
+def run_model(
+    model: nn.Module,
+    layers: list[str],
+    data: ImageData,
+    diffusion: Diffusion,
+    images: list[int],
+    timesteps: list[int],
+    tokens_per_image: int,
+    config: Config,
+    context: Context,
+) -> Captured:
+    """Sample the layers' inputs while the model predicts the noise of diffused images.
+
+    An image has the same noise at every timestep, so that images stay the only clusters.
+    """
+    batch_size = config.workload.evaluation.batch_size
+    stream = "/".join(map(str, sorted(set(timesteps))))
+    with record(model, layers, tokens_per_image, config.seed, stream) as recorder, torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            index = images[start : start + batch_size]
+            x0 = data.model_inputs(torch.tensor(index))
+            noise = torch.stack(
+                [
+                    torch.randn(
+                        x0.shape[1:], generator=seeded_generator("normality", config.seed, i)
+                    )
+                    for i in index
+                ]
+            )
+            t = torch.tensor(timesteps[start : start + batch_size])
+            inputs = (diffusion.q_sample(x0, t, noise), t, data.labels[index])
+            recorder.images = index
+            model(*(part.to(context.device) for part in inputs))
+    return recorder.result()
+
+
+def saved_captures(options: NormalityConfig, run: Run) -> Iterator[Capture]:
+    """Shards of activations from a folder, calibration first."""
+    folder = Path(str(options.captured))
+    if not folder.is_dir():
+        raise MissingResourceError(
+            f"{folder}: no such folder; save activations with "
+            "`study normality --set normality.save_activations=true`"
+        )
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        run.add_input(path)
+        _, metadata = load_shard(path)
+        try:
+            key = metadata["subject"], int(metadata["timestep"])
+        except (KeyError, ValueError):
+            raise CheckpointError(
+                f"{path}: its metadata must name `subject` and `timestep` (-1: calibration)"
+            ) from None
+        if key in found:
+            raise CheckpointError(f"{path} and {found[key]} are both {key[0]}, timestep {key[1]}")
+        found[key] = path
+    for (subject, timestep), path in sorted(found.items()):
+        yield Capture(subject, timestep, load_shard(path)[0])
+
+
+class Rotations:
+    """The transforms of every layer, made once, because the dual rotation is fitted."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._made: dict[tuple[str, str], dict[str, Transform | str]] = {}
+
+    def of(
+        self, subject: str, layer: str, width: int, probes: Captured
+    ) -> dict[str, Transform | str]:
+        """Transforms by name for one layer, or why one does not apply.
+
+        The dual rotation is fitted on the subject's calibration tokens.
+        """
+        key = subject, layer
+        if key not in self._made:
+            self._made[key] = {}
+            calibration = probes[layer].tokens.float() if layer in probes else None
+            for name in TRANSFORMS:
+                try:
+                    self._made[key][name] = make_transform(
+                        name, width, layer=layer, seed=self.seed, calibration=calibration
+                    )
+                except NotApplicable as reason:
+                    self._made[key][name] = str(reason)
+        return self._made[key]
+
+
+def measure(
+    capture: Capture, rotations: Rotations, probes: Captured, run: Run, context: Context
+) -> None:
+    """Measure every token of one timestep under every transform; one file, written whole."""
+    path = part_path(run, capture.subject, capture.timestep)
+    if path.exists():
+        return
+    images = torch.cat([part.images for part in capture.layers.values()]).unique()
+    if len(images) < MIN_IMAGES:
+        raise UsageError(
+            f"{capture.subject}, timestep {capture.timestep}: {len(images)} images are too few "
+            f"for an interval; capture at least {MIN_IMAGES}"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    facts = {"subject": capture.subject, "timestep": str(capture.timestep)}
+    label = f"{capture.subject}, timestep {capture.timestep}"
+    with context.progress.task(label, len(capture.layers)) as task:
+        for done, (layer, part) in enumerate(capture.layers.items(), start=1):
+            width = part.tokens.shape[1]
+            for name, transform in rotations.of(capture.subject, layer, width, probes).items():
+                if isinstance(transform, str):
+                    facts[f"skipped|{name}|{layer_type(layer)}|{width}"] = transform
+                    continue
+                table = analyse(part.tokens, part.images, transform, rotations.seed)
+                tensors[f"{name}|{layer}"] = torch.from_numpy(table.values).float()
+                tensors[f"{name}|{layer}|images"] = torch.from_numpy(table.images)
+                facts[f"{name}|{layer}"] = f"{width} {table.n} {' '.join(table.columns)}"
+            task.advance(done)
+    save_tensors(path, tensors, facts)
+
+
+def read_parts(run: Run, transform: str) -> list[summaries.Cell]:
+    """The measured cells of one transform, read back from the files of `measure`."""
+    cells = []
+    for path in sorted((run.checkpoint_folder / "tokens").rglob("*.safetensors")):
+        tensors, facts = load_tensors(path)
+        for name, values in tensors.items():
+            kind, _, layer = name.partition("|")
+            if kind != transform or layer.endswith("|images"):
+                continue
+            width, n, *columns = facts[name].split(" ")
+            images = tensors[f"{name}|images"].numpy()
+            table = TokenTable(tuple(columns), values.numpy(), images, int(n))
+            cells.append(
+                summaries.Cell(
+                    facts["subject"], layer, int(facts["timestep"]), transform, int(width), table
+                )
+            )
+    return sorted(cells, key=lambda cell: (cell.subject, cell.layer, cell.timestep))
+
+
+def skipped_rows(run: Run) -> list[dict[str, Any]]:
+    """Transforms that were left out, and why."""
+    found: dict[tuple[str, ...], str] = {}
+    for path in sorted((run.checkpoint_folder / "tokens").rglob("*.safetensors")):
+        for key, reason in load_tensors(path)[1].items():
+            if key.startswith("skipped|"):
+                found[tuple(key.split("|")[1:])] = reason
+    names = ("transform", "layer_type", "width")
+    return [{**dict(zip(names, key, strict=True)), "reason": why} for key, why in found.items()]
+
+
+def part_path(run: Run, subject: str, timestep: int) -> Path:
+    """Where the measurements of one subject and timestep are kept until the tables are made."""
+    return run.checkpoint_folder / "tokens" / slug(subject) / f"t{timestep:04d}.safetensors"
+
+
+def slug(subject: str) -> str:
+    """A folder name for a subject."""
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in subject)
+
+
+def headline(types: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Before and after, per subject and layer type, and for which bits it is normal enough."""
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in types:
+        if row["transform"] not in HEADLINE:
+            continue
+        key = row["subject"], row["layer_type"], row["width"]
+        line = found.setdefault(
+            key, dict(zip(("subject", "layer_type", "width"), key, strict=True))
+        )
+        when = "before" if row["transform"] == "identity" else "after"
+        for name, column in (("W", "shapiro_w_median"), ("KL", "kl")):
+            line[f"{name}_{when}"] = row.get(column)
+        passing = [
+            str(verdict["bits"])
+            for verdict in verdicts
+            if verdict["normal_enough"]
+            and all(verdict[k] == row[k] for k in ("subject", "layer_type", "width", "transform"))
+        ]
+        line[f"normal_enough_bits_{when}"] = " ".join(passing) or "none"
+    return list(found.values())

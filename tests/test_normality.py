@@ -1,0 +1,219 @@
+"""`study normality` from capture to tables: live, from saved activations, resumed, in training."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from robuq_bench import cli
+from robuq_bench.config import Config, resolve
+from robuq_bench.context import Context
+from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.normality.capture import CapturedTokens, save_shard
+from robuq_bench.progress import Progress
+from robuq_bench.runs import Run
+from studies import normality
+
+TINY = (
+    "normality.images=16",
+    "normality.timesteps=2",
+    "normality.tokens_per_image=2",
+    "normality.bootstrap_draws=100",
+    "normality.control_tokens=16",
+    "normality.control_widths=[36]",
+    "normality.bound_tokens=5",
+    "normality.bound_draws=200",
+    "normality.decay_tokens=1",
+)
+
+
+def configure(*overrides: str, plan: str = "a4") -> Config:
+    return resolve("normality", normality.VERSION, plan, "digits", 0, [*TINY, *overrides])
+
+
+def context() -> Context:
+    return Context(
+        device="cpu", threads=torch.get_num_threads(), progress=Progress(quiet=True), argv=[]
+    )
+
+
+def perform(root: Path, config: Config) -> Run:
+    with Run.open(root, config, []) as run:
+        normality.run(config, run, context())
+        run.finish()
+    return run
+
+
+def table(run: Run, name: str) -> list[dict[str, str]]:
+    text = (run.path / "tables" / f"{name}.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+
+def tables(run: Run) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (run.path / "tables").glob("*.csv")}
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("normality")
+    return perform(root, configure("normality.save_activations=true"))
+
+
+def test_every_layer_timestep_and_transform_is_measured(live: Run) -> None:
+    cells = table(live, "cells")
+    assert {row["timestep"] for row in cells} == {"250", "750"}
+    layers = {row["layer"] for row in cells}
+    assert len(layers) == 20  # qkv, proj, fc1, fc2 and adaLN of four blocks
+    for row in cells:
+        expected = 16 if row["layer_type"] == "adaLN" else 32
+        assert int(row["tokens"]) == expected
+    by_transform = {
+        name: [row for row in cells if row["transform"] == name]
+        for name in ("identity", "hadamard", "randomized-hadamard", "dual-rotation")
+    }
+    assert all(len(rows) == 40 for rows in by_transform.values())
+    reasons = {(row["transform"], row["width"]): row["reason"] for row in table(live, "skipped")}
+    assert "multiple of 64, not 144" in reasons["block-hadamard-64", "144"]
+
+
+def test_the_positive_controls_are_rejected_and_the_null_is_not(live: Run) -> None:
+    rows = {(row["control"], row["transform"]): row for row in table(live, "controls")}
+    assert float(rows["gaussian", "identity"]["shapiro_rejected"]) < 0.2
+    # 36 entries: heavy tails show in most tokens, and a one-hot token in all.
+    assert float(rows["lognormal", "identity"]["shapiro_rejected"]) > 0.9
+    assert float(rows["one-hot", "identity"]["shapiro_rejected"]) == 1
+    assert float(rows["one-hot", "randomized-hadamard"]["shapiro_rejected"]) == 1
+
+
+def test_numbers_agree_across_tables(live: Run) -> None:
+    errors = {
+        (row["layer_type"], row["width"], row["transform"], row["bits"]): row
+        for row in table(live, "errors")
+        if row["quantizer"] == "robust-midrise"
+    }
+    verdicts = table(live, "verdicts")
+    assert len(verdicts) == len(errors) > 100
+    for row in verdicts:
+        source = errors[row["layer_type"], row["width"], row["transform"], row["bits"]]
+        assert row["upper_95"] == source["high"]
+        assert (row["normal_enough"] == "True") == (float(source["high"]) < 1.05)
+    for row in table(live, "bound"):
+        assert row["violated"] == "False"
+        assert float(row["exact_distance"]) < float(row["bound"])
+    headline = [record for record in live.results() if record["kind"] == "normality"]
+    assert {row["layer_type"] for row in headline} == {"qkv", "proj", "fc1", "fc2", "adaLN"}
+
+
+def test_saved_activations_give_the_same_numbers(live: Run, tmp_path: Path) -> None:
+    folder = json.dumps(str(live.path / "activations"))
+    again = perform(tmp_path, configure(f"normality.captured={folder}"))
+    assert tables(again) == tables(live)
+
+
+def test_a_killed_study_continues_to_the_same_tables(
+    live: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("normality.save_activations=true")
+    real, seen = normality.measure, []
+
+    def dies_at_the_second(capture: Any, *args: Any) -> None:
+        seen.append(capture.timestep)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        real(capture, *args)
+
+    monkeypatch.setattr(normality, "measure", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        perform(tmp_path, config)
+    monkeypatch.setattr(normality, "measure", real)
+    analysed = []
+    analyse = normality.analyse
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        analysed.append(1)
+        return analyse(*args, **kwargs)
+
+    monkeypatch.setattr(normality, "analyse", counting)
+    resumed = perform(tmp_path, config)
+    assert tables(resumed) == tables(live)
+    assert len(analysed) == len(table(live, "cells")) / 2  # only the second timestep
+
+
+def test_a_plan_in_the_middle_of_training(tmp_path: Path) -> None:
+    config = configure(
+        "normality.qat_steps=[0,2]", "training.batch_size=8", "normality.timesteps=1"
+    )
+    run = perform(tmp_path, config)
+    types = table(run, "types")
+    assert list(dict.fromkeys(row["subject"] for row in types)) == [
+        "a4 after 0 steps",
+        "a4 after 2 steps",
+        "teacher",
+    ]
+    w = {
+        row["subject"]: row["shapiro_w_median"]
+        for row in types
+        if row["layer_type"] == "fc2" and row["transform"] == "identity"
+    }
+    assert len(set(w.values())) == 3
+    assert (run.checkpoint_folder / "training").is_dir()
+
+
+def test_bfloat16_shards_of_another_model(tmp_path: Path) -> None:
+    """What a cluster would hand over: no calibration shard, half precision, foreign names."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(64, 64, generator=generator)
+    tokens[:, 3] *= 20
+    images = torch.arange(16).repeat_interleave(4)
+    shard = {"transformer_blocks.0.ff.net.2": CapturedTokens(tokens.bfloat16(), images)}
+    folder = tmp_path / "shards"
+    save_shard(folder / "a.safetensors", shard, {"subject": "PixArt", "timestep": "100"})
+    config = configure(f"normality.captured={json.dumps(str(folder))}")
+    run = perform(tmp_path, config)
+    (row,) = [r for r in table(run, "types") if r["transform"] == "identity"]
+    assert (row["subject"], row["layer_type"], row["tokens"]) == ("PixArt", "fc2", "64")
+    assert float(row["shapiro_w_median"]) < 0.8
+
+
+def test_unusable_activations_are_refused(tmp_path: Path) -> None:
+    missing = json.dumps(str(tmp_path / "nowhere"))
+    with pytest.raises(MissingResourceError, match=r"nowhere.*save_activations"):
+        perform(tmp_path, configure(f"normality.captured={missing}"))
+    folder = tmp_path / "shards"
+    part = CapturedTokens(torch.randn(32, 16), torch.arange(16).repeat_interleave(2))
+    save_shard(folder / "a.safetensors", {"x": part}, {"subject": "s"})
+    config = configure(f"normality.captured={json.dumps(str(folder))}")
+    with pytest.raises(CheckpointError, match="must name `subject` and `timestep`"):
+        perform(tmp_path, config)
+    few = CapturedTokens(torch.randn(32, 16), torch.arange(8).repeat_interleave(4))
+    save_shard(folder / "a.safetensors", {"x": few}, {"subject": "s", "timestep": "5"})
+    config = configure(f"normality.captured={json.dumps(str(folder))}")
+    with pytest.raises(UsageError, match=r"8 images .* at least 16"):
+        perform(tmp_path, config)
+
+
+def test_too_small_a_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has 1797 images; .* = 2016"):
+        perform(tmp_path, configure("normality.images=2000"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step-time", "--activations", "x"], "study step-time takes no --activations"),
+        (["normality", "--checkpoint", "nothing"], "unknown run 'nothing'"),
+        (["normality", "--set", "normality.imges=3"], "did you mean"),
+        (["normality", "--set", "normality.images=3"], "normality: images"),
+        (["normality", "--set", "normality.qat_steps=[5,1]"], "must ascend"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["study", *arguments]) == 2
+    assert message in capsys.readouterr().err
