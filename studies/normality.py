@@ -17,7 +17,7 @@ beside their n and the null's share, degenerate tokens are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from robuq_bench.config.studies import MIN_IMAGES
 from robuq_bench.context import Context
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.normality import evidence, summaries
 from robuq_bench.normality.analysis import TokenTable, analyse, null_table
@@ -52,6 +52,7 @@ SUMMARY = "Are activations normal after Hadamard, and what does it cost where th
 CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16
 CALIBRATION_TOKENS = 8
+PROBE_TOKENS = 512  # at most, per layer
 HEADLINE = ("identity", "randomized-hadamard")
 
 
@@ -68,14 +69,21 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     options = config.normality
     if options is None:
         raise UsageError("study normality needs its settings; resolve the config for it")
+    transforms = options.transforms or TRANSFORMS
+    for name in transforms:
+        if name not in TRANSFORMS:
+            raise UsageError(f"unknown normality.transforms {name!r}{suggest(name, TRANSFORMS)}")
     settings = summaries.Settings(options.alpha, options.bootstrap_draws, config.seed)
     captures = saved_captures(options, run) if options.captured else live(config, run, context)
     probes: dict[str, Captured] = {}
-    rotations = Rotations(config.seed)
+    rotations = Rotations(transforms, config.seed)
     dtypes: set[torch.dtype] = set()
     for capture in captures:
         # A subject's calibration tokens come first, and serve as its examples too.
-        probes.setdefault(capture.subject, capture.layers)
+        if capture.subject not in probes:
+            probes[capture.subject] = {
+                layer: part.spread(PROBE_TOKENS) for layer, part in capture.layers.items()
+            }
         dtypes |= {part.tokens.dtype for part in capture.layers.values()}
         if capture.timestep >= 0:
             measure(capture, rotations, probes[capture.subject], run, context)
@@ -87,7 +95,7 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         name: [] for name in ("cells", "types", "errors", "lyapunov")
     }
     # One transform at a time bounds the memory.
-    for transform in TRANSFORMS:
+    for transform in transforms:
         cells = read_parts(run, transform)
         for n in sorted({cell.table.n for cell in cells} - nulls.keys()):
             nulls[n] = null_table(n, options.control_tokens, null_dtype, config.seed)
@@ -236,8 +244,8 @@ def saved_captures(options: NormalityConfig, run: Run) -> Iterator[Capture]:
 class Rotations:
     """The transforms of every layer, made once, because the dual rotation is fitted."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, names: Sequence[str], seed: int) -> None:
+        self.names, self.seed = names, seed
         self._made: dict[tuple[str, str], dict[str, Transform | str]] = {}
 
     def of(
@@ -251,7 +259,7 @@ class Rotations:
         if key not in self._made:
             self._made[key] = {}
             calibration = probes[layer].tokens.float() if layer in probes else None
-            for name in TRANSFORMS:
+            for name in self.names:
                 try:
                     self._made[key][name] = make_transform(
                         name, width, layer=layer, seed=self.seed, calibration=calibration

@@ -197,6 +197,14 @@ def test_unusable_activations_are_refused(tmp_path: Path) -> None:
         perform(tmp_path, config)
 
 
+def test_only_the_transforms_asked_for(tmp_path: Path) -> None:
+    names = '["identity","randomized-hadamard"]'
+    run = perform(tmp_path, configure(f"normality.transforms={names}", "normality.timesteps=1"))
+    assert {row["transform"] for row in table(run, "types")} == {"identity", "randomized-hadamard"}
+    with pytest.raises(UsageError, match="'hadamar'; did you mean 'hadamard'"):
+        perform(tmp_path, configure('normality.transforms=["hadamar"]'))
+
+
 def test_too_small_a_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has 1797 images; .* = 2016"):
         perform(tmp_path, configure("normality.images=2000"))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import Ints, OptionalText, Section, none_word
+from robuq_bench.config.base import Ints, OptionalText, Section, Strings, none_word
 
 MIN_IMAGES = 16
 
@@ -18,13 +18,14 @@ class NormalityConfig(Section):
     tokens_per_image: reservoir of every (layer, timestep, image); `captured` is a folder of saved
     activations to analyse instead of a model, and `student` a train-and-eval run whose student is
     analysed instead of the teacher. `qat_steps` also trains the plan and looks at it after these
-    numbers of steps.
+    numbers of steps. No `transforms` means all of them.
     """
 
     images: int = Field(default=32, ge=MIN_IMAGES)
     timesteps: int = Field(default=10, ge=1)
     tokens_per_image: int = Field(default=4, ge=1)
     qat_steps: Ints = ()
+    transforms: Strings = ()
     alpha: float = Field(default=0.05, gt=0, lt=1)
     bootstrap_draws: int = Field(default=1000, ge=100)
     control_tokens: int = Field(default=512, ge=16)

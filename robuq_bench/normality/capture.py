@@ -30,6 +30,13 @@ class CapturedTokens(NamedTuple):
     tokens: Tensor
     images: Tensor
 
+    def spread(self, count: int) -> CapturedTokens:
+        """At most `count` of the tokens, evenly spread, as a copy."""
+        if len(self.tokens) <= count:
+            return self
+        index = torch.linspace(0, len(self.tokens) - 1, count).long()
+        return CapturedTokens(self.tokens[index], self.images[index])
+
 
 Captured = dict[str, CapturedTokens]
 
