@@ -18,8 +18,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from reports import tables
 from reports.aggregate import Group, group_runs
 from reports.claims import Claim, group_claims, open_claims
-from reports.export import write_tables
+from reports.export import write_normality, write_tables
 from reports.loading import RunData, find_runs
+from reports.normality.claims import RULE, normality_claims
+from reports.normality.data import NormalityRun, normality_runs
+from reports.normality.story import answer
 from reports.sections import build_sections
 from reports.settings import flatten, section
 from reports.story import plain_words
@@ -65,15 +68,18 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     finished = [run for run in runs if run.finished]
     groups = group_runs(runs)
     claims = [(group, group_claims(group)) for group in groups]
+    normality = normality_runs(finished)
+    normal = [(study, normality_claims(study)) for study in normality]
     unclaimed = open_claims(run.study for run in finished)
     machines = _machines(finished)
     page = (
         _environment()
         .get_template("report.html")
         .render(
-            stories=[(group, plain_words(group)) for group in groups]
-            or [(None, _no_results(runs))],
+            question=_question(groups, normality),
+            stories=_stories(runs, groups, normality),
             claims=[_judged(*item, is_main=i == 0) for i, item in enumerate(claims)],
+            normality_claims=[_judged_normality(*item) for item in normal],
             open_claims=tables.claims_table(unclaimed, "Claims that need other studies"),
             sections=build_sections(runs),
             unfinished=tables.unfinished_table(runs),
@@ -85,7 +91,9 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     page = "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
     atomic_write_text(output, page)
     listed = [(group.title, claim) for group, found in claims for claim in found]
+    listed += [(study.title, claim) for study, found in normal for claim in found]
     write_tables(output, groups, finished, [*listed, *(("other studies", c) for c in unclaimed)])
+    write_normality(output, normality)
     return output
 
 
@@ -96,6 +104,32 @@ def _judged(group: Group, claims: Sequence[Claim], *, is_main: bool) -> tables.T
     if len(shown) < len(claims):
         table.note = f"{plural(len(claims) - len(shown), 'other claim')}: not run on {group.title}."
     return table
+
+
+def _judged_normality(study: NormalityRun, claims: Sequence[Claim]) -> tables.Table:
+    table = tables.claims_table(claims, f"Normality of activations, judged on {study.title}")
+    table.note = RULE
+    return table
+
+
+def _question(groups: Sequence[Group], normality: Sequence[NormalityRun]) -> str:
+    """What the report answers: the main job's question where it ran."""
+    if normality and not groups:
+        return "Does a Hadamard transform make a Diffusion Transformer’s activations normal?"
+    return "Do ternary weights and 1–4 bit activations keep a Diffusion Transformer’s quality?"
+
+
+def _stories(
+    runs: Sequence[RunData], groups: Sequence[Group], normality: Sequence[NormalityRun]
+) -> list[tuple[Group | None, list[Phrase]]]:
+    """The answers in words, the one to lead with first."""
+    if groups:
+        return [(group, plain_words(group)) for group in groups]
+    if normality:
+        headline, _ = answer(normality[0])
+        details = Phrase(" Where, and by how much", "#normality")
+        return [(None, [*headline, details, Phrase(".")])]
+    return [(None, _no_results(runs))]
 
 
 def _count(runs: Sequence[RunData]) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from reports.aggregate import Group
 from reports.claims import Claim
 from reports.loading import RunData
+from reports.normality.data import LIMIT, NormalityRun, ratio_text, words
 from reports.settings import flatten
 from reports.text import mean_and_spread, plain
 from robuq_bench.files import atomic_write_text
@@ -70,6 +71,55 @@ def write_tables(
         paths.append(atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n")))
     path = output.with_name(f"{output.stem}-summary.tex")
     return [*paths, atomic_write_text(path, latex(groups))]
+
+
+def write_normality(output: Path, studies: Sequence[NormalityRun]) -> list[Path]:
+    """Write `<stem>-normality-types.csv`, `-verdicts.csv` and `<stem>-normality.tex`.
+
+    The CSV files hold the runs' own tables with the run before them. Without a run nothing is
+    written, but an older file is emptied.
+
+    Raises:
+        RobuqError: the folder cannot be written.
+    """
+    texts = {
+        f"normality-{name}.csv": pd.DataFrame(
+            [{"run": study.run.id, **row} for study in studies for row in study.tables[name]]
+        ).to_csv(index=False, lineterminator="\n")
+        for name in ("types", "verdicts")
+    }
+    texts["normality.tex"] = normality_latex(studies)
+    paths = [(output.with_name(f"{output.stem}-{name}"), text) for name, text in texts.items()]
+    return [atomic_write_text(path, text) for path, text in paths if studies or path.exists()]
+
+
+def normality_latex(studies: Sequence[NormalityRun]) -> str:
+    """One booktabs table per run and model: error ratio by layer type, transform and bits."""
+    tables = []
+    for study in studies:
+        for subject in study.subjects:
+            lines = []
+            for place in study.places:
+                for transform in study.transforms:
+                    found = [study.judgement(subject, place, transform, b) for b in study.bits]
+                    if any(found):
+                        ratios = [
+                            "--" if j is None else f"{ratio_text(j.ratio)} [{ratio_text(j.high)}]"
+                            for j in found
+                        ]
+                        lines.append([f"{place[0]} ({place[1]})", words(transform), *ratios])
+            columns = ["layer type (width)", "transform", *(f"{b}-bit" for b in study.bits)]
+            styler = pd.DataFrame(lines, columns=columns).style.hide(axis="index")
+            caption = _escape_latex(
+                f"{subject} of {study.title}: mean error ratio to a normal token [upper end of its "
+                f"95 % interval], normal enough below {LIMIT}. Run {study.run.id}."
+            )
+            tables.append(
+                styler.format(escape="latex").to_latex(
+                    hrules=True, column_format="ll" + "r" * len(study.bits), caption=caption
+                )
+            )
+    return "\n".join(tables) if tables else "% no finished normality run\n"
 
 
 def summary_frame(group: Group) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reports import figures, tables
+from reports import figures, normality, tables
 from reports.aggregate import Group, Row, group_runs
 from reports.loading import RunData
 from reports.pictures import BUDGET_BYTES, sample_grids
@@ -92,6 +92,14 @@ def train_teacher_section(runs: Sequence[RunData], every: Sequence[RunData]) -> 
     return _study_section("train-teacher", "Teacher training", runs, chart)
 
 
+def normality_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
+    """Are activations normal after a Hadamard transform: answer, verdicts, evidence, caveats."""
+    views = normality.normality_views(runs)
+    if not views:
+        return generic_section(runs, every)
+    return Section(normality.TEMPLATE, normality.PARTS, {"views": views})
+
+
 def generic_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
     """The tables that runs of a study without a renderer of its own wrote to tables/*.csv."""
     study = runs[0].study
@@ -102,9 +110,10 @@ Renderer = Callable[[Sequence[RunData], Sequence[RunData]], Section]
 
 SECTIONS: dict[str, Renderer] = {
     "train-and-eval": train_and_eval_section,
+    "normality": normality_section,
     "train-teacher": train_teacher_section,
 }
-_ORDER = ("train-and-eval", "train-teacher")
+_ORDER = ("train-and-eval", "normality", "train-teacher")
 # Its numbers are the teacher rows of train-and-eval, which cites the run.
 _SHOWN_ELSEWHERE = frozenset({"teacher-eval"})
 

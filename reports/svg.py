@@ -95,5 +95,23 @@ def clean_svg(svg: str, name: str, alt: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", svg).strip()
 
 
+def compact(svg: str) -> str:
+    """The same picture in half the bytes, to a tenth of a point, for figures of many panels."""
+    svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
+    svg = re.sub(r"; stroke-linejoin: miter|; stroke-linecap: round", "", svg)
+    svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda attribute: _coordinates(attribute[0]), svg)
+    for _ in range(3):
+        svg = re.sub(r"<g/>\n?|<g>\s*</g>\n?", "", svg)
+        svg = re.sub(r"<g>\s*(<text[^>]*>[^<]*</text>)\s*</g>", r"\1", svg)
+    return svg
+
+
+def _coordinates(attribute: str) -> str:
+    text = re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), attribute)
+    # After M or L further pairs are lines anyway; a rectangle needs its corners only once.
+    text = re.sub(r"\n(?:L )?", " ", text).replace("M ", "M").replace(' "', '"')
+    return re.sub(r"M(\S+) (\S+) (\S+) \2 \3 (\S+) \1 \4 z ?", r"M\1 \2H\3V\4H\1z", text)
+
+
 def _shorter(match: re.Match[str]) -> str:
     return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")

@@ -40,6 +40,7 @@ DECAY_CONTROLS = ("gaussian", "laplace", "lognormal", "student-t3")
 DECAY_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4608)
 COORDINATES = (1, 2, 4, 8)
 NULL_TOKENS = 2000
+ROTATIONS = ("hadamard", "randomized-hadamard")
 EXAMPLE_QUANTILES = 160
 EXAMPLE_BINS = 41
 
@@ -331,9 +332,8 @@ def sample_size_rows(captured: Captured, alpha: float, seed: int) -> list[Row]:
     rows = []
     for (kind, width), tokens in by_type(captured).items():
         samples = {"identity": tokens}
-        if is_supported(width):
-            rotate = make_transform("randomized-hadamard", width, layer=kind, seed=seed)
-            samples["randomized-hadamard"] = rotate(tokens)
+        for name in ROTATIONS if is_supported(width) else ():
+            samples[name] = make_transform(name, width, layer=kind, seed=seed)(tokens)
         samples["gaussian null"] = control_tokens("gaussian", NULL_TOKENS, width, seed)
         sizes = [n for n in (16, 32, 64, 128, 256, 512, 1152, 2304) if n < width]
         for n in [*sizes, min(width, 5000)]:
@@ -367,9 +367,8 @@ def example_rows(subject: str, captured: Captured, seed: int) -> list[Row]:
         l3 = lyapunov_coefficient(tokens)
         token = tokens[l3.argsort()[len(l3) // 2]][None]
         views = {"identity": token}
-        if is_supported(width):
-            rotate = make_transform("randomized-hadamard", width, layer=kind, seed=seed)
-            views["randomized-hadamard"] = rotate(token)
+        for name in ROTATIONS if is_supported(width) else ():
+            views[name] = make_transform(name, width, layer=kind, seed=seed)(token)
         for name, view in views.items():
             x = view[0].double().numpy()
             z = np.sort((x - x.mean()) / x.std())

@@ -165,6 +165,7 @@ def verdict_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
                 **{k: row[k] for k in (*key, "bits")},
                 "quantizer": REFERENCE,
                 "ratio": row["ratio"],
+                "lower_95": row["low"],
                 "upper_95": row["high"],
                 "null_ratio": row["null_ratio"],
                 "normal_enough": row["high"] < VERDICT_LIMIT,

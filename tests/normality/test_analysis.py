@@ -159,7 +159,14 @@ def test_intervals_widen_when_tokens_of_an_image_agree() -> None:
 
 def test_the_verdict_is_the_rule_applied_to_the_upper_bound() -> None:
     key = {"subject": "s", "layer_type": "qkv", "width": 144, "transform": "hadamard"}
-    error = {**key, "quantizer": "robust-midrise", "bits": 2, "ratio": 1.0, "null_ratio": 1.0}
+    error = {
+        **key,
+        "quantizer": "robust-midrise",
+        "bits": 2,
+        "ratio": 1.0,
+        "low": 0.9,
+        "null_ratio": 1.0,
+    }
     cells = [
         {**key, "layer": f"l{i}", "timestep": i, "ratio_2": 1 + i, "ratio_2_high": 1.04 + i}
         for i in range(2)
