@@ -29,6 +29,8 @@ TINY = (
     "normality.bound_tokens=5",
     "normality.bound_draws=200",
     "normality.decay_tokens=1",
+    'normality.transforms=["identity","hadamard","randomized-hadamard","block-hadamard-64",'
+    '"dual-rotation"]',
 )
 
 

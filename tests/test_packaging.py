@@ -186,9 +186,9 @@ def readme_commands() -> list[str]:
 
 
 def bench_commands() -> list[list[str]]:
-    """Arguments of every `bench.py …` in the README, in a block or inside a sentence or table."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    """Arguments of every `bench.py …` in README and docs, in blocks, sentences and tables."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     inline = re.findall(r"(?<!`)`(?:python )?(bench\.py [^`]+)`(?!`)", text)
     found = [shlex.split(line.removeprefix("python ")) for line in readme_commands() + inline]
     unique = {tuple(words[1:]) for words in found if words[0] == "bench.py"}
@@ -224,6 +224,9 @@ def test_readme_bench_command_parses(arguments: list[str]) -> None:
     if hasattr(command, "commands"):
         return  # a group alone shows its help
     context = command.make_context("bench.py", words)
+    settings = [text for text in context.params.get("overrides") or [] if "FILE" not in text]
+    if context.params.get("name"):
+        robuq_bench.config.resolve(context.params["name"], "1", "a2", "digits", 0, settings)
     plan = context.params.get("plan")
     if isinstance(plan, str) and "/" not in plan:
         assert robuq_bench.load_plan(plan).name == plan
