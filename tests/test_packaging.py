@@ -225,7 +225,7 @@ def test_readme_bench_command_parses(arguments: list[str]) -> None:
         return  # a group alone shows its help
     context = command.make_context("bench.py", words)
     settings = [text for text in context.params.get("overrides") or [] if "FILE" not in text]
-    if context.params.get("name"):
+    if arguments[0] == "study" and context.params["name"]:
         robuq_bench.config.resolve(context.params["name"], "1", "a2", "digits", 0, settings)
     plan = context.params.get("plan")
     if isinstance(plan, str) and "/" not in plan:
