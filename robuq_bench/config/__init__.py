@@ -33,7 +33,7 @@ from robuq_bench.config.resolve import (
     resolve,
     to_toml,
 )
-from robuq_bench.config.studies import NormalityConfig, SensitivityConfig
+from robuq_bench.config.studies import AllocationStudyConfig, NormalityConfig, SensitivityConfig
 from robuq_bench.config.workload import (
     DataConfig,
     DiffusionConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "ActivationConfig",
     "AdaLNConfig",
     "AllocationConfig",
+    "AllocationStudyConfig",
     "AttentionConfig",
     "Config",
     "DataConfig",

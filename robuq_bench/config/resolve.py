@@ -24,6 +24,7 @@ from robuq_bench.config.files import (
 from robuq_bench.config.plan import Plan
 from robuq_bench.config.studies import (
     STUDY_SETTINGS,
+    OptionalAllocation,
     OptionalNormality,
     OptionalSensitivity,
     default_settings,
@@ -49,6 +50,7 @@ class Config(Section):
     workload: Workload
     normality: OptionalNormality = None
     sensitivity: OptionalSensitivity = None
+    allocation: OptionalAllocation = None
 
 
 def resolve(

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import Ints, OptionalText, Section, Strings, none_word
+from robuq_bench.config.base import Floats, Ints, OptionalText, Section, Strings, none_word
+from robuq_bench.errors import suggest
 
 MIN_IMAGES = 16
 
@@ -92,11 +93,64 @@ class SensitivityConfig(Section):
         return self
 
 
+#: Where `study allocation` takes its bits from.
+CANDIDATES = (
+    "uniform",
+    "random",
+    "ptq",
+    "qat",
+    "qat-teacher",
+    "output-mse",
+    "fisher",
+    "resolved",
+)
+
+
+class AllocationStudyConfig(Section):
+    """What `study allocation` compares: trained networks whose bits come from `candidates`.
+
+    Sensitivities are measured before training ("ptq" and the local ones) and after `warmup_steps`
+    of it ("qat", "qat-teacher"); "resolved" solves again at each of `resolve_steps` of its own
+    training. Every network trains `train_steps` steps, all of them at its own bits.
+    """
+
+    budgets: Floats = (2.0, 3.0)
+    choices: Ints = (1, 2, 3, 4)
+    candidates: Strings = CANDIDATES
+    warmup_steps: int = Field(default=100, ge=1)
+    resolve_steps: Ints = (0, 50, 100)
+    train_steps: int = Field(default=200, ge=1)
+    seeds: int = Field(default=3, ge=1)
+    samples: int = Field(default=500, ge=0)
+    sampling_steps: int = Field(default=10, ge=1)
+    timestep_buckets: int = Field(default=4, ge=1)
+    shard: OptionalText = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AllocationStudyConfig:
+        for name in self.candidates:
+            if name not in CANDIDATES:
+                raise ValueError(f"unknown candidate {name!r}{suggest(name, CANDIDATES)}")
+        if not self.budgets or not self.choices or list(self.choices) != sorted(set(self.choices)):
+            raise ValueError("budgets must not be empty, and choices must ascend")
+        for budget in self.budgets:
+            if not self.choices[0] <= budget <= self.choices[-1]:
+                raise ValueError(
+                    f"a mean of {budget:g} bits cannot be met: choose between "
+                    f"{self.choices[0]} and {self.choices[-1]}"
+                )
+        if max(self.resolve_steps, default=0) >= self.train_steps:
+            raise ValueError("resolve_steps must lie within train_steps")
+        return self
+
+
+OptionalAllocation = Annotated[AllocationStudyConfig | None, BeforeValidator(none_word)]
 OptionalNormality = Annotated[NormalityConfig | None, BeforeValidator(none_word)]
 OptionalSensitivity = Annotated[SensitivityConfig | None, BeforeValidator(none_word)]
 
 #: Study -> its settings, which `Config` holds in the field of the same name.
 STUDY_SETTINGS: dict[str, type[Section]] = {
+    "allocation": AllocationStudyConfig,
     "normality": NormalityConfig,
     "sensitivity": SensitivityConfig,
 }

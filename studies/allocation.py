@@ -1,0 +1,475 @@
+"""What is mixed precision worth? Networks trained at the bits that metrics and solvers choose.
+
+At each budget (mean activation bits over MACs) every candidate names bits per layer: uniform;
+random; the exact optimum for sensitivities measured before training (`ptq`, `output-mse`,
+`fisher`), or after `warmup_steps` of it (`qat`: change of the noise prediction; `qat-teacher`:
+increase of its error against the teacher); and `resolved`, which solves again during its own
+training. Every network then trains the same number of steps at its own bits from the same start, so
+that the comparison is of allocations and not of schedules (train-and-eval's AMPN plans spend part
+of their steps at the warm-up bits).
+
+**Verdict rule, fixed before any network was trained.** For a candidate against uniform at one
+budget, on the distillation loss and on FID, over all training seeds: *holds* if the candidate's
+worst is better than uniform's best, *does not hold* if its best is worse than uniform's worst,
+*undecided* otherwise. Differences paired by seed are reported beside it.
+
+Solvers are compared on the same sensitivities without training, and so are allocations per timestep
+bucket, whose mean over the sampling steps meets the same budget.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from robuq_bench.allocation import (
+    SOLVERS,
+    Allocation,
+    allocation_problem,
+    allocation_table,
+    expand_over_buckets,
+    mac_cost,
+    mean_bits,
+    mean_bits_by_type,
+    save_allocation,
+    sensitivities_sha256,
+    solve,
+)
+from robuq_bench.config import Config
+from robuq_bench.context import Context
+from robuq_bench.errors import UsageError
+from robuq_bench.files import make_folder
+from robuq_bench.model_structure import dit_layer_macs
+from robuq_bench.normality.summaries import block_of
+from robuq_bench.quantization.convert import allocatable_layers, layer_type, set_activation_bits
+from robuq_bench.runs import Run
+from robuq_bench.sampling import shard
+from robuq_bench.sensitivity import METRICS, MetricOptions, by_timestep, distillation_loss
+from studies.ground_truth import metric_key
+from studies.sensitivity import calibration
+from studies.train_and_eval import prepare_training
+from studies.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
+
+VERSION = "1"
+SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."
+#: Candidate -> (metric, whether it is measured after the warm-up).
+SOURCES = {
+    "ptq": ("epsilon_mse", False),
+    "qat": ("epsilon_mse", True),
+    "qat-teacher": ("epsilon_mse_teacher", True),
+    "output-mse": ("output_mse", False),
+    "fisher": ("fisher", False),
+}
+TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
+JUDGED = ("distillation_loss", "fid")
+
+Table = dict[str, dict[int, float]]
+
+
+class Trial(NamedTuple):
+    """One network: the bits of a candidate at a budget, trained with a seed."""
+
+    candidate: str
+    budget: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"trial/{self.candidate}/{self.budget:g}/{self.seed}"
+
+
+def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Measure, solve, train every trial (or this shard of them), summarise."""
+    options = config.allocation
+    if options is None:
+        raise UsageError("study allocation needs its settings; resolve the config for it")
+    judge = make_judge(config, run, context, options.samples, options.sampling_steps)
+    layers, tables, buckets = measure(config, run, context, judge)
+    all_macs = dit_layer_macs(config.workload.model)
+    macs = {layer: all_macs[layer] for layer in layers}
+    chosen = allocations(config, tables, macs)
+    train_all(config, run, context, judge, layers, macs, chosen)
+    trials = [record for record in run.results() if record["kind"] == "trial"]
+    if options.shard is not None:
+        return [{"shard": options.shard, "items": len(trials)}]
+    write_allocations(run, chosen, tables, trials)
+    run.write_table("solvers", solver_rows(config, tables, macs))
+    run.write_table("front", front_rows(config, tables, macs))
+    run.write_table("timestep_aware", bucket_rows(config, buckets, macs))
+    run.write_table("trials", trial_rows(trials))
+    summary = candidate_rows(trials)
+    run.write_table("candidates", summary)
+    verdicts = verdict_rows(trials)
+    if verdicts:
+        run.write_table("verdicts", verdicts)
+    return summary
+
+
+def measure(
+    config: Config, run: Run, context: Context, judge: Judge
+) -> tuple[list[str], dict[str, Table], dict[str, Table]]:
+    """Layers, sensitivities of every source, and those of `qat` by timestep bucket."""
+    options = config.allocation
+    assert options is not None
+    trainer, source, loss_function = prepare_training(config, context, judge.teacher, judge.data)
+    model = trainer.model
+    layers = allocatable_layers(model, config.plan)
+    batches = calibration(config, judge, context)
+    bound = MetricOptions(
+        teacher=judge.teacher, loss=distillation_loss(judge.teacher), seed=config.seed
+    )
+
+    def measure_once(key: str, values: Callable[[], Any]) -> None:
+        if not run.has(key):
+            run.append(key, kind="sensitivity-table", values=values())
+
+    def measure_all(after_training: bool) -> None:
+        for name, (metric, after) in SOURCES.items():
+            if after == after_training:
+                function = METRICS[metric].bind(bound)
+                measure_once(
+                    f"source/{name}",
+                    lambda f=function: f(model, layers, options.choices, batches),  # type: ignore[misc]
+                )
+
+    measure_all(after_training=False)
+    wanted = [f"source/{name}" for name, (_, after) in SOURCES.items() if after]
+    if not all(run.has(key) for key in (*wanted, "buckets")):
+        with context.progress.task("warm-up", options.warmup_steps) as task:
+            for _ in trainer.train(source, loss_function, options.warmup_steps):
+                task.advance(trainer.step)
+        measure_all(after_training=True)
+        measure_once(
+            "buckets",
+            lambda: by_timestep(
+                METRICS["epsilon_mse"].bind(bound),
+                model,
+                layers,
+                options.choices,
+                batches,
+                buckets=options.timestep_buckets,
+                num_train_timesteps=config.workload.diffusion.num_train_timesteps,
+            ),
+        )
+    tables = {name: _table(run, f"source/{name}") for name in SOURCES}
+    by_bucket = _table(run, "buckets")
+    buckets = {
+        str(index): {
+            layer: {bits: values[index] for bits, values in by_bits.items()}
+            for layer, by_bits in by_bucket.items()
+        }
+        for index in range(options.timestep_buckets)
+    }
+    return layers, tables, buckets
+
+
+def _table(run: Run, key: str) -> dict[str, dict[int, Any]]:
+    values = (run.get(key) or {})["values"]
+    return {layer: {int(b): v for b, v in by_bits.items()} for layer, by_bits in values.items()}
+
+
+def allocations(
+    config: Config, tables: dict[str, Table], macs: dict[str, int]
+) -> dict[tuple[str, float], Allocation]:
+    """Bits of every candidate at every budget; `resolved` chooses its own while training."""
+    options = config.allocation
+    assert options is not None
+    chosen = {}
+    for budget in options.budgets:
+        for candidate in options.candidates:
+            if candidate == "resolved":
+                continue
+            table = tables.get(candidate, tables["qat"])
+            problem = allocation_problem(table, macs, [mac_cost(macs, budget)])
+            solver = candidate if candidate in SOLVERS else "exact"
+            chosen[candidate, budget] = solve(problem, solver, seed=config.seed)
+    return chosen
+
+
+def train_all(
+    config: Config,
+    run: Run,
+    context: Context,
+    judge: Judge,
+    layers: list[str],
+    macs: dict[str, int],
+    chosen: dict[tuple[str, float], Allocation],
+) -> None:
+    """Train and judge every trial of this shard that is not there yet."""
+    options = config.allocation
+    assert options is not None
+    trials = [
+        Trial(candidate, budget, seed)
+        for seed in range(options.seeds)
+        for budget in options.budgets
+        for candidate in options.candidates
+    ]
+    if options.shard is not None:
+        trials = list(shard(trials, options.shard))
+    else:
+        adopt_shards(run, config, "trial")
+    missing = [trial for trial in trials if not run.has(trial.key)]
+    with context.progress.task("networks", len(trials), len(trials) - len(missing)) as task:
+        for trial in missing:
+            if trial.candidate == "resolved":
+                bits, measured = train_resolved(config, context, judge, layers, macs, trial)
+            else:
+                bits = chosen[trial.candidate, trial.budget].bits_by_layer
+                measured = train_trial(
+                    config, context, judge, bits, seed=trial.seed, steps=options.train_steps
+                )
+            run.append(
+                trial.key,
+                kind="trial",
+                **trial._asdict(),
+                bits_by_layer=bits,
+                mean_bits=mean_bits(bits, macs),
+                **measured,
+            )
+            task.advance(task.completed + 1)
+
+
+def train_resolved(
+    config: Config,
+    context: Context,
+    judge: Judge,
+    layers: list[str],
+    macs: dict[str, int],
+    trial: Trial,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Train with the allocation solved anew at each of `resolve_steps`; return its last bits."""
+    options = config.allocation
+    assert options is not None
+    recipe = config.workload.training.model_copy(update={"steps": options.train_steps})
+    workload = config.workload.model_copy(update={"training": recipe})
+    own = config.model_copy(update={"seed": trial.seed, "workload": workload})
+    trainer, source, loss_function = prepare_training(own, context, judge.teacher, judge.data)
+    student = trainer.model
+    batches = calibration(config, judge, context)
+    bits: dict[str, int] = {}
+    for until in (*options.resolve_steps, options.train_steps):
+        for _ in trainer.train(source, loss_function, until):
+            pass
+        if until < options.train_steps:
+            bits = solve_now(student, layers, macs, options.choices, trial.budget, batches)
+            set_activation_bits(student, bits)
+    trainer.copy_ema_to(student)
+    return bits, judge_student(student, judge, context)
+
+
+def solve_now(
+    model: nn.Module,
+    layers: list[str],
+    macs: dict[str, int],
+    choices: tuple[int, ...],
+    budget: float,
+    batches: list[Any],
+) -> dict[str, int]:
+    """The exact optimum for the model as it is, each layer measured beside the widest bits."""
+    set_activation_bits(model, dict.fromkeys(layers, choices[-1]))
+    table = METRICS["epsilon_mse"].bind(MetricOptions())(model, layers, choices, batches)
+    problem = allocation_problem(table, macs, [mac_cost(macs, budget)])
+    return solve(problem, "exact").bits_by_layer
+
+
+def write_allocations(
+    run: Run,
+    chosen: dict[tuple[str, float], Allocation],
+    tables: dict[str, Table],
+    trials: list[dict[str, Any]],
+) -> None:
+    """Allocation files that any plan can load, and one table of all bits."""
+    make_folder(run.path / "allocations")
+    rows = []
+    for (candidate, budget), allocation in chosen.items():
+        metric = SOURCES[candidate][0] if candidate in SOURCES else "none"
+        save_allocation(
+            run.path / "allocations" / f"{candidate}-{budget:g}.toml",
+            allocation,
+            metric=metric,
+            solver=candidate if candidate in SOLVERS else "exact",
+            sensitivities_sha256=sensitivities_sha256(tables.get(candidate, tables["qat"])),
+        )
+        rows += _bit_rows(candidate, budget, "all", allocation.bits_by_layer)
+    for trial in trials:
+        if trial["candidate"] == "resolved":
+            rows += _bit_rows("resolved", trial["budget"], trial["seed"], trial["bits_by_layer"])
+    run.write_table("allocations", rows)
+    by_type = []
+    for (candidate, budget), allocation in chosen.items():
+        means = mean_bits_by_type(allocation.bits_by_layer)
+        by_type.append({"candidate": candidate, "budget": budget, **means})
+    run.write_table("by_type", by_type)
+
+
+def _bit_rows(
+    candidate: str, budget: float, seed: int | str, bits: dict[str, int]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "candidate": candidate,
+            "budget": budget,
+            "seed": seed,
+            "layer": layer,
+            "layer_type": layer_type(layer),
+            "block": block_of(layer),
+            "bits": value,
+        }
+        for layer, value in bits.items()
+    ]
+
+
+def solver_rows(
+    config: Config, tables: dict[str, Table], macs: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Every solver on the `qat` sensitivities: objective, gap to the optimum, seconds."""
+    options = config.allocation
+    assert options is not None
+    rows = []
+    for budget in options.budgets:
+        problem = allocation_problem(tables["qat"], macs, [mac_cost(macs, budget)])
+        best = solve(problem, "exact").objective
+        for name in SOLVERS:
+            start = time.perf_counter()
+            found = solve(problem, name, seed=config.seed)
+            rows.append(
+                {
+                    "budget": budget,
+                    "solver": name,
+                    "objective": found.objective,
+                    "above_optimum": found.objective / best - 1 if best > 0 else 0.0,
+                    "mean_bits": found.mean_bits,
+                    "layers": len(macs),
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+    return rows
+
+
+def front_rows(
+    config: Config, tables: dict[str, Table], macs: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The whole Pareto front of every source, exact at every budget."""
+    options = config.allocation
+    assert options is not None
+    total = sum(macs.values())
+    rows = []
+    for name, table in tables.items():
+        costs, objectives = allocation_table(table, macs, options.choices).pareto()
+        for cost, objective in zip(costs, objectives, strict=True):
+            rows.append(
+                {"source": name, "mean_bits": float(cost) / total, "objective": float(objective)}
+            )
+    return rows
+
+
+def bucket_rows(
+    config: Config, buckets: dict[str, Table], macs: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Predicted objective with bits per timestep bucket beside one allocation for all."""
+    options = config.allocation
+    assert options is not None
+    steps = dict.fromkeys(buckets, 1)
+    mean: Table = {
+        layer: {
+            bits: float(np.mean([table[layer][bits] for table in buckets.values()]))
+            for bits in options.choices
+        }
+        for layer in macs
+    }
+    rows = []
+    for budget in options.budgets:
+        single = solve(allocation_problem(mean, macs, [mac_cost(macs, budget)]), "exact")
+        expanded = expand_over_buckets(buckets, macs, [mac_cost(macs, budget)], steps)
+        aware = solve(allocation_problem(*expanded), "exact")
+        rows.append(
+            {
+                "budget": budget,
+                "buckets": len(buckets),
+                "objective_single": single.objective,
+                "objective_by_bucket": aware.objective,
+                "ratio": aware.objective / single.objective if single.objective > 0 else None,
+                "mean_bits_by_bucket": aware.mean_bits,
+            }
+        )
+    return rows
+
+
+def trial_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per trained network."""
+    rows = []
+    for trial in trials:
+        row = {name: trial[name] for name in ("candidate", "budget", "seed", "mean_bits")}
+        for target in TARGETS:
+            name = metric_key(trial, target)
+            if name is not None:
+                row[name] = trial[name]
+        rows.append(row)
+    return rows
+
+
+def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and range over seeds of every candidate, and the mean paired difference to uniform."""
+    rows = []
+    for budget in dict.fromkeys(trial["budget"] for trial in trials):
+        for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
+            row: dict[str, Any] = {"budget": budget, "candidate": candidate}
+            for target in TARGETS:
+                own = _values(trials, candidate, budget, target)
+                base = _values(trials, "uniform", budget, target)
+                if not own:
+                    continue
+                row["seeds"] = len(own)
+                row[target] = float(np.mean(list(own.values())))
+                row[f"{target}_min"] = min(own.values())
+                row[f"{target}_max"] = max(own.values())
+                paired = [own[seed] - base[seed] for seed in own if seed in base]
+                if paired and candidate != "uniform":
+                    row[f"{target}_vs_uniform"] = float(np.mean(paired))
+            rows.append(row)
+    return rows
+
+
+def verdict_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rule of this module for every candidate against uniform."""
+    rows = []
+    for budget in dict.fromkeys(trial["budget"] for trial in trials):
+        for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
+            for target in JUDGED:
+                own = list(_values(trials, candidate, budget, target).values())
+                base = list(_values(trials, "uniform", budget, target).values())
+                if candidate == "uniform" or not own or not base:
+                    continue
+                verdict = "undecided"
+                if max(own) < min(base):
+                    verdict = "holds"
+                elif min(own) > max(base):
+                    verdict = "does not hold"
+                rows.append(
+                    {
+                        "budget": budget,
+                        "candidate": candidate,
+                        "target": target,
+                        "beats_uniform": verdict,
+                        "ratio_of_means": float(np.mean(own) / np.mean(base)),
+                        "seeds": min(len(own), len(base)),
+                    }
+                )
+    return rows
+
+
+def _values(
+    trials: list[dict[str, Any]], candidate: str, budget: float, target: str
+) -> dict[int, float]:
+    """{seed: value} of one candidate at one budget."""
+    found = {}
+    for trial in trials:
+        if trial["candidate"] == candidate and trial["budget"] == budget:
+            name = metric_key(trial, target)
+            if name is not None:
+                found[trial["seed"]] = trial[name]
+    return found
