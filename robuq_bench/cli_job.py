@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robuq_bench import console
-from robuq_bench.errors import UsageError, suggest
+from robuq_bench.errors import MissingResourceError, UsageError, suggest
 
 if TYPE_CHECKING:
     from robuq_bench.config import Config
@@ -209,6 +209,11 @@ def study_inputs(
         # A run that saved its activations stands for them.
         inside = activations / "activations"
         folder = inside if inside.is_dir() else activations
+        if not folder.is_dir():
+            raise MissingResourceError(
+                f"{folder}: no such folder; save activations with "
+                "`study normality --set normality.save_activations=true`"
+            )
         overrides.append(f"normality.captured={json.dumps(str(folder))}")
     if checkpoint is not None:
         overrides.append(f"normality.student={json.dumps(str(find_run(checkpoint, root)))}")

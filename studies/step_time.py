@@ -62,8 +62,9 @@ def make_step(config: Config, plan: Plan, context: Context) -> Any:
     recipe = workload.training
     torch.manual_seed(config.seed)
     model = DiT.from_config(workload.model)
-    for block in model.blocks:
-        nn.init.normal_(block.adaLN_modulation[1].weight, std=GATE_STD)
+    for index in range(len(model.blocks)):
+        weight = model.get_parameter(f"blocks.{index}.adaLN_modulation.1.weight")
+        nn.init.normal_(weight, std=GATE_STD)
     nn.init.normal_(model.final_layer.linear.weight, std=GATE_STD)
     quantize_(model, plan, seed=config.seed)
     model.to(context.device)

@@ -12,13 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from robuq_bench import allocation
-from robuq_bench.checkpointing import load_tensors, save_tensors
-from robuq_bench.config import Config, load_workload, resolve
+from robuq_bench.checkpointing import load_tensors
+from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
-from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run, open_existing, verify_run
 from robuq_bench.sampling import sample_images
@@ -29,47 +27,10 @@ from studies.train_and_eval import run_train_and_eval
 
 ROOT = Path(__file__).parents[1]
 
-WORKLOAD = """
-extends = "digits"
-[model]
-hidden_size = 48
-depth = 2
-num_heads = 2
-[teacher]
-checkpoint = "{teacher}"
-sha256 = ""
-[training]
-steps = 9
-batch_size = 8
-warmup_steps = 2
-sensitivity_steps = 4
-calibration_samples = 12
-checkpoint_every_steps = 2
-log_every_steps = 3
-[evaluation]
-sampling_steps = 2
-num_samples = 130
-batch_size = 70
-seed_ranges = 2
-grid_images = 10
-"""
-
 
 @pytest.fixture(scope="module")
-def workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workload")
-    torch.manual_seed(0)
-    model_config = load_workload("digits").model.model_copy(
-        update={"hidden_size": 48, "depth": 2, "num_heads": 2}
-    )
-    model = DiT.from_config(model_config)
-    for block in model.blocks:  # adaLN-Zero would make every quantized layer invisible
-        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    save_tensors(folder / "teacher.safetensors", dict(model.state_dict()), {})
-    path = folder / "tiny.toml"
-    path.write_text(WORKLOAD.format(teacher=folder / "teacher.safetensors"))
-    return path
+def workload(tiny_workload: Path) -> Path:
+    return tiny_workload
 
 
 def config_for(workload: Path, plan: str = "a2", seed: int = 0, *overrides: str) -> Config:

@@ -70,6 +70,8 @@ class Judgement:
     worst_layer: str
     worst_timestep: int
     verdict: str
+    sign_draws: str
+    """How the verdict's ratio varies over draws of the random signs; empty for other transforms."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,16 @@ def _judgement(row: Row, low: float | None) -> Judgement:
         worst_layer=row.get("worst_layer", ""),
         worst_timestep=int(row.get("worst_timestep") or -1),
         verdict=HOLDS if holds else FAILS if fails else UNDECIDED,
+        sign_draws=_sign_draws(row),
     )
+
+
+def _sign_draws(row: Row) -> str:
+    draws = value(row, "sign_draws")
+    if draws is None:
+        return ""
+    low, high = (ratio_text(float(row[name])) for name in ("draws_min", "draws_max"))
+    return f"{row['draws_passing']} of {draws:g} sign draws pass alone ({low} to {high})"
 
 
 def _read(run: RunData, name: str) -> list[Row]:

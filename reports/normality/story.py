@@ -96,6 +96,20 @@ def verdict_words(study: NormalityRun, subject: str, transform: str) -> str:
     return listing(parts)
 
 
+def _signs(study: NormalityRun) -> str:
+    draws = [row["sign_draws"] for row in study.tables["verdicts"] if row.get("sign_draws")]
+    if draws:
+        return (
+            f"Verdicts with random signs average {draws[0]} draws of the signs and their intervals "
+            "allow for the spread between draws; W, KL and the heat maps are those of the plan’s "
+            f"own draw (seed {study.run.seed})."
+        )
+    return (
+        "Verdicts with random signs hold for the one draw that each layer has (seed "
+        f"{study.run.seed}); another --seed draws other signs."
+    )
+
+
 def caveats(study: NormalityRun) -> list[str]:
     """What the numbers cannot say, with the numbers of this run."""
     types = study.tables["types"]
@@ -108,8 +122,7 @@ def caveats(study: NormalityRun) -> list[str]:
         "Read the effect sizes (W, KL, error ratio) first, and rejected shares beside the null’s.",
         "An error ratio below 1 is not “more normal”: light tails and two-valued tokens are "
         "easier to quantize than normal ones." + _one_hot(study),
-        f"Intervals resample {_numbers(images)} images and hold for the one draw of random signs "
-        f"that each layer has (seed {study.run.seed}); another --seed draws other signs.",
+        f"Intervals resample {_numbers(images)} images. {_signs(study)}",
         _widths(study) + _inputs(study),
         "Benjamini–Hochberg controls the false discovery rate within each layer over its tokens, "
         "not over layers; tokens of one image are not independent.",

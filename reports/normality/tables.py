@@ -100,6 +100,8 @@ def verdict_table(study: NormalityRun, transforms: Sequence[str], caption: str) 
                         f"{judgement.cells} cells; worst {ratio_text(judgement.worst_ratio)} in "
                         f"{block_of(judgement.worst_layer)}, t {judgement.worst_timestep}"
                     )
+                    if judgement.sign_draws:
+                        sub += f"; {judgement.sign_draws}"
                     cells.append(
                         verdict_cell(
                             judgement.verdict, sub, ratio_text(judgement.ratio), study.href
@@ -157,7 +159,7 @@ def types_table(study: NormalityRun, transforms: Sequence[str], caption: str) ->
         Column("median W", note="5 % quantile"),
         Column("KL", note="above null [95 %]"),
         Column("null’s KL", note="95 % of tokens"),
-        Column("TV bound", note="from KL"),
+        Column("TV (plug-in)", note="from KL"),
         Column("rejected", note="raw / after BH / null"),
         Column("|skew|"),
         Column("kurtosis", note="excess"),
@@ -178,8 +180,8 @@ def types_table(study: NormalityRun, transforms: Sequence[str], caption: str) ->
                 row, "shapiro_w_median", four, study.href, sub=shown(row, "shapiro_w_q05", four)
             ),
             text_cell(four(kl), sub=note) if kl is not None else missing(UNDEFINED, note),
-            text_cell(span(row, "kl_null_low", "kl_null_high", four)),
-            number_cell(row, "total_variation_bound", lambda v: f"{v:.3f}"),
+            text_cell(span(row, "kl_null_token_low", "kl_null_token_high", four)),
+            number_cell(row, "total_variation_plug_in", lambda v: f"{v:.3f}"),
             text_cell(_rejected(row, "shapiro")),
             number_cell(row, "abs_skewness_median", two),
             number_cell(row, "kurtosis_median", two),

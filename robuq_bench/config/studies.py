@@ -10,6 +10,17 @@ from robuq_bench.config.base import Floats, Ints, OptionalText, Section, Strings
 from robuq_bench.errors import suggest
 
 MIN_IMAGES = 16
+#: What `robuq_bench.normality.transforms` makes.
+TRANSFORMS = (
+    "identity",
+    "hadamard",
+    "hadamard-without-dc",
+    "randomized-hadamard",
+    "random-orthogonal",
+    "block-hadamard-64",
+    "block-hadamard-128",
+    "dual-rotation",
+)
 
 
 class NormalityConfig(Section):
@@ -19,7 +30,8 @@ class NormalityConfig(Section):
     tokens_per_image: reservoir of every (layer, timestep, image); `captured` is a folder of saved
     activations to analyse instead of a model, and `student` a train-and-eval run whose student is
     analysed instead of the teacher. `qat_steps` also trains the plan and looks at it after these
-    numbers of steps. No `transforms` means all of them.
+    numbers of steps. No `transforms` means all of them. The randomised transform is judged over
+    `sign_draws` draws of its signs, of which the plan's own is the first.
     """
 
     images: int = Field(default=32, ge=MIN_IMAGES)
@@ -27,6 +39,7 @@ class NormalityConfig(Section):
     tokens_per_image: int = Field(default=4, ge=1)
     qat_steps: Ints = ()
     transforms: Strings = ()
+    sign_draws: int = Field(default=8, ge=1)
     alpha: float = Field(default=0.05, gt=0, lt=1)
     bootstrap_draws: int = Field(default=1000, ge=100)
     control_tokens: int = Field(default=512, ge=16)
@@ -53,6 +66,9 @@ class NormalityConfig(Section):
             set(self.qat_steps)
         ):
             raise ValueError(f"qat_steps must ascend from 0 or more, got {list(self.qat_steps)}")
+        for name in self.transforms:
+            if name not in TRANSFORMS:
+                raise ValueError(f"unknown transform {name!r}{suggest(name, TRANSFORMS)}")
         if any(width < 8 for width in self.control_widths):
             raise ValueError("control_widths must be at least 8")
         return self

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robuq_bench.normality.consequence import SETTINGS, Setting, error_ratios
+from robuq_bench.normality.consequence import BITS, REFERENCE, SETTINGS, Setting, error_ratios
 from robuq_bench.normality.controls import control_tokens
 from robuq_bench.normality.statistics import token_statistics
-from robuq_bench.normality.transforms import Transform
+from robuq_bench.normality.transforms import Transform, make_transform
 
 #: Above this many coordinates Shapiro-Wilk p-values err toward "normal"; a subsample is tested.
 MAX_TESTED = 5000
@@ -89,6 +89,24 @@ def analyse(
         values[dead] = np.nan
         parts.append(values)
     return TokenTable(column_names(settings), np.concatenate(parts), images.numpy(), n)
+
+
+def sign_draw_ratios(tokens: Tensor, layer: str, seed: int, draws: int) -> NDArray[np.float64]:
+    """Mid-rise error ratio of tokens [T, width] at every bit width under several draws of signs.
+
+    Returns:
+        [T, draws, bits]: draw k has the signs of seed + k, so draw 0 is the plan's own.
+    """
+    settings = tuple(Setting(REFERENCE, bits) for bits in BITS)
+    rotations = [
+        make_transform("randomized-hadamard", tokens.shape[1], layer=layer, seed=seed + k)
+        for k in range(draws)
+    ]
+    blocks = [
+        np.stack([error_ratios(rotate(block.float()), settings) for rotate in rotations], axis=1)
+        for block in tokens.split(BLOCK_TOKENS)
+    ]
+    return np.concatenate(blocks)
 
 
 def null_table(width: int, count: int, dtype: torch.dtype, seed: int) -> TokenTable:

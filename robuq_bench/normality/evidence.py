@@ -13,6 +13,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
+from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.normality.analysis import TESTS, analyse
 from robuq_bench.normality.berry_esseen import (
     best_multivariate_bound,
@@ -31,7 +32,7 @@ from robuq_bench.normality.intervals import rejected_share
 from robuq_bench.normality.sign_sums import distance_of_signs
 from robuq_bench.normality.statistics import shapiro_wilk
 from robuq_bench.normality.summaries import Row, effect_sizes
-from robuq_bench.normality.transforms import TRANSFORMS, NotApplicable, make_transform
+from robuq_bench.normality.transforms import NotApplicable, make_transform
 from robuq_bench.progress import Progress
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.quantization.hadamard import is_supported

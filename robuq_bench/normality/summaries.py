@@ -22,6 +22,7 @@ from robuq_bench.quantization.convert import layer_type
 
 #: `normal enough for b bits` when the upper confidence bound of the mean error ratio is below this.
 VERDICT_LIMIT = 1.05
+DRAW_FIELDS = ("sign_draws", "draws_min", "draws_max", "draws_passing")
 Row = dict[str, Any]
 
 
@@ -35,6 +36,8 @@ class Cell:
     transform: str
     width: int
     table: TokenTable
+    draws: NDArray[np.float64] | None = None
+    """Ratios under several sign draws, [T, draws, bits]: the randomised transform only."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,11 @@ def error_rows(
             continue
         means, lows, highs = intervals(table, columns, settings)
         null = nulls[table.n]
+        over_draws = sign_draw_fields(group, settings)
         for setting, column, mean, low, high in zip(
             SETTINGS, columns, means, lows, highs, strict=True
         ):
+            averaged = over_draws.get(setting.bits, {}) if setting.quantizer == REFERENCE else {}
             rows.append(
                 {
                     **key_fields(key),
@@ -138,9 +143,44 @@ def error_rows(
                     "null_ratio": float(null.column(column).mean()),
                     "tokens": int(table.valid.sum()),
                     "images": len(np.unique(table.images)),
+                    **averaged,
                 }
             )
     return rows
+
+
+def sign_draw_fields(group: Sequence[Cell], settings: Settings) -> dict[int, Row]:
+    """Per bit width: mean ratio over tokens and sign draws, its interval, and the draws' range.
+
+    The interval joins, in quadrature, the bootstrap over images of the mean over draws and 1.96
+    standard errors between draws; empty for other transforms or a single draw.
+    """
+    parts = [cell.draws for cell in group if cell.draws is not None]
+    if not parts or parts[0].shape[1] < 2:
+        return {}
+    table = pooled(group)
+    valid = table.valid
+    values = np.concatenate(parts)[valid]
+    by_draw = values.mean(0)  # [draws, bits]
+    count = len(by_draw)
+    estimate = cluster_bootstrap_mean(
+        values.mean(1), table.images[valid], settings.draws, settings.seed
+    )
+    between = 1.96 * by_draw.std(0, ddof=1) / np.sqrt(count)
+    fields = {}
+    for index, bits in enumerate(BITS):
+        mean = float(estimate.mean[index])
+        below, above = mean - estimate.low[index], estimate.high[index] - mean
+        fields[bits] = {
+            "ratio": mean,
+            "low": mean - float(np.hypot(below, between[index])),
+            "high": mean + float(np.hypot(above, between[index])),
+            "sign_draws": count,
+            "draws_min": float(by_draw[:, index].min()),
+            "draws_max": float(by_draw[:, index].max()),
+            "draws_passing": int((by_draw[:, index] < VERDICT_LIMIT).sum()),
+        }
+    return fields
 
 
 def verdict_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
@@ -169,14 +209,23 @@ def verdict_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
                 "upper_95": row["high"],
                 "null_ratio": row["null_ratio"],
                 "normal_enough": row["high"] < VERDICT_LIMIT,
+                "verdict": verdict_word(row["low"], row["high"]),
                 "cells": len(own),
                 "cells_passing": len(passing) / len(own),
                 "worst_ratio": worst[f"ratio_{row['bits']}"],
                 "worst_layer": worst["layer"],
                 "worst_timestep": worst["timestep"],
+                **{name: row[name] for name in DRAW_FIELDS if name in row},
             }
         )
     return rows
+
+
+def verdict_word(low: float, high: float) -> str:
+    """Normal enough or not where the whole interval says so; undecided where it spans the limit."""
+    if high < VERDICT_LIMIT:
+        return "normal enough"
+    return "not normal enough" if low >= VERDICT_LIMIT else "undecided"
 
 
 def lyapunov_rows(cells: Sequence[Cell]) -> list[Row]:
@@ -232,11 +281,13 @@ def effect_sizes(table: TokenTable) -> Row:
 
 
 def kl_fields(table: TokenTable, null: TokenTable, settings: Settings) -> Row:
-    """KL to the fitted normal: Vasicek negentropy minus its mean on the null, with the null's band.
+    """KL to the fitted normal: Vasicek negentropy minus its mean on the null, mean over tokens.
 
-    Tokens with so many equal entries that the estimate is infinite are counted in `kl_undefined`.
-    The total-variation bound is min(sqrt(KL / 2), sqrt(1 - exp(-KL))): Pinsker, and
-    Bretagnolle-Huber (Canonne 2022).
+    `kl_null_error` is 1.96 standard errors of the null's mean, to be held against `kl`; the band
+    `kl_null_token_low` to `_high` holds 95 % of single null tokens. Tokens with so many equal
+    entries that the estimate is infinite are counted in `kl_undefined`. The total variation is
+    min(sqrt(KL / 2), sqrt(1 - exp(-KL))) (Pinsker; Bretagnolle-Huber, see Canonne 2022) with the
+    estimate put in: a bound of the true one only as far as the estimate, biased low, is right.
     """
     base = null.column("negentropy")
     base = base[np.isfinite(base)]
@@ -251,15 +302,17 @@ def kl_fields(table: TokenTable, null: TokenTable, settings: Settings) -> Row:
     )
     mean, low, high = (float(part) for part in estimate)
     band = np.quantile(base - centre, [0.025, 0.975])
+    null_error = 1.96 * float(base.std(ddof=1)) / np.sqrt(len(base))
     kl = max(mean - centre, 0.0)
     return {
         "kl": mean - centre,
         "kl_low": low - centre,
         "kl_high": high - centre,
-        "kl_null_low": float(band[0]),
-        "kl_null_high": float(band[1]),
+        "kl_null_error": null_error,
+        "kl_null_token_low": float(band[0]),
+        "kl_null_token_high": float(band[1]),
         "kl_undefined": undefined,
-        "total_variation_bound": float(min(np.sqrt(kl / 2), np.sqrt(1 - np.exp(-kl)))),
+        "total_variation_plug_in": float(min(np.sqrt(kl / 2), np.sqrt(1 - np.exp(-kl)))),
     }
 
 

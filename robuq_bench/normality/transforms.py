@@ -12,21 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.errors import UsageError, suggest
 from robuq_bench.quantization.dual_rotation import fit_dual_rotation
 from robuq_bench.quantization.hadamard import hadamard_transform
 from robuq_bench.quantization.rotations import random_signs, rotate
-
-TRANSFORMS = (
-    "identity",
-    "hadamard",
-    "hadamard-without-dc",
-    "randomized-hadamard",
-    "random-orthogonal",
-    "block-hadamard-64",
-    "block-hadamard-128",
-    "dual-rotation",
-)
 
 Transform = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,14 @@ import torch
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from robuq_bench.normality.analysis import MAX_TESTED, TokenTable, analyse, null_table
+from robuq_bench.normality.analysis import (
+    MAX_TESTED,
+    TokenTable,
+    analyse,
+    null_table,
+    sign_draw_ratios,
+)
+from robuq_bench.normality.consequence import Setting, error_ratios
 from robuq_bench.normality.summaries import (
     Cell,
     Settings,
@@ -21,6 +28,7 @@ from robuq_bench.normality.summaries import (
     type_rows,
     verdict_rows,
 )
+from robuq_bench.normality.transforms import make_transform
 
 SETTINGS = Settings(alpha=0.05, draws=400, seed=0)
 IMAGES = torch.arange(20).repeat_interleave(5)
@@ -106,7 +114,7 @@ def test_normal_tokens_pass_and_laplace_tokens_do_not() -> None:
     assert all(verdicts[bits]["normal_enough"] for bits in (1, 2, 3, 4))
     assert verdicts[2]["cells"] == 2
     row = normal["types"][0]
-    assert row["kl_null_low"] < row["kl"] < row["kl_null_high"]
+    assert row["kl_null_token_low"] < row["kl"] < row["kl_null_token_high"]
     assert row["shapiro_rejected_bh"] <= row["shapiro_rejected"] < 0.12
     torch.manual_seed(0)
     laplace = torch.distributions.Laplace(0.0, 1.0).sample((100, 144))
@@ -115,7 +123,7 @@ def test_normal_tokens_pass_and_laplace_tokens_do_not() -> None:
     assert heavy["types"][0]["shapiro_rejected_bh"] > 0.8
     assert heavy["types"][0]["kl_low"] > 0.01
     kl = heavy["types"][0]["kl"]
-    bound = heavy["types"][0]["total_variation_bound"]
+    bound = heavy["types"][0]["total_variation_plug_in"]
     assert bound == pytest.approx(min(np.sqrt(kl / 2), np.sqrt(1 - np.exp(-kl))))
 
 
@@ -175,6 +183,10 @@ def test_the_verdict_is_the_rule_applied_to_the_upper_bound() -> None:
     (high,) = verdict_rows([{**error, "high": 1.05}], cells)
     assert low["normal_enough"] is True
     assert high["normal_enough"] is False
+    assert low["verdict"] == "normal enough"
+    assert high["verdict"] == "undecided"
+    (fails,) = verdict_rows([{**error, "low": 1.05, "high": 1.2}], cells)
+    assert fails["verdict"] == "not normal enough"
     assert (low["cells_passing"], low["worst_layer"], low["worst_timestep"]) == (0.5, "l1", 1)
     assert verdict_rows([{**error, "quantizer": "lloyd-max", "high": 1.0}], cells) == []
 
@@ -199,3 +211,27 @@ def test_lyapunov_rows_bound_the_coefficient() -> None:
 )
 def test_block_of(name: str, block: int | None) -> None:
     assert block_of(name) == block
+
+
+def test_sign_draws_are_averaged_and_widen_the_interval() -> None:
+    tokens = gaussian(5)
+    tokens[:, 7] += 6  # one loud channel, the same in every token: signs decide where it goes
+    layer = "blocks.0.attn.proj"
+    draws = sign_draw_ratios(tokens, layer, 3, 6)
+    assert draws.shape == (100, 6, 5)
+    rotate = make_transform("randomized-hadamard", 144, layer=layer, seed=5)
+    alone = error_ratios(rotate(tokens), (Setting("robust-midrise", 2),))
+    np.testing.assert_allclose(draws[:, 2, 1], alone[:, 0], rtol=1e-6)
+    table = analyse(tokens, IMAGES, make_transform("randomized-hadamard", 144, layer=layer, seed=3))
+    cell = Cell("s", layer, 50, "randomized-hadamard", 144, table, draws)
+    null = {144: null_table(144, 300, torch.float32, 9)}
+    rows = {
+        row["bits"]: row
+        for row in error_rows([cell], null, SETTINGS)
+        if row["quantizer"] == "robust-midrise"
+    }
+    means = draws.mean(0)[:, 1]
+    assert rows[2]["ratio"] == pytest.approx(means.mean())
+    assert (rows[2]["draws_min"], rows[2]["draws_max"]) == (means.min(), means.max())
+    assert rows[2]["high"] - rows[2]["ratio"] >= 1.96 * means.std(ddof=1) / np.sqrt(6)
+    assert rows[2]["sign_draws"] == 6

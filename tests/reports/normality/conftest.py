@@ -98,10 +98,10 @@ def made_up_tables(subjects: Sequence[str], ratios: Ratios = RATIOS, seed: int =
                     kl=kl,
                     kl_low=None if no_kl else kl - 0.01,
                     kl_high=None if no_kl else kl + 0.01,
-                    kl_null_low=-0.0375,
-                    kl_null_high=0.0396,
+                    kl_null_token_low=-0.0375,
+                    kl_null_token_high=0.0396,
                     kl_undefined=7 if no_kl else 0,
-                    total_variation_bound=None if no_kl else rng.random(),
+                    total_variation_plug_in=None if no_kl else rng.random(),
                     **shares,
                 )
                 for bits in BITS:

@@ -65,7 +65,7 @@ def test_types_table_prints_the_run(made_up, study, page):
         assert cells["KL"].text == decimals(row["kl"])
         assert cells["KL"].small == f"[{decimals(row['kl_low'])} to {decimals(row['kl_high'])}]"
         assert cells["null’s KL"].text == "−0.0375 to 0.0396"
-        assert cells["TV bound"].text == decimals(row["total_variation_bound"], 3)
+        assert cells["TV (plug-in)"].text == decimals(row["total_variation_plug_in"], 3)
         shares = [printed_share(row[f"shapiro_rejected{end}"]) for end in ("", "_bh", "_null")]
         assert cells["rejected"].text == " / ".join(shares)
         assert cells["kurtosis"].text == decimals(row["kurtosis_median"], 2)
