@@ -33,6 +33,7 @@ from robuq_bench.cli_job import (
     QuietFlag,
     SeedFlag,
     SetFlag,
+    ShardFlag,
     StudentFlag,
     ThreadsFlag,
     WorkloadFlag,
@@ -236,6 +237,7 @@ def study(
     plan: PlanFlag = "a2",
     activations: ActivationsFlag = None,
     checkpoint: StudentFlag = None,
+    part: ShardFlag = None,
     on: WorkloadFlag = "digits",
     seed: SeedFlag = 0,
     overrides: SetFlag = None,
@@ -258,7 +260,7 @@ def study(
             print("no studies yet; the main job is `train-and-eval`", flush=True)
         return
     info = find_study(name)
-    inputs = study_inputs(info.name, activations, checkpoint, output)
+    inputs = study_inputs(info.name, activations, checkpoint, part, output)
     job = Job(info.name, info.version, plan, on, seed, [*inputs, *(overrides or [])], device,
               threads, output, dry_run, force, as_json, quiet)  # fmt: skip
 

@@ -64,8 +64,15 @@ StudentFlag = Annotated[
     str | None,
     typer.Option("--checkpoint", metavar="RUN", help="normality: this run's student."),
 ]
+ShardFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="sensitivity, allocation: do this part of the trainings."
+    ),
+]
 NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)]
 RUNS = Path("runs")
+SHARDED = ("sensitivity", "allocation")
 
 
 @dataclass(frozen=True)
@@ -194,9 +201,9 @@ def find_run(text: str, root: Path) -> Path:
 
 
 def study_inputs(
-    study: str, activations: Path | None, checkpoint: str | None, root: Path
+    study: str, activations: Path | None, checkpoint: str | None, part: str | None, root: Path
 ) -> list[str]:
-    """What `--activations` and `--checkpoint` mean, as overrides of the study's settings.
+    """What `--activations`, `--checkpoint` and `--shard` mean, as overrides of study settings.
 
     Raises:
         UsageError: the study takes no such input, or the run does not exist.
@@ -205,6 +212,10 @@ def study_inputs(
     for flag, value in (("--activations", activations), ("--checkpoint", checkpoint)):
         if value is not None and study != "normality":
             raise UsageError(f"study {study} takes no {flag}; study normality does")
+    if part is not None:
+        if study not in SHARDED:
+            raise UsageError(f"study {study} takes no --shard; {' and '.join(SHARDED)} do")
+        overrides.append(f"{study}.shard={json.dumps(part)}")
     if activations is not None:
         # A run that saved its activations stands for them.
         inside = activations / "activations"

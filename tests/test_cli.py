@@ -39,7 +39,7 @@ FLAGS = {
     "runs show": ["--json", "--output", "-o"],
     "runs verify": ["--json", "--output", "-o"],
     "sample": sorted({*COMMON, "--checkpoint", "--num", "--png"} - {"--force"}),
-    "study": sorted([*COMMON, "--plan", "--activations", "--checkpoint"]),
+    "study": sorted([*COMMON, "--plan", "--activations", "--checkpoint", "--shard"]),
     "train-and-eval": sorted([*COMMON, "--plan"]),
     "train-features": sorted({*COMMON, "--export"} - {"--device"}),
     "train-teacher": sorted([*COMMON, "--export"]),

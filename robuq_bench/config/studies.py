@@ -102,6 +102,7 @@ class SensitivityConfig(Section):
             values = getattr(self, name)
             if not values or list(values) != sorted(set(values)) or min(values) < 0:
                 raise ValueError(f"{name} must ascend and not be empty, got {list(values)}")
+        check_shard(self.shard)
         if self.qat_steps[0] != 0:
             raise ValueError("qat_steps must begin with 0, the post-training-quantized model")
         if not set(self.truth_bits) <= set(self.bit_choices):
@@ -155,12 +156,25 @@ class AllocationStudyConfig(Section):
                     f"a mean of {budget:g} bits cannot be met: choose between "
                     f"{self.choices[0]} and {self.choices[-1]}"
                 )
+        check_shard(self.shard)
         if max(self.resolve_steps, default=0) >= self.train_steps:
             raise ValueError("resolve_steps must lie within train_steps")
         return self
 
 
 OptionalAllocation = Annotated[AllocationStudyConfig | None, BeforeValidator(none_word)]
+
+
+def check_shard(part: str | None) -> str | None:
+    """Return `part` if it reads i/n with 1 <= i <= n, or is absent; ValueError otherwise."""
+    if part is not None:
+        index, slash, count = part.partition("/")
+        whole = index.isdecimal() and count.isdecimal()
+        if not (slash and whole and 1 <= int(index) <= int(count)):
+            raise ValueError(f"shard must be 'i/n' with 1 <= i <= n, such as '1/4'; got {part!r}")
+    return part
+
+
 OptionalNormality = Annotated[NormalityConfig | None, BeforeValidator(none_word)]
 OptionalSensitivity = Annotated[SensitivityConfig | None, BeforeValidator(none_word)]
 

@@ -1,0 +1,241 @@
+"""`study sensitivity` and `study allocation` on a tiny model: tables, shards, resume, rules."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from robuq_bench import cli, evaluation
+from robuq_bench.config import Config, load_allocation_file, load_plan, resolve
+from robuq_bench.context import Context
+from robuq_bench.errors import ConfigError
+from robuq_bench.progress import Progress
+from robuq_bench.runs import Run
+from studies import allocation, ground_truth, sensitivity, trials
+
+COMMON = ("training.batch_size=4", "training.calibration_samples=8", "evaluation.batch_size=100")
+SENSITIVITY = (
+    *COMMON,
+    "sensitivity.qat_steps=[0,2]",
+    "sensitivity.truth_steps=1",
+    "sensitivity.truth_seeds=2",
+    "sensitivity.truth_bits=[1,2]",
+    "sensitivity.truth_samples=0",
+    "sensitivity.pairs=3",
+    "sensitivity.allocations=2",
+    "sensitivity.timestep_buckets=2",
+    "sensitivity.bootstrap_draws=100",
+    "sensitivity.top_k=2",
+)
+ALLOCATION = (
+    *COMMON,
+    "allocation.warmup_steps=2",
+    "allocation.train_steps=3",
+    "allocation.resolve_steps=[0,1]",
+    "allocation.seeds=2",
+    "allocation.samples=100",
+    "allocation.sampling_steps=2",
+    "allocation.timestep_buckets=2",
+    'allocation.candidates=["uniform","qat","resolved"]',
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "VALIDATION_BATCHES", 1)
+    monkeypatch.setattr(evaluation, "VALIDATION_BATCH_SIZE", 8)
+
+
+def configure(study: Any, name: str, workload: Path, *overrides: str) -> Config:
+    settings = SENSITIVITY if name == "sensitivity" else ALLOCATION
+    return resolve(name, study.VERSION, "a4", workload, 0, [*settings, *overrides])
+
+
+def perform(study: Any, config: Config, root: Path) -> Run:
+    context = Context(
+        device="cpu", threads=torch.get_num_threads(), progress=Progress(quiet=True), argv=[]
+    )
+    with Run.open(root, config, []) as run:
+        study.run(config, run, context)
+        run.finish()
+    return run
+
+
+def table(run: Run, name: str) -> list[dict[str, str]]:
+    text = (run.path / "tables" / f"{name}.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+
+def tables(run: Run) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (run.path / "tables").glob("*.csv")}
+
+
+def test_sensitivity_in_shards_equals_sensitivity_alone(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = configure(sensitivity, "sensitivity", tiny_workload)
+    alone = perform(sensitivity, whole, tmp_path / "alone")
+    for part in ("1/2", "2/2"):
+        config = configure(
+            sensitivity, "sensitivity", tiny_workload, f"sensitivity.shard={json.dumps(part)}"
+        )
+        shard = perform(sensitivity, config, tmp_path / "shards")
+        kinds = [record["kind"] for record in shard.results()]
+        assert set(kinds) == {"truth"}
+        assert len(kinds) == 17  # of 2 seeds x (8 layers x 2 widths + baseline)
+    trained = []
+    real = trials.train_trial
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        trained.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ground_truth, "train_trial", counting)
+    merged = perform(sensitivity, whole, tmp_path / "shards")
+    assert trained == []  # all of it comes from the shards
+    assert tables(merged) == tables(alone)
+
+    truth = table(alone, "truth")
+    differences = ground_truth.truth_differences(alone)["distillation_loss"]
+    assert {row["seeds"] for row in truth} == {"2"}
+    metrics = {
+        (row["layer"], row["bits"]): float(row["value"])
+        for row in table(alone, "metrics")
+        if row["metric"] == "epsilon_mse" and row["steps"] == "2"
+    }
+    for row in table(alone, "agreement"):
+        key = (row["metric"], row["steps"], row["target"], row["bits"])
+        if key == ("epsilon_mse", "2", "distillation_loss", "2"):
+            x = [metrics[layer, "2"] for layer in differences]
+            y = [np.mean(by_bits[2]) for by_bits in differences.values()]
+            assert float(row["spearman"]) == pytest.approx(stats.spearmanr(x, y).statistic)
+            assert float(row["kendall"]) == pytest.approx(stats.kendalltau(x, y).statistic)
+            break
+    else:
+        pytest.fail("no such row")
+    for row in table(alone, "verdicts"):
+        low, high = float(row["low"]), float(row["high"])
+        word = "holds" if low > 0 else "does not hold" if high < 0.05 else "undecided"
+        assert row["ptq_sensitivities_mislead"] == word
+    pairs = [row for row in table(alone, "interactions") if row["kind"] == "pair"]
+    assert len(pairs) == 6
+    record = alone.get("interaction") or alone.get("pair/0/0")
+    assert record is not None
+    alone_sum = sum(
+        sensitivity.metric_table(alone, 0, "epsilon_mse")[layer][bits]
+        for layer, bits in record["bits_by_layer"].items()
+    )
+    assert record["predicted"] == pytest.approx(alone_sum)
+
+
+def test_one_layer_alone_predicts_itself(tiny_workload: Path, tmp_path: Path) -> None:
+    """Additivity is exact for a single layer, so the two ways of measuring must agree."""
+    config = configure(sensitivity, "sensitivity", tiny_workload)
+    run = perform(sensitivity, config, tmp_path)
+    by_bucket = (run.get("timesteps/0") or {})["values"]
+    whole = sensitivity.metric_table(run, 0, "epsilon_mse")
+    for layer, by_bits in whole.items():
+        for bits, value in by_bits.items():
+            assert np.mean(by_bucket[layer][str(bits)]) == pytest.approx(value, rel=1e-4)
+
+
+def test_allocation_trains_what_it_says(tiny_workload: Path, tmp_path: Path) -> None:
+    config = configure(allocation, "allocation", tiny_workload)
+    run = perform(allocation, config, tmp_path)
+    trained = table(run, "trials")
+    assert len(trained) == 2 * 2 * 3  # seeds, budgets, candidates
+    for row in trained:
+        assert float(row["mean_bits"]) <= float(row["budget"]) + 1e-9
+        assert float(row["fid_digits"]) > 0
+    bits = {
+        (row["candidate"], row["budget"], row["seed"], row["layer"]): int(row["bits"])
+        for row in table(run, "allocations")
+    }
+    assert {v for (c, b, *_), v in bits.items() if (c, b) == ("uniform", "2.0")} == {2}
+    solvers = {(row["budget"], row["solver"]): row for row in table(run, "solvers")}
+    for budget in ("2.0", "3.0"):
+        best = float(solvers[budget, "exact"]["objective"])
+        assert float(solvers[budget, "milp"]["objective"]) == pytest.approx(best, rel=1e-6)
+        assert all(
+            float(row["objective"]) >= best * (1 - 1e-9)
+            for (b, _), row in solvers.items()
+            if b == budget
+        )
+    for row in table(run, "timestep_aware"):
+        assert float(row["objective_by_bucket"]) <= float(row["objective_single"]) * (1 + 1e-9)
+    front = [row for row in table(run, "front") if row["source"] == "qat"]
+    objectives = [float(row["objective"]) for row in front]
+    assert objectives == sorted(objectives, reverse=True)
+    values = {(r["candidate"], r["budget"], r["seed"]): float(r["fid_digits"]) for r in trained}
+    for row in table(run, "verdicts"):
+        if row["target"] == "fid":
+            own = [values[row["candidate"], row["budget"], s] for s in "01"]
+            base = [values["uniform", row["budget"], s] for s in "01"]
+            word = "holds" if max(own) < min(base) else "undecided"
+            word = "does not hold" if min(own) > max(base) else word
+            assert row["beats_uniform"] == word
+    file = run.path / "allocations" / "qat-2.toml"
+    plan = load_plan("a4").allocation.model_copy(update={"method": "file", "path": str(file)})
+    layers = {layer for (_, _, _, layer) in bits}
+    loaded = load_allocation_file(plan, sorted(layers))
+    assert loaded == {layer: bits["qat", "2.0", "all", layer] for layer in layers}
+
+
+def test_a_killed_allocation_study_trains_only_what_is_missing(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(
+        allocation,
+        "allocation",
+        tiny_workload,
+        'allocation.candidates=["uniform","qat"]',
+        "allocation.budgets=[2.0]",
+    )
+    whole = perform(allocation, config, tmp_path / "whole")
+    real, seen = allocation.train_trial, []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(allocation, "train_trial", dies)
+    with pytest.raises(KeyboardInterrupt):
+        perform(allocation, config, tmp_path / "killed")
+    resumed = perform(allocation, config, tmp_path / "killed")
+    assert len(seen) == 5  # two done, one killed, two left
+    same = {name for name in tables(whole) if name != "solvers.csv"}  # which holds seconds
+    assert {n: tables(resumed)[n] for n in same} == {n: tables(whole)[n] for n in same}
+
+
+@pytest.mark.parametrize(
+    ("study", "override", "message"),
+    [
+        ("sensitivity", "sensitivity.qat_steps=[5]", "must begin with 0"),
+        ("sensitivity", "sensitivity.truth_bits=[5]", "among bit_choices"),
+        ("sensitivity", 'sensitivity.shard="3/2"', "1 <= i <= n"),
+        ("allocation", "allocation.budgets=[9.0]", "cannot be met: choose between 1 and 4"),
+        ("allocation", 'allocation.candidates=["qt"]', "did you mean"),
+        ("allocation", "allocation.resolve_steps=[500]", "within train_steps"),
+    ],
+)
+def test_settings_that_make_no_sense(study: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(study, "1", "a4", "digits", 0, [override])
+
+
+def test_shards_only_where_they_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "step-time", "--shard", "1/2"]) == 2
+    assert "sensitivity and allocation do" in capsys.readouterr().err
+    assert cli.main(["study", "allocation", "--shard", "2", "--dry-run"]) == 2
+    assert "'i/n'" in capsys.readouterr().err
+    assert cli.main(["study", "allocation", "--shard", "1/2", "--dry-run"]) == 0
+    assert 'shard = "1/2"' in capsys.readouterr().out
