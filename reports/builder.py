@@ -17,15 +17,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from reports import tables
 from reports.aggregate import Group, group_runs
+from reports.allocation import allocation_runs
+from reports.allocation.story import RULE as ALLOCATION_RULE
+from reports.allocation.story import allocation_claims
+from reports.allocation.story import answer as allocation_answer
 from reports.claims import Claim, group_claims, open_claims
-from reports.export import write_normality, write_tables
+from reports.export import write_normality, write_run_table, write_tables
 from reports.loading import RunData, find_runs
 from reports.normality.claims import RULE, normality_claims
 from reports.normality.data import NormalityRun, normality_runs
 from reports.normality.story import answer
 from reports.sections import build_sections
+from reports.sensitivity import sensitivity_runs
+from reports.sensitivity.story import RULE as SENSITIVITY_RULE
+from reports.sensitivity.story import answer as sensitivity_answer
+from reports.sensitivity.story import sensitivity_claims
 from reports.settings import flatten, section
 from reports.story import plain_words
+from reports.study_tables import StudyRun
 from reports.text import NOT_RUN, Phrase, bytes_text, plural
 from robuq_bench.errors import UsageError
 from robuq_bench.files import atomic_write_text
@@ -70,16 +79,22 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     claims = [(group, group_claims(group)) for group in groups]
     normality = normality_runs(finished)
     normal = [(study, normality_claims(study)) for study in normality]
-    unclaimed = open_claims(run.study for run in finished)
+    sensitive, allocated = sensitivity_runs(finished), allocation_runs(finished)
+    measured = [("Sensitivity", study, sensitivity_claims(study)) for study in sensitive]
+    measured += [("Worth of AMPN", study, allocation_claims(study)) for study in allocated]
+    # A shard has no tables, so it answers nothing.
+    unanswered = {"sensitivity"} if not sensitive else set()
+    unclaimed = open_claims({run.study for run in finished} - unanswered)
     machines = _machines(finished)
     page = (
         _environment()
         .get_template("report.html")
         .render(
-            question=_question(groups, normality),
-            stories=_stories(runs, groups, normality),
+            question=_question(groups, normality, sensitive or allocated),
+            stories=_stories(runs, groups, normality, sensitive, allocated),
             claims=[_judged(*item, is_main=i == 0) for i, item in enumerate(claims)],
             normality_claims=[_judged_normality(*item) for item in normal],
+            study_claims=[_judged_study(*item) for item in measured],
             open_claims=tables.claims_table(unclaimed, "Claims that need other studies"),
             sections=build_sections(runs),
             unfinished=tables.unfinished_table(runs),
@@ -92,8 +107,11 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     atomic_write_text(output, page)
     listed = [(group.title, claim) for group, found in claims for claim in found]
     listed += [(study.title, claim) for study, found in normal for claim in found]
+    listed += [(study.title, claim) for _, study, found in measured for claim in found]
     write_tables(output, groups, finished, [*listed, *(("other studies", c) for c in unclaimed)])
     write_normality(output, normality)
+    write_run_table(output, "sensitivity", "agreement", sensitive)
+    write_run_table(output, "allocation", "candidates", allocated)
     return output
 
 
@@ -112,15 +130,29 @@ def _judged_normality(study: NormalityRun, claims: Sequence[Claim]) -> tables.Ta
     return table
 
 
-def _question(groups: Sequence[Group], normality: Sequence[NormalityRun]) -> str:
+def _judged_study(about: str, study: StudyRun, claims: Sequence[Claim]) -> tables.Table:
+    table = tables.claims_table(claims, f"{about}, judged with {study.title}")
+    table.note = SENSITIVITY_RULE if study.run.study == "sensitivity" else ALLOCATION_RULE
+    return table
+
+
+def _question(
+    groups: Sequence[Group], normality: Sequence[NormalityRun], mixed: Sequence[StudyRun]
+) -> str:
     """What the report answers: the main job's question where it ran."""
     if normality and not groups:
         return "Does a Hadamard transform make a Diffusion Transformer’s activations normal?"
+    if mixed and not groups:
+        return "Do sensitivities measured before training mislead, and is mixed precision worth it?"
     return "Do ternary weights and 1–4 bit activations keep a Diffusion Transformer’s quality?"
 
 
 def _stories(
-    runs: Sequence[RunData], groups: Sequence[Group], normality: Sequence[NormalityRun]
+    runs: Sequence[RunData],
+    groups: Sequence[Group],
+    normality: Sequence[NormalityRun],
+    sensitive: Sequence[StudyRun],
+    allocated: Sequence[StudyRun],
 ) -> list[tuple[Group | None, list[Phrase]]]:
     """The answers in words, the one to lead with first."""
     if groups:
@@ -129,6 +161,9 @@ def _stories(
         headline, _ = answer(normality[0])
         details = Phrase(" Where, and by how much", "#normality")
         return [(None, [*headline, details, Phrase(".")])]
+    if sensitive or allocated:
+        words = [*(sensitivity_answer(sensitive[0]) if sensitive else []), Phrase(" ")]
+        return [(None, [*words, *(allocation_answer(allocated[0]) if allocated else [])])]
     return [(None, _no_results(runs))]
 
 

@@ -13,6 +13,7 @@ from reports.claims import Claim
 from reports.loading import RunData
 from reports.normality.data import LIMIT, NormalityRun, ratio_text, words
 from reports.settings import flatten
+from reports.study_tables import StudyRun
 from reports.text import mean_and_spread, plain
 from robuq_bench.files import atomic_write_text
 
@@ -82,15 +83,28 @@ def write_normality(output: Path, studies: Sequence[NormalityRun]) -> list[Path]
     Raises:
         RobuqError: the folder cannot be written.
     """
-    texts = {
-        f"normality-{name}.csv": pd.DataFrame(
-            [{"run": study.run.id, **row} for study in studies for row in study.tables[name]]
-        ).to_csv(index=False, lineterminator="\n")
-        for name in ("types", "verdicts")
-    }
-    texts["normality.tex"] = normality_latex(studies)
-    paths = [(output.with_name(f"{output.stem}-{name}"), text) for name, text in texts.items()]
-    return [atomic_write_text(path, text) for path, text in paths if studies or path.exists()]
+    paths = [write_run_table(output, "normality", name, studies) for name in ("types", "verdicts")]
+    path = output.with_name(f"{output.stem}-normality.tex")
+    if studies or path.exists():
+        paths.append(atomic_write_text(path, normality_latex(studies)))
+    return [path for path in paths if path is not None]
+
+
+def write_run_table(
+    output: Path, study: str, name: str, runs: Sequence[StudyRun | NormalityRun]
+) -> Path | None:
+    """Write `<stem>-<study>-<name>.csv`: the runs' own table with the run before it.
+
+    Without a run nothing is written, but an older file is emptied.
+
+    Raises:
+        RobuqError: the folder cannot be written.
+    """
+    path = output.with_name(f"{output.stem}-{study}-{name}.csv")
+    if not runs and not path.exists():
+        return None
+    rows = [{"run": found.run.id, **row} for found in runs for row in found.tables[name]]
+    return atomic_write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
 def normality_latex(studies: Sequence[NormalityRun]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reports import figures, normality, tables
+from reports import allocation, figures, normality, sensitivity, tables
 from reports.aggregate import Group, Row, group_runs
 from reports.loading import RunData
 from reports.pictures import BUDGET_BYTES, sample_grids
@@ -100,6 +100,22 @@ def normality_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Sect
     return Section(normality.TEMPLATE, normality.PARTS, {"views": views})
 
 
+def sensitivity_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
+    """Do sensitivities measured before training mislead: answer, agreement, evidence, caveats."""
+    views = sensitivity.sensitivity_views(runs)
+    if not views:
+        return generic_section(runs, every)
+    return Section(sensitivity.TEMPLATE, sensitivity.PARTS, {"views": views})
+
+
+def allocation_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
+    """What mixed precision is worth: answer, candidates, solvers, caveats."""
+    views = allocation.allocation_views(runs)
+    if not views:
+        return generic_section(runs, every)
+    return Section(allocation.TEMPLATE, allocation.PARTS, {"views": views})
+
+
 def generic_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
     """The tables that runs of a study without a renderer of its own wrote to tables/*.csv."""
     study = runs[0].study
@@ -111,9 +127,11 @@ Renderer = Callable[[Sequence[RunData], Sequence[RunData]], Section]
 SECTIONS: dict[str, Renderer] = {
     "train-and-eval": train_and_eval_section,
     "normality": normality_section,
+    "sensitivity": sensitivity_section,
+    "allocation": allocation_section,
     "train-teacher": train_teacher_section,
 }
-_ORDER = ("train-and-eval", "normality", "train-teacher")
+_ORDER = ("train-and-eval", "normality", "sensitivity", "allocation", "train-teacher")
 # Its numbers are the teacher rows of train-and-eval, which cites the run.
 _SHOWN_ELSEWHERE = frozenset({"teacher-eval"})
 

@@ -19,55 +19,36 @@ bucket, whose mean over the sampling steps meets the same budget.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import nn
 
-from robuq_bench.allocation import (
-    SOLVERS,
-    Allocation,
-    allocation_problem,
-    allocation_table,
-    expand_over_buckets,
-    mac_cost,
-    mean_bits,
-    mean_bits_by_type,
-    save_allocation,
-    sensitivities_sha256,
-    solve,
-)
+from robuq_bench.allocation import Allocation, allocation_problem, mac_cost, mean_bits, solve
+from robuq_bench.allocation.solvers import SOLVERS
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import UsageError
-from robuq_bench.files import make_folder
 from robuq_bench.model_structure import dit_layer_macs
-from robuq_bench.normality.summaries import block_of
-from robuq_bench.quantization.convert import allocatable_layers, layer_type, set_activation_bits
+from robuq_bench.quantization.convert import allocatable_layers, set_activation_bits
 from robuq_bench.runs import Run
 from robuq_bench.sampling import shard
 from robuq_bench.sensitivity import METRICS, MetricOptions, by_timestep, distillation_loss
-from studies.ground_truth import metric_key
+from studies.allocation_tables import (
+    SOURCES,
+    Table,
+    bucket_rows,
+    front_rows,
+    solver_rows,
+    write_allocations,
+    write_comparison,
+)
 from studies.sensitivity import calibration
 from studies.train_and_eval import prepare_training
 from studies.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
 
 VERSION = "1"
 SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."
-#: Candidate -> (metric, whether it is measured after the warm-up).
-SOURCES = {
-    "ptq": ("epsilon_mse", False),
-    "qat": ("epsilon_mse", True),
-    "qat-teacher": ("epsilon_mse_teacher", True),
-    "output-mse": ("output_mse", False),
-    "fisher": ("fisher", False),
-}
-TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
-JUDGED = ("distillation_loss", "fid")
-
-Table = dict[str, dict[int, float]]
 
 
 class Trial(NamedTuple):
@@ -100,13 +81,7 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     run.write_table("solvers", solver_rows(config, tables, macs))
     run.write_table("front", front_rows(config, tables, macs))
     run.write_table("timestep_aware", bucket_rows(config, buckets, macs))
-    run.write_table("trials", trial_rows(trials))
-    summary = candidate_rows(trials)
-    run.write_table("candidates", summary)
-    verdicts = verdict_rows(trials)
-    if verdicts:
-        run.write_table("verdicts", verdicts)
-    return summary
+    return write_comparison(run, trials)
 
 
 def measure(
@@ -274,202 +249,3 @@ def solve_now(
     table = METRICS["epsilon_mse"].bind(MetricOptions())(model, layers, choices, batches)
     problem = allocation_problem(table, macs, [mac_cost(macs, budget)])
     return solve(problem, "exact").bits_by_layer
-
-
-def write_allocations(
-    run: Run,
-    chosen: dict[tuple[str, float], Allocation],
-    tables: dict[str, Table],
-    trials: list[dict[str, Any]],
-) -> None:
-    """Allocation files that any plan can load, and one table of all bits."""
-    make_folder(run.path / "allocations")
-    rows = []
-    for (candidate, budget), allocation in chosen.items():
-        metric = SOURCES[candidate][0] if candidate in SOURCES else "none"
-        save_allocation(
-            run.path / "allocations" / f"{candidate}-{budget:g}.toml",
-            allocation,
-            metric=metric,
-            solver=candidate if candidate in SOLVERS else "exact",
-            sensitivities_sha256=sensitivities_sha256(tables.get(candidate, tables["qat"])),
-        )
-        rows += _bit_rows(candidate, budget, "all", allocation.bits_by_layer)
-    for trial in trials:
-        if trial["candidate"] == "resolved":
-            rows += _bit_rows("resolved", trial["budget"], trial["seed"], trial["bits_by_layer"])
-    run.write_table("allocations", rows)
-    by_type = []
-    for (candidate, budget), allocation in chosen.items():
-        means = mean_bits_by_type(allocation.bits_by_layer)
-        by_type.append({"candidate": candidate, "budget": budget, **means})
-    run.write_table("by_type", by_type)
-
-
-def _bit_rows(
-    candidate: str, budget: float, seed: int | str, bits: dict[str, int]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "candidate": candidate,
-            "budget": budget,
-            "seed": seed,
-            "layer": layer,
-            "layer_type": layer_type(layer),
-            "block": block_of(layer),
-            "bits": value,
-        }
-        for layer, value in bits.items()
-    ]
-
-
-def solver_rows(
-    config: Config, tables: dict[str, Table], macs: dict[str, int]
-) -> list[dict[str, Any]]:
-    """Every solver on the `qat` sensitivities: objective, gap to the optimum, seconds."""
-    options = config.allocation
-    assert options is not None
-    rows = []
-    for budget in options.budgets:
-        problem = allocation_problem(tables["qat"], macs, [mac_cost(macs, budget)])
-        best = solve(problem, "exact").objective
-        for name in SOLVERS:
-            start = time.perf_counter()
-            found = solve(problem, name, seed=config.seed)
-            rows.append(
-                {
-                    "budget": budget,
-                    "solver": name,
-                    "objective": found.objective,
-                    "above_optimum": found.objective / best - 1 if best > 0 else 0.0,
-                    "mean_bits": found.mean_bits,
-                    "layers": len(macs),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-    return rows
-
-
-def front_rows(
-    config: Config, tables: dict[str, Table], macs: dict[str, int]
-) -> list[dict[str, Any]]:
-    """The whole Pareto front of every source, exact at every budget."""
-    options = config.allocation
-    assert options is not None
-    total = sum(macs.values())
-    rows = []
-    for name, table in tables.items():
-        costs, objectives = allocation_table(table, macs, options.choices).pareto()
-        for cost, objective in zip(costs, objectives, strict=True):
-            rows.append(
-                {"source": name, "mean_bits": float(cost) / total, "objective": float(objective)}
-            )
-    return rows
-
-
-def bucket_rows(
-    config: Config, buckets: dict[str, Table], macs: dict[str, int]
-) -> list[dict[str, Any]]:
-    """Predicted objective with bits per timestep bucket beside one allocation for all."""
-    options = config.allocation
-    assert options is not None
-    steps = dict.fromkeys(buckets, 1)
-    mean: Table = {
-        layer: {
-            bits: float(np.mean([table[layer][bits] for table in buckets.values()]))
-            for bits in options.choices
-        }
-        for layer in macs
-    }
-    rows = []
-    for budget in options.budgets:
-        single = solve(allocation_problem(mean, macs, [mac_cost(macs, budget)]), "exact")
-        expanded = expand_over_buckets(buckets, macs, [mac_cost(macs, budget)], steps)
-        aware = solve(allocation_problem(*expanded), "exact")
-        rows.append(
-            {
-                "budget": budget,
-                "buckets": len(buckets),
-                "objective_single": single.objective,
-                "objective_by_bucket": aware.objective,
-                "ratio": aware.objective / single.objective if single.objective > 0 else None,
-                "mean_bits_by_bucket": aware.mean_bits,
-            }
-        )
-    return rows
-
-
-def trial_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per trained network."""
-    rows = []
-    for trial in trials:
-        row = {name: trial[name] for name in ("candidate", "budget", "seed", "mean_bits")}
-        for target in TARGETS:
-            name = metric_key(trial, target)
-            if name is not None:
-                row[name] = trial[name]
-        rows.append(row)
-    return rows
-
-
-def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and range over seeds of every candidate, and the mean paired difference to uniform."""
-    rows = []
-    for budget in dict.fromkeys(trial["budget"] for trial in trials):
-        for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
-            row: dict[str, Any] = {"budget": budget, "candidate": candidate}
-            for target in TARGETS:
-                own = _values(trials, candidate, budget, target)
-                base = _values(trials, "uniform", budget, target)
-                if not own:
-                    continue
-                row["seeds"] = len(own)
-                row[target] = float(np.mean(list(own.values())))
-                row[f"{target}_min"] = min(own.values())
-                row[f"{target}_max"] = max(own.values())
-                paired = [own[seed] - base[seed] for seed in own if seed in base]
-                if paired and candidate != "uniform":
-                    row[f"{target}_vs_uniform"] = float(np.mean(paired))
-            rows.append(row)
-    return rows
-
-
-def verdict_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rule of this module for every candidate against uniform."""
-    rows = []
-    for budget in dict.fromkeys(trial["budget"] for trial in trials):
-        for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
-            for target in JUDGED:
-                own = list(_values(trials, candidate, budget, target).values())
-                base = list(_values(trials, "uniform", budget, target).values())
-                if candidate == "uniform" or not own or not base:
-                    continue
-                verdict = "undecided"
-                if max(own) < min(base):
-                    verdict = "holds"
-                elif min(own) > max(base):
-                    verdict = "does not hold"
-                rows.append(
-                    {
-                        "budget": budget,
-                        "candidate": candidate,
-                        "target": target,
-                        "beats_uniform": verdict,
-                        "ratio_of_means": float(np.mean(own) / np.mean(base)),
-                        "seeds": min(len(own), len(base)),
-                    }
-                )
-    return rows
-
-
-def _values(
-    trials: list[dict[str, Any]], candidate: str, budget: float, target: str
-) -> dict[int, float]:
-    """{seed: value} of one candidate at one budget."""
-    found = {}
-    for trial in trials:
-        if trial["candidate"] == candidate and trial["budget"] == budget:
-            name = metric_key(trial, target)
-            if name is not None:
-                found[trial["seed"]] = trial[name]
-    return found

@@ -18,7 +18,7 @@ from robuq_bench.context import Context
 from robuq_bench.errors import ConfigError
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run
-from studies import allocation, ground_truth, sensitivity, trials
+from studies import allocation, ground_truth, sensitivity, sensitivity_tables, trials
 
 COMMON = ("training.batch_size=4", "training.calibration_samples=8", "evaluation.batch_size=100")
 SENSITIVITY = (
@@ -129,7 +129,7 @@ def test_sensitivity_in_shards_equals_sensitivity_alone(
     record = alone.get("interaction") or alone.get("pair/0/0")
     assert record is not None
     alone_sum = sum(
-        sensitivity.metric_table(alone, 0, "epsilon_mse")[layer][bits]
+        sensitivity_tables.metric_table(alone, 0, "epsilon_mse")[layer][bits]
         for layer, bits in record["bits_by_layer"].items()
     )
     assert record["predicted"] == pytest.approx(alone_sum)
@@ -140,7 +140,7 @@ def test_one_layer_alone_predicts_itself(tiny_workload: Path, tmp_path: Path) ->
     config = configure(sensitivity, "sensitivity", tiny_workload)
     run = perform(sensitivity, config, tmp_path)
     by_bucket = (run.get("timesteps/0") or {})["values"]
-    whole = sensitivity.metric_table(run, 0, "epsilon_mse")
+    whole = sensitivity_tables.metric_table(run, 0, "epsilon_mse")
     for layer, by_bits in whole.items():
         for bits, value in by_bits.items():
             assert np.mean(by_bucket[layer][str(bits)]) == pytest.approx(value, rel=1e-4)
@@ -172,6 +172,7 @@ def test_allocation_trains_what_it_says(tiny_workload: Path, tmp_path: Path) -> 
         assert float(row["objective_by_bucket"]) <= float(row["objective_single"]) * (1 + 1e-9)
     front = [row for row in table(run, "front") if row["source"] == "qat"]
     objectives = [float(row["objective"]) for row in front]
+    assert (float(front[0]["mean_bits"]), float(front[-1]["mean_bits"])) == (1.0, 4.0)
     assert objectives == sorted(objectives, reverse=True)
     values = {(r["candidate"], r["budget"], r["seed"]): float(r["fid_digits"]) for r in trained}
     for row in table(run, "verdicts"):
