@@ -7,6 +7,7 @@ generators call the removed `np.int`. Statistics are accumulated in float64.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import zipfile
@@ -143,13 +144,19 @@ def _with_suffix(key: str, suffix: str) -> str:
 def _rank_flag(metric: str, num_images: int, features: Tensor) -> int:
     deficient = num_images <= features.shape[1]
     if deficient:
-        logger.warning(
-            "%s of %d images in %d dimensions: covariances are rank-deficient",
-            metric,
-            num_images,
-            features.shape[1],
-        )
+        _warn_of_rank(metric, num_images, features.shape[1])
     return int(deficient)
+
+
+@functools.cache
+def _warn_of_rank(metric: str, num_images: int, dimensions: int) -> None:
+    """Once per process: studies judge hundreds of sample sets alike."""
+    logger.warning(
+        "%s of %d images in %d dimensions: covariances are rank-deficient",
+        metric,
+        num_images,
+        dimensions,
+    )
 
 
 def as_reference(reference: Features | Reference) -> Reference:

@@ -20,6 +20,7 @@ from robuq_bench.allocation import (
     solve,
 )
 from robuq_bench.config import Config
+from robuq_bench.config.studies import CANDIDATES
 from robuq_bench.files import make_folder
 from robuq_bench.normality.summaries import block_of
 from robuq_bench.quantization.convert import layer_type
@@ -163,6 +164,10 @@ def bucket_rows(
 
 def write_comparison(run: Run, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write the trained networks, the candidates' summary and the verdicts; return the summary."""
+    # Shards finish in any order.
+    trials = sorted(
+        trials, key=lambda t: (t["budget"], CANDIDATES.index(t["candidate"]), t["seed"])
+    )
     run.write_table("trials", trial_rows(trials))
     summary = candidate_rows(trials)
     run.write_table("candidates", summary)
