@@ -124,9 +124,7 @@ def front_rows(
     for name, table in tables.items():
         means, objectives = allocation_table(table, macs, options.choices).pareto()
         for mean, objective in zip(means, objectives, strict=True):
-            rows.append(
-                {"source": name, "mean_bits": float(mean), "objective": float(objective)}
-            )
+            rows.append({"source": name, "mean_bits": float(mean), "objective": float(objective)})
     return rows
 
 
