@@ -372,11 +372,12 @@ def headline(types: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> lis
         when = "before" if row["transform"] == "identity" else "after"
         for name, column in (("W", "shapiro_w_median"), ("KL", "kl")):
             line[f"{name}_{when}"] = row.get(column)
-        passing = [
-            str(verdict["bits"])
+        own = [
+            verdict
             for verdict in verdicts
-            if verdict["normal_enough"]
-            and all(verdict[k] == row[k] for k in ("subject", "layer_type", "width", "transform"))
+            if all(verdict[k] == row[k] for k in ("subject", "layer_type", "width", "transform"))
         ]
-        line[f"normal_enough_bits_{when}"] = " ".join(passing) or "none"
+        for word, column in (("normal enough", "normal_at_bits"), ("undecided", "undecided_at")):
+            bits = [str(verdict["bits"]) for verdict in own if verdict["verdict"] == word]
+            line[f"{column}_{when}"] = " ".join(bits) or "none"
     return list(found.values())

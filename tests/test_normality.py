@@ -227,6 +227,7 @@ def test_too_small_a_data_set_is_refused(tmp_path: Path) -> None:
     [
         (["step-time", "--activations", "x"], "study step-time takes no --activations"),
         (["normality", "--checkpoint", "nothing"], "unknown run 'nothing'"),
+        (["normality", "--shard", "1/2"], "study normality takes no --shard"),
         (["normality", "--set", "normality.imges=3"], "did you mean"),
         (["normality", "--set", "normality.images=3"], "normality: images"),
         (["normality", "--set", "normality.qat_steps=[5,1]"], "must ascend"),
@@ -237,3 +238,10 @@ def test_usage_errors(
 ) -> None:
     assert cli.main(["study", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_missing_activations_are_missing_data_even_when_dry(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["study", "normality", "--activations", "nowhere", "--dry-run"]) == 4
+    assert "nowhere: no such folder" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from robuq_bench.progress import Progress
 from robuq_bench.runs import Run, open_existing, verify_run
 from robuq_bench.sampling import sample_images
 from robuq_bench.training import Trainer
-from studies import train_and_eval
+from studies import normality, train_and_eval
 from studies.sample_images import load_student
 from studies.train_and_eval import run_train_and_eval
 
@@ -55,6 +55,28 @@ def student_digest(path: Path) -> str:
 @pytest.fixture(scope="module")
 def finished(workload: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return run_job(config_for(workload), tmp_path_factory.mktemp("runs"))
+
+
+def test_normality_of_the_trained_student(
+    finished: RunResult, workload: Path, tmp_path: Path
+) -> None:
+    """`study normality --checkpoint RUN` looks at the student, with its saved weights."""
+    settings = {
+        "images": 16, "timesteps": 1, "tokens_per_image": 1, "bootstrap_draws": 100,
+        "control_tokens": 16, "control_widths": [36], "bound_tokens": 1, "bound_draws": 100,
+        "decay_tokens": 1, "sign_draws": 1,
+    }  # fmt: skip
+    overrides = [f"normality.{name}={value}" for name, value in settings.items()]
+    overrides.append(f"normality.student={json.dumps(str(finished.path))}")
+    config = resolve("normality", normality.VERSION, "a2", workload, 0, overrides)
+    assert config.normality is not None
+    assert len(config.normality.student_sha256) == 64
+    context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True))
+    with Run.open(tmp_path, config, []) as run:
+        rows = normality.run(config, run, context)
+        run.finish()
+    assert {row["subject"] for row in rows} == {"student"}
+    assert "teacher" not in run.manifest["inputs"]
 
 
 def test_the_run_holds_everything_the_report_needs(finished: RunResult) -> None:
