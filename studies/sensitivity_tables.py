@@ -16,8 +16,13 @@ from studies.ground_truth import truth_differences
 MAIN_METRIC, MAIN_TARGET = "epsilon_mse", "distillation_loss"
 #: What counts as no worthwhile gain in rank correlation.
 NO_GAIN = 0.05
+#: Agreement between seeds below which the truth is noise and nothing is judged.
+MIN_RELIABILITY = 0.3
+#: So that the bootstrap's own seed does not decide a verdict.
+MIN_RESAMPLES = 20_000
 
 Table = dict[str, dict[int, float]]
+Rows = list[dict[str, Any]]
 
 
 def metric_table(run: Run, steps: int, metric: str) -> Table:
@@ -42,7 +47,9 @@ def summarise(config: Config, run: Run) -> list[dict[str, Any]]:
         for target, by_layer in differences.items()
     }
     run.write_table("truth", truth_rows(differences))
-    run.write_table("ceiling", ceiling_rows(differences, options.truth_bits))
+    ceiling = ceiling_rows(differences, options.truth_bits)
+    if ceiling:
+        run.write_table("ceiling", ceiling)
     metric_rows, agreement_rows = [], []
     for steps in options.qat_steps:
         for metric in METRICS:
@@ -64,7 +71,8 @@ def summarise(config: Config, run: Run) -> list[dict[str, Any]]:
                     )
     run.write_table("metrics", metric_rows)
     run.write_table("agreement", agreement_rows)
-    run.write_table("verdicts", verdict_rows(config, run, truth[MAIN_TARGET]))
+    run.write_table("gains", gain_rows(config, run, truth[MAIN_TARGET], ceiling))
+    run.write_table("verdicts", verdict_rows(config, run, truth[MAIN_TARGET], ceiling))
     recovered = recovered_rows(config, run, truth[MAIN_TARGET])
     if recovered:
         run.write_table("recovered", recovered)
@@ -110,36 +118,57 @@ def agreement_fields(
     }
 
 
-def verdict_rows(config: Config, run: Run, truth: Table) -> list[dict[str, Any]]:
+def verdict_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
     """Apply the rule of `studies/sensitivity.py` at each bit width of the truth, and over all."""
+    rows = []
+    for row in gain_rows(config, run, truth, ceiling):
+        if row["metric"] != MAIN_METRIC:
+            continue
+        low, high, reliability = row["low"], row["high"], row["seed_agreement"]
+        verdict = "undecided"
+        if low is not None and reliability is not None and reliability >= MIN_RELIABILITY:
+            if low > 0:
+                verdict = "holds"
+            elif high < NO_GAIN:
+                verdict = "does not hold"
+        rows.append({**row, "ptq_sensitivities_mislead": verdict})
+    return rows
+
+
+def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
+    """What training adds to every metric's rank correlation with the truth."""
     options = config.sensitivity
     assert options is not None
     last = options.qat_steps[-1]
-    before, after = (metric_table(run, steps, MAIN_METRIC) for steps in (0, last))
+    resamples = max(options.bootstrap_draws, MIN_RESAMPLES)
     rows = []
-    for bits in (*options.truth_bits, None):
-        gain = agreement_gain(
-            after, before, truth, bits=bits, resamples=options.bootstrap_draws, seed=config.seed
-        )
-        if gain.value is None or gain.low is None or gain.high is None:
-            verdict = "undecided"
-        elif gain.low > 0:
-            verdict = "holds"
-        else:
-            verdict = "does not hold" if gain.high < NO_GAIN else "undecided"
-        rows.append(
-            {
-                "bits": "all" if bits is None else bits,
-                "metric": MAIN_METRIC,
-                "target": MAIN_TARGET,
-                "steps_before": 0,
-                "steps_after": last,
-                "gain": gain.value,
-                "low": gain.low,
-                "high": gain.high,
-                "ptq_sensitivities_mislead": verdict,
-            }
-        )
+    for metric in METRICS:
+        before, after = (metric_table(run, steps, metric) for steps in (0, last))
+        for bits in (*options.truth_bits, None):
+            gain = agreement_gain(
+                after, before, truth, bits=bits, resamples=resamples, seed=config.seed
+            )
+            name = "all" if bits is None else bits
+            seeds = [
+                row["spearman"]
+                for row in ceiling
+                if row["target"] == MAIN_TARGET and row["bits"] == name
+            ]
+            known = [value for value in seeds if value is not None]
+            rows.append(
+                {
+                    "bits": name,
+                    "metric": metric,
+                    "target": MAIN_TARGET,
+                    "steps_before": 0,
+                    "steps_after": last,
+                    "gain": gain.value,
+                    "low": gain.low,
+                    "high": gain.high,
+                    "resamples": resamples,
+                    "seed_agreement": float(np.mean(known)) if known else None,
+                }
+            )
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from scipy import stats
 from robuq_bench import cli, evaluation
 from robuq_bench.config import Config, load_allocation_file, load_plan, resolve
 from robuq_bench.context import Context
-from robuq_bench.errors import ConfigError
+from robuq_bench.errors import CheckError, ConfigError
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run
 from studies import allocation, ground_truth, sensitivity, sensitivity_tables, trials
@@ -123,7 +124,11 @@ def test_sensitivity_in_shards_equals_sensitivity_alone(
     for row in table(alone, "verdicts"):
         low, high = float(row["low"]), float(row["high"])
         word = "holds" if low > 0 else "does not hold" if high < 0.05 else "undecided"
+        if float(row["seed_agreement"]) < 0.3:
+            word = "undecided"
         assert row["ptq_sensitivities_mislead"] == word
+    gains = {(row["metric"], row["bits"]): row for row in table(alone, "gains")}
+    assert len(gains) == 7 * 3
     pairs = [row for row in table(alone, "interactions") if row["kind"] == "pair"]
     assert len(pairs) == 6
     record = alone.get("interaction") or alone.get("pair/0/0")
@@ -226,11 +231,35 @@ def test_a_killed_allocation_study_trains_only_what_is_missing(
         ("allocation", "allocation.budgets=[9.0]", "cannot be met: choose between 1 and 4"),
         ("allocation", 'allocation.candidates=["qt"]', "did you mean"),
         ("allocation", "allocation.resolve_steps=[500]", "within train_steps"),
+        ("allocation", "allocation.resolve_steps=[]", "must ascend from 0"),
+        ("allocation", "allocation.choices=[0,2,4]", "must ascend from 1"),
+        ("allocation", 'allocation.candidates=["qat"]', "must include 'uniform'"),
+        ("allocation", 'allocation.candidates=["uniform","uniform"]', "nor repeat"),
+        ("sensitivity", "sensitivity.truth_bits=[0,1]", "must ascend from 1"),
     ],
 )
 def test_settings_that_make_no_sense(study: str, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(study, "1", "a4", "digits", 0, [override])
+
+
+def test_networks_of_other_bits_are_not_mixed(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ('allocation.candidates=["uniform","qat"]', "allocation.budgets=[2.0]",
+             "allocation.seeds=1", "allocation.samples=0")  # fmt: skip
+    part = configure(allocation, "allocation", tiny_workload, *small, 'allocation.shard="2/2"')
+    perform(allocation, part, tmp_path)
+    real = allocation.solve
+
+    def other(problem: Any, solver: str, **options: Any) -> Any:
+        found = real(problem, solver, **options)
+        bits = dict.fromkeys(found.bits_by_layer, 1)
+        return dataclasses.replace(found, bits_by_layer=bits)
+
+    monkeypatch.setattr(allocation, "solve", other)
+    with pytest.raises(CheckError, match="trained at other bits"):
+        perform(allocation, configure(allocation, "allocation", tiny_workload, *small), tmp_path)
 
 
 def test_shards_only_where_they_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,10 @@ TRANSFORMS = (
 )
 
 
+def _ascend(values: tuple[int, ...], least: int) -> bool:
+    return bool(values) and list(values) == sorted(set(values)) and values[0] >= least
+
+
 class NormalityConfig(Section):
     """What `study normality` captures and how it tests; the defaults suit two CPU cores.
 
@@ -98,10 +102,10 @@ class SensitivityConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SensitivityConfig:
-        for name in ("qat_steps", "bit_choices", "truth_bits"):
+        for name, least in (("qat_steps", 0), ("bit_choices", 1), ("truth_bits", 1)):
             values = getattr(self, name)
-            if not values or list(values) != sorted(set(values)) or min(values) < 0:
-                raise ValueError(f"{name} must ascend and not be empty, got {list(values)}")
+            if not _ascend(values, least):
+                raise ValueError(f"{name} must ascend from {least} or more, got {list(values)}")
         check_shard(self.shard)
         if self.qat_steps[0] != 0:
             raise ValueError("qat_steps must begin with 0, the post-training-quantized model")
@@ -148,8 +152,17 @@ class AllocationStudyConfig(Section):
         for name in self.candidates:
             if name not in CANDIDATES:
                 raise ValueError(f"unknown candidate {name!r}{suggest(name, CANDIDATES)}")
-        if not self.budgets or not self.choices or list(self.choices) != sorted(set(self.choices)):
-            raise ValueError("budgets must not be empty, and choices must ascend")
+        for name, values in (("candidates", self.candidates), ("budgets", self.budgets)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} must not be empty nor repeat a value: {list(values)}")
+        if "uniform" not in self.candidates:
+            raise ValueError("candidates must include 'uniform', which the others are judged by")
+        if not _ascend(self.choices, 1):
+            raise ValueError(f"choices must ascend from 1 or more, got {list(self.choices)}")
+        if "resolved" in self.candidates and not _ascend(self.resolve_steps, 0):
+            raise ValueError(
+                f"resolve_steps must ascend from 0 or more, got {list(self.resolve_steps)}"
+            )
         for budget in self.budgets:
             if not self.choices[0] <= budget <= self.choices[-1]:
                 raise ValueError(
