@@ -19,7 +19,14 @@ from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, ConfigError
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run
-from studies import allocation, ground_truth, sensitivity, sensitivity_tables, trials
+from studies import (
+    allocation,
+    allocation_speed,
+    ground_truth,
+    sensitivity,
+    sensitivity_tables,
+    trials,
+)
 
 COMMON = ("training.batch_size=4", "training.calibration_samples=8", "evaluation.batch_size=100")
 SENSITIVITY = (
@@ -269,3 +276,12 @@ def test_shards_only_where_they_exist(capsys: pytest.CaptureFixture[str]) -> Non
     assert "'i/n'" in capsys.readouterr().err
     assert cli.main(["study", "allocation", "--shard", "1/2", "--dry-run"]) == 0
     assert 'shard = "1/2"' in capsys.readouterr().out
+
+
+def test_allocation_speed_compares_before_it_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = allocation_speed.row(12, seed=0)
+    assert row["allocations"] == row["budgets_on_front"] > 20
+    assert row["difference_to_milp"] < 1e-6
+    monkeypatch.setattr(allocation_speed, "ALLOWED", -1.0)
+    with pytest.raises(CheckError, match="differs from HiGHS"):
+        allocation_speed.row(12, seed=0)
