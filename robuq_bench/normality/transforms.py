@@ -15,8 +15,10 @@ from torch import Tensor
 from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.errors import UsageError, suggest
 from robuq_bench.quantization.dual_rotation import fit_dual_rotation
-from robuq_bench.quantization.hadamard import hadamard_transform
+from robuq_bench.quantization.hadamard import hadamard_transform, is_supported
 from robuq_bench.quantization.rotations import random_signs, rotate
+
+_FULL_WIDTH = ("hadamard", "hadamard-without-dc", "randomized-hadamard")
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -44,6 +46,8 @@ def make_transform(
     """
     if name == "identity":
         return lambda x: x
+    if name in _FULL_WIDTH and not is_supported(n):
+        raise NotApplicable(f"{name}: no Hadamard matrix of order {n} is constructed here")
     if name == "hadamard":
         return hadamard_transform
     if name == "hadamard-without-dc":
@@ -62,8 +66,10 @@ def make_transform(
     if name == "dual-rotation":
         if calibration is None or not len(calibration):
             raise NotApplicable("dual-rotation needs calibration tokens of the layer")
-        rotation = fit_dual_rotation(calibration, seed=seed)
-        return rotation.apply
+        try:
+            return fit_dual_rotation(calibration, seed=seed).apply
+        except UsageError as error:
+            raise NotApplicable(f"dual-rotation: {error}") from error
     raise UsageError(f"unknown transform {name!r}{suggest(name, TRANSFORMS)}")
 
 

@@ -55,6 +55,8 @@ def test_blocks_do_not_mix() -> None:
     [
         ("block-hadamard-64", 144, "multiple of 64, not 144"),
         ("dual-rotation", 144, "calibration"),
+        ("hadamard", 50, "no Hadamard matrix of order 50"),
+        ("randomized-hadamard", 50, "no Hadamard matrix of order 50"),
     ],
 )
 def test_what_does_not_apply_says_why(name: str, n: int, message: str) -> None:
@@ -65,3 +67,8 @@ def test_what_does_not_apply_says_why(name: str, n: int, message: str) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(UsageError, match="did you mean 'hadamard'"):
         make_transform("hadamar", 64)
+
+
+def test_a_width_without_blocks_has_no_dual_rotation() -> None:
+    with pytest.raises(NotApplicable, match="131 has no divisor"):
+        make_transform("dual-rotation", 131, calibration=torch.randn(4, 131))
