@@ -145,6 +145,7 @@ def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult
 
 
 def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> None:
+    """Print the resolved config and where its run would be."""
     from robuq_bench.config import config_hash, to_toml
 
     if job.as_json:
@@ -158,6 +159,7 @@ def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> N
 
 
 def show(job: Job, result: RunResult | None) -> None:
+    """Print a result as a table or as one JSON line; nothing after a dry run."""
     if result is None:
         return
     if job.as_json:

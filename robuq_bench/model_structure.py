@@ -183,11 +183,13 @@ def converted_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
 
 
 def ternary_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
+    """The layers whose weights the plan quantizes."""
     layers = converted_layers(structure, plan)
     return [layer for layer in layers if weight_quantizer(layer, plan) != "none"]
 
 
 def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
+    """The layers whose input the plan rotates."""
     if plan.rotation.kind == "none":
         return []
     layers = converted_layers(structure, plan)
@@ -195,6 +197,7 @@ def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
 
 
 def weight_quantizer(layer: LinearLayer, plan: Plan) -> str:
+    """Name of the weight quantizer that the plan gives this layer."""
     if is_adaln(layer.name, plan):
         return plan.adaln.weight_quantizer
     return plan.weights.quantizer

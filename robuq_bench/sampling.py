@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench._compat import import_torchvision
+from robuq_bench.config.studies import check_shard
 from robuq_bench.data import to_uint8
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
@@ -174,10 +175,11 @@ def shard(items: Sequence[T], part: str) -> Sequence[T]:
     Parts are contiguous, in order and differ in length by at most one, so that concatenating
     1/n ... n/n gives the sequence back. UsageError for anything else.
     """
-    index, slash, count = part.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise UsageError(f"shard must be 'i/n' with 1 <= i <= n, such as '1/4'; got {part!r}")
-    i, n = int(index), int(count)
+    try:
+        check_shard(part)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    i, n = map(int, part.split("/"))
     return items[(i - 1) * len(items) // n : i * len(items) // n]
 
 

@@ -43,6 +43,7 @@ from robuq_bench.quantization.convert import (
     set_activation_bits,
 )
 from robuq_bench.runs import Run
+from robuq_bench.sampling import evaluation_mode
 from robuq_bench.sensitivity import (
     METRICS,
     MetricOptions,
@@ -51,7 +52,8 @@ from robuq_bench.sensitivity import (
     calibration_set,
     distillation_loss,
 )
-from robuq_bench.sensitivity.probing import evaluation_mode, predict
+from robuq_bench.sensitivity.epsilon import mean_squared_error
+from robuq_bench.sensitivity.probing import predict
 from studies.ground_truth import measure_truth
 from studies.sensitivity_tables import MAIN_METRIC, metric_table, summarise
 from studies.train_and_eval import prepare_training, train_with_checkpoints
@@ -174,7 +176,7 @@ def measure_interactions(
         reference = [predict(model, batch) for batch in batches]
         for done, (key, bits) in enumerate(missing, start=1):
             set_activation_bits(model, {**before, **bits})
-            actual = _mean_squared_change(model, batches, reference)
+            actual = mean_squared_error(model, batches, reference)
             set_activation_bits(model, before)
             predicted = sum(alone[layer][b] for layer, b in bits.items())
             run.append(
@@ -188,13 +190,3 @@ def measure_interactions(
                 actual=actual,
             )
             t.advance(done)
-
-
-def _mean_squared_change(
-    model: nn.Module, batches: list[ModelInputs], reference: list[torch.Tensor]
-) -> float:
-    total = sum(
-        float((predict(model, batch) - eps).double().square().sum())
-        for batch, eps in zip(batches, reference, strict=True)
-    )
-    return total / sum(eps.numel() for eps in reference)

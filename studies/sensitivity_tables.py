@@ -71,8 +71,9 @@ def summarise(config: Config, run: Run) -> list[dict[str, Any]]:
                     )
     run.write_table("metrics", metric_rows)
     run.write_table("agreement", agreement_rows)
-    run.write_table("gains", gain_rows(config, run, truth[MAIN_TARGET], ceiling))
-    run.write_table("verdicts", verdict_rows(config, run, truth[MAIN_TARGET], ceiling))
+    gains = gain_rows(config, run, truth[MAIN_TARGET], ceiling)
+    run.write_table("gains", gains)
+    run.write_table("verdicts", verdict_rows(gains))
     recovered = recovered_rows(config, run, truth[MAIN_TARGET])
     if recovered:
         run.write_table("recovered", recovered)
@@ -118,10 +119,10 @@ def agreement_fields(
     }
 
 
-def verdict_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
+def verdict_rows(gains: Rows) -> Rows:
     """Apply the rule of `studies/sensitivity.py` at each bit width of the truth, and over all."""
     rows = []
-    for row in gain_rows(config, run, truth, ceiling):
+    for row in gains:
         if row["metric"] != MAIN_METRIC:
             continue
         low, high, reliability = row["low"], row["high"], row["seed_agreement"]

@@ -160,10 +160,12 @@ def checked_macs(macs: Mapping[str, int]) -> dict[str, int]:
 
 
 def is_integer(value: object) -> bool:
+    """Whether a value is a whole number by type; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_finite(value: object) -> bool:
+    """Whether a value is a finite real number; True and False are not."""
     if isinstance(value, bool):
         return False
     return isinstance(value, int | float | np.number) and bool(np.isfinite(value))

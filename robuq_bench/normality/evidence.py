@@ -29,7 +29,7 @@ from robuq_bench.normality.capture import Captured
 from robuq_bench.normality.consequence import BITS, REFERENCE
 from robuq_bench.normality.controls import CONTROL_NAMES, control_tokens
 from robuq_bench.normality.intervals import rejected_share
-from robuq_bench.normality.sign_sums import distance_of_signs
+from robuq_bench.normality.sign_sums import distance_of_signs, exact_distance
 from robuq_bench.normality.statistics import shapiro_wilk
 from robuq_bench.normality.summaries import Row, effect_sizes
 from robuq_bench.normality.transforms import NotApplicable, make_transform
@@ -238,9 +238,9 @@ def decay_rows(captured: Captured, count: int, seed: int) -> list[Row]:
     rows = []
 
     def add(source: str, width: int, tokens: Tensor) -> None:
-        found = [distance_of_signs(token) for token in tokens]
-        values = [f.value for f in found if f.error <= max(1e-6, 0.01 * f.value)]
-        if values:
+        found = np.array([exact_distance(token) for token in tokens])
+        values = found[np.isfinite(found)]
+        if len(values):
             rows.append(
                 {
                     "source": source,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -59,7 +60,7 @@ class Normalised(NamedTuple):
     dead: Tensor
 
 
-class ActivationQuantizer:
+class ActivationQuantizer(ABC):
     """Base of the quantizers. Subclasses give the normalisation and, if not uniform, the levels.
 
     Gradient of this base class: identity (straight-through, also outside the clip), as in BitNet;
@@ -79,6 +80,7 @@ class ActivationQuantizer:
                 f"bits, got {bits}"
             )
 
+    @abstractmethod
     def normalise(
         self,
         x: Tensor,
@@ -91,7 +93,6 @@ class ActivationQuantizer:
 
         `out` receives `t` and may be x itself; `scratch` is overwritten. Both only save memory.
         """
-        raise NotImplementedError
 
     def encode(self, t: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
         """Integer codes (as floats) of grid coordinates."""
@@ -190,9 +191,9 @@ class RobustQuantizer(ActivationQuantizer):
         """Grid step in units of σ̂."""
         return 2 * ONE_BIT_LEVEL if bits == 1 else ROBUST_STEPS[bits - 2]
 
+    @abstractmethod
     def clip_range(self, bits: int) -> tuple[float, float]:
         """Range of t outside of which no gradient passes directly."""
-        raise NotImplementedError
 
     def offset(self, mean: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Value of code 0."""

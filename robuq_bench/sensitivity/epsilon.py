@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from robuq_bench.errors import RobuqError
 from robuq_bench.quantization.convert import quantized_layers
+from robuq_bench.sampling import evaluation_mode
 from robuq_bench.sensitivity.calibration import ModelInputs
 from robuq_bench.sensitivity.probing import (
     Done,
     OnItem,
     Table,
     check_request,
-    evaluation_mode,
     predict,
     squared_sum,
 )
@@ -104,7 +104,7 @@ def epsilon_mse(
                     value = 0.0
                     if bits != before[module]:
                         module.activation_bits = bits
-                        error = _mean_squared_error(model, batches, target)
+                        error = mean_squared_error(model, batches, target)
                         module.activation_bits = before[module]
                         _check_finite(error, f"with layer {name!r} at {bits} bits")
                         value = error - present_error
@@ -129,14 +129,15 @@ def _target(
         _check_finite(sum(map(squared_sum, target)), "with every layer as it is")
         return target, 0.0
     _check_finite(sum(map(squared_sum, target)), "of the reference model")
-    error = _mean_squared_error(model, batches, target)
+    error = mean_squared_error(model, batches, target)
     _check_finite(error, "with every layer as it is")
     return target, error
 
 
-def _mean_squared_error(
+def mean_squared_error(
     model: nn.Module, batches: Sequence[ModelInputs], target: Sequence[Tensor]
 ) -> float:
+    """Mean over all elements of the squared distance of the predictions to `target`."""
     pairs = zip(batches, target, strict=True)
     total = sum(squared_sum(predict(model, batch) - eps) for batch, eps in pairs)
     return total / sum(eps.numel() for eps in target)

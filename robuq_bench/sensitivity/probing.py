@@ -21,6 +21,7 @@ from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.rotations import rotate
+from robuq_bench.sampling import evaluation_mode
 from robuq_bench.sensitivity.calibration import ModelInputs
 
 #: {layer: {activation bits: sensitivity}}.
@@ -98,18 +99,6 @@ def resumable(
                 if on_item is not None:
                     on_item(name, bits, value)
     return {name: {bits: result[name][bits] for bits in bit_choices} for name in layers}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode and give every module its own training flag back afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 @contextmanager
