@@ -41,6 +41,9 @@ seed_ranges = 2
 grid_images = 10
 """
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its interpreter is chosen when functions are decorated.
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")

@@ -1,0 +1,1 @@
+"""Rotation and fake quantization of activations in training, forward and backward."""

@@ -1,0 +1,1 @@
+"""Tokens to integer codes: normalise, modulate, rotate and quantize in one pass over memory."""

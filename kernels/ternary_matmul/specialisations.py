@@ -1,0 +1,118 @@
+"""What `kernels.offline` compiles of this operation: the layers of DiT-XL/2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kernels.launch import next_power_of_2
+from kernels.offline import Specialisation
+from kernels.ternary_matmul.layout import packed_width
+from kernels.ternary_matmul.scratch import dense_kernel, unpack_kernel
+from kernels.ternary_matmul.skinny import combine_kernel, skinny_kernel
+from kernels.ternary_matmul.tile import tile_kernel
+from kernels.ternary_matmul.tiles import TALL, TILES, WIDE, Tile, Variant, default_tile
+
+_TYPES = {
+    "out_ptr": "*bf16",
+    "partial_ptr": "*i32",
+    "codes_ptr": "*i8",
+    "planes_ptr": "*u8",
+    "weight_ptr": "*i8",
+    "token_scale_ptr": "*fp32",
+    "token_offset_ptr": "*fp32",
+    "code_sums_ptr": "*i32",
+    "channel_scale_ptr": "*fp32",
+    "weight_sums_ptr": "*i32",
+    "bias_ptr": "*bf16",
+    "branch_ptr": "*fp32",
+    "up_ptr": "*bf16",
+    "gate_ptr": "*bf16",
+    "residual_ptr": "*bf16",
+    "rows": "i32",
+    "size": "i32",
+}
+
+_LAYERS: dict[str, tuple[int, int]] = {
+    "qkv": (3456, 1152),
+    "proj": (1152, 1152),
+    "fc1": (4608, 1152),
+    "fc2": (1152, 4608),
+    "adaln": (6912, 1152),
+}
+"""Outputs and inputs of the linear layers of DiT-XL/2."""
+
+_TOKENS = 16384
+
+
+def _specialisation(
+    name: str, kernel: Any, constants: Mapping[str, Any], *, warps: int = 4, stages: int = 3
+) -> Specialisation:
+    names = [n for n in kernel.arg_names if n not in constants]
+    return Specialisation(
+        name=f"ternary_matmul/{name}",
+        kernel=kernel,
+        signature={n: _TYPES[n] for n in names},
+        constants=constants,
+        aligned=("rows", "size"),
+        num_warps=warps,
+        num_stages=stages,
+        tensor_cores="K" in constants,
+    )
+
+
+def _epilogue(layer: str, rank: int, tile: Tile) -> dict[str, Any]:
+    """Bias and low rank everywhere, GELU after fc1, gate and residual after proj and fc2."""
+    gated = layer in ("proj", "fc2")
+    constants: dict[str, Any] = {
+        "N": _LAYERS[layer][0],
+        "RANK": rank,
+        "BLOCK_RANK": max(16, next_power_of_2(max(rank, 1))),
+        "GELU": layer == "fc1",
+        "TOKENS_PER_IMAGE": 256 if gated else 1,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "PLAIN": False,
+    }
+    constants |= {} if gated else {"gate_ptr": None, "residual_ptr": None}
+    return constants | ({} if rank else {"branch_ptr": None, "up_ptr": None})
+
+
+def _main(kind: Variant, layer: str, tile: Tile, rank: int = 16) -> Specialisation:
+    width = _LAYERS[layer][1]
+    steps = -(-packed_width(width) // tile.step_bytes)
+    constants = _epilogue(layer, rank, tile) | {"K": width}
+    label = f"{kind} {layer} {tile.block_n}x{tile.block_m}x{4 * tile.step_bytes}"
+    if kind == "scratch":
+        return _specialisation(
+            label, dense_kernel, constants, warps=tile.num_warps, stages=tile.num_stages
+        )
+    constants |= {"STEPS": -(-steps // tile.splits), "STEP_BYTES": tile.step_bytes}
+    kernel = tile_kernel
+    if kind == "skinny":
+        kernel = skinny_kernel
+        label += f" splits {tile.splits}"
+        constants["SPLITS"] = tile.splits
+        if tile.splits == 1:
+            constants["partial_ptr"] = None
+    return _specialisation(label, kernel, constants, warps=tile.num_warps, stages=tile.num_stages)
+
+
+def compile_specs() -> list[Specialisation]:
+    """Every layer with the tile it takes without tuning, and the listed tiles on fc2."""
+    specs = [
+        _main("tile", layer, default_tile("tile", _TOKENS, *_LAYERS[layer]))
+        for layer in ("qkv", "proj", "fc1")
+    ]
+    specs += [_main("tile", "fc1", tile) for tile in (TALL, WIDE)]
+    kinds: tuple[Variant, ...] = ("tile", "scratch")
+    for kind in kinds:
+        specs += [_main(kind, "fc2", tile) for tile in TILES[kind]]
+    for rows, groups in ((2, 28), (64, 28), (16, 1), (128, 1)):
+        tile = default_tile("skinny", rows, *_LAYERS["adaln"], groups)
+        specs.append(_main("skinny", "adaln", tile))
+    specs.append(_main("skinny", "fc2", default_tile("skinny", 256, *_LAYERS["fc2"])))
+    combine = _epilogue("fc2", 16, Tile(64, 16, 32, 4, 3)) | {"SPLITS": 4}
+    specs.append(_specialisation("combine fc2 64x16", combine_kernel, combine))
+    specs.append(_specialisation("unpack", unpack_kernel, {"BLOCK": 4096}))
+    return specs

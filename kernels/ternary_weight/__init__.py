@@ -1,0 +1,1 @@
+"""Fake quantization of ternary weights in training."""

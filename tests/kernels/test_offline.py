@@ -1,0 +1,74 @@
+"""Every kernel compiles for sm_90 without a GPU, and the machine code is what was designed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels.offline import OPERATIONS, Specialisation, main, specialisations
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Instructions of the main loop, per 128 x 128 x 128 products (the dense int8 loop has about 100).
+TILE_LOOP = 160
+#: fp32 tokens of width 4608 keep two fp16 halves of a row at once; training in bf16 does not.
+SPILLS = {"fake_quantize/forward 4608 fp32", "fake_quantize/backward 4608 fp32"}
+
+
+@functools.cache
+def compiled(operation: str) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.offline", "--json", operation],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_kernels_compile_for_hopper_without_spills(operation: str) -> None:
+    rows = compiled(operation)
+    assert len(rows) >= 3
+    for row in rows:
+        if row["name"] not in SPILLS:
+            assert row["spill_bytes"] == 0, row["name"]
+            assert not {"LDL", "STL"} & set(row["opcodes"]), row["name"]
+        assert row["registers"] <= 255
+        assert row["shared_bytes"] <= 227 * 1024, f"{row['name']} does not fit a multiprocessor"
+        assert (row["tensor_core_instructions"] > 0) >= row["tensor_cores"], row["name"]
+        assert row["instructions"] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_packed_weight_costs_few_instructions_in_the_loop() -> None:
+    """Register-A integer WGMMA, and a loop hardly longer than that of dense int8."""
+    tiles = [
+        row for row in compiled("ternary_matmul") if row["name"].startswith("ternary_matmul/tile")
+    ]
+    assert tiles
+    for row in tiles:
+        assert row["opcodes"].get("IGMMA", 0) > 0, row["name"]
+    large = [row for row in tiles if row["name"].endswith("128x128x128")]
+    assert large
+    assert max(row["loop_instructions"] for row in large) <= TILE_LOOP
+
+
+def test_the_table_is_printed_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["no such operation"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("spec", specialisations(), ids=lambda spec: spec.name)
+def test_a_specialisation_covers_its_arguments(spec: Specialisation) -> None:
+    assert set(spec.kernel.arg_names) <= set(spec.signature) | set(spec.constants)
