@@ -11,6 +11,7 @@ from robuq_bench.config.base import (
     Name,
     OptionalFloat,
     OptionalInt,
+    OptionalStrings,
     OptionalText,
     Section,
     Strings,
@@ -44,9 +45,13 @@ class RotationConfig(Section):
 
 
 class LowRankConfig(Section):
-    """Full-precision branch A(Bx) from the SVD of the rotated weight; rank 0 means no branch."""
+    """Full-precision branch A(Bx) from the SVD of the rotated weight; rank 0 means no branch.
+
+    `layers` are fnmatch patterns of the layers that have one; None: every quantized layer.
+    """
 
     rank: int = Field(default=0, ge=0)
+    layers: OptionalStrings = None
 
 
 class AdaLNConfig(Section):

@@ -131,9 +131,13 @@ class Attention(nn.Module):
         self.matmul_quantizer: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention between the two linear layers: [B, T, 3 C] -> [B, T, C]."""
+        batch, tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        heads = qkv.reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         if self.matmul_quantizer is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -141,7 +145,7 @@ class Attention(nn.Module):
             scores = quantize(q) @ quantize(k).transpose(-2, -1) * q.shape[-1] ** -0.5
             # v is reduced over tokens, so its quantization rows run along the token axis.
             out = quantize(scores.softmax(dim=-1)) @ quantize(v.transpose(-2, -1)).transpose(-2, -1)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
+        return out.transpose(1, 2).reshape(batch, tokens, channels)
 
 
 class Mlp(nn.Module):
@@ -172,6 +176,15 @@ class DiTBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a DiT one after the other: x [B, T, C], c [B, C] -> [B, T, C]."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, c)
+        return x
 
 
 class FinalLayer(nn.Module):
@@ -229,9 +242,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(
             sincos_position_embedding(hidden_size, grid_size)[None], requires_grad=False
         )
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
-        )
+        self.blocks = Blocks(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize()
 
@@ -282,8 +293,7 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
+        tokens = self.blocks(tokens, condition)
         return self.unpatchify(self.final_layer(tokens, condition))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:

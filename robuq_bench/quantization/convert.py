@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -26,6 +26,12 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def is_adaln(name: str, plan: Plan) -> bool:
     """Whether the layer `name` is a modulation linear, which follows `plan.adaln`."""
     return _matches(name, plan.layers.adaln)
+
+
+def low_rank_of(name: str, plan: Plan) -> int:
+    """Rank of the branch that the plan gives the layer `name`; 0 for none."""
+    patterns = plan.low_rank.layers
+    return plan.low_rank.rank if patterns is None or _matches(name, patterns) else 0
 
 
 def _replaceable(module: nn.Module) -> bool:
@@ -50,7 +56,8 @@ def target_layers(
     }
 
 
-def _settings(name: str, plan: Plan) -> dict[str, object]:
+def layer_settings(name: str, plan: Plan) -> dict[str, Any]:
+    """What `plan` says of the layer `name`, as arguments of `QuantizedLinear.from_linear`."""
     adaln = is_adaln(name, plan)
     bits = plan.adaln.activation_bits if adaln else plan.activations.bits
     if plan.activations.quantizer == "none":
@@ -60,11 +67,11 @@ def _settings(name: str, plan: Plan) -> dict[str, object]:
         "activation_quantizer": plan.activations.quantizer,
         "activation_bits": bits,
         "rotation": plan.rotation.kind if _matches(name, plan.rotation.layers) else "none",
-        "rank": plan.low_rank.rank,
+        "rank": low_rank_of(name, plan),
     }
 
 
-def _check(name: str, linear: nn.Linear, settings: dict[str, object]) -> None:
+def _check(name: str, linear: nn.Linear, settings: dict[str, Any]) -> None:
     """Everything that can fail, before the first layer is replaced."""
     rank = settings["rank"]
     if isinstance(rank, int) and rank > min(linear.weight.shape):
@@ -127,14 +134,14 @@ def quantize_(
             f"plan {plan.name!r} matches no nn.Linear of {type(model).__name__}; see layers.skip "
             "and filter_fn"
         )
-    settings = {name: _settings(name, plan) for name in layers}
+    settings = {name: layer_settings(name, plan) for name in layers}
     for name, linear in layers.items():
         _check(name, linear, settings[name])
     allocated = [name for name in layers if not is_adaln(name, plan)]
     if bits_by_layer is not None:
         _check_names(bits_by_layer, allocated)
     for name, linear in layers.items():
-        converted = QuantizedLinear.from_linear(linear, name=name, seed=seed, **settings[name])  # type: ignore[arg-type]
+        converted = QuantizedLinear.from_linear(linear, name=name, seed=seed, **settings[name])
         parent_name, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent_name), attribute, converted)
     if plan.attention.matmul_bits is not None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robuq_bench.errors import ConfigError, UsageError
-from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.quantization import cuda_path
+from robuq_bench.quantization.activations import ActivationQuantizer, activation_quantizer
 from robuq_bench.quantization.fused import fused_linear
 from robuq_bench.quantization.rotations import random_signs, rotate
 from robuq_bench.quantization.weights import fake_quantize_weight
@@ -37,6 +38,41 @@ def _fusible(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def linear_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    signs: Tensor | None,
+    rotated: bool,
+    quantizer: ActivationQuantizer | None,
+    bits: int,
+) -> Tensor:
+    """[Q_a(x R) | x R down^T] weight^T + bias: what a quantized layer computes, on any device.
+
+    Arguments as of `fused_linear`, which does it for floats on the CPU; `cuda_path` does it with
+    kernels where it can, and what remains is composed of PyTorch's operations.
+    """
+    if quantizer is not None and cuda_path.takes_tokens(x, weight, rotated, quantizer, bits):
+        dtype = cuda_path.product_dtype(weight) or weight.dtype
+        operand, tokens = cuda_path.fake_quantize(
+            x, signs, rotated, quantizer, bits, dtype, want_rotated=down is not None
+        )
+        if down is not None:
+            operand = torch.cat([operand, F.linear(tokens, down).to(dtype)], -1)
+        return F.linear(operand, weight, bias)
+    if _fusible(x, weight):
+        return fused_linear(x, weight, bias, down, signs, rotated, quantizer, bits)
+    tokens = x if x.dtype == torch.float64 else x.float()
+    if rotated:
+        tokens = rotate(tokens, None if signs is None else signs.to(tokens.dtype))
+    operand = tokens if quantizer is None else quantizer.fake_quantize(tokens, bits)
+    if down is not None:
+        branch = F.linear(tokens.to(weight.dtype), down)
+        operand = torch.cat([operand.to(branch.dtype), branch], -1)
+    return F.linear(operand.to(weight.dtype), weight, bias)
 
 
 class QuantizedLinear(nn.Module):
@@ -166,15 +202,20 @@ class QuantizedLinear(nn.Module):
 
     def _wide_weight(self) -> Tensor:
         """[quantized weight | up], [out, in + r]: both products of the layer in one."""
-        weight = self.quantized_weight()
-        return weight if self.low_rank_up is None else torch.cat([weight, self.low_rank_up], 1)
+        dtype = cuda_path.product_dtype(self.weight)
+        weight = fake_quantize_weight(self.weight, self.weight_quantizer, dtype)
+        if self.low_rank_up is None:
+            return weight
+        return torch.cat([weight, self.low_rank_up.to(weight.dtype)], 1)
 
     def _cached_wide_weight(self) -> Tensor:
         sources = [p for p in (self.weight, self.low_rank_up) if p is not None]
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
         if self.training or needs_grad or any(p.is_inference() for p in sources):
             return self._wide_weight()
-        key = tuple((p.data_ptr(), p._version, p.dtype) for p in sources)
+        # The kernels make it in the dtype of the product, which autocast decides.
+        dtype = cuda_path.product_dtype(self.weight)
+        key = (dtype, *((p.data_ptr(), p._version, p.dtype) for p in sources))
         if self._cached is None or self._cached[0] != key:
             # A tensor made in inference mode could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
@@ -192,25 +233,16 @@ class QuantizedLinear(nn.Module):
         quantizer = None if bits is None else activation_quantizer(self.activation_quantizer)
         if quantizer is not None:
             quantizer.check_bits(bits or 0)
-        if _fusible(x, weight):
-            return fused_linear(
-                x,
-                weight,
-                self.bias,
-                self.low_rank_down,
-                self.signs,
-                self.rotated,
-                quantizer,
-                bits or 0,
-            )
-        tokens = x if x.dtype == torch.float64 else x.float()
-        if self.rotated:
-            tokens = rotate(tokens, None if self.signs is None else self.signs.to(tokens.dtype))
-        operand = tokens if quantizer is None else quantizer.fake_quantize(tokens, bits or 0)
-        if self.low_rank_down is not None:
-            branch = F.linear(tokens.to(weight.dtype), self.low_rank_down)
-            operand = torch.cat([operand.to(branch.dtype), branch], -1)
-        return F.linear(operand.to(weight.dtype), weight, self.bias)
+        return linear_product(
+            x,
+            weight,
+            self.bias,
+            self.low_rank_down,
+            self.signs,
+            self.rotated,
+            quantizer,
+            bits or 0,
+        )
 
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank_up is None else self.low_rank_up.shape[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.quantization import cuda_path
 
 #: Added to the absmean by BitNet b1.58 so that an all-zero matrix has codes 0.
 ABSMEAN_EPS = 1e-5
@@ -86,10 +87,16 @@ def quantize_weight(weight: Tensor, name: str) -> QuantizedWeight:
     return QuantizedWeight(codes.to(torch.int8), scale)
 
 
-def fake_quantize_weight(weight: Tensor, name: str) -> Tensor:
-    """Differentiable `quantize_weight(weight, name).dequantize()`; "none" returns the weight."""
-    if name == "none":
-        return weight
-    _codes_of(name)
-    result: Tensor = _TernaryFakeQuantize.apply(weight, name)
-    return result
+def fake_quantize_weight(weight: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Differentiable `quantize_weight(weight, name).dequantize()`; "none" returns the weight.
+
+    `dtype` is that of the result, by default the weight's. On CUDA a kernel computes it where one
+    can, see `cuda_path`.
+    """
+    result = weight
+    if name != "none":
+        _codes_of(name)
+        if cuda_path.weight_reason(weight, name) is None:
+            return cuda_path.ternary_weight(weight, name, dtype or weight.dtype)
+        result = _TernaryFakeQuantize.apply(weight, name)
+    return result if dtype is None else result.to(dtype)
