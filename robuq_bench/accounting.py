@@ -31,6 +31,7 @@ from robuq_bench.model_structure import (
     dit_layer_macs,
     dit_structure,
     layer_macs,
+    low_rank_values,
     rotated_layers,
     ternary_layers,
     weight_quantizer,
@@ -101,10 +102,10 @@ def _packed_row(
     has_signs = packing.has_signs and plan.rotation.kind == "randomized-hadamard"
     signed = rotated_layers(structure, plan) if has_signs else []
     parts = {
-        "codes": sum(math.ceil(layer.weights * packing.bits_per_code / 8) for layer in ternary),
+        "codes": sum(_code_bytes(layer, packing) for layer in ternary),
         "scales": packing.scale_bytes * sum(_scales(layer, plan) for layer in ternary),
         "low_rank": packing.low_rank_bytes
-        * sum(layer.low_rank_values(plan.low_rank.rank) for layer in with_branch),
+        * sum(low_rank_values(layer, plan) for layer in with_branch),
         "signs": sum(math.ceil(layer.in_features / 8) for layer in signed),
         "rest": packing.rest_bytes
         * (structure.parameters - sum(layer.weights for layer in ternary)),
@@ -204,7 +205,7 @@ def _compute(structure: Structure, plan: Plan, bits: Mapping[str, float]) -> dic
         "attention": structure.attention_macs,
         "other": structure.other_macs,
         "low_rank": sum(
-            layer.tokens * layer.low_rank_values(plan.low_rank.rank)
+            layer.tokens * low_rank_values(layer, plan)
             for layer in converted_layers(structure, plan)
         ),
     }
@@ -245,6 +246,12 @@ def _activation_bits(
         if name not in bits_by_layer:
             raise UsageError(f"the allocation has no bits for layer {name!r}")
     return {name: bits_by_layer[name] for name in names}, "allocation"
+
+
+def _code_bytes(layer: LinearLayer, packing: Packing) -> int:
+    if packing.name.startswith("2bit/"):  # the kernels' layout: rows in blocks of 128 codes
+        return layer.out_features * math.ceil(layer.in_features / 128) * 32
+    return math.ceil(layer.weights * packing.bits_per_code / 8)
 
 
 def _scales(layer: LinearLayer, plan: Plan) -> int:

@@ -124,7 +124,7 @@ def load_tensors(
         CheckpointError: the file or its sidecar is missing, unreadable, truncated or changed.
     """
     _verify_digest(path, expected_sha256)
-    return _read_safetensors(path)
+    return read_safetensors(path)
 
 
 def verify_tensors(path: Path) -> None:
@@ -159,7 +159,12 @@ def _verify_digest(path: Path, expected_sha256: str | None) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata without checking a SHA-256; `load_tensors` does both.
+
+    Raises:
+        CheckpointError: the file is missing or no safetensors file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -272,7 +277,7 @@ def load_untrusted_checkpoint(
     if expected_sha256 or sidecar_path(path).exists() or not path.is_file():
         _verify_digest(path, expected_sha256)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)[0]
+        return read_safetensors(path)[0]
     return _state_dict(path, _load_pickle(path))
 
 

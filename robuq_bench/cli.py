@@ -39,12 +39,14 @@ from robuq_bench.cli_job import (
     WorkloadFlag,
     execute,
     find_run,
+    hardware_label,
     show,
     show_dry_run,
     show_rows,
     study_inputs,
 )
-from robuq_bench.errors import MissingResourceError, RobuqError
+from robuq_bench.cli_packed import packed_app
+from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
 
 if TYPE_CHECKING:
     from robuq_bench.config import Config
@@ -198,6 +200,13 @@ def sample(
             "--checkpoint", metavar="RUN", help="Take this run's student, not the teacher."
         ),
     ] = None,
+    packed: Annotated[
+        Path | None, typer.Option("--packed", metavar="FILE", help="Take this packed model.")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option("--backend", metavar="NAME", help="--packed: reference, integer or triton."),
+    ] = "reference",
     num: Annotated[int, typer.Option("--num", min=1, help="Number of images.")] = 40,
     png: Annotated[
         Path | None,
@@ -218,13 +227,25 @@ def sample(
               dry_run, False, as_json, quiet, (target,))  # fmt: skip
     config = job.resolve()
     run_path = None if checkpoint is None else find_run(checkpoint, output)
+    if packed is not None and checkpoint is not None:
+        raise UsageError("--checkpoint and --packed are two models; give one of them")
+    if packed is None and backend != "reference":
+        raise UsageError(f"--backend {backend} goes with --packed FILE; make one with `export`")
     if dry_run:
         show_dry_run(job, config, target, target.exists())
         return
     context = job.context()
     from studies.sample_images import run_sample
 
-    run_sample(config, context, checkpoint=run_path, num=num, output=target)
+    run_sample(
+        config,
+        context,
+        checkpoint=run_path,
+        packed=packed,
+        backend=backend,
+        num=num,
+        output=target,
+    )
     if as_json:
         console.print_json({"command": "sample", "path": target, "num": num, "seed": seed})
     else:
@@ -261,6 +282,7 @@ def study(
         return
     info = find_study(name)
     inputs = study_inputs(info.name, activations, checkpoint, part, output)
+    inputs += hardware_label(info.name, device)
     job = Job(info.name, info.version, plan, on, seed, [*inputs, *(overrides or [])], device,
               threads, output, dry_run, force, as_json, quiet)  # fmt: skip
 
@@ -327,6 +349,7 @@ def report(
         print(f"{target} {verb} {len(paths)} run(s)", flush=True)
 
 
+app.add_typer(packed_app)
 app.add_typer(inspect_app)
 app.add_typer(runs_app, name="runs")
 

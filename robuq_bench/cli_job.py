@@ -73,6 +73,7 @@ ShardFlag = Annotated[
 NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)]
 RUNS = Path("runs")
 SHARDED = ("sensitivity", "allocation")
+TIMED = ("efficiency", "kernels")
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,26 @@ def study_inputs(
     if checkpoint is not None:
         overrides.append(f"normality.student={json.dumps(str(find_run(checkpoint, root)))}")
     return overrides
+
+
+def hardware_label(study: str, device: str) -> list[str]:
+    """The override that makes a measurement on a GPU another run than one without.
+
+    Settings decide which run a command means, so studies of speed name the device in theirs.
+    """
+    if study not in TIMED:
+        return []
+    from robuq_bench.context import check_device_name
+
+    check_device_name(device)
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return []
+    index = int(device.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        return []  # `Context` refuses it by name
+    return [f"{study}.hardware={json.dumps(torch.cuda.get_device_name(index))}"]
 
 
 def command_line() -> list[str]:

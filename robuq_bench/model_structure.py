@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import is_adaln
+from robuq_bench.quantization.convert import is_adaln, low_rank_of
 
 if TYPE_CHECKING:
     from robuq_bench.config import Plan
@@ -40,10 +40,6 @@ class LinearLayer:
     @property
     def macs(self) -> int:
         return self.tokens * self.weights
-
-    def low_rank_values(self, rank: int) -> int:
-        """Values in the two factors of the branch."""
-        return rank * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True)
@@ -194,6 +190,11 @@ def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
         return []
     layers = converted_layers(structure, plan)
     return [layer for layer in layers if _matches(layer.name, plan.rotation.layers)]
+
+
+def low_rank_values(layer: LinearLayer, plan: Plan) -> int:
+    """Values in the low-rank branch that the plan gives this layer."""
+    return low_rank_of(layer.name, plan) * (layer.in_features + layer.out_features)
 
 
 def weight_quantizer(layer: LinearLayer, plan: Plan) -> str:

@@ -40,7 +40,7 @@ class Packing:
 CODES = {
     "ideal": (Fraction(TERNARY_BITS), "log2(3) bits a code, the entropy bound"),
     "base3": (Fraction(8, 5), "five codes a byte, 1.6 bits"),
-    "2bit": (Fraction(2), "four codes a byte"),
+    "2bit": (Fraction(2), "four codes a byte, rows in blocks of 128 as the kernels read them"),
 }
 FLOAT_BYTES = {"fp32": 4, "fp16": 2}
 PACKINGS = tuple(

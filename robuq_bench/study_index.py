@@ -14,7 +14,14 @@ from robuq_bench.errors import RobuqError, UsageError, suggest
 
 # These have commands of their own.
 COMMAND_MODULES = frozenset(
-    {"sample_images", "teacher_eval", "train_and_eval", "train_features", "train_teacher"}
+    {
+        "export_packed",
+        "sample_images",
+        "teacher_eval",
+        "train_and_eval",
+        "train_features",
+        "train_teacher",
+    }
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from robuq_bench.checkpointing import load_tensors
@@ -12,6 +13,7 @@ from robuq_bench.config import Config, Plan, Workload
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_bytes
+from robuq_bench.inference import load_packed, prepare_for_inference
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_, set_activation_bits
@@ -46,21 +48,43 @@ def load_student(run_path: Path, workload: Workload) -> nn.Module:
     return model
 
 
+def _check_model(path: Path, model: nn.Module, workload: Workload) -> None:
+    for field in ("input_size", "in_channels", "num_classes"):
+        found, wanted = getattr(model, field, None), getattr(workload.model, field)
+        if found != wanted:
+            raise UsageError(
+                f"{path} holds a model with {field} {found}, but workload {workload.name!r} has "
+                f"{wanted}; name its workload with --on"
+            )
+
+
 def run_sample(
-    config: Config, context: Context, *, checkpoint: Path | None, num: int, output: Path
+    config: Config,
+    context: Context,
+    *,
+    checkpoint: Path | None,
+    packed: Path | None = None,
+    backend: str = "reference",
+    num: int,
+    output: Path,
 ) -> Path:
     """Sample `num` images with seeds seed, seed + 1, ... and write one PNG grid.
 
-    checkpoint: a train-and-eval run folder (its student) or None (the workload's teacher).
+    The model is the student of the train-and-eval run folder `checkpoint`, the packed model in the
+    file `packed` on its `backend`, or else the workload's teacher.
     """
     workload = config.workload
     if workload.data.source == "latents":
         raise UsageError("sample needs a pixel workload; latents need a VAE to become images")
     model: nn.Module
-    if checkpoint is None:
-        model, _ = load_teacher(workload, context.device)
-    else:
+    if packed is not None:
+        model, _ = load_packed(packed)
+        _check_model(packed, model, workload)
+        model = prepare_for_inference(model.to(context.device), backend, torch.float32)
+    elif checkpoint is not None:
         model = load_student(checkpoint, workload)
+    else:
+        model, _ = load_teacher(workload, context.device)
     with context.progress.task("sample", num) as task:
         images = sample_images(
             model,

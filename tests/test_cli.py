@@ -33,12 +33,15 @@ FLAGS = {
     "": ["--version"],
     "account": ["--json", "--on", "--plan", "--set", "--workload"],
     "env": ["--json"],
+    "export": sorted({*COMMON, "--random-weights", "--runs", "--storage"}),
     "plans": ["--json"],
     "report": ["--dry-run", "--html", "--json", "--output", "--quiet", "-o"],
     "runs list": ["--json", "--output", "-o"],
     "runs show": ["--json", "--output", "-o"],
     "runs verify": ["--json", "--output", "-o"],
-    "sample": sorted({*COMMON, "--checkpoint", "--num", "--png"} - {"--force"}),
+    "sample": sorted(
+        {*COMMON, "--backend", "--checkpoint", "--num", "--packed", "--png"} - {"--force"}
+    ),
     "study": sorted([*COMMON, "--plan", "--activations", "--checkpoint", "--shard"]),
     "train-and-eval": sorted([*COMMON, "--plan"]),
     "train-features": sorted({*COMMON, "--export"} - {"--device"}),
@@ -426,7 +429,13 @@ def test_the_commands_call_their_studies(
     outcome = bench("sample", "--num", "4", "--png", "x.png", "--json")
     assert outcome.document == {"command": "sample", "path": "x.png", "num": 4, "seed": 0}
     named = seen["sample_images"][1]
-    assert named == {"checkpoint": None, "num": 4, "output": Path("x.png")}
+    assert named == {
+        "checkpoint": None,
+        "packed": None,
+        "backend": "reference",
+        "num": 4,
+        "output": Path("x.png"),
+    }
 
 
 # failures

@@ -1,0 +1,108 @@
+"""The command that writes a packed model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robuq_bench import console
+from robuq_bench.cli_job import (
+    RUNS,
+    DeviceFlag,
+    DryRunFlag,
+    ForceFlag,
+    Job,
+    JsonFlag,
+    QuietFlag,
+    SeedFlag,
+    SetFlag,
+    ThreadsFlag,
+    WorkloadFlag,
+    find_run,
+    show_dry_run,
+)
+from robuq_bench.errors import UsageError, suggest
+
+packed_app = typer.Typer()
+
+
+@packed_app.command()
+def export(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="RUN|PLAN", help="A finished run, or a plan for the teacher."),
+    ],
+    file: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The packed model.")
+    ] = Path("model.safetensors"),
+    storage: Annotated[
+        str,
+        typer.Option(
+            "--storage",
+            metavar="CODES/LOW_RANK/REST",
+            help="base3 or 2bit codes; the others fp32 (lossless), fp16 or int8.",
+        ),
+    ] = "base3/fp32/fp32",
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="No teacher: real sizes and speeds, noise images."),
+    ] = False,
+    runs: Annotated[
+        Path, typer.Option("--runs", metavar="FOLDER", help="Root of the run folders.")
+    ] = RUNS,
+    on: WorkloadFlag = "digits",
+    seed: SeedFlag = 0,
+    overrides: SetFlag = None,
+    device: DeviceFlag = "auto",
+    threads: ThreadsFlag = None,
+    dry_run: DryRunFlag = False,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Write a packed model: one file of 1.6 or 2 bits a weight, with its configuration."""
+    run, plan = _run_or_plan(what, runs)
+    if run is not None and random_weights:
+        raise UsageError(f"{what} is a run, which has weights; --random-weights goes with a plan")
+    job = Job("export", "1", plan, on, seed, overrides, device, threads, runs,
+              dry_run, force, as_json, quiet, (file,))  # fmt: skip
+    config = job.resolve()
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; -o names the file to write")
+    if dry_run:
+        show_dry_run(job, config, file, file.exists())
+        return
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists; choose another -o, or --force to replace it")
+    context = job.context()
+    from studies.export_packed import run_export
+
+    rows = run_export(
+        config, context, run=run, random_weights=random_weights, storage=storage, target=file
+    )
+    if as_json:
+        console.print_json({"command": "export", "path": file, "storage": storage, "table": rows})
+        return
+    console.print_table(rows, missing="")
+    print(f"done: {file}", flush=True)
+
+
+def _run_or_plan(what: str, root: Path) -> tuple[Path | None, str]:
+    """The run folder that `what` means, or a plan; a plan's name wins.
+
+    Raises:
+        UsageError: neither; names the nearest of both.
+    """
+    from robuq_bench.config import plan_names
+
+    if what in plan_names() or what.endswith(".toml"):
+        return None, what
+    try:
+        return find_run(what, root), "fp"
+    except UsageError:
+        from robuq_bench.runs import list_runs
+
+        known = [*plan_names(), *(summary.id for summary in list_runs(root))]
+        raise UsageError(f"{what!r} is neither a run nor a plan{suggest(what, known)}") from None

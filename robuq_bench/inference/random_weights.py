@@ -1,0 +1,71 @@
+"""A packed model with random weights, for sizes and speeds, in seconds and without a teacher."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from robuq_bench.config import Plan
+from robuq_bench.errors import UsageError
+from robuq_bench.inference.packed_linear import PackedLinear, replace_module
+from robuq_bench.quantization.activations import matmul_quantizer
+from robuq_bench.quantization.convert import layer_settings, target_layers
+from robuq_bench.quantization.rotations import random_signs
+
+
+@torch.no_grad()
+def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
+    """Replace the layers that `plan` quantizes by `PackedLinear`s of random codes, in place.
+
+    Shapes, bits, rotations and ranks are the plan's, so bytes and times are those of a trained
+    model; its images are noise. Each of the three codes is equally likely.
+
+    Args:
+        model: unquantized, on the CPU; the layers that stay keep their weights.
+        plan: with ternary weights; an allocation is taken at its uniform `activations.bits`.
+        seed: of codes and factors.
+
+    Raises:
+        UsageError: the plan keeps the weights of a layer in full precision.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = target_layers(model, plan)
+    if plan.is_full_precision or not layers:
+        raise UsageError(f"plan {plan.name!r} quantizes no layer of {type(model).__name__}")
+    for name, linear in layers.items():
+        settings = layer_settings(name, plan)
+        if settings["weight_quantizer"] == "none":
+            raise UsageError(f"plan {plan.name!r} keeps the weight of {name!r} in full precision")
+        out_features, in_features = linear.out_features, linear.in_features
+        codes = torch.randint(-1, 2, (out_features, in_features), generator=generator)
+        per_channel = settings["weight_quantizer"] == "ternary-twn"
+        scale = 1 + 0.1 * torch.rand(out_features if per_channel else 1, generator=generator)
+        scale /= math.sqrt(in_features)
+        rank = int(settings["rank"])
+        low_rank = None
+        if rank:
+            up = torch.randn(out_features, rank, generator=generator) / math.sqrt(rank)
+            down = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+            low_rank = (up, down)
+        bits = settings["activation_bits"]
+        rotation = settings["rotation"]
+        signs = random_signs(in_features, name, seed) if rotation == "randomized-hadamard" else None
+        packed = PackedLinear(
+            codes.to(torch.int8),
+            scale,
+            linear.bias,
+            name=name,
+            activation_quantizer=str(settings["activation_quantizer"]),
+            activation_bits=None if bits is None else int(bits),
+            rotated=rotation != "none",
+            signs=signs,
+            low_rank=low_rank,
+        )
+        replace_module(model, name, packed)
+    if plan.attention.matmul_bits is not None:
+        for module in model.modules():
+            if hasattr(module, "matmul_quantizer"):
+                module.matmul_quantizer = matmul_quantizer(plan.attention.matmul_bits)  # type: ignore[assignment]
+    return model.eval()

@@ -1,0 +1,120 @@
+"""`export` and `sample --packed`: from a run, a plan or nothing to one file and its images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robuq_bench.cli import main
+
+Bench = Any
+
+
+@pytest.fixture
+def bench(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Bench:
+    """Run a command in an empty folder; returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def rows_of(output: str) -> dict[str, Any]:
+    return {row["part"]: row for row in json.loads(output.splitlines()[-1])["table"]}
+
+
+def test_a_plan_is_exported_and_sampled_on_both_backends(bench: Bench, tiny_workload: Path) -> None:
+    on = ("--on", str(tiny_workload))
+    code, out, err = bench("export", "a4", *on, "-o", "m.safetensors", "--json")
+    assert code == 0, err
+    rows = rows_of(out)
+    assert rows["total"]["bytes"] == Path("m.safetensors").stat().st_size
+    assert "without training" in err
+    for backend in ("reference", "integer"):
+        code, _, err = bench(
+            "sample", *on, "--packed", "m.safetensors", "--backend", backend,
+            "--num", "4", "--png", f"{backend}.png", "--quiet",
+        )  # fmt: skip
+        assert code == 0, err
+        assert Path(f"{backend}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_exported_with_its_allocation(bench: Bench, tiny_workload: Path) -> None:
+    from robuq_bench.inference import load_packed
+
+    code, out, err = bench(
+        "train-and-eval", "--plan", "a2", "--on", str(tiny_workload), "--json", "--quiet"
+    )
+    assert code == 0, err
+    run = json.loads(out.splitlines()[-1])["run"]
+    code, out, err = bench("export", run, "-o", "m.safetensors", "--storage", "2bit/fp16/fp16")
+    assert code == 0, err
+    assert "low-rank branch" in out
+    assert "size_reduction" in out
+    _, facts = load_packed(Path("m.safetensors"))
+    assert facts["source"] == run
+    records = [
+        json.loads(line) for line in (Path("runs") / run / "results.jsonl").read_text().splitlines()
+    ]
+    bits = next(r["bits_by_layer"] for r in records if r["kind"] == "allocation")
+    assert {name: facts["bits_by_layer"][name] for name in bits} == bits
+    assert len(set(bits.values())) > 1, "AMPN must have chosen different bits"
+
+
+def test_random_weights_need_no_teacher(bench: Bench) -> None:
+    arguments = (
+        "export", "a2", "--on", "imagenet256", "--random-weights", "--quiet", "--json",
+        "--set", "model.depth=1", "--set", "low_rank.rank=16", "--storage", "base3/fp16/fp16",
+    )  # fmt: skip
+    code, out, err = bench(*arguments, "-o", "m.safetensors")
+    assert code == 0, err
+    assert rows_of(out)["ternary codes"]["bytes"] == 4777575 + 2  # 1.6 bits of 23,887,872 codes
+    code, _, err = bench(*arguments, "-o", "m.safetensors")
+    assert code == 2
+    assert "m.safetensors exists; choose another -o, or --force" in err
+    assert bench(*arguments, "-o", "m.safetensors", "--force")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["export", "a22"], 2, "'a22' is neither a run nor a plan; did you mean 'a2'?"),
+        (["export", "fp"], 2, "plan 'fp' is full precision; there is nothing to pack"),
+        (["export", "a2", "--on", "imagenet256"], 4, "has no teacher checkpoint"),
+        (["export", "a2", "-o", "."], 2, ". is a folder; -o names the file to write"),
+        (["export", "a2", "--storage", "base3"], 2, "'base3' is not CODES/LOW_RANK/REST"),
+        (["sample", "--packed", "x", "--checkpoint", "a"], 2, "unknown run 'a'"),
+        (["sample", "--backend", "integer"], 2, "--backend integer goes with --packed FILE"),
+        (["sample", "--packed", "none.safetensors"], 4, "none.safetensors"),
+    ],
+)
+def test_errors_say_what_to_do(
+    bench: Bench, arguments: list[str], exit_code: int, message: str
+) -> None:
+    code, _, err = bench(*arguments)
+    assert (code, message in err) == (exit_code, True), err
+    assert not Path("model.safetensors").exists()
+
+
+def test_a_packed_model_of_another_workload_is_refused(bench: Bench, tiny_workload: Path) -> None:
+    assert bench("export", "a4", "--on", str(tiny_workload), "-o", "m.safetensors")[0] == 0
+    code, _, err = bench("sample", "--on", "mnist32", "--packed", "m.safetensors")
+    assert code == 2
+    assert "input_size 8, but workload 'mnist32' has 32; name its workload with --on" in err
+
+
+def test_a_dry_run_writes_nothing(bench: Bench, tiny_workload: Path) -> None:
+    code, out, _ = bench("export", "a4", "--on", str(tiny_workload), "--dry-run")
+    assert code == 0
+    assert "model.safetensors (new); --dry-run: nothing was written" in out
+    assert list(Path().iterdir()) == []
