@@ -67,6 +67,23 @@ def pieces() -> tuple[Piece, ...]:
             ("-m", "pytest", "-m", "gpu", "--timeout", "300"),
         ),
         Piece(
+            "kernel-tests",
+            "every kernel test, on the device in place of the interpreter",
+            ("-m", "pytest", "tests/kernels", "--timeout", "300"),
+        ),
+        Piece(
+            "kernels",
+            "every kernel: right, how fast, how near to the ceiling",
+            ("bench.py", "study", "kernels", "--device", "cuda"),
+            resumable=True,
+        ),
+        Piece(
+            "efficiency",
+            "DiT-XL/2 end to end against five baselines",
+            ("bench.py", "study", "efficiency", "--on", "imagenet256", "--device", "cuda"),
+            resumable=True,
+        ),
+        Piece(
             "step-time",
             "QAT step against full-precision step",
             ("bench.py", "study", "step-time", "--device", "cuda"),
@@ -76,6 +93,12 @@ def pieces() -> tuple[Piece, ...]:
             "teacher of the mnist32 workload",
             ("bench.py", "train-teacher", *on_mnist, "--export", MNIST_TEACHER),
             resumable=True,
+        ),
+        Piece(
+            "record",
+            "timings as JSON below reports/recorded",
+            ("-m", "robuq_bench.measuring.record"),
+            needs=("kernels", "efficiency", "step-time"),
         ),
         *(
             Piece(

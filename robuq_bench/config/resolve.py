@@ -25,6 +25,8 @@ from robuq_bench.config.plan import Plan
 from robuq_bench.config.studies import (
     STUDY_SETTINGS,
     OptionalAllocation,
+    OptionalEfficiency,
+    OptionalKernels,
     OptionalNormality,
     OptionalSensitivity,
     default_settings,
@@ -51,6 +53,8 @@ class Config(Section):
     normality: OptionalNormality = None
     sensitivity: OptionalSensitivity = None
     allocation: OptionalAllocation = None
+    kernels: OptionalKernels = None
+    efficiency: OptionalEfficiency = None
 
 
 def resolve(

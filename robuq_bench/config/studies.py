@@ -175,6 +175,91 @@ class AllocationStudyConfig(Section):
         return self
 
 
+class KernelsConfig(Section):
+    """What `study kernels` checks and times.
+
+    Shapes are those of the DiT sizes in `models` at `batches`, with guidance "on" (twice the
+    images), "off" or both, `tokens_per_image` each; no `kernels` means all. `autotune` lets
+    products choose their tiles by timing first. Without a GPU every kernel is checked at its true
+    widths, `check_rows` rows and at most `check_outputs` outputs. `hardware` keeps runs of
+    several machines apart; the command line fills it in on a GPU.
+    """
+
+    models: Strings = ("XL", "L", "B", "S")
+    batches: Ints = (1, 8, 32, 64)
+    guidance: Strings = ("on", "off")
+    kernels: Strings = ()
+    tokens_per_image: int = Field(default=256, ge=1)
+    bits: int = Field(default=8, ge=1, le=8)
+    rank: int = Field(default=16, ge=0)
+    autotune: bool = True
+    rounds: int = Field(default=3, ge=3)
+    round_ms: float = Field(default=100.0, gt=0)
+    check_rows: int = Field(default=16, ge=2)
+    check_outputs: int = Field(default=160, ge=1)
+    hardware: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KernelsConfig:
+        _check_choices("models", self.models, ("S", "B", "L", "XL"))
+        _check_choices("guidance", self.guidance, ("on", "off"))
+        if not _ascend(self.batches, 1):
+            raise ValueError(f"batches must ascend from 1 or more, got {list(self.batches)}")
+        return self
+
+
+#: What `study efficiency` can time; `studies.efficiency_variants` says what each is.
+EFFICIENCY_VARIANTS = (
+    "fp32",
+    "tf32",
+    "bf16",
+    "bf16-compile",
+    "bf16-graph",
+    "torchao-int8",
+    "w1.58a8",
+    "w1.58a4",
+    "w1.58a2",
+)
+
+
+class EfficiencyConfig(Section):
+    """What `study efficiency` times: every variant at every batch, one step and whole sampling.
+
+    With `guidance` the network sees twice the batch. `rank` is that of the low-rank branch (the
+    paper: 16). A variant and batch take one item of a few minutes at most; select parts by
+    `variants` and `batches`. `hardware` as in `KernelsConfig`.
+    """
+
+    variants: Strings = EFFICIENCY_VARIANTS
+    batches: Ints = (1, 8, 32)
+    guidance: bool = True
+    sampling_batches: Ints = (1, 8, 32)
+    sampling_steps: int = Field(default=50, ge=1)
+    rank: int = Field(default=16, ge=0)
+    rounds: int = Field(default=3, ge=3)
+    round_ms: float = Field(default=300.0, gt=0)
+    hardware: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EfficiencyConfig:
+        _check_choices("variants", self.variants, EFFICIENCY_VARIANTS)
+        if not _ascend(self.batches, 1):
+            raise ValueError(f"batches must ascend from 1 or more, got {list(self.batches)}")
+        if not set(self.sampling_batches) <= set(self.batches):
+            raise ValueError("sampling_batches must be among batches")
+        return self
+
+
+def _check_choices(field: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not values or len(set(values)) != len(values):
+        raise ValueError(f"{field} must not be empty nor repeat a value: {list(values)}")
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{field}: unknown {value!r}{suggest(value, known)}")
+
+
+OptionalKernels = Annotated[KernelsConfig | None, BeforeValidator(none_word)]
+OptionalEfficiency = Annotated[EfficiencyConfig | None, BeforeValidator(none_word)]
 OptionalAllocation = Annotated[AllocationStudyConfig | None, BeforeValidator(none_word)]
 
 
@@ -194,6 +279,8 @@ OptionalSensitivity = Annotated[SensitivityConfig | None, BeforeValidator(none_w
 #: Study -> its settings, which `Config` holds in the field of the same name.
 STUDY_SETTINGS: dict[str, type[Section]] = {
     "allocation": AllocationStudyConfig,
+    "efficiency": EfficiencyConfig,
+    "kernels": KernelsConfig,
     "normality": NormalityConfig,
     "sensitivity": SensitivityConfig,
 }

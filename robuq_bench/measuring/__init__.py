@@ -1,0 +1,9 @@
+"""How long, how much memory, and how near to the hardware: the measuring side of the GPU studies.
+
+- `statistics`: medians, spread and the rule for "faster"; pure, needs no GPU.
+- `timing`: interleaved rounds over stopwatches; CUDA-graph replays are one kind of stopwatch.
+- `ceilings`: copy bandwidth and matmul rates of this device, measured.
+- `roofline`: bytes and operations of a layer, data-sheet peaks, the end-to-end model of a DiT.
+- `memory`: peak memory as weights, activations and workspace.
+- `record`: finished runs as JSON files for `reports/recorded`.
+"""

@@ -1,0 +1,340 @@
+"""`study efficiency`: exact sizes and models on a CPU, and the GPU path with scripted clocks."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from robuq_bench import cli
+from robuq_bench.config import Config, load_workload, resolve
+from robuq_bench.context import Context
+from robuq_bench.diffusion import Diffusion, make_scheduler
+from robuq_bench.errors import CheckError, ConfigError, UsageError
+from robuq_bench.measuring.memory import weight_bytes
+from robuq_bench.progress import Progress
+from robuq_bench.runs import Run
+from studies import efficiency, efficiency_variants
+from studies.efficiency import packed_bytes
+from studies.efficiency_claims import speed_factor
+from studies.efficiency_variants import (
+    VARIANTS,
+    Sampler,
+    build,
+    ddim_coefficients,
+    matmul_precision,
+    packed_plan,
+    variant_of,
+)
+
+SMALL = (
+    "efficiency.batches=[1,2]",
+    "efficiency.sampling_batches=[1]",
+    "efficiency.sampling_steps=5",
+    "efficiency.rank=4",
+    "efficiency.round_ms=0.01",
+)
+
+
+def configure(workload: Path | str, *overrides: str) -> Config:
+    return resolve("efficiency", efficiency.VERSION, "a4", workload, 0, [*SMALL, *overrides])
+
+
+def perform(config: Config, root: Path, device: str = "cpu") -> tuple[Run, list[dict[str, Any]]]:
+    context = Context(device=device, threads=1, progress=Progress(quiet=True), argv=[])
+    with Run.open(root, config, []) as run:
+        rows = efficiency.run(config, run, context)
+        run.finish()
+    return run, rows
+
+
+def table(run: Run, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((run.path / "tables" / f"{name}.csv").read_text().splitlines()))
+
+
+def test_without_a_gpu_sizes_are_exact_and_times_are_a_model(tmp_path: Path) -> None:
+    config = resolve("efficiency", efficiency.VERSION, "a4", "imagenet256")
+    run, rows = perform(config, tmp_path)
+    sizes = {row["ours"]: row["factor"] for row in rows if row["claim"] == "checkpoint size"}
+    assert sizes["base3/fp16/fp16"] >= 15.2
+    assert {row["paper"] for row in rows} == {15.2, 7.1, 3.5}
+    weights = {row["variant"]: row for row in table(run, "weights")}
+    assert int(weights["fp32"]["weight_bytes"]) == 2 * int(weights["bf16"]["weight_bytes"])
+    assert float(weights["w1.58a8"]["reduction_from_fp32"]) >= 7.1
+    assert weights["torchao-int8"]["weight_bytes"] == ""
+    model = {row["images"]: row for row in table(run, "end_to_end_model")}
+    assert set(model) == {"2", "16", "64"}
+    assert float(model["16"]["ratio_to_bf16"]) == pytest.approx(1.60, abs=0.005)
+    speed = [row for row in table(run, "claims") if row["claim"] == "speed"]
+    assert {row["factor"] for row in speed} == {""}
+    assert {row["basis"] for row in speed} == {"not run"}
+    graph = [row for row in rows if row["against"] == "bf16-graph, step"]
+    assert [round(row["modelled_factor"], 2) for row in graph] == [1.61, 1.60, 1.56]
+    assert not (run.path / "tables" / "end_to_end.csv").exists()
+
+
+def test_the_sentence_and_the_exit_codes(
+    tiny_workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["study", "efficiency", "--on", str(tiny_workload), "-o", str(tmp_path)]
+    for override in SMALL:
+        arguments += ["--set", override]
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "need a CUDA device" in said.err
+    assert "not run" in said.out
+    if not torch.cuda.is_available():
+        assert cli.main([*arguments, "--device", "cuda"]) == 4
+
+
+def test_settings_are_checked(tiny_workload: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown 'fp16'"):
+        configure(tiny_workload, 'efficiency.variants=["fp16"]')
+    with pytest.raises(ConfigError, match="sampling_batches must be among batches"):
+        configure(tiny_workload, "efficiency.sampling_batches=[7]")
+    with pytest.raises(UsageError, match="unknown 'fp3'"):
+        variant_of("fp3")
+    without_null = configure(tiny_workload, "model.class_dropout_prob=0.0")
+    with pytest.raises(UsageError, match=r"efficiency\.guidance=false"):
+        perform(without_null, tmp_path)
+
+
+@pytest.mark.parametrize("plan", ["a8", "a2-uniform"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_packed_bytes_are_those_of_the_model(tiny_workload: Path, plan: str, rank: int) -> None:
+    section = load_workload(tiny_workload).model
+    name = {"a8": "w1.58a8", "a2-uniform": "w1.58a2"}[plan]
+    model = build(VARIANTS[name], section, rank, 0, "cpu", "integer")
+    assert packed_bytes(section, packed_plan(plan, rank), 2) == weight_bytes(model)
+
+
+def test_ddim_is_that_of_diffusers() -> None:
+    diffusion = Diffusion()
+    timesteps, coefficients = ddim_coefficients(diffusion, 20)
+    scheduler = make_scheduler(diffusion, "ddim", 20, learn_sigma=False)
+    assert timesteps.tolist() == scheduler.timesteps.tolist()
+    x, eps = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for t, (a, b) in zip(scheduler.timesteps, coefficients, strict=True):
+        expected = scheduler.step(eps, t, x, return_dict=False)[0]
+        torch.testing.assert_close(a * x + b * eps, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="must divide 1000"):
+        ddim_coefficients(diffusion, 30)
+
+
+def test_a_step_is_guided_as_the_model_guides(tiny_workload: Path) -> None:
+    section = load_workload(tiny_workload).model
+    model = build(VARIANTS["fp32"], section, 4, 0, "cpu")
+    sampler = Sampler(model, section, torch.float32, 3, True, "cpu", 0)
+    doubled = torch.cat([sampler.x, sampler.x])
+    t = sampler.timestep.expand(6)
+    with torch.no_grad():
+        expected = model.forward_with_cfg(doubled, t, sampler.labels, efficiency_variants.CFG_SCALE)
+        found = sampler.predict()
+    torch.testing.assert_close(found, expected[:3, : section.in_channels])
+    assert found.abs().max() > 0  # open gates
+
+    seen: list[tuple[int, list[float]]] = []
+    timesteps, coefficients = ddim_coefficients(Diffusion(), 4)
+    sampler.x.zero_()
+    sampler.sample(
+        lambda: seen.append((int(sampler.timestep), sampler.coefficients.tolist())),
+        timesteps,
+        coefficients,
+    )
+    assert [t for t, _ in seen] == [750, 500, 250, 0]
+    assert [c for _, c in seen] == coefficients.tolist()
+    assert torch.equal(sampler.x, sampler.noise)
+    sampler.coefficients.copy_(torch.tensor([2.0, 3.0]))
+    sampler.step(lambda: torch.ones_like(sampler.x))
+    torch.testing.assert_close(sampler.x, 2 * sampler.noise + 3)
+
+
+def test_precision_flags_come_back() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    with matmul_precision(True):
+        assert torch.backends.cuda.matmul.allow_tf32
+        with matmul_precision(False):
+            assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+class Scripted:
+    """Stands for both stopwatches: runs its work once; a graph is twice as fast."""
+
+    method = "scripted"
+
+    def __init__(self, seconds: float, work: Sequence[Callable[[], object]]) -> None:
+        self.seconds, self.calls = seconds, len(work)
+        for call in work:
+            call()
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The GPU path on the CPU: the integer backend for Triton's, scripted clocks and counters."""
+    facts: dict[str, Any] = {"built": [], "difference": None}
+    real_build = efficiency.build
+
+    def fake_build(
+        variant: Any, section: Any, rank: int, seed: int, device: str, backend: str
+    ) -> Any:
+        facts["built"].append((variant.name, backend))
+        if facts["difference"] == variant.name and backend == "triton":
+            seed += 1
+        return real_build(variant, section, rank, seed, "cpu", "integer")
+
+    def peak(step: Callable[[], object], model: Any, resident_before: int) -> dict[str, Any]:
+        step()
+        weights = weight_bytes(model)
+        return {"peak_bytes": weights + 1000, "weights_bytes": weights, "activations_bytes": 1000}
+
+    class Graph:
+        def __init__(self, work: Sequence[Callable[[], object]]) -> None:
+            self.work = work
+
+        def replay(self) -> None:
+            for call in self.work:
+                call()
+
+    real_sampler = Sampler
+    monkeypatch.setattr(efficiency, "build", fake_build)
+    monkeypatch.setattr(
+        efficiency,
+        "Sampler",
+        lambda m, s, d, b, g, device, seed: real_sampler(m, s, d, b, g, "cpu", seed),
+    )
+    monkeypatch.setattr(efficiency, "measure_peak", peak)
+    monkeypatch.setattr(efficiency, "release", lambda: None)
+    monkeypatch.setattr(efficiency, "GraphReplay", lambda work: Scripted(0.01, work))
+    monkeypatch.setattr(efficiency, "EagerCalls", lambda work, warmup=3: Scripted(0.03, work))
+    monkeypatch.setattr(efficiency, "capture", Graph)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
+    real_to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda self, *a, **k: self if a[:1] == ("cuda",) else real_to(self, *a, **k),
+    )
+    return facts
+
+
+def test_the_gpu_path_measures_compares_and_resumes(
+    tiny_workload: Path, tmp_path: Path, pretend_gpu: dict[str, Any]
+) -> None:
+    names = ("fp32", "bf16-graph", "torchao-int8", "w1.58a8")
+    chosen = f"efficiency.variants={list(names)}".replace("'", '"')
+    config = configure(tiny_workload, chosen)
+    context = Context(device="cuda", threads=1, progress=Progress(quiet=True), argv=[])
+    real = Run.append
+
+    def stop_at_ours(self: Run, key: str, **fields: Any) -> None:
+        if key == "step/w1.58a8/batch2":
+            raise KeyboardInterrupt
+        real(self, key, **fields)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "append", stop_at_ours)
+        with pytest.raises(KeyboardInterrupt), Run.open(tmp_path, config, []) as run:
+            efficiency.run(config, run, context)
+    assert pretend_gpu["built"] == [
+        ("fp32", "triton"),
+        ("bf16-graph", "triton"),
+        # torchao is not installed: its items are there, without a model
+        *[("torchao-int8", "triton")] * 3,
+        *[("w1.58a8", backend) for backend in ("integer", "triton")],
+    ]
+    pretend_gpu["built"].clear()
+    run, rows = perform(config, tmp_path, "cuda")
+    assert {name for name, _ in pretend_gpu["built"]} == {"w1.58a8"}
+
+    items = {(r["measured"], r["variant"], r["batch"]): r for r in table(run, "end_to_end")}
+    assert len(items) == 4 * 3  # batches 1 and 2, and sampling at 1
+    assert items["step", "torchao-int8", "1"]["status"] == "not run: torchao is not installed"
+    assert items["step", "torchao-int8", "1"]["median_ms"] == ""
+    ours = items["step", "w1.58a8", "2"]
+    assert (ours["median_ms"], ours["images"], ours["weights"]) == ("10.0", "4", "random")
+    assert float(ours["difference_to_integer"]) == 0
+    assert float(items["sampling", "fp32", "1"]["images_per_s"]) == pytest.approx(1 / 0.03)
+    assert "5 graph replays" in items["sampling", "w1.58a8", "1"]["method"]
+    assert "rounds_s" not in ours
+    found = {(r["against"], r["batch"]): r for r in rows if r["basis"] == "measured"}
+    assert found["fp32, step", 2]["factor"] == pytest.approx(3)
+    assert found["fp32, step", 2]["verdict"] == "faster"
+    assert found["bf16-graph, step", 2]["factor"] == pytest.approx(1)
+    assert found["bf16-graph, step", 2]["verdict"] == "no difference shown"
+    assert found["fp32, peak of a step", 1]["factor"] > 1
+    full = {(r["against"], r["batch"]): r for r in table(run, "claims")}
+    assert full["torchao-int8, step", "1"]["basis"] == "not run"
+
+
+def test_a_packed_model_that_computes_something_else_has_no_time(
+    tiny_workload: Path, tmp_path: Path, pretend_gpu: dict[str, Any]
+) -> None:
+    pretend_gpu["difference"] = "w1.58a8"
+    config = configure(tiny_workload, 'efficiency.variants=["bf16","w1.58a8"]')
+    context = Context(device="cuda", threads=1, progress=Progress(quiet=True), argv=[])
+    with (
+        pytest.raises(CheckError, match=r"w1\.58a8: check failed: the prediction differs"),
+        Run.open(tmp_path, config, []) as run,
+    ):
+        efficiency.run(config, run, context)
+    items = {(r["measured"], r["variant"], r["batch"]): r for r in table(run, "end_to_end")}
+    assert items["step", "w1.58a8", "1"]["median_ms"] == ""
+    assert items["step", "bf16", "1"]["median_ms"] != ""
+
+
+def test_a_variant_that_fails_does_not_take_the_others_along(
+    tiny_workload: Path,
+    tmp_path: Path,
+    pretend_gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> dict[str, Any]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(efficiency, "measure_peak", full)
+    config = configure(tiny_workload, 'efficiency.variants=["bf16","w1.58a8"]')
+    run, rows = perform(config, tmp_path, "cuda")
+    items = {(r["measured"], r["variant"]): r for r in table(run, "end_to_end")}
+    assert items["step", "bf16"]["status"] == "failed: OutOfMemoryError: CUDA out of memory."
+    assert items["sampling", "bf16"]["status"] == "ok"
+    assert {row["basis"] for row in rows if "step" in row["against"]} == {"not run"}
+
+
+def test_an_unstable_timing_marks_its_verdict() -> None:
+    def item(seconds: list[float], stability: str) -> dict[str, Any]:
+        return {"rounds_s": [seconds] * 3, "method": "scripted", "stability": stability}
+
+    ours, base = item([1.0, 1.01, 1.02, 1.0], "unstable"), item([2.0, 2.01, 2.02, 2.1], "stable")
+    factor, verdict = speed_factor(ours, base)
+    assert factor == pytest.approx(2, rel=0.02)
+    assert verdict == "faster, unstable"
+    assert speed_factor(None, base) == (None, "")
+    assert speed_factor({"status": "failed"}, base) == (None, "")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_variant_runs(tiny_workload: Path, tmp_path: Path) -> None:
+    names = ("fp32", "tf32", "bf16", "bf16-compile", "bf16-graph", "w1.58a8", "w1.58a4", "w1.58a2")
+    chosen = f"efficiency.variants={list(names)}".replace("'", '"')
+    run, _ = perform(configure(tiny_workload, chosen), tmp_path, "cuda")
+    for row in table(run, "end_to_end"):
+        assert row["status"] == "ok", row
+        assert float(row["median_ms"]) > 0
+        if row["measured"] == "step":
+            assert int(row["activations_bytes"]) > 0
+    exact = {row["variant"]: row["weight_bytes"] for row in table(run, "weights")}
+    for row in table(run, "end_to_end"):
+        if row["measured"] == "step":
+            assert row["weights_bytes"] == exact[row["variant"]]
