@@ -22,7 +22,17 @@ from reports.allocation.story import RULE as ALLOCATION_RULE
 from reports.allocation.story import allocation_claims
 from reports.allocation.story import answer as allocation_answer
 from reports.claims import Claim, group_claims, open_claims
-from reports.export import write_normality, write_run_table, write_tables
+from reports.efficiency import efficiency_runs
+from reports.efficiency.story import RULE as EFFICIENCY_RULE
+from reports.efficiency.story import answer as efficiency_answer
+from reports.efficiency.story import efficiency_claims
+from reports.efficiency.tables import factor_table
+from reports.export import write_normality, write_run_table, write_tables, write_tex
+from reports.kernels import kernel_runs
+from reports.kernels.story import RULE as KERNEL_RULE
+from reports.kernels.story import answer as kernel_answer
+from reports.kernels.story import kernel_claims
+from reports.kernels.tables import target_table
 from reports.loading import RunData, find_runs
 from reports.normality.claims import RULE, normality_claims
 from reports.normality.data import NormalityRun, normality_runs
@@ -46,6 +56,14 @@ _STANDARD_MANIFEST = frozenset(
         *("config_sha256", "inputs", "outputs", "sessions"),
     }
 )
+
+
+_STUDY_RULES = {
+    "sensitivity": SENSITIVITY_RULE,
+    "allocation": ALLOCATION_RULE,
+    "kernels": KERNEL_RULE,
+    "efficiency": EFFICIENCY_RULE,
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,9 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     sensitive, allocated = sensitivity_runs(finished), allocation_runs(finished)
     measured = [("Sensitivity", study, sensitivity_claims(study)) for study in sensitive]
     measured += [("Worth of AMPN", study, allocation_claims(study)) for study in allocated]
+    kernels, efficient = kernel_runs(finished), efficiency_runs(finished)
+    measured += [("Efficiency", study, efficiency_claims(study)) for study in efficient]
+    measured += [("Kernels", study, kernel_claims(study)) for study in kernels]
     # A shard has no tables, so it answers nothing.
     unanswered = {"sensitivity"} if not sensitive else set()
     unclaimed = open_claims({run.study for run in finished} - unanswered)
@@ -90,8 +111,8 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
         _environment()
         .get_template("report.html")
         .render(
-            question=_question(groups, normality, sensitive or allocated),
-            stories=_stories(runs, groups, normality, sensitive, allocated),
+            question=_question(groups, normality, sensitive or allocated, kernels or efficient),
+            stories=_stories(runs, groups, normality, [*sensitive, *allocated], kernels, efficient),
             claims=[_judged(*item, is_main=i == 0) for i, item in enumerate(claims)],
             normality_claims=[_judged_normality(*item) for item in normal],
             study_claims=[_judged_study(*item) for item in measured],
@@ -112,6 +133,12 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     write_normality(output, normality)
     write_run_table(output, "sensitivity", "agreement", sensitive)
     write_run_table(output, "allocation", "candidates", allocated)
+    for name in ("kernels", "kernel_checks", "roofline"):
+        write_run_table(output, "kernels", name, [s for s in kernels if s.tables.get(name)])
+    write_tex(output, "kernels", [target_table(study) for study in kernels])
+    for name in ("claims", "checkpoints", "weights", "end_to_end", "end_to_end_model"):
+        write_run_table(output, "efficiency", name, [s for s in efficient if s.tables.get(name)])
+    write_tex(output, "efficiency", [factor_table(study) for study in efficient])
     return output
 
 
@@ -132,18 +159,23 @@ def _judged_normality(study: NormalityRun, claims: Sequence[Claim]) -> tables.Ta
 
 def _judged_study(about: str, study: StudyRun, claims: Sequence[Claim]) -> tables.Table:
     table = tables.claims_table(claims, f"{about}, judged with {study.title}")
-    table.note = SENSITIVITY_RULE if study.run.study == "sensitivity" else ALLOCATION_RULE
+    table.note = _STUDY_RULES[study.run.study]
     return table
 
 
 def _question(
-    groups: Sequence[Group], normality: Sequence[NormalityRun], mixed: Sequence[StudyRun]
+    groups: Sequence[Group],
+    normality: Sequence[NormalityRun],
+    mixed: Sequence[StudyRun],
+    packed: Sequence[StudyRun],
 ) -> str:
     """What the report answers: the main job's question where it ran."""
     if normality and not groups:
         return "Does a Hadamard transform make a Diffusion Transformer’s activations normal?"
     if mixed and not groups:
         return "Do sensitivities measured before training mislead, and is mixed precision worth it?"
+    if packed and not groups:
+        return "Is the packed W1.58 model as small and as fast as claimed?"
     return "Do ternary weights and 1–4 bit activations keep a Diffusion Transformer’s quality?"
 
 
@@ -151,8 +183,9 @@ def _stories(
     runs: Sequence[RunData],
     groups: Sequence[Group],
     normality: Sequence[NormalityRun],
-    sensitive: Sequence[StudyRun],
-    allocated: Sequence[StudyRun],
+    mixed: Sequence[StudyRun],
+    kernels: Sequence[StudyRun],
+    efficient: Sequence[StudyRun],
 ) -> list[tuple[Group | None, list[Phrase]]]:
     """The answers in words, the one to lead with first."""
     if groups:
@@ -161,9 +194,17 @@ def _stories(
         headline, _ = answer(normality[0])
         details = Phrase(" Where, and by how much", "#normality")
         return [(None, [*headline, details, Phrase(".")])]
-    if sensitive or allocated:
-        words = [*(sensitivity_answer(sensitive[0]) if sensitive else []), Phrase(" ")]
-        return [(None, [*words, *(allocation_answer(allocated[0]) if allocated else [])])]
+    answers = {"sensitivity": sensitivity_answer, "allocation": allocation_answer}
+    first = {study.run.study: study for study in reversed(mixed)}
+    if first:
+        words = [answers[name](first[name]) if name in first else [] for name in answers]
+        return [(None, [*words[0], Phrase(" "), *words[1]])]
+    if kernels or efficient:
+        words = [
+            *(efficiency_answer(study) for study in efficient[:1]),
+            *(kernel_answer(study) for study in kernels[:1]),
+        ]
+        return [(None, [*words[0], Phrase(" "), *(words[1] if len(words) > 1 else [])])]
     return [(None, _no_results(runs))]
 
 

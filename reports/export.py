@@ -14,6 +14,7 @@ from reports.loading import RunData
 from reports.normality.data import LIMIT, NormalityRun, ratio_text, words
 from reports.settings import flatten
 from reports.study_tables import StudyRun
+from reports.tables import Cell, Table
 from reports.text import mean_and_spread, plain
 from robuq_bench.files import atomic_write_text
 
@@ -105,6 +106,38 @@ def write_run_table(
         return None
     rows = [{"run": found.run.id, **row} for found in runs for row in found.tables[name]]
     return atomic_write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+
+
+def write_tex(output: Path, study: str, tables: Sequence[Table]) -> Path | None:
+    """Write `<stem>-<study>.tex`: tables of the report as printed, in booktabs.
+
+    Without a table nothing is written, but an older file is emptied.
+
+    Raises:
+        RobuqError: the folder cannot be written.
+    """
+    path = output.with_name(f"{output.stem}-{study}.tex")
+    if not tables and not path.exists():
+        return None
+    text = "\n".join(_table_latex(table) for table in tables) or f"% no finished {study} run\n"
+    return atomic_write_text(path, text)
+
+
+def _table_latex(table: Table) -> str:
+    frame = pd.DataFrame(
+        [[_cell_text(cell) for cell in row] for row in table.rows],
+        columns=[column.label for column in table.columns],
+    )
+    styler = frame.style.hide(axis="index").format(escape="latex")
+    return styler.format_index(escape="latex", axis=1).to_latex(
+        hrules=True,
+        column_format="".join("r" if column.is_number else "l" for column in table.columns),
+        caption=_escape_latex(f"{table.caption}. {table.note}"),
+    )
+
+
+def _cell_text(cell: Cell) -> str:
+    return plain(cell.parts)
 
 
 def normality_latex(studies: Sequence[NormalityRun]) -> str:

@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reports import allocation, figures, normality, sensitivity, tables
+from reports import (
+    allocation,
+    efficiency,
+    figures,
+    kernels,
+    normality,
+    recorded_gpu,
+    sensitivity,
+    tables,
+)
 from reports.aggregate import Group, Row, group_runs
 from reports.loading import RunData
 from reports.pictures import BUDGET_BYTES, sample_grids
@@ -116,6 +125,22 @@ def allocation_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Sec
     return Section(allocation.TEMPLATE, allocation.PARTS, {"views": views})
 
 
+def kernels_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
+    """Are the kernels right, and how near to the hardware: targets, times, checks, roofline."""
+    views = kernels.kernel_views(runs)
+    if not views:
+        return generic_section(runs, every)
+    return Section(kernels.TEMPLATE, kernels.PARTS, {"views": views})
+
+
+def efficiency_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
+    """What the packed model saves: the paper's factors, file, memory and time by baseline."""
+    views = efficiency.efficiency_views(runs)
+    if not views:
+        return generic_section(runs, every)
+    return Section(efficiency.TEMPLATE, efficiency.PARTS, {"views": views})
+
+
 def generic_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
     """The tables that runs of a study without a renderer of its own wrote to tables/*.csv."""
     study = runs[0].study
@@ -129,15 +154,17 @@ SECTIONS: dict[str, Renderer] = {
     "normality": normality_section,
     "sensitivity": sensitivity_section,
     "allocation": allocation_section,
+    "kernels": kernels_section,
+    "efficiency": efficiency_section,
     "train-teacher": train_teacher_section,
 }
-_ORDER = ("train-and-eval", "normality", "sensitivity", "allocation", "train-teacher")
+_ORDER = tuple(SECTIONS)
 # Its numbers are the teacher rows of train-and-eval, which cites the run.
 _SHOWN_ELSEWHERE = frozenset({"teacher-eval"})
 
 
 def build_sections(runs: Sequence[RunData]) -> list[Section]:
-    """One section per study among the finished runs, the main job first."""
+    """One section per study among the finished runs, the main job first; then what is recorded."""
     by_study: dict[str, list[RunData]] = {}
     every = [run for run in runs if run.finished]
     for run in every:
@@ -146,7 +173,11 @@ def build_sections(runs: Sequence[RunData]) -> list[Section]:
         for study in _SHOWN_ELSEWHERE & by_study.keys():
             del by_study[study]
     ordered = sorted(by_study, key=lambda s: (_ORDER.index(s) if s in _ORDER else len(_ORDER), s))
-    return [SECTIONS.get(study, generic_section)(by_study[study], every) for study in ordered]
+    found = [SECTIONS.get(study, generic_section)(by_study[study], every) for study in ordered]
+    recorded = recorded_gpu.recorded_views(every)
+    if recorded:
+        found.append(Section(recorded_gpu.TEMPLATE, recorded_gpu.PARTS, {"views": recorded}))
+    return found
 
 
 def _allocations(group: Group) -> list[Allocations]:

@@ -19,7 +19,7 @@ Hadamard rotation, as the small products that this suite runs, stand beside the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from robuq_bench.allocation import mean_bits, mean_bits_by_type
@@ -39,11 +39,13 @@ from robuq_bench.model_structure import (
 from robuq_bench.packings import (
     DEFAULT_PACKING,
     FULL_PRECISION_PACKINGS,
+    INT8_PACKINGS,
     PACKINGS,
     READINGS,
     TERNARY_BITS,
     Packing,
 )
+from robuq_bench.quantization.convert import low_rank_of
 from robuq_bench.quantization.hadamard import hadamard_factors
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def packing_table(model_config: ModelConfig, plan: Plan) -> list[dict[str, Any]]
 
 def _packing_table(structure: Structure, plan: Plan, is_dit_xl_2: bool) -> list[dict[str, Any]]:
     ternary = ternary_layers(structure, plan)
-    packings = (*PACKINGS, *READINGS) if ternary else FULL_PRECISION_PACKINGS
+    packings = (*PACKINGS, *INT8_PACKINGS, *READINGS) if ternary else FULL_PRECISION_PACKINGS
     return [_packed_row(structure, plan, packing, is_dit_xl_2) for packing in packings]
 
 
@@ -104,11 +106,9 @@ def _packed_row(
     parts = {
         "codes": sum(_code_bytes(layer, packing) for layer in ternary),
         "scales": packing.scale_bytes * sum(_scales(layer, plan) for layer in ternary),
-        "low_rank": packing.low_rank_bytes
-        * sum(low_rank_values(layer, plan) for layer in with_branch),
+        "low_rank": sum(_branch_bytes(layer, plan, packing) for layer in with_branch),
         "signs": sum(math.ceil(layer.in_features / 8) for layer in signed),
-        "rest": packing.rest_bytes
-        * (structure.parameters - sum(layer.weights for layer in ternary)),
+        "rest": _rest_bytes(structure, ternary, packing),
     }
     total = sum(parts.values())
     return {
@@ -252,6 +252,30 @@ def _code_bytes(layer: LinearLayer, packing: Packing) -> int:
     if packing.name.startswith("2bit/"):  # the kernels' layout: rows in blocks of 128 codes
         return layer.out_features * math.ceil(layer.in_features / 128) * 32
     return math.ceil(layer.weights * packing.bits_per_code / 8)
+
+
+def _branch_bytes(layer: LinearLayer, plan: Plan, packing: Packing) -> int:
+    size = packing.low_rank_bytes * low_rank_values(layer, plan)
+    # int8: a float32 scale per component in either factor.
+    return size + (8 * low_rank_of(layer.name, plan) if packing.low_rank_bytes == 1 else 0)
+
+
+def _rest_bytes(structure: Structure, ternary: Sequence[LinearLayer], packing: Packing) -> int:
+    packed = {f"{layer.name}.weight" for layer in ternary}
+    shapes = [shape for name, shape in structure.shapes.items() if name not in packed]
+    if packing.rest_bytes > 1:
+        return packing.rest_bytes * sum(map(math.prod, shapes))
+    return sum(_int8_bytes(shape) for shape in shapes)
+
+
+def _int8_bytes(shape: tuple[int, ...]) -> int:
+    """A matrix in int8 with a float32 scale per slice of its shorter side; a vector in fp16."""
+    values = math.prod(shape)
+    if len(shape) < 2:
+        return 2 * values
+    # As `packed_file` cuts them: a table [1, T, C] by rows, a convolution by output channels.
+    rows = values // shape[-1] if len(shape) == 3 else shape[0]
+    return values + 4 * min(rows, values // rows)
 
 
 def _scales(layer: LinearLayer, plan: Plan) -> int:

@@ -62,7 +62,7 @@ ActivationsFlag = Annotated[
 ]
 StudentFlag = Annotated[
     str | None,
-    typer.Option("--checkpoint", metavar="RUN", help="normality: this run's student."),
+    typer.Option("--checkpoint", metavar="RUN", help="normality, packed: this run's student."),
 ]
 ShardFlag = Annotated[
     str | None,
@@ -74,6 +74,7 @@ NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_defau
 RUNS = Path("runs")
 SHARDED = ("sensitivity", "allocation")
 TIMED = ("efficiency", "kernels")
+OF_A_RUN = {"normality": "student", "packed": "run"}  # study -> the setting that names the run
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,11 @@ def study_inputs(
         UsageError: the study takes no such input, or the run does not exist.
     """
     overrides = []
-    for flag, value in (("--activations", activations), ("--checkpoint", checkpoint)):
-        if value is not None and study != "normality":
-            raise UsageError(f"study {study} takes no {flag}; study normality does")
+    if activations is not None and study != "normality":
+        raise UsageError(f"study {study} takes no --activations; study normality does")
+    if checkpoint is not None and study not in OF_A_RUN:
+        takers = " and ".join(OF_A_RUN)
+        raise UsageError(f"study {study} takes no --checkpoint; {takers} do")
     if part is not None:
         if study not in SHARDED:
             raise UsageError(f"study {study} takes no --shard; {' and '.join(SHARDED)} do")
@@ -230,7 +233,8 @@ def study_inputs(
             )
         overrides.append(f"normality.captured={json.dumps(str(folder))}")
     if checkpoint is not None:
-        overrides.append(f"normality.student={json.dumps(str(find_run(checkpoint, root)))}")
+        path = json.dumps(str(find_run(checkpoint, root)))
+        overrides.append(f"{study}.{OF_A_RUN[study]}={path}")
     return overrides
 
 

@@ -7,7 +7,8 @@ counts are per image and per forward pass.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,13 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Structure:
-    """Sizes of a DiT: block linears and modulation (adaLN) linears apart from the rest."""
+    """Sizes of a DiT: block linears and modulation (adaLN) linears apart from the rest.
+
+    `shapes` are those of every parameter by name.
+    """
 
     parameters: int
+    shapes: Mapping[str, tuple[int, ...]]
     block_linears: tuple[LinearLayer, ...]
     adaln_linears: tuple[LinearLayer, ...]
     attention_macs: int
@@ -103,9 +108,9 @@ def dit_layer_macs(model_config: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters, MACs by layer (linear and convolution) and linear layers of a whole DiT."""
+    """Shapes of the parameters, MACs by layer (linear, convolution) and linear layers of a DiT."""
 
-    parameters: int
+    shapes: dict[str, tuple[int, ...]]
     macs: dict[str, int]
     linears: tuple[LinearLayer, ...]
 
@@ -143,8 +148,8 @@ def _sizes(model_config: ModelConfig) -> _Sizes:
             macs[name] = linears[-1].macs
         elif isinstance(module, nn.Conv2d):
             macs[name] = tokens * module.weight.numel()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return _Sizes(parameters, macs, tuple(linears))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return _Sizes(shapes, macs, tuple(linears))
 
 
 def _tokens(model_config: ModelConfig) -> int:
@@ -156,7 +161,8 @@ def dit_structure(model_config: ModelConfig, plan: Plan) -> Structure:
     sizes = _sizes(model_config)
     linears = [layer for layer in sizes.linears if not _matches(layer.name, plan.layers.skip)]
     return Structure(
-        parameters=sizes.parameters,
+        parameters=sum(map(math.prod, sizes.shapes.values())),
+        shapes=sizes.shapes,
         block_linears=tuple(layer for layer in linears if not is_adaln(layer.name, plan)),
         adaln_linears=tuple(layer for layer in linears if is_adaln(layer.name, plan)),
         # QK^T and attention x V: tokens x tokens x width each.

@@ -18,7 +18,9 @@ class Packing:
         name: row name.
         bits_per_code: bits of one ternary code; whole bytes per tensor.
         low_rank_bytes: bytes of each low-rank value; 0 leaves the branch out.
-        rest_bytes: bytes of each other value (biases, embeddings, layers kept full precision).
+        rest_bytes: bytes of each other value (biases, embeddings, layers kept full precision). 1
+            is int8 for matrices, with a float32 scale per slice of their shorter side, and fp16
+            for vectors; low_rank_bytes likewise.
         scale_bytes: bytes of each weight scale; 0 leaves the scales out.
         has_signs: whether the random signs of the rotation are stored, one bit each.
         adaln_low_rank: whether the modulation linears have a low-rank branch.
@@ -53,6 +55,18 @@ PACKINGS = tuple(
         reading=f"{CODES[code][1]}; {low_rank} low-rank branch; {rest} scales and rest",
     )
     for code, low_rank, rest in product(CODES, FLOAT_BYTES, FLOAT_BYTES)
+)
+INT8_PACKINGS = tuple(
+    Packing(
+        f"base3/int8/int8{suffix}",
+        CODES["base3"][0],
+        low_rank_bytes=1,
+        rest_bytes=1,
+        scale_bytes=2,
+        adaln_low_rank=not suffix,
+        reading=f"{CODES['base3'][1]}; int8 branch{suffix} and matrices, fp16 scales and vectors",
+    )
+    for suffix in ("", " without adaLN")
 )
 DEFAULT_PACKING = "base3/fp32/fp32"
 # Hypotheses that reproduce the published figures on DiT-XL/2 with rank 16; nobody confirmed them.

@@ -28,6 +28,7 @@ from robuq_bench.config.studies import (
     OptionalEfficiency,
     OptionalKernels,
     OptionalNormality,
+    OptionalPacked,
     OptionalSensitivity,
     default_settings,
 )
@@ -55,6 +56,7 @@ class Config(Section):
     allocation: OptionalAllocation = None
     kernels: OptionalKernels = None
     efficiency: OptionalEfficiency = None
+    packed: OptionalPacked = None
 
 
 def resolve(

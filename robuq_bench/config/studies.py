@@ -208,6 +208,24 @@ class KernelsConfig(Section):
         return self
 
 
+PACKED_VARIANTS = ("reference", "integer", "triton", "fp16", "int8")
+
+
+class PackedConfig(Section):
+    """What `study packed` judges: variants of the student of the finished run in folder `run`.
+
+    "triton" needs a CUDA device, or Triton's interpreter and patience.
+    """
+
+    run: OptionalText = None
+    variants: Strings = ("reference", "integer", "fp16", "int8")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PackedConfig:
+        _check_choices("variants", self.variants, PACKED_VARIANTS)
+        return self
+
+
 #: What `study efficiency` can time; `studies.efficiency_variants` says what each is.
 EFFICIENCY_VARIANTS = (
     "fp32",
@@ -258,6 +276,7 @@ def _check_choices(field: str, values: tuple[str, ...], known: tuple[str, ...]) 
             raise ValueError(f"{field}: unknown {value!r}{suggest(value, known)}")
 
 
+OptionalPacked = Annotated[PackedConfig | None, BeforeValidator(none_word)]
 OptionalKernels = Annotated[KernelsConfig | None, BeforeValidator(none_word)]
 OptionalEfficiency = Annotated[EfficiencyConfig | None, BeforeValidator(none_word)]
 OptionalAllocation = Annotated[AllocationStudyConfig | None, BeforeValidator(none_word)]
@@ -282,6 +301,7 @@ STUDY_SETTINGS: dict[str, type[Section]] = {
     "efficiency": EfficiencyConfig,
     "kernels": KernelsConfig,
     "normality": NormalityConfig,
+    "packed": PackedConfig,
     "sensitivity": SensitivityConfig,
 }
 
