@@ -10,8 +10,9 @@ combination). Sampling is deterministic DDIM. Eager and compiled variants are ti
 around calls, so their launch overhead counts; the others by graph replays. Each variant and batch
 is an item of its own, at least three rounds with their spread; "faster" needs p < .002
 (Mann-Whitney) and 5 %. Variants are not interleaved with each other: a variant fills the memory.
-A packed model's prediction is compared with the integer backend (the same arithmetic in plain
-PyTorch) first; without agreement it gets no time.
+A packed model's prediction, of as many images as are timed and with tiles chosen by timing, is
+compared with the integer backend (the same arithmetic in plain PyTorch) first; without agreement
+it gets no time.
 
 Memory is the peak of the allocator over a step: weights (all parameters and buffers), cuBLAS
 workspace (what is freed when its workspaces are cleared) and activations (the rest, a CUDA graph's
@@ -37,7 +38,7 @@ from robuq_bench.config import Config, Plan
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckError, UsageError
-from robuq_bench.measuring.memory import measure_peak
+from robuq_bench.measuring.memory import measure_peak, resident_bytes
 from robuq_bench.measuring.roofline import Transformer, end_to_end_rows
 from robuq_bench.measuring.timing import (
     EagerCalls,
@@ -70,6 +71,10 @@ SAMPLING_SAMPLES = 3
 # Independent outputs differ by 1.4; codes that round the other way at 2 bits stay well below.
 MAX_DIFFERENCE = 0.5
 PACKED_ROW = 128  # columns that are packed together
+# A borrowed GPU may be gone before the last item: ours and the baselines of the claims first, and
+# last fp32, whose sampling takes minutes.
+ORDER = ("w1.58a8", "bf16-graph", "tf32", "w1.58a4", "w1.58a2", "bf16", "bf16-compile",
+         "torchao-int8", "fp32")  # fmt: skip
 
 
 def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
@@ -110,7 +115,13 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         run.write_table("end_to_end", [columns(item) for item in items])
     rows = claims(options, checkpoints, weights, modelled, items)
     run.write_table("claims", rows)
-    wrong = [item for item in items if item["status"].startswith("check failed")]
+    # Of the others a failure is a result; with one of ours the run stays open, to be continued.
+    ours = {variant.name for variant in packed}
+    wrong = [
+        item
+        for item in items
+        if item["variant"] in ours and item["status"].startswith(("check failed", "failed"))
+    ]
     if wrong:
         raise CheckError(
             f"{wrong[0]['variant']}: {wrong[0]['status']}; it has no timing. Tables are in "
@@ -191,12 +202,12 @@ def measure_all(config: Config, variants: list[Variant], run: Run, context: Cont
         return (
             record is not None
             and record["device_name"] == device_name
-            and not record["status"].startswith("check failed")
+            and not record["status"].startswith(("check failed", "failed"))
         )
 
     missing = [item for item in plan if not is_finished(key(*item))]
     with context.progress.task("efficiency", len(plan), len(plan) - len(missing)) as task:
-        for variant in variants:
+        for variant in sorted(variants, key=lambda v: ORDER.index(v.name)):
             wanted = [(batch, kind) for v, batch, kind in missing if v == variant]
             if not wanted:
                 continue
@@ -235,7 +246,8 @@ class Bench:
         self.device, self.section = device, config.workload.model
         self.model: nn.Module | None = None
         self.resident_before = 0
-        self.difference: float | None = None
+        self.expected: dict[int, Tensor] = {}
+        self.prepared: tuple[int, Sampler, Callable[[], Tensor], float | None] | None = None
 
     def measure(self, batch: int, kind: str) -> dict[str, Any]:
         """Columns of one item; `status` says why there are no numbers where there are none."""
@@ -247,54 +259,71 @@ class Bench:
         }
         try:
             with torch.no_grad(), matmul_precision(self.variant.tf32):
-                model = self._model()
-                if self.difference is not None and not self.difference <= MAX_DIFFERENCE:
+                sampler, predict, difference = self._prepare(batch)
+                if difference is not None and not difference <= MAX_DIFFERENCE:
                     return facts | {
                         "status": "check failed: the prediction differs from the integer "
-                        f"backend's by {self.difference:.2g} of its size"
+                        f"backend's by {difference:.2g} of its size"
                     }
-                sampler = Sampler(
-                    model,
-                    self.section,
-                    self.variant.dtype,
-                    batch,
-                    self.options.guidance,
-                    self.device,
-                    self.config.seed,
-                )
-                measured = self._step(sampler) if kind == "step" else self._sampling(sampler)
+                measure = self._step if kind == "step" else self._sampling
+                measured = measure(sampler, predict)
         except NotRunError as error:
             return facts | {"status": str(error)}
         except Exception as error:  # one variant that fails must not take the others along
             lines = str(error).strip().splitlines()
             text = lines[0] if lines else ""
             return facts | {"status": f"failed: {type(error).__name__}: {text}"}
-        return facts | {"status": "ok", "difference_to_integer": self.difference} | measured
+        return facts | {"status": "ok", "difference_to_integer": difference} | measured
 
     def close(self) -> None:
         """Release the model."""
-        self.model = None
+        self.model = self.prepared = None
         release()
 
+    def _prepare(self, batch: int) -> tuple[Sampler, Callable[[], Tensor], float | None]:
+        """Inputs, predictor and the packed model's difference: one compilation for both kinds."""
+        if self.prepared is None or self.prepared[0] != batch:
+            self.prepared = None
+            model = self._model()
+            difference = self._difference(model, batch)
+            sampler = self._sampler(model, batch, self.options.guidance)
+            self.prepared = batch, sampler, self._predictor(sampler), difference
+        return self.prepared[1:]
+
     def _model(self) -> nn.Module:
-        """The model, built and compared with the integer backend when it is first asked for."""
+        """The model, built when it is first asked for, after the integer backend's predictions."""
         if self.model is None:
             release()
-            expected = None if not self.variant.plan else self._predict(self._build("integer"))
-            release()
-            self.resident_before = torch.cuda.memory_allocated()
+            if self.variant.plan:
+                exact = self._build("integer")
+                self.expected = {b: self._predict(exact, b) for b in self.options.batches}
+                del exact
+                release()
+            self.resident_before = resident_bytes()
             self.model = self._build("triton")
-            if expected is not None:
-                error = (self._predict(self.model) - expected).square().mean().sqrt()
-                difference = float(error / expected.square().mean().sqrt())
-                # JSON has neither NaN nor infinity; this fails just as they do.
-                self.difference = difference if difference < 1e6 else 1e6
         return self.model
 
-    def _predict(self, model: nn.Module) -> Tensor:
-        """Float32 prediction of one image without guidance."""
-        arguments = (self.section, self.variant.dtype, 1, False, self.device, self.config.seed)
-        return Sampler(model, *arguments).predict().float()
+    def _difference(self, model: nn.Module, batch: int) -> float | None:
+        """RMS difference from the integer backend over the RMS; None for full precision."""
+        if not self.variant.plan:
+            return None
+        from kernels.ternary_matmul.triton import tuning
+
+        with tuning():
+            found = self._predict(model, batch)
+        error = (found - self.expected[batch]).square().mean().sqrt()
+        difference = float(error / self.expected[batch].square().mean().sqrt())
+        # JSON has neither NaN nor infinity; this fails just as they do.
+        return difference if difference < 1e6 else 1e6
+
+    def _predict(self, model: nn.Module, batch: int) -> Tensor:
+        """Float32 prediction of as many images as a step of `batch` has, none of them guided."""
+        images = batch * (2 if self.options.guidance else 1)
+        return self._sampler(model, images, False).predict().float()
+
+    def _sampler(self, model: nn.Module, batch: int, guided: bool) -> Sampler:
+        dtype, seed = self.variant.dtype, self.config.seed
+        return Sampler(model, self.section, dtype, batch, guided, self.device, seed)
 
     def _build(self, backend: str) -> nn.Module:
         return build(
@@ -314,8 +343,7 @@ class Bench:
         )
         return {**times["it"].summary("ms"), "rounds_s": [list(r) for r in times["it"].rounds_s]}
 
-    def _step(self, sampler: Sampler) -> dict[str, Any]:
-        predict = self._predictor(sampler)
+    def _step(self, sampler: Sampler, predict: Callable[[], Tensor]) -> dict[str, Any]:
         watch: Stopwatch
         watch = GraphReplay([predict]) if self.variant.graph else EagerCalls([predict])
         row = self._time(watch, 5, self.options.round_ms * 1e-3)
@@ -330,8 +358,7 @@ class Bench:
         graphs.clear()
         return row | memory
 
-    def _sampling(self, sampler: Sampler) -> dict[str, Any]:
-        predict = self._predictor(sampler)
+    def _sampling(self, sampler: Sampler, predict: Callable[[], Tensor]) -> dict[str, Any]:
         diffusion = Diffusion.from_config(self.config.workload.diffusion)
         tables = ddim_coefficients(diffusion, self.options.sampling_steps)
         timesteps, coefficients = (table.to(self.device) for table in tables)

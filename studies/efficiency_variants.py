@@ -103,8 +103,12 @@ def build(
         from robuq_bench.inference import prepare_for_inference
         from robuq_bench.inference.random_weights import pack_random_
 
-        model = _random_dit(model_config)
+        with torch.device(device):  # on a CPU the random numbers alone take a minute
+            model = _random_dit(model_config)
         pack_random_(model, packed_plan(variant.plan, rank), seed)
+        # Through the CPU, so that no memory stays fragmented between what was packed.
+        model.to("cpu")
+        release()
         return prepare_for_inference(model.to(device), backend, variant.dtype)
     if variant.peer and importlib.util.find_spec("torchao") is None:
         raise NotRunError("not run: torchao is not installed")

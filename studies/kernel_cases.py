@@ -196,7 +196,8 @@ def _product_inputs(
         "out_dtype": half_dtype(device),
     }
     if case.rank:
-        inputs["branch"] = _normal(generator, *group, m, case.rank)
+        # float32, as the kernel before it writes the branch.
+        inputs["branch"] = _normal(generator, *group, m, case.rank, dtype=torch.float32)
         inputs["up"] = _normal(generator, *group, n, case.rank) / math.sqrt(case.rank)
     if case.epilogue == "gelu":
         inputs["gelu"] = True

@@ -17,7 +17,7 @@ from robuq_bench.config import config_hash, resolve
 from robuq_bench.errors import MissingResourceError
 from robuq_bench.measuring import record
 from robuq_bench.measuring.ceilings import measure_ceilings
-from robuq_bench.measuring.memory import measure_peak, split_peak, weight_bytes
+from robuq_bench.measuring.memory import measure_peak, resident_bytes, split_peak, weight_bytes
 from robuq_bench.measuring.statistics import Timing, compare
 from robuq_bench.measuring.timing import (
     EagerCalls,
@@ -206,7 +206,8 @@ def test_on_a_gpu_a_graph_does_the_work_and_takes_less_than_eager_calls() -> Non
 
 @pytest.mark.gpu
 def test_on_a_gpu_memory_is_split() -> None:
-    before = torch.cuda.memory_allocated()
+    torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")  # makes a workspace
+    before = resident_bytes()
     model = nn.Linear(1024, 1024, bias=False, device="cuda")
     x = torch.randn(4096, 1024, device="cuda")
     with torch.no_grad():

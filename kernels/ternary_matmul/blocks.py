@@ -180,8 +180,9 @@ def finish_part(
             )
     if gate_ptr is not None:
         if TOKENS_PER_IMAGE % BLOCK_M == 0:
-            # All tokens of the block belong to one image.
-            gate = tl.load(gate_ptr + first_row // TOKENS_PER_IMAGE * N + n, mask=mask_n, other=0.0)
+            # All tokens of the block belong to one image; past the last row there is none.
+            exists = mask_n & (tl.zeros_like(n) < rows_left)
+            gate = tl.load(gate_ptr + first_row // TOKENS_PER_IMAGE * N + n, mask=exists, other=0.0)
             y *= gate.to(tl.float32)[:, None]
         else:
             image = (first_row + m) // TOKENS_PER_IMAGE

@@ -6,7 +6,8 @@ so they run under CUDA graph capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,6 +39,11 @@ UNPACK_BLOCK = 4096
 
 _Shape = tuple[int, int, int, int, str]
 _timed: dict[_Shape, tuple[Variant, Tile]] = {}
+_tuning = False
+
+_GROUPED_ARGUMENTS = ("token_scale", "token_offset", "code_sums", "channel_scale", "weight_sums",
+                      "bias", "branch", "up", "out_dtype")  # fmt: skip
+_ARGUMENTS = (*_GROUPED_ARGUMENTS, "gelu", "gate", "residual", "tokens_per_image")
 
 
 def ternary_matmul(
@@ -186,6 +192,17 @@ def autotune(codes: Tensor, planes: Tensor, **arguments: Any) -> tuple[Variant, 
     return found
 
 
+@contextmanager
+def tuning() -> Iterator[None]:
+    """Inside, a product of a shape that was not timed is timed first, as by `autotune`."""
+    global _tuning
+    before, _tuning = _tuning, True
+    try:
+        yield
+    finally:
+        _tuning = before
+
+
 def default_choice(
     rows: int, outputs: int, width: int, groups: int = 1, *, grouped: bool = False
 ) -> tuple[Variant, Tile]:
@@ -213,6 +230,9 @@ def _product(
     if variant is None or (tile is None and grouped):
         key = _shape(x.rows, x.outputs, x.width, x.groups, x.codes.device)
         timed = _timed.get(key)
+        if timed is None and _tuning:
+            names = _GROUPED_ARGUMENTS if grouped else _ARGUMENTS
+            timed = autotune(x.codes, x.planes, **{name: getattr(x, name) for name in names})
         if timed is None:
             timed = default_choice(x.rows, x.outputs, x.width, x.groups, grouped=grouped)
         variant, timed_tile = timed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
@@ -23,14 +23,19 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
     model; its images are noise. Each of the three codes is equally likely.
 
     Args:
-        model: unquantized, on the CPU; the layers that stay keep their weights.
+        model: unquantized; codes are drawn on its device. The layers that stay keep their weights.
         plan: with ternary weights; an allocation is taken at its uniform `activations.bits`.
         seed: of codes and factors.
 
     Raises:
         UsageError: the plan keeps the weights of a layer in full precision.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     layers = target_layers(model, plan)
     if plan.is_full_precision or not layers:
         raise UsageError(f"plan {plan.name!r} quantizes no layer of {type(model).__name__}")
@@ -39,15 +44,18 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
         if settings["weight_quantizer"] == "none":
             raise UsageError(f"plan {plan.name!r} keeps the weight of {name!r} in full precision")
         out_features, in_features = linear.out_features, linear.in_features
-        codes = torch.randint(-1, 2, (out_features, in_features), generator=generator)
+        codes = torch.randint(
+            -1, 2, (out_features, in_features), generator=generator, device=device
+        )
         per_channel = settings["weight_quantizer"] == "ternary-twn"
-        scale = 1 + 0.1 * torch.rand(out_features if per_channel else 1, generator=generator)
+        count = out_features if per_channel else 1
+        scale = 1 + 0.1 * torch.rand(count, generator=generator, device=device)
         scale /= math.sqrt(in_features)
         rank = int(settings["rank"])
         low_rank = None
         if rank:
-            up = torch.randn(out_features, rank, generator=generator) / math.sqrt(rank)
-            down = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+            up = normal(out_features, rank) / math.sqrt(rank)
+            down = normal(rank, in_features) / math.sqrt(in_features)
             low_rank = (up, down)
         bits = settings["activation_bits"]
         rotation = settings["rotation"]

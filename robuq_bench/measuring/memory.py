@@ -49,6 +49,16 @@ def split_peak(
     }
 
 
+def resident_bytes() -> int:
+    """Bytes allocated on the current CUDA device, after dropping cuBLAS's workspaces.
+
+    A workspace that was there before a model would count as nobody's when it is cleared after it.
+    """
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
 def measure_peak(
     step: Callable[[], object], model: nn.Module, resident_before: int
 ) -> dict[str, Any]:
@@ -61,7 +71,7 @@ def measure_peak(
         step: one step of inference, called twice: the first may allocate what later ones reuse. For
             a CUDA graph, its capture: a replay allocates nothing that the counters see.
         model: whose weights are counted.
-        resident_before: `torch.cuda.memory_allocated()` before the model was made.
+        resident_before: `resident_bytes()` before the model was made.
     """
     gc.collect()
     torch.cuda.synchronize()

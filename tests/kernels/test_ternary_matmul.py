@@ -22,7 +22,12 @@ from kernels.ternary_matmul.tiles import (
     choose_variant,
     default_tile,
 )
-from kernels.ternary_matmul.triton import autotune, grouped_ternary_matmul, ternary_matmul
+from kernels.ternary_matmul.triton import (
+    autotune,
+    grouped_ternary_matmul,
+    ternary_matmul,
+    tuning,
+)
 
 VECTORS = ("token_scale", "token_offset", "code_sums", "channel_scale", "weight_sums")
 
@@ -407,6 +412,32 @@ def test_unknown_variant_and_overflowing_width(device: torch.device) -> None:
     wide = torch.empty(0, 2**23, dtype=torch.int8, device=device)
     with pytest.raises(KernelInputError, match="overflows int32 sums; K < 8388608"):
         ternary_matmul(wide, planes, **arguments)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_inside_tuning_a_new_shape_is_timed(
+    groups: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, planes, arguments = operands(4, 8, 64, device, groups=groups, rank=3)
+    product: Any = ternary_matmul if groups is None else grouped_ternary_matmul
+    chosen: dict[str, Any] = {"tile": SMALL["skinny"]}
+    chosen |= {"variant": "skinny"} if groups is None else {}
+    timed: list[int] = []
+
+    def first_tile(codes: Tensor, planes: Tensor, **found: Any) -> tuple[Variant, Tile]:
+        timed.append(len(codes))
+        product(codes, planes, **chosen, **found)
+        return "skinny", SMALL["skinny"]
+
+    monkeypatch.setattr("kernels.ternary_matmul.triton.autotune", first_tile)
+    want = product(codes, planes, **arguments)
+    assert not timed
+    with tuning():
+        assert_close(product(codes, planes, **arguments), want)
+        assert len(timed) == 1
+        product(codes, planes, **chosen, **arguments)
+    product(codes, planes, **arguments)
+    assert len(timed) == 1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="says what happens without a device")
