@@ -21,6 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.launch import INTERPRETED
+
 OPERATIONS = ("hadamard_quantize", "ternary_matmul", "fake_quantize", "ternary_weight")
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -150,11 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("names", nargs="*", help="only names that begin with one of these")
     options = parser.parse_args(argv)
-    chosen = [
-        spec
-        for spec in specialisations()
-        if not options.names or spec.name.startswith(tuple(options.names))
-    ]
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: its kernels cannot be compiled; unset it")
+    known = specialisations()
+    for name in options.names:
+        if not any(spec.name.startswith(name) for spec in known):
+            parser.error(f"no kernel begins with {name!r}; operations: {', '.join(OPERATIONS)}")
+    chosen = [s for s in known if not options.names or s.name.startswith(tuple(options.names))]
     rows = [compile_offline(spec) for spec in chosen]
     if options.json:
         print(json.dumps([asdict(row) for row in rows]))

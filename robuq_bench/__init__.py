@@ -12,18 +12,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from robuq_bench._compat import import_torchvision
     from robuq_bench.config import Plan, Workload, load_plan, load_workload
+    from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
     from robuq_bench.quantization.convert import quantize_
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "Workload", "__version__", "load_plan", "load_workload", "quantize_"]
+__all__ = [
+    "Plan",
+    "Workload",
+    "__version__",
+    "export_packed",
+    "import_torchvision",
+    "load_packed",
+    "load_plan",
+    "load_workload",
+    "pack_",
+    "prepare_for_inference",
+    "quantize_",
+]
 
 _HOME = {
     "Plan": "robuq_bench.config",
     "Workload": "robuq_bench.config",
+    "export_packed": "robuq_bench.inference",
+    "import_torchvision": "robuq_bench._compat",
+    "load_packed": "robuq_bench.inference",
     "load_plan": "robuq_bench.config",
     "load_workload": "robuq_bench.config",
+    "pack_": "robuq_bench.inference",
+    "prepare_for_inference": "robuq_bench.inference",
     "quantize_": "robuq_bench.quantization.convert",
 }
 

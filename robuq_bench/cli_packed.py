@@ -76,6 +76,9 @@ def export(
         return
     if file.exists() and not force:
         raise UsageError(f"{file} exists; choose another -o, or --force to replace it")
+    from robuq_bench.inference.packed_file import Storage
+
+    Storage.parse(storage)
     context = job.context()
     from studies.export_packed import run_export
 
@@ -87,6 +90,23 @@ def export(
         return
     console.print_table(rows, missing="")
     print(f"done: {file}", flush=True)
+
+
+@packed_app.command()
+def packed(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `export` wrote.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a packed model is: its plan, source, bits, and every byte of its file."""
+    from robuq_bench.inference.packed_file import describe, size_table
+
+    facts, rows = describe(file), size_table(file)
+    if as_json:
+        console.print_json({"command": "packed", "path": file, **facts, "table": rows})
+        return
+    for name, value in facts.items():
+        print(f"{name:24} {value}")
+    console.print_table(rows, missing="")
 
 
 def _run_or_plan(what: str, root: Path) -> tuple[Path | None, str]:

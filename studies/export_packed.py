@@ -59,6 +59,12 @@ def run_export(
         source = f"teacher {digest}, not trained after quantization"
         context.progress.log(f"export: plan {plan.name} applied to the teacher, without training")
         quantize_(model, plan, seed=config.seed)
+        if plan.allocation.method == "ampn":
+            context.progress.log(
+                f"export: warning: plan {plan.name} allocates bits during training, so every layer "
+                f"has the {plan.activations.bits} bits it would start with; export a finished run "
+                f"for {plan.allocation.mean_bits:g} bits on average"
+            )
         if plan.allocation.method == "file":
             bits = load_allocation_file(plan.allocation, allocatable_layers(model, plan))
             set_activation_bits(model, bits)

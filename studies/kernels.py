@@ -94,6 +94,10 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     else:
         rows = interpreted(cases, options, config.seed, run, context)
         shown, failed = rows, [row for row in rows if row["correct"] is False]
+        context.progress.log(
+            f"checked in Triton's interpreter on {options.check_rows} rows; max_error is in units "
+            "of what is allowed, so at most 1 is correct"
+        )
         context.progress.log(NEEDS_GPU)
     if failed:
         names = ", ".join(f"{row['kernel']} {row['model']} {row['layer']}" for row in failed[:5])

@@ -34,6 +34,7 @@ FLAGS = {
     "account": ["--json", "--on", "--plan", "--set", "--workload"],
     "env": ["--json"],
     "export": sorted({*COMMON, "--random-weights", "--runs", "--storage"}),
+    "packed": ["--json"],
     "plans": ["--json"],
     "report": ["--dry-run", "--html", "--json", "--output", "--quiet", "-o"],
     "runs list": ["--json", "--output", "-o"],

@@ -40,6 +40,12 @@ def test_a_plan_is_exported_and_sampled_on_both_backends(bench: Bench, tiny_work
     rows = rows_of(out)
     assert rows["total"]["bytes"] == Path("m.safetensors").stat().st_size
     assert "without training" in err
+    code, out, err = bench("packed", "m.safetensors", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["plan"], facts["storage"]) == ("a4", "base3/fp32/fp32")
+    assert facts["mean_activation_bits"]["fc1"] == 4
+    assert facts["table"][-1]["bytes"] == rows["total"]["bytes"]
     for backend in ("reference", "integer"):
         code, _, err = bench(
             "sample", *on, "--packed", "m.safetensors", "--backend", backend,
@@ -104,6 +110,30 @@ def test_errors_say_what_to_do(
     code, _, err = bench(*arguments)
     assert (code, message in err) == (exit_code, True), err
     assert not Path("model.safetensors").exists()
+
+
+def test_a_plan_that_allocates_bits_says_that_it_has_none_yet(
+    bench: Bench, tiny_workload: Path
+) -> None:
+    code, _, err = bench("export", "a2", "--on", str(tiny_workload))
+    assert code == 0, err
+    assert "every layer has the 4 bits it would start with" in " ".join(err.split())
+    code, out, _ = bench("packed", "model.safetensors")
+    assert code == 0
+    assert "'qkv': 4.0" in out
+
+
+def test_triton_without_its_interpreter_is_missing_hardware(
+    bench: Bench, tiny_workload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robuq_bench.inference.prepare.INTERPRETED", False)
+    on = ("--on", str(tiny_workload))
+    assert bench("export", "a4", *on, "-o", "m.safetensors")[0] == 0
+    code, _, err = bench(
+        "sample", *on, "--packed", "m.safetensors", "--backend", "triton", "--device", "cpu"
+    )
+    assert code == 4
+    assert "set TRITON_INTERPRET=1 before Python starts" in err
 
 
 def test_a_packed_model_of_another_workload_is_refused(bench: Bench, tiny_workload: Path) -> None:

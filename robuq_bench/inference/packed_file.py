@@ -28,6 +28,7 @@ from robuq_bench.inference import codecs
 from robuq_bench.inference.packed_linear import PackedLinear, packed_layers, replace_module
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.activations import matmul_quantizer
+from robuq_bench.quantization.convert import layer_type
 
 FORMAT = "robuq-bench packed model"
 FORMAT_VERSION = "1"
@@ -84,7 +85,8 @@ def export_packed(
 
     Args:
         model: with `PackedLinear`s, on any device, float32.
-        path: the file; a `.sha256` sidecar is written beside it for `sha256sum -c`.
+        path: the file, replaced if it exists; a `.sha256` sidecar is written beside it for
+            `sha256sum -c`.
         plan: how it was quantized.
         model_config: of our DiT, so that `load_packed` can build it; None for another model.
         storage: CODES/LOW_RANK/REST; CODES is base3 (1.6 bits) or 2bit, the others fp32, fp16 or
@@ -98,7 +100,7 @@ def export_packed(
         UsageError: unknown storage, no packed layer, or a value that fp16 cannot hold.
         RobuqError: the file cannot be written.
     """
-    chosen = Storage.parse(storage)
+    path, chosen = Path(path), Storage.parse(storage)
     layers = packed_layers(model)
     if not layers:
         raise UsageError(f"{type(model).__name__} has no packed layers; call pack_ first")
@@ -220,8 +222,8 @@ def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, d
 
     Args:
         path: a file of `export_packed`.
-        into: an instance of the model with unquantized `nn.Linear`s, changed in place; needed
-            for models that are not our DiT, whose file says how to build it.
+        into: an instance of the model with unquantized `nn.Linear`s of the same shapes, changed
+            in place; needed for models that are not our DiT, whose file says how to build it.
 
     Returns:
         The model and, by name, its `plan`, `bits_by_layer` {layer: bits}, `storage` and `source`.
@@ -242,7 +244,9 @@ def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, d
     layers: dict[str, dict[str, Any]] = json.loads(metadata["layers"])
     try:
         for name, facts in layers.items():
-            replace_module(into, name, _restored_layer(name, facts, tensors, storage))
+            layer = _restored_layer(name, facts, tensors, storage)
+            _check_fits(into, name, layer)
+            replace_module(into, name, layer)
         rest = {
             name: _restored(name, tensors)
             for name in tensors
@@ -266,6 +270,20 @@ def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, d
         key: metadata[key] for key in ("storage", "source")
     }
     return into.eval(), facts
+
+
+def _check_fits(model: nn.Module, name: str, layer: PackedLinear) -> None:
+    """ValueError unless `model` has an unquantized linear layer of this shape under `name`."""
+    linear = model.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{name!r} is a {type(linear).__name__} there, not an nn.Linear")
+    found = (linear.out_features, linear.in_features, linear.bias is not None)
+    if found != (layer.out_features, layer.in_features, layer.bias is not None):
+        raise ValueError(
+            f"{name!r} is {found[0]} x {found[1]} {'with' if found[2] else 'without'} bias there, "
+            f"{layer.out_features} x {layer.in_features} "
+            f"{'with' if layer.bias is not None else 'without'} in the file"
+        )
 
 
 def _restored_layer(
@@ -296,6 +314,27 @@ def _restored_layer(
         signs=None if signs is None else codecs.decode_signs(signs, in_features),
         low_rank=None if up is None or down is None else (up, down),
     )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Plan, source, storage, layers and mean activation bits by layer type of a packed file.
+
+    Raises:
+        CheckpointError: as `load_packed`.
+    """
+    _, metadata = _read(Path(path))
+    layers = json.loads(metadata["layers"])
+    kinds: dict[str, list[int]] = {}
+    for name, facts in layers.items():
+        if facts["activation_bits"] is not None:
+            kinds.setdefault(layer_type(name), []).append(facts["activation_bits"])
+    return {
+        "plan": Plan.model_validate_json(metadata["plan"]).name,
+        "source": metadata["source"],
+        "storage": metadata["storage"],
+        "packed_layers": len(layers),
+        "mean_activation_bits": {kind: sum(bits) / len(bits) for kind, bits in kinds.items()},
+    }
 
 
 def size_table(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from robuq_bench.errors import UsageError
+from kernels.launch import INTERPRETED
+from robuq_bench.errors import MissingResourceError, UsageError
 from robuq_bench.inference.fused_blocks import FusedBlocks
 from robuq_bench.inference.packed_linear import PackedLinear, pack_, packed_layers
 from robuq_bench.models.dit import Blocks
@@ -39,14 +40,16 @@ def prepare_for_inference(
         backend: "reference" (dequantized floats, bit for bit what training evaluates), "integer"
             (the kernels' arithmetic in plain PyTorch), or "triton" (a CUDA device, or anywhere
             with TRITON_INTERPRET=1).
-        dtype: of everything but codes and scales; None is float32, and bfloat16 for "triton".
+        dtype: of everything but codes and scales, and of the inputs the model then takes; None is
+            float32, and bfloat16 for "triton".
         fuse: False leaves the blocks of a DiT as they are and exchanges their linears only.
 
     Returns:
         `model`, in eval mode, with gradients off.
 
     Raises:
-        UsageError: nothing is quantized, or a layer cannot run on `backend`; nothing was changed.
+        UsageError: nothing is quantized, or a layer cannot run on `backend`; no layer was changed.
+        MissingResourceError: "triton" without a CUDA device or the interpreter.
     """
     if any(isinstance(module, FusedBlocks) for module in model.modules()):
         raise UsageError("the model is prepared already; load it again for another backend")
@@ -60,8 +63,19 @@ def prepare_for_inference(
         )
     for layer in layers.values():
         layer.check_backend(backend)
+    device = next(iter(layers.values())).planes.device
+    if backend == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise MissingResourceError(
+            f'the model is on {device}; backend "triton" needs a CUDA device, or Triton\'s '
+            'interpreter (set TRITON_INTERPRET=1 before Python starts). "integer" does the same '
+            "arithmetic anywhere"
+        )
     model.eval().requires_grad_(False)
-    model.to(DEFAULT_DTYPE[backend] if dtype is None else dtype)
+    dtype = DEFAULT_DTYPE[backend] if dtype is None else dtype
+    scales = {id(layer.scale) for layer in layers.values()}
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    if any(tensor.dtype != dtype and id(tensor) not in scales for tensor in floats):
+        model.to(dtype)
     for layer in layers.values():
         layer.backend = backend
     if fuse and backend != "reference":

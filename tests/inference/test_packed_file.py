@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robuq_bench.accounting import packing_table
 from robuq_bench.checkpointing import read_safetensors, save_tensors, sidecar_path
@@ -258,6 +258,25 @@ def test_a_model_of_diffusers_goes_into_an_instance(tmp_path: Path) -> None:
     assert torch.equal(loaded(**inputs).sample, expected)
     with pytest.raises(CheckpointError, match="does not fit its model"):
         load_packed(path, into=torch.nn.Linear(2, 2))
+
+
+def test_an_instance_of_another_model_is_refused(tmp_path: Path) -> None:
+    def network(hidden: int, bias: bool = True) -> nn.Module:
+        return nn.Sequential(nn.Linear(48, hidden, bias), nn.GELU(), nn.Linear(hidden, 48))
+
+    model, plan = network(144), load_plan("a4")
+    quantize_(model, plan)
+    path = tmp_path / "model.safetensors"
+    export_packed(pack_(model), path, plan=plan)
+    for other, message in (
+        (nn.Sequential(nn.Linear(48, 144)), "'2'|no attribute"),
+        (network(48), r"'0' is 48 x 48 with bias there, 144 x 48 with in the file"),
+        (network(144, bias=False), "'0' is 144 x 48 without bias there"),
+        (nn.Sequential(nn.GELU(), nn.GELU(), nn.GELU()), "'0' is a GELU there"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_packed(path, into=other)
+    load_packed(path, into=network(144))
 
 
 @torch.inference_mode()

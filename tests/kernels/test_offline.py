@@ -64,9 +64,17 @@ def test_the_packed_weight_costs_few_instructions_in_the_loop() -> None:
     assert max(row["loop_instructions"] for row in large) <= TILE_LOOP
 
 
-def test_the_table_is_printed_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["no such operation"]) == 0
-    assert capsys.readouterr().out == ""
+def test_what_cannot_be_compiled_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.offline.INTERPRETED", True)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+    monkeypatch.setattr("kernels.offline.INTERPRETED", False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["ternary_matmull"])
+    assert "operations: hadamard_quantize, ternary_matmul" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spec", specialisations(), ids=lambda spec: spec.name)
