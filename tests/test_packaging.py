@@ -137,7 +137,7 @@ def imported(folder: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("folder", ["robuq_bench", "studies", "reports", "tests"])
+@pytest.mark.parametrize("folder", ["robuq_bench", "studies", "reports", "kernels", "tests"])
 def test_every_import_is_declared(folder: str) -> None:
     providers = distributions()
     ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {"conftest"}
@@ -150,6 +150,21 @@ def test_every_import_is_declared(folder: str) -> None:
     }
     assert foreign
     assert undeclared == set()
+
+
+def test_kernels_stand_alone() -> None:
+    foreign = imported(ROOT / "kernels") - set(sys.stdlib_module_names) - {"kernels"}
+    assert foreign == {"torch", "triton"}
+
+
+def test_the_library_needs_no_triton() -> None:
+    """Until a kernel runs: neither packing nor training on a CPU may import it."""
+    code = (
+        "import sys, robuq_bench.inference, robuq_bench.quantization.convert\n"
+        "assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    done = python("-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_version_everywhere() -> None:
