@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +17,10 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from robuq_bench.context import Context
+    from robuq_bench.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
@@ -94,3 +103,77 @@ def tiny_workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny.toml"
     path.write_text(TINY_WORKLOAD.format(teacher=folder / "teacher.safetensors"))
     return path
+
+
+class Outcome(NamedTuple):
+    """What a command left: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON of its last line."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def bench(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Run a command in this process, in an empty folder."""
+    from robuq_bench.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = main(list(arguments))
+        captured = capsys.readouterr()
+        return Outcome(code=code, out=captured.out, err=captured.err)
+
+    return call
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A study called `toy-study` that remembers how often it ran, and does as it is told."""
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    source = (
+        'VERSION: str = "7"\nSUMMARY = "Does it work?"\n'
+        "def run(config, run, context):\n    return []\n"
+    )
+    (folder / "toy_study.py").write_text(source)
+    (folder / "helper.py").write_text("import torch\n")
+    from robuq_bench import study_index
+
+    monkeypatch.setattr(study_index, "studies_folder", lambda: folder)
+    calls: list[str] = []
+    module = types.ModuleType("studies.toy_study")
+
+    def run(config: Any, run: Run, context: Context) -> list[dict[str, Any]]:
+        calls.append(run.id)
+        for index in context.progress.track(range(3), "toy"):
+            run.append(f"item/{index}", kind="toy", value=index)
+        return [{"layer": "a", "mse": 0.125}, {"layer": "b", "mse": None}]
+
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "studies.toy_study", module)
+    return calls
+
+
+@pytest.fixture
+def fail_with(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Makes the toy study raise an error, with a secret among its local values."""
+
+    def arrange(error: BaseException) -> None:
+        def run(config: Any, run: Run, context: Context) -> list[dict[str, Any]]:
+            secret = "hunter" + "2"
+            context.progress.update(secret)
+            raise error
+
+        monkeypatch.setattr(sys.modules["studies.toy_study"], "run", run)
+
+    return arrange

@@ -8,25 +8,7 @@ from typing import Any
 
 import pytest
 
-from robuq_bench.cli import main
-
 Bench = Any
-
-
-@pytest.fixture
-def bench(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
-    """Run a command in an empty folder; returns its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def rows_of(output: str) -> dict[str, Any]:

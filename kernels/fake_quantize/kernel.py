@@ -191,6 +191,7 @@ def forward_kernel(
     WANT_ROTATED: tl.constexpr,
     SAVE: tl.constexpr,
 ):
+    """ITERATIONS tiles of ROWS tokens [K]: values, and where wanted rotated tokens and state."""
     r = tl.arange(0, ROWS)[:, None, None]
     column = tl.arange(0, INNER)[None, None, :]
     offset = tl.arange(0, OUTER)[None, :, None] * M + column
@@ -262,6 +263,7 @@ def backward_kernel(
     STATE: tl.constexpr,
     ADD_ROTATED: tl.constexpr,
 ):
+    """Gradient at the tokens from that at the values (and the rotated tokens) and the state."""
     r = tl.arange(0, ROWS)[:, None, None]
     column = tl.arange(0, INNER)[None, None, :]
     offset = tl.arange(0, OUTER)[None, :, None] * M + column

@@ -127,6 +127,7 @@ def hadamard_quantize_kernel(
     RANK_STEP: tl.constexpr,
     RANK_STEPS: tl.constexpr,
 ):
+    """ITERATIONS tiles of ROWS tokens of one group; the flags say what precedes the rotation."""
     SIZE: tl.constexpr = OUTER * INNER
     group = tl.program_id(1)
     first = tl.program_id(0) * (ROWS * ITERATIONS)
@@ -419,6 +420,7 @@ def num_warps_of(outer: int) -> int:
 def constants(
     width: int, outer: int, m: int, source_m: int, rotated: bool
 ) -> dict[str, int | float | bool]:
+    """Constants of a launch: token [OUTER, M] in registers, as `_tile` cuts it, and the norm."""
     return {
         "K": width,
         "M": m,

@@ -30,6 +30,7 @@ def _load_rows(pointer, rows, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def twn_kernel(weight_ptr, out_ptr, rows, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """TWN: fake-quantized rows [rows, K], ROWS of them by one program; WIDTH is K padded."""
     weight, place, mask = _load_rows(weight_ptr, rows, K, ROWS, WIDTH)
     size = tl.abs(weight)
     mean = tl.sum(size, 1) / K
@@ -47,6 +48,7 @@ def twn_kernel(weight_ptr, out_ptr, rows, K: tl.constexpr, ROWS: tl.constexpr, W
 def absolute_sums_kernel(
     weight_ptr, sums_ptr, rows, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """One float32 sum of |w| for every ROWS rows, for the mean over the whole tensor."""
     weight, _, _ = _load_rows(weight_ptr, rows, K, ROWS, WIDTH)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.sum(tl.abs(weight), 1), 0))
 
@@ -55,6 +57,7 @@ def absolute_sums_kernel(
 def absmean_kernel(
     weight_ptr, scale_ptr, out_ptr, rows, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """Absmean: fake-quantized rows by the one scale in memory, mean |w| of the tensor."""
     weight, place, mask = _load_rows(weight_ptr, rows, K, ROWS, WIDTH)
     scale = tl.load(scale_ptr)
     # round(w / (scale + eps)), half to even and clipped, is the sign past one half.
@@ -65,6 +68,7 @@ def absmean_kernel(
 
 @triton.jit
 def clamp_kernel(grad_ptr, out_ptr, elements, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+    """Straight-through gradient, clamped to [-1, 1] where CLAMP; also converts the dtype."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < elements
     grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)

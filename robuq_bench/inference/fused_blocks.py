@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.hadamard_quantize.reference import Modulation, Quantized
-from robuq_bench.inference.packed_linear import PackedLinear, kernel_module
+from robuq_bench.inference.packed_linear import PackedLinear, kernel_module, product_operands
 from robuq_bench.models.dit import Blocks
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
@@ -125,17 +125,6 @@ class GroupedModulation(nn.Module):
             down=self.low_rank_down,
         )
         module = kernel_module("ternary_matmul", self.backend)
-        result: Tensor = module.grouped_ternary_matmul(
-            tokens.codes,
-            self.planes,
-            token_scale=tokens.scale,
-            token_offset=tokens.offset,
-            code_sums=tokens.code_sums,
-            channel_scale=self.scale,
-            weight_sums=self.weight_sums,
-            bias=self.bias,
-            branch=tokens.branch,
-            up=self.low_rank_up,
-            out_dtype=c.dtype,
-        )
+        operands = product_operands(tokens, self)
+        result: Tensor = module.grouped_ternary_matmul(**operands, out_dtype=c.dtype)
         return result

@@ -189,19 +189,7 @@ class PackedLinear(nn.Module):
     def product(self, tokens: Quantized, **epilogue: Any) -> Tensor:
         """[M, out] from the codes of `quantize`; `epilogue` as in `ternary_matmul`."""
         module = kernel_module("ternary_matmul", self.backend)
-        result: Tensor = module.ternary_matmul(
-            tokens.codes,
-            self.planes,
-            token_scale=tokens.scale,
-            token_offset=tokens.offset,
-            code_sums=tokens.code_sums,
-            channel_scale=self.scale,
-            weight_sums=self.weight_sums,
-            bias=self.bias,
-            branch=tokens.branch,
-            up=self.low_rank_up,
-            **epilogue,
-        )
+        result: Tensor = module.ternary_matmul(**product_operands(tokens, self), **epilogue)
         return result
 
     def extra_repr(self) -> str:
@@ -211,6 +199,23 @@ class PackedLinear(nn.Module):
             f"activations={self.activation_quantizer} {bits}, rotated={self.rotated}, "
             f"rank={self.rank}, backend={self.backend}"
         )
+
+
+def product_operands(tokens: Quantized, weights: Any) -> dict[str, Tensor | None]:
+    """What `ternary_matmul` and its grouped form read of tokens and of a module with the buffers
+    of `PackedLinear`, stacked or not."""
+    return {
+        "codes": tokens.codes,
+        "planes": weights.planes,
+        "token_scale": tokens.scale,
+        "token_offset": tokens.offset,
+        "code_sums": tokens.code_sums,
+        "channel_scale": weights.scale,
+        "weight_sums": weights.weight_sums,
+        "bias": weights.bias,
+        "branch": tokens.branch,
+        "up": weights.low_rank_up,
+    }
 
 
 def kernel_module(operation: str, backend: str) -> ModuleType:

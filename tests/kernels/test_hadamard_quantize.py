@@ -59,7 +59,7 @@ def modulation_of(
     return Modulation(both[:, 0], both[:, 1], per_image)  # rows are strided
 
 
-def compare(result: Quantized, expected: Quantized, grid: Grid, bits: int) -> None:
+def assert_close(result: Quantized, expected: Quantized, grid: Grid, bits: int) -> None:
     """The kernel's tolerance; also that every output was written."""
     relative = 5e-4
     codes, want = result.codes.int(), expected.codes.int()
@@ -79,7 +79,8 @@ def compare(result: Quantized, expected: Quantized, grid: Grid, bits: int) -> No
         assert error <= 0.005 * expected.branch.square().mean().sqrt()
 
 
-def check(x: Tensor, grid: Grid, bits: int, **options: Any) -> Quantized:
+def assert_matches_reference(x: Tensor, grid: Grid, bits: int, **options: Any) -> Quantized:
+    """The kernel against its reference, every output within tolerance; returns the kernel's."""
     result = hadamard_quantize(x, grid, **options)
     expected = reference(x, grid, **options)
     if result.residual is not None and expected.residual is not None:
@@ -89,7 +90,7 @@ def check(x: Tensor, grid: Grid, bits: int, **options: Any) -> Quantized:
         torch.testing.assert_close(result.residual, expected.residual, rtol=rtol, atol=1e-6)
         options.pop("gated_residual")
         expected = reference(result.residual, grid, **options)
-    compare(result, expected, grid, bits)
+    assert_close(result, expected, grid, bits)
     return result
 
 
@@ -97,7 +98,7 @@ def check(x: Tensor, grid: Grid, bits: int, **options: Any) -> Quantized:
     "width", [36, 64, 144, 384, 576, 768, 1024, 1152, 1280, 1536, 2048, 3072, 4096, 4608, 8192]
 )
 def test_widths(width: int, device: torch.device) -> None:
-    check(
+    assert_matches_reference(
         tokens(3, width, device),
         A8,
         8,
@@ -110,7 +111,7 @@ def test_widths(width: int, device: torch.device) -> None:
 def test_paley_one_factor_is_not_symmetric(device: torch.device) -> None:
     rotation = rotation_of(352, device)
     assert not torch.equal(rotation.inner, rotation.inner.T)
-    check(tokens(5, 352, device), A8, 8, rotation=rotation)
+    assert_matches_reference(tokens(5, 352, device), A8, 8, rotation=rotation)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +132,14 @@ def test_paley_one_factor_is_not_symmetric(device: torch.device) -> None:
 @pytest.mark.parametrize("rotated", [True, False])
 def test_statistics(grid: Grid, bits: int, rotated: bool, device: torch.device) -> None:
     rotation = rotation_of(144, device) if rotated else None
-    check(tokens(17, 144, device), grid, bits, rotation=rotation)
+    assert_matches_reference(tokens(17, 144, device), grid, bits, rotation=rotation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rotated", [True, False])
 def test_layer_norm_and_modulation(dtype: torch.dtype, rotated: bool, device: torch.device) -> None:
     # Six tokens per image: an image ends inside a tile.
-    check(
+    assert_matches_reference(
         tokens(18, 384, device, dtype),
         A4,
         4,
@@ -156,18 +157,20 @@ def test_gated_residual(per_image: int, device: torch.device) -> None:
     modulation = modulation_of(4 // per_image, per_image, 1152, device, torch.bfloat16)
     gated = GatedResidual(tokens(4, 1152, device).flip(0).contiguous(), modulation.scale, per_image)
     rotation = rotation_of(1152, device)
-    result = check(x, A4, 4, rotation=rotation, modulation=modulation, gated_residual=gated)
+    result = assert_matches_reference(
+        x, A4, 4, rotation=rotation, modulation=modulation, gated_residual=gated
+    )
     assert result.residual is not None
     assert not torch.equal(result.residual, x)
     assert torch.isfinite(result.residual).all()
-    check(x.half(), A4, 4, rotation=None, gated_residual=gated)
+    assert_matches_reference(x.half(), A4, 4, rotation=None, gated_residual=gated)
 
 
 @pytest.mark.parametrize("rank", [8, 16, 32, 3])
 def test_grouped(rank: int, device: torch.device) -> None:
     x = tokens(5, 144, device)
     down = torch.randn(3, rank, 144, device=device)
-    result = check(
+    result = assert_matches_reference(
         x,
         A8,
         8,
@@ -191,16 +194,20 @@ def test_rows_and_strides(rows: int, dtype: torch.dtype, device: torch.device) -
     assert result.codes.shape == (rows, 144)
     assert result.scale.shape == result.offset.shape == result.code_sums.shape == (rows,)
     if rows:
-        compare(result, reference(x, A8, rotation=rotation_of(144, device)), A8, 8)
+        assert_close(result, reference(x, A8, rotation=rotation_of(144, device)), A8, 8)
 
 
 def test_several_tiles_per_program(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.hadamard_quantize.triton.PROGRAMS", 1)
     x = tokens(70, 576, device)
     rotation = rotation_of(576, device)
-    check(x, A8, 8, rotation=rotation, modulation=modulation_of(2, 35, 576, device, x.dtype))
+    assert_matches_reference(
+        x, A8, 8, rotation=rotation, modulation=modulation_of(2, 35, 576, device, x.dtype)
+    )
     x = tokens(64, 576, device)
-    check(x, A8, 8, rotation=rotation, modulation=modulation_of(2, 32, 576, device, x.dtype))
+    assert_matches_reference(
+        x, A8, 8, rotation=rotation, modulation=modulation_of(2, 32, 576, device, x.dtype)
+    )
 
 
 def test_constant_and_zero_tokens(device: torch.device) -> None:
@@ -281,7 +288,7 @@ def test_tokens_of_any_magnitude(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, 384, generator=generator) + mean) * 10.0**exponent
-    check(x.to(device), A4, 4, rotation=rotation_of(384, device))
+    assert_matches_reference(x.to(device), A4, 4, rotation=rotation_of(384, device))
 
 
 class TestErrors:

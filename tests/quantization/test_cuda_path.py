@@ -253,15 +253,17 @@ def test_operators_are_well_formed() -> None:
         (x, None, True, "robust-midtread", 4, torch.bfloat16, False, True),
         (x, None, False, "minmax", 4, torch.bfloat16, True, False),
     ):
-        torch.library.opcheck(
+        found = torch.library.opcheck(
             torch.ops.robuq_bench.fake_quantize.default, arguments, test_utils=tests
         )
+        assert found == dict.fromkeys(tests, "SUCCESS")
     weight = tokens(4, 48).requires_grad_()
-    torch.library.opcheck(
+    found = torch.library.opcheck(
         torch.ops.robuq_bench.ternary_weight.default,
         (weight, "ternary-twn", torch.bfloat16),
         test_utils=tests,
     )
+    assert found == dict.fromkeys(tests, "SUCCESS")
 
 
 def test_training_steps_follow_those_without_kernels() -> None:
