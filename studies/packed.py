@@ -33,7 +33,7 @@ from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.runs import Run, open_existing
 from studies.sample_images import load_student
-from studies.train_and_eval import metric_names
+from studies.train_and_eval import metric_summary
 
 VERSION = "1"
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
@@ -131,16 +131,9 @@ def image_difference(run: Run, variant: str, workload: Workload) -> dict[str, fl
 
 def table(run: Run, variants: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row per variant: file, metrics as mean [min, max] over seed ranges, differences."""
-    records = [record for record in run.results() if record["kind"] == "metrics"]
     rows = []
     for variant in (TRAINED, *variants):
         found = run.get(f"variant/{variant}") or {}
-        row = {key: value for key, value in found.items() if key not in ("key", "kind")}
-        own = [record for record in records if record["subject"] == variant]
-        row["num_samples"], row["seed_ranges"] = own[0]["num_samples"], len(own)
-        for name in metric_names(own):
-            values = [record[name] for record in own]
-            row[name] = sum(values) / len(values)
-            row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
-        rows.append(row)
+        facts = {key: value for key, value in found.items() if key not in ("key", "kind")}
+        rows.append(facts | metric_summary(run.results(), variant))
     return rows

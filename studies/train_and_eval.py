@@ -306,22 +306,24 @@ def metric_names(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def metric_summary(records: list[dict[str, Any]], subject: str) -> dict[str, Any]:
+    """N, seed ranges, and mean, minimum and maximum of a subject's metrics; {} without any."""
+    own = [r for r in records if r["kind"] == "metrics" and r["subject"] == subject]
+    if not own:
+        return {}
+    row: dict[str, Any] = {"num_samples": own[0]["num_samples"], "seed_ranges": len(own)}
+    for name in metric_names(own):
+        values = [record[name] for record in own]
+        row[name] = sum(values) / len(values)
+        row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
+    return row
+
+
 def summary_table(run: Run) -> list[dict[str, Any]]:
     """One row per subject: mean over the seed ranges of every metric, with N and ranges."""
-    records = [record for record in run.results() if record["kind"] == "metrics"]
-    rows = []
-    for subject in ("teacher", "student"):
-        own = [record for record in records if record["subject"] == subject]
-        if not own:
-            continue
-        row: dict[str, Any] = {"subject": subject, "num_samples": own[0]["num_samples"]}
-        row["seed_ranges"] = len(own)
-        for name in metric_names(own):
-            values = [record[name] for record in own]
-            row[name] = sum(values) / len(values)
-            row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
-        rows.append(row)
-    return rows
+    records = run.results()
+    rows = {subject: metric_summary(records, subject) for subject in ("teacher", "student")}
+    return [{"subject": subject, **row} for subject, row in rows.items() if row]
 
 
 def write_outputs(run: Run) -> None:

@@ -65,6 +65,13 @@ def test_packing_is_judged_beside_the_trained_student(
     assert metrics["fid_digits"] - 1e-9 <= rows["trained"]["fid_digits_max"]
 
 
+def test_settings_and_study_know_the_same_variants() -> None:
+    from robuq_bench.config.studies import PACKED_VARIANTS
+    from studies.packed import VARIANTS
+
+    assert tuple(VARIANTS) == PACKED_VARIANTS
+
+
 def test_what_it_needs_is_said(
     trained: Path, tiny_workload: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
