@@ -237,7 +237,9 @@ def test_conversion_is_a_refusal_or_the_reference(case: Case) -> None:
     x = torch.randn(4, case.width, generator=torch.Generator().manual_seed(case.seed))
     if case.dtype == torch.float64:
         with torch.no_grad():
-            torch.testing.assert_close(model(x.double()), expected(x.double()), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(
+                model(x.double()), expected(x.double()), rtol=1e-6, atol=1e-8
+            )
     else:
         check_layers(model, case)
     model(x.to(case.dtype).requires_grad_()).float().square().mean().backward()
