@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,9 @@ from robuq_bench.quantization.module_tree import move_hooks, replace_modules
 from robuq_bench.quantization.selection import (
     LayerFilter,
     Selected,
+    blocks_of,
     is_adaln,
+    is_modulation,
     matches,
     select_layers,
 )
@@ -44,9 +46,12 @@ def target_layers(
     return {name: layer.module for name, layer in selected.items() if layer.kind != "kept"}
 
 
-def layer_settings(name: str, plan: Plan) -> dict[str, Any]:
-    """What `plan` says of the layer `name`, as arguments of `QuantizedLinear.from_linear`."""
-    adaln = is_adaln(name, plan)
+def layer_settings(name: str, plan: Plan, blocks: Collection[str] = ()) -> dict[str, Any]:
+    """What `plan` says of the layer `name`, as arguments of `QuantizedLinear.from_linear`.
+
+    `blocks` are those of the layer's model, for `is_adaln`.
+    """
+    adaln = is_adaln(name, plan, blocks)
     bits = plan.adaln.activation_bits if adaln else plan.activations.bits
     if plan.activations.quantizer == "none":
         bits = None
@@ -176,11 +181,12 @@ def quantize_(
             f"plan {plan.name!r} matches no nn.Linear of {type(model).__name__}"
             f"{_why_none(selected)}; see layers.skip, layers.include and filter_fn"
         )
-    settings = {name: layer_settings(name, plan) for name in layers}
+    blocks = blocks_of(model)
+    settings = {name: layer_settings(name, plan, blocks) for name in layers}
     for name, linear in layers.items():
         _check(name, linear, settings[name])
     _check_ties(model, layers)
-    allocated = [name for name in layers if not is_adaln(name, plan)]
+    allocated = [name for name in layers if selected[name].kind == "block"]
     if bits_by_layer is not None:
         _check_bits_by_layer(bits_by_layer, allocated, settings)
     converted: dict[nn.Module, nn.Module] = {
@@ -228,10 +234,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def allocatable_layers(model: nn.Module, plan: Plan) -> list[str]:
     """Names of the quantized layers whose activation bits an allocation decides (not adaLN)."""
+    blocks = blocks_of(model)
     return [
         name
         for name, layer in quantized_layers(model).items()
-        if not is_adaln(name, plan) and layer.activation_bits is not None
+        if not is_adaln(name, plan, blocks) and layer.activation_bits is not None
     ]
 
 
@@ -269,7 +276,7 @@ def layer_type(name: str) -> str:
     A trailing list index is not a kind: "attn1.to_out.0" is "to_out". The feed-forward network of
     diffusers, "ff.net.0.proj" and "ff.net.2", is fc1 and fc2.
     """
-    if "adaLN" in name:
+    if is_modulation(name):
         return "adaLN"
     if ".net." in name:
         return "fc1" if name.endswith(".net.0.proj") else "fc2"

@@ -1,10 +1,10 @@
 """Which layers a plan quantizes, told by where they stand in the model rather than by its names.
 
-A transformer is a list of blocks between embedders and a head. What stands outside the list, and
+A transformer is a list of blocks between embedders and a head. What stands outside the blocks, and
 every embedder, stays in full precision. Inside a block, a linear within a normalisation or a
 modulation module sees one row per image: it is a modulation (adaLN) layer, and all others are
-block layers. A model without such a list (a single block, an MLP) is taken for one block, less
-what is called like an embedder or a head.
+block layers, less adapters and routers of experts. A model without such a list (a single block, an
+MLP) is taken for one block, less what is called like an embedder or a head.
 
 `layers.skip` adds to what is kept, `layers.include` takes layers in, `layers.adaln` replaces the
 rule for modulation layers. Their patterns (fnmatch) match a name from any of its components on, so
@@ -14,9 +14,10 @@ that a wrapper ("module.", "_orig_mod.", "dit.") changes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -31,10 +32,17 @@ LayerFilter = Callable[[nn.Module, str], bool]
 Kind = Literal["block", "adaLN", "kept"]
 
 _EMBEDDER = re.compile(r"(^|_)emb(ed|edder|edders|edding|eddings)?(_|\d|$)")
-_MODULATION = re.compile(r"norm|modulation|adaln|(^|_)mod(_|\d|$)", re.IGNORECASE)
+_MODULATION = re.compile(
+    r"norm|modulation|ada_?ln|scale_shift|(^|_)(mod|ada|ln)(_|\d|$)", re.IGNORECASE
+)
 _HEAD = re.compile(r"^(final_layer|proj_out|norm_out|adaln_single|caption_projection)")
 _ADAPTER = re.compile(r"(^|_)lora(_|$)|(^|_)adapter(s|_|$)", re.IGNORECASE)
-_ATTENTION = re.compile(r"attn|attention|^(mha|msa|to_q|q_proj|qkv)$", re.IGNORECASE)
+# In names of modules and of classes; only attention normalises its queries.
+_ATTENTION = re.compile(
+    r"attn|attention|qkv|^(mha|msa|to_q|q_proj)$|(^|_)(q|query)_?norm|norm_?q(uery)?$",
+    re.IGNORECASE,
+)
+_EXPERTS = re.compile(r"(^|_)experts$")
 
 ADALN_NOT_QUANTIZED = "is a modulation layer, and plan.adaln quantizes none"
 
@@ -57,14 +65,24 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(suffix, pattern) for pattern in patterns for suffix in suffixes)
 
 
-def is_adaln(name: str, plan: Plan) -> bool:
-    """Whether the block layer `name` is a modulation linear, which follows `plan.adaln`."""
+def is_adaln(name: str, plan: Plan, blocks: Collection[str] = ()) -> bool:
+    """Whether the block layer `name` is a modulation linear, which follows `plan.adaln`.
+
+    `blocks` are those of its model (`blocks_of`); without them, a block is taken to begin at the
+    first index in the name.
+    """
     if plan.layers.adaln is not None:
         return matches(name, plan.layers.adaln)
-    return any(_MODULATION.search(part) for part in _within_block(name)[:-1])
+    return is_modulation(name, blocks)
 
 
-def _within_block(name: str) -> list[str]:
+def is_modulation(name: str, blocks: Collection[str] = ()) -> bool:
+    """The rule of `is_adaln`: within its block, a layer is or stands in a norm or modulation."""
+    within = _within(name, blocks)
+    return any(map(_MODULATION.search, _after_index(name) if within is None else within))
+
+
+def _after_index(name: str) -> list[str]:
     """Components after the first list index that has some: "blocks.0.norm1.linear" -> norm1, ..."""
     parts = name.split(".")
     for position, part in enumerate(parts[:-1]):
@@ -73,73 +91,138 @@ def _within_block(name: str) -> list[str]:
     return parts
 
 
-def block_lists(model: nn.Module) -> list[str]:
-    """Names of the lists of `model` that are its blocks: the innermost ones made of blocks."""
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and not _is_embedder(name)  # a refiner of text stands within its embedder
-        and _is_made_of_blocks(module)
-    ]
-    return [outer for outer in found if not any(_is_in(f"{b}.x", outer) for b in found)]
+def _within(name: str, blocks: Collection[str]) -> list[str] | None:
+    """Components of a layer's name inside its block; None outside the blocks."""
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) + 1):
+        if ".".join(parts[:depth]) in blocks:
+            return parts[depth:]
+    return None
 
 
-def _is_made_of_blocks(members: Iterable[nn.Module]) -> bool:
-    composites = [member for member in members if member._modules]
-    return bool(composites) and all(map(_is_block, composites))
+def blocks_of(model: nn.Module) -> dict[str, str | None]:
+    """Names of the blocks of `model`, each with the name of what holds it.
+
+    They are the members of the innermost lists made of blocks, but for lists in an embedder (where
+    they refine its tokens), and further modules of the same classes (a block between two lists).
+    Of a model without any, the one block is what holds all its layers, and its holder is None.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lists = [name for name, module in modules.items() if _is_made_of_blocks(module)]
+    lists = [name for name in lists if not any(_is_inside(other, name) for other in lists)]
+    lists = [name for name in lists if not _is_in_embedder(name, lists)]
+    members = {
+        f"{name}.{key}" if name else key
+        for name in lists
+        for key, member in modules[name]._modules.items()
+        if member is not None and _is_block(member)
+    }
+    classes = {type(modules[name]) for name in members} - {nn.ModuleList, nn.Sequential}
+    blocks: dict[str, str | None] = {
+        name: name.rpartition(".")[0]
+        for name, module in modules.items()
+        if name in members or (type(module) in classes and not _is_in_embedder(name, lists))
+    }
+    leaves = [name.split(".")[:-1] for name, module in modules.items() if not module._modules]
+    return blocks or {".".join(commonprefix(leaves)): None}
+
+
+def _is_made_of_blocks(module: nn.Module) -> bool:
+    """Whether a list holds blocks alone, or, between an embedder and a head, two of one class."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
+    composites = [member for member in module if member._modules]
+    blocks = [type(member) for member in composites if _is_block(member)]
+    return bool(blocks) and (len(blocks) == len(composites) or len(set(blocks)) < len(blocks))
 
 
 def _is_block(module: nn.Module) -> bool:
     """Whether a module holds attention and is more than that, by names of classes and children."""
-    return not _ATTENTION.search(type(module).__name__) and any(
-        any(map(_ATTENTION.search, (*part._modules, *(type(m).__name__ for m in part.children()))))
-        for part in module.modules()
+    attention = [
+        child
+        for parent in module.modules()
+        for name, child in parent._modules.items()
+        if _ATTENTION.search(name) or _ATTENTION.search(type(child).__name__)
+    ]
+    if not _ATTENTION.search(type(module).__name__):
+        return bool(attention)
+    # Such as "CrossAttentionBlock": one that has whole attention in it, and other layers.
+    whole = [child for child in attention if child is not None and child._modules]
+    held = {layer for child in whole for layer in child.modules()}
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    return bool(whole) and any(isinstance(m, layers) and m not in held for m in module.modules())
+
+
+def _is_in_embedder(name: str, lists: Iterable[str]) -> bool:
+    """Whether `name` is in an embedder: one so called, beside which stands a list that is not."""
+    parts = name.split(".")
+    others = [other.split(".") for other in lists]
+    return any(
+        _EMBEDDER.search(part)
+        and any(
+            len(other) > depth
+            and other[:depth] == parts[:depth]
+            and not _EMBEDDER.search(other[depth])
+            for other in others
+        )
+        for depth, part in enumerate(parts)
     )
 
 
-def _is_embedder(name: str) -> bool:
-    return any(_EMBEDDER.search(part) for part in name.split("."))
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(f"{outer}."))
+
+
+def _routers(model: nn.Module) -> set[nn.Module]:
+    """Linear layers beside a module of experts that have one output for each of them."""
+    found: set[nn.Module] = set()
+    for parent in model.modules():
+        for name, experts in parent._modules.items():
+            if experts is None or not _EXPERTS.search(name):
+                continue
+            counts = {p.shape[0] for p in experts._parameters.values() if p is not None}
+            if isinstance(experts, nn.ModuleList):
+                counts = {len(experts)}
+            for child in parent._modules.values():
+                if isinstance(child, nn.Linear) and child.out_features in counts:
+                    found.add(child)
+    return found
 
 
 def _reason_to_keep(
-    name: str, module: nn.Linear, plan: Plan, keep: LayerFilter | None, lists: list[str]
+    name: str,
+    module: nn.Linear,
+    plan: Plan,
+    keep: LayerFilter | None,
+    blocks: Mapping[str, str | None],
+    is_router: bool,
 ) -> str | None:
     if type(module) is not nn.Linear:
         # Its owner may read it through the weight, bypassing forward (nn.MultiheadAttention does).
         return f"is a {type(module).__name__}, a subclass of nn.Linear"
-    parts = name.split(".")
-    if any(map(_ADAPTER.search, parts)):
-        return "is a low-rank adapter"
+    within = _within(name, blocks)
+    if any(map(_ADAPTER.search, name.split(".") if within is None else within)):
+        return "is part of an adapter"
     if matches(name, plan.layers.skip):
         return "matches layers.skip"
     if not matches(name, plan.layers.include):
-        reason = _reason_of_place(name, lists)
+        reason = "is a router of experts" if is_router else _reason_of_place(within, blocks)
         if reason is not None:
             return reason
-    if is_adaln(name, plan) and not quantizes_adaln(plan):
+    if is_adaln(name, plan, blocks) and not quantizes_adaln(plan):
         return ADALN_NOT_QUANTIZED
     if keep is not None and not keep(module, name):
         return "is kept by filter_fn"
     return None
 
 
-def _reason_of_place(name: str, lists: list[str]) -> str | None:
-    parts = name.split(".")
-    if lists:
-        inside = next((outer for outer in lists if _is_in(name, outer)), None)
-        if inside is None:
-            return f"is outside the blocks ({', '.join(outer or 'the model' for outer in lists)})"
-        parts = name.removeprefix(inside).split(".")
-    elif any(map(_HEAD.search, parts)):
+def _reason_of_place(within: list[str] | None, blocks: Mapping[str, str | None]) -> str | None:
+    if within is None:
+        holders = dict.fromkeys(holder or "the model" for holder in blocks.values())
+        return f"is outside the blocks ({', '.join(holders)})"
+    if None in blocks.values() and any(map(_HEAD.search, within)):
         return "is a head by its name"
-    return "is an embedder by its name" if any(map(_EMBEDDER.search, parts)) else None
-
-
-def _is_in(name: str, outer: str) -> bool:
-    """Whether a layer is within a member of the list `outer`, not a member itself."""
-    prefix = f"{outer}." if outer else ""
-    return name.startswith(prefix) and "." in name.removeprefix(prefix)
+    return "is an embedder by its name" if any(map(_EMBEDDER.search, within)) else None
 
 
 def quantizes_adaln(plan: Plan) -> bool:
@@ -160,13 +243,14 @@ def select_layers(
     Raises:
         UsageError: a layer has two names, and the plan says different things of them.
     """
-    lists = block_lists(model)
+    blocks = blocks_of(model)
+    routers = _routers(model)
     selected: dict[str, Selected] = {}
     for module, (name, *aliases) in names_of(model, nn.Linear).items():
         said: dict[str, tuple[Kind, str]] = {}
         for each in (name, *aliases):
-            reason = _reason_to_keep(each, module, plan, keep, lists)
-            kind: Kind = "adaLN" if is_adaln(each, plan) else "block"
+            reason = _reason_to_keep(each, module, plan, keep, blocks, module in routers)
+            kind: Kind = "adaLN" if is_adaln(each, plan, blocks) else "block"
             said[each] = (kind, "") if reason is None else ("kept", reason)
         for alias in aliases:
             if said[alias][0] != said[name][0]:
