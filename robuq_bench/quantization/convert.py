@@ -274,11 +274,12 @@ def layer_type(name: str) -> str:
     """Kind of a layer from its name: qkv, proj, fc1, fc2, adaLN, or the last component.
 
     A trailing list index is not a kind: "attn1.to_out.0" is "to_out". The feed-forward network of
-    diffusers, "ff.net.0.proj" and "ff.net.2", is fc1 and fc2.
+    diffusers, "ff.net.0.proj" and "ff.net.2", is fc1 and fc2. Every modulation layer is adaLN, also
+    "norm1.linear", and a layer under an adapter keeps its kind.
     """
     if is_modulation(name):
         return "adaLN"
     if ".net." in name:
-        return "fc1" if name.endswith(".net.0.proj") else "fc2"
-    parts = [part for part in name.split(".") if not part.isdigit()]
+        return "fc1" if ".net.0.proj" in name else "fc2"
+    parts = [part for part in name.split(".") if not part.isdigit() and part != "base_layer"]
     return parts[-1] if parts else name

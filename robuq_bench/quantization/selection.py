@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from os.path import commonprefix
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -78,26 +78,32 @@ def is_adaln(name: str, plan: Plan, blocks: Collection[str] = ()) -> bool:
 
 def is_modulation(name: str, blocks: Collection[str] = ()) -> bool:
     """The rule of `is_adaln`: within its block, a layer is or stands in a norm or modulation."""
-    within = _within(name, blocks)
-    return any(map(_MODULATION.search, _after_index(name) if within is None else within))
+    parts = _locate(name, blocks)[1] if blocks else _after_index(name)
+    return any(map(_MODULATION.search, parts))
 
 
 def _after_index(name: str) -> list[str]:
     """Components after the first list index that has some: "blocks.0.norm1.linear" -> norm1, ..."""
-    parts = name.split(".")
+    parts = [part for part in name.split(".") if part != "_orig_mod"]  # of torch.compile
     for position, part in enumerate(parts[:-1]):
         if part.isdigit():
             return parts[position + 1 :]
     return parts
 
 
-def _within(name: str, blocks: Collection[str]) -> list[str] | None:
-    """Components of a layer's name inside its block; None outside the blocks."""
+def _locate(name: str, blocks: Collection[str]) -> tuple[bool, list[str]]:
+    """Whether a layer is in a block, and the components of its name from there, or from beside."""
     parts = name.split(".") if name else []
     for depth in range(len(parts) + 1):
         if ".".join(parts[:depth]) in blocks:
-            return parts[depth:]
-    return None
+            return True, parts[depth:]
+    return False, parts[max(_shared([parts, block.split(".")]) for block in blocks) :]
+
+
+def _shared(paths: list[list[str]]) -> int:
+    """How many leading components are the same in all paths."""
+    same = (len(set(components)) == 1 for components in zip(*paths, strict=False))
+    return sum(takewhile(bool, same))
 
 
 def blocks_of(model: nn.Module) -> dict[str, str | None]:
@@ -111,20 +117,26 @@ def blocks_of(model: nn.Module) -> dict[str, str | None]:
     lists = [name for name, module in modules.items() if _is_made_of_blocks(module)]
     lists = [name for name in lists if not any(_is_inside(other, name) for other in lists)]
     lists = [name for name in lists if not _is_in_embedder(name, lists)]
-    members = {
-        f"{name}.{key}" if name else key
-        for name in lists
-        for key, member in modules[name]._modules.items()
-        if member is not None and _is_block(member)
-    }
-    classes = {type(modules[name]) for name in members} - {nn.ModuleList, nn.Sequential}
-    blocks: dict[str, str | None] = {
-        name: name.rpartition(".")[0]
-        for name, module in modules.items()
-        if name in members or (type(module) in classes and not _is_in_embedder(name, lists))
-    }
+    blocks: dict[str, str | None] = {}
+    for name in lists:
+        for key, member in modules[name].named_children():
+            if _is_block(member):
+                blocks[_unwrapped(f"{name}.{key}" if name else key, modules)] = name
+    classes = {type(modules[name]) for name in blocks} - {nn.ModuleList, nn.Sequential}
+    for name, module in modules.items():
+        is_another = type(module) in classes and not any(_is_inside(each, name) for each in lists)
+        if is_another and not _is_in_embedder(name, lists):
+            blocks.setdefault(name, name.rpartition(".")[0])
     leaves = [name.split(".")[:-1] for name, module in modules.items() if not module._modules]
-    return blocks or {".".join(commonprefix(leaves)): None}
+    return blocks or {".".join(leaves[0][: _shared(leaves)]): None}
+
+
+def _unwrapped(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The name of what a wrapper holds ("blocks.0" compiled: "blocks.0._orig_mod"), or `name`."""
+    children = list(modules[name].named_children())
+    if len(children) != 1 or not children[0][1]._modules:
+        return name
+    return _unwrapped(f"{name}.{children[0][0]}", modules)
 
 
 def _is_made_of_blocks(module: nn.Module) -> bool:
@@ -141,16 +153,18 @@ def _is_block(module: nn.Module) -> bool:
     attention = [
         child
         for parent in module.modules()
-        for name, child in parent._modules.items()
+        for name, child in parent.named_children()
         if _ATTENTION.search(name) or _ATTENTION.search(type(child).__name__)
     ]
     if not _ATTENTION.search(type(module).__name__):
         return bool(attention)
     # Such as "CrossAttentionBlock": one that has whole attention in it, and other layers.
-    whole = [child for child in attention if child is not None and child._modules]
+    whole = [child for child in attention if child._modules]
     held = {layer for child in whole for layer in child.modules()}
-    layers = (nn.Linear, nn.modules.conv._ConvNd)
-    return bool(whole) and any(isinstance(m, layers) and m not in held for m in module.modules())
+    return bool(whole) and any(
+        layer not in held and (hasattr(layer, "in_features") or hasattr(layer, "in_channels"))
+        for layer in module.modules()
+    )
 
 
 def _is_in_embedder(name: str, lists: Iterable[str]) -> bool:
@@ -200,15 +214,20 @@ def _reason_to_keep(
     if type(module) is not nn.Linear:
         # Its owner may read it through the weight, bypassing forward (nn.MultiheadAttention does).
         return f"is a {type(module).__name__}, a subclass of nn.Linear"
-    within = _within(name, blocks)
-    if any(map(_ADAPTER.search, name.split(".") if within is None else within)):
+    is_inside, parts = _locate(name, blocks)
+    if any(map(_ADAPTER.search, parts)):
         return "is part of an adapter"
     if matches(name, plan.layers.skip):
         return "matches layers.skip"
     if not matches(name, plan.layers.include):
-        reason = "is a router of experts" if is_router else _reason_of_place(within, blocks)
-        if reason is not None:
-            return reason
+        if not is_inside:
+            return f"is outside the blocks ({_few(blocks.values())})"
+        if is_router:
+            return "is a router of experts"
+        if any(map(_EMBEDDER.search, parts)):
+            return "is an embedder by its name"
+        if None in blocks.values() and any(map(_HEAD.search, parts)):
+            return "is a head by its name"
     if is_adaln(name, plan, blocks) and not quantizes_adaln(plan):
         return ADALN_NOT_QUANTIZED
     if keep is not None and not keep(module, name):
@@ -216,13 +235,9 @@ def _reason_to_keep(
     return None
 
 
-def _reason_of_place(within: list[str] | None, blocks: Mapping[str, str | None]) -> str | None:
-    if within is None:
-        holders = dict.fromkeys(holder or "the model" for holder in blocks.values())
-        return f"is outside the blocks ({', '.join(holders)})"
-    if None in blocks.values() and any(map(_HEAD.search, within)):
-        return "is a head by its name"
-    return "is an embedder by its name" if any(map(_EMBEDDER.search, within)) else None
+def _few(holders: Iterable[str | None]) -> str:
+    names = list(dict.fromkeys(holder or "the model" for holder in holders))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def quantizes_adaln(plan: Plan) -> bool:

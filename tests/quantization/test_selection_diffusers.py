@@ -383,6 +383,7 @@ def test_what_sees_tokens_in_a_block_is_quantized_as_such_and_no_other(name: str
     assert {layer: selected[layer].kind for layer in rows} == expected
     assert all(chosen.kind == "kept" for layer, chosen in selected.items() if layer not in rows)
     assert min(rows[layer] for layer in rows if expected[layer] == "block") >= TEXT
+    assert family.kept is None or any(family.kept in layer for layer in rows)
 
 
 @pytest.mark.parametrize(
