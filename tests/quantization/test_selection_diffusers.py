@@ -8,7 +8,9 @@ outside the blocks everything is kept. Families whose blocks hold more than that
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from robuq_bench._compat import import_torchvision
 from robuq_bench.config import load_plan
+from robuq_bench.quantization.convert import allocatable_layers, quantize_
 from robuq_bench.quantization.selection import select_layers
 
 BATCH = 2
@@ -340,6 +343,8 @@ def build(name: str) -> nn.Module:
     kind = getattr(diffusers, name)
     values = {**of_signature(kind.__init__, TINY), **FAMILIES[name].arguments}
     model: nn.Module = kind(**values)
+    for parameter in model.parameters():  # some are left as memory was, or zero
+        nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -400,3 +405,55 @@ def test_modulation_by_frame_or_token_is_modulation(name: str, timestep: Tensor,
     modulation = [layer for layer, chosen in selected.items() if chosen.kind == "adaLN"]
     assert modulation
     assert {seen[layer] for layer in modulation} == {rows}
+
+
+OTHERS = """
+    AceStepTransformer1DModel AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel
+    BriaFibo2Transformer2DModel BriaFiboTransformer2DModel ChronoEditTransformer3DModel
+    CogView3PlusTransformer2DModel ConsisIDTransformer3DModel ErnieImageTransformer2DModel
+    Flux3Transformer2DModel GlmImageTransformer2DModel HeliosTransformer3DModel
+    HunyuanVideo15Transformer3DModel HunyuanVideoFramepackTransformer3DModel
+    JoyImageEditTransformer3DModel Krea2Transformer2DModel LTX2VideoTransformer3DModel
+    MiniMaxH3Transformer3DModel MiniMaxMusic3Transformer1DModel MotifVideoTransformer3DModel
+    QwenImage21Transformer2DModel SanaVideoTransformer3DModel SanaWMTransformer3DModel
+    StableAudioDiTModel UNet2DConditionModel UNetSpatioTemporalConditionModel UVit2DModel
+"""
+IN_BLOCK = re.compile(
+    r"^blocks\.\d+\.|(^|[._])(transformer_blocks|layers|attention_blocks|double_blocks|mode_blocks"
+    r"|mode_blocks\.image|mode_blocks\.image_cond|layerwise_blocks|refiner_blocks|noise_refiner)"
+    r"\.\d+\."
+)
+MODULATES = re.compile(r"\.(norm\d?(_context)?\.linear|adaLN_modulation\.0|adaln_proj\.linear)$")
+
+
+@pytest.mark.parametrize("name", OTHERS.split())
+def test_families_that_are_not_run_by_the_names_of_their_lists(name: str) -> None:
+    import_torchvision()
+    import diffusers
+
+    kind = getattr(diffusers, name)
+    with torch.device("meta"):
+        values = {} if name.startswith("UNet") else of_signature(kind.__init__, TINY)
+        model = kind(**values)
+    for layer, chosen in select_layers(model, load_plan("a4")).items():
+        if not IN_BLOCK.search(layer) or layer.startswith("context_embedder"):
+            assert chosen.kind == "kept", layer
+        else:
+            assert chosen.kind == ("adaLN" if MODULATES.search(layer) else "block"), layer
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_runs_quantized(name: str) -> None:
+    """Nothing in it reads a quantized weight past its layer."""
+    plan = load_plan("a4")
+    plan = plan.model_copy(
+        update={"rotation": plan.rotation.model_copy(update={"kind": "none"})}  # widths of 85
+    )
+    model = quantize_(copy.deepcopy(build(name)), plan)
+    block = [n for n, chosen in select_layers(build(name), plan).items() if chosen.kind == "block"]
+    assert allocatable_layers(model, plan) == block
+    with torch.no_grad():
+        output = model(**{**of_signature(model.forward, INPUTS), **FAMILIES[name].inputs})[0]
+    assert all(bool(image.isfinite().all()) for image in output)
