@@ -146,7 +146,7 @@ def _other_kind(path: Path) -> tuple[str, str] | None:
     if head.startswith(b"PK\x03\x04"):
         return _kind_of_zip(path)
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return "a plain pickle, not written by torch.save", (
+        return "a plain pickle, not written by torch.save, and may hold more than tensors", (
             "save the state dict with torch.save or as safetensors where it was made"
         )
     return None

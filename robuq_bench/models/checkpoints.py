@@ -24,6 +24,7 @@ ASSET_PREFIX = "asset:"
 LISTED_PROBLEMS = 4
 #: Of the weights of a teacher; all are read in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WHOLE = (torch.int64, torch.int32)
 
 #: What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -146,13 +147,18 @@ def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `state` has the names and shapes of `expected`, finite values
-    and one of `DTYPES`; lists names that are missing (with the nearest one that is there),
-    unexpected, or wrong.
+    """Raise CheckpointError unless `state` fits `expected`: names, shapes, finite values, `DTYPES`.
+
+    It lists names that are missing (with the nearest one that is there), unexpected, or wrong;
+    counters, whole numbers in `expected`, may be of any type in `WHOLE`.
     """
     unexpected = sorted(state.keys() - expected.keys())
     shared = expected.keys() & state.keys()
-    readable = {name for name in shared if state[name].dtype in DTYPES}
+    readable = {
+        name
+        for name in shared
+        if state[name].dtype in (DTYPES if expected[name].is_floating_point() else WHOLE)
+    }
     problems = {
         "missing": _with_nearest(expected.keys() - state.keys(), unexpected),
         "unexpected": unexpected,
