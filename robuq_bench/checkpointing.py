@@ -344,7 +344,7 @@ def _load_pickle(path: Path) -> object:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = "it is damaged or cut off, or holds more than tensors and plain containers"
         if asked:
-            reason = f"it asks for {asked[1]}, no tensor or plain container, which could run code"
+            reason = f"it holds more than tensors: it asks for {asked[1]}, which could run code"
         raise CheckpointError(
             f"checkpoint {path} was refused: {reason}. Copy it again, or save its state dict alone "
             "where it was made: torch.save(model.state_dict(), FILE), or safetensors"

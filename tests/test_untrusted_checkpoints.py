@@ -238,7 +238,7 @@ def test_a_refused_pickle_says_what_it_asked_for(
     tmp_path: Path, content: object, name: str
 ) -> None:
     (tmp_path / "a.pt").write_bytes(saved(content))
-    with pytest.raises(CheckpointError, match=rf"refused: it asks for {name},") as caught:
+    with pytest.raises(CheckpointError, match=rf"refused: .* it asks for {name},") as caught:
         load_untrusted_checkpoint(tmp_path / "a.pt")
     assert "save its state dict alone" in str(caught.value)
     # The library advises to switch the protection off.
