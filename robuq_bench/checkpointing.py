@@ -30,6 +30,7 @@ from robuq_bench.weight_files import (
     checkpoint_files,
     is_safetensors,
     refuse_other_kinds,
+    require_file,
 )
 
 if TYPE_CHECKING:
@@ -157,10 +158,7 @@ def verify_tensors(path: Path) -> None:
 
 
 def _verify_digest(path: Path, expected_sha256: str | None) -> None:
-    if path.is_dir():
-        raise CheckpointError(f"checkpoint {path} is a folder; name the file")
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+    require_file(path)
     sidecar = sidecar_path(path)
     try:
         known = [expected_sha256.lower()] if expected_sha256 else read_checksums(sidecar)
@@ -189,10 +187,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if path.is_dir():
-        raise CheckpointError(f"checkpoint {path} is a folder; name the file")
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+    require_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
             metadata: Any = stream.metadata() or {}

@@ -38,6 +38,17 @@ _SIGNATURES = (
 )
 
 
+def require_file(path: Path) -> None:
+    """Raise CheckpointError unless `path` is a file."""
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if not is_file:
+        problem = "is a folder; name the file" if is_folder else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {problem}")
+
+
 def checkpoint_files(path: Path) -> list[Path]:
     """The weight files that `path` stands for, none of which is opened.
 
@@ -46,14 +57,22 @@ def checkpoint_files(path: Path) -> list[Path]:
     `transformer`.
 
     Raises:
-        CheckpointError: nothing is there, or a folder does not say which file is meant.
+        CheckpointError: nothing is there, it cannot be read, or a folder does not say which file
+            is meant.
     """
+    try:
+        return _files_of(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+
+
+def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         return _shards(path) if path.name.endswith(INDEX) else [path]
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist")
     if (path / "model_index.json").is_file() and (path / "transformer").is_dir():
-        return checkpoint_files(path / "transformer")
+        return _files_of(path / "transformer")
     names = [f"{stem}{suffix}" for suffix in _SUFFIXES for stem in _STEMS]
     for name in names:
         whole, index = path / name, path / f"{name}{INDEX}"
@@ -62,7 +81,7 @@ def checkpoint_files(path: Path) -> list[Path]:
                 f"checkpoint {path} is a folder with both {name} and {index.name}; name one of them"
             )
         if whole.is_file() or index.is_file():
-            return checkpoint_files(whole if whole.is_file() else index)
+            return _files_of(whole if whole.is_file() else index)
     found = sorted(file.name for file in path.iterdir() if file.suffix in _WEIGHTS)
     there = f"{', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
     raise CheckpointError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import Workload, load_workload, resolve
-from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.files import sha256_file
 from robuq_bench.models.checkpoints import (
     build_model,
@@ -381,6 +381,11 @@ def test_malicious_pickle_is_refused_without_side_effect(legacy: bool, tmp_path:
 def test_unknown_teachers_are_told_with_a_way_out(checkpoint: str, message: str) -> None:
     with pytest.raises(MissingResourceError, match=message):
         load_teacher(make_workload(checkpoint), "cpu")
+
+
+def test_a_path_that_cannot_be_looked_at_is_a_usage_error() -> None:
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        resolve("train-and-eval", "1", "a4", make_workload("a" * 300))
 
 
 @pytest.fixture(scope="module")

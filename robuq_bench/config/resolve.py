@@ -243,13 +243,13 @@ def _identify(section: dict[str, Any], path_key: str) -> None:
     if not spec or not isinstance(spec, str) or section["sha256"]:
         return
     path = asset_path(spec)
-    if path_key == "checkpoint" and path.exists():  # may be a folder or an index of shards
-        section["sha256"] = checkpoint_digest(path)
-    elif path.is_file():
-        try:
+    try:
+        if path_key == "checkpoint" and path.exists():  # may be a folder or an index of shards
+            section["sha256"] = checkpoint_digest(path)
+        elif path.is_file():
             section["sha256"] = sha256_file(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _identify_input(settings: dict[str, Any], path_key: str) -> None:

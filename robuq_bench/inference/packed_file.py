@@ -44,6 +44,7 @@ from robuq_bench.inference.packed_restore import (
 from robuq_bench.inference.stored_tensors import INT8_SCALE, problem_of, stored
 from robuq_bench.quantization.activations import matmul_quantizer
 from robuq_bench.quantization.convert import layer_type
+from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import names_of
 
 
@@ -72,14 +73,17 @@ def export_packed(
         `size_table(path)`: every byte of the file by what it holds.
 
     Raises:
-        UsageError: unknown storage, no packed layer, fused blocks, or a value that cannot be
-            stored: not finite, of an unknown dtype, or beyond fp16. Nothing was written.
+        UsageError: unknown storage, no packed layer, one that is not packed yet, fused blocks, or
+            a value that cannot be stored: not finite, of an unknown dtype, or beyond fp16.
+            Nothing was written.
         RobuqError: the file cannot be written.
     """
     path, chosen = Path(path), Storage.parse(storage)
     layers = packed_layers(model)
     if not layers:
         raise UsageError(f"{type(model).__name__} has no packed layers; call pack_ first")
+    for names in names_of(model, QuantizedLinear).values():
+        raise UsageError(f"layer {names[0]!r} is quantized but not packed; call pack_ first")
     if any(isinstance(module, FusedBlocks) for module in model.modules()):
         raise UsageError("the blocks are fused; export the model before prepare_for_inference")
     content = _Content()
