@@ -243,6 +243,7 @@ def test_a_refused_pickle_says_what_it_asked_for(
     assert "save its state dict alone" in str(caught.value)
     # The library advises to switch the protection off.
     assert "weights_only" not in str(caught.value)
+    assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
 
 
