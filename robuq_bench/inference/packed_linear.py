@@ -119,10 +119,11 @@ class PackedLinear(nn.Module):
                 f"layer {layer.name!r} quantizes its activations but not its weight; packing takes "
                 "ternary weights (weights.quantizer, adaln.weight_quantizer)"
             )
-        if layer.weight.dtype not in DTYPES:
+        dtype = layer.master_weight.dtype
+        if dtype not in DTYPES:
             raise UsageError(
-                f"layer {layer.name!r} is {layer.weight.dtype}, which cannot be packed; cast the "
-                "model to float32 first"
+                f"layer {layer.name!r} is {dtype}, which cannot be packed; cast the model to "
+                "float32 first"
             )
         for part, value in layer.named_parameters():
             if not bool(torch.isfinite(value).all()):
@@ -130,7 +131,7 @@ class PackedLinear(nn.Module):
                     f"{part!r} of layer {layer.name!r} has NaN or infinite values; such a model "
                     "cannot be packed. Go back to a checkpoint from before they arose"
                 )
-        codes, scale = quantize_weight(layer.weight, layer.weight_quantizer)
+        codes, scale = quantize_weight(layer.master_weight, layer.weight_quantizer)
         low_rank = None
         if layer.low_rank_up is not None and layer.low_rank_down is not None:
             low_rank = (layer.low_rank_up, layer.low_rank_down)
@@ -144,7 +145,7 @@ class PackedLinear(nn.Module):
             rotated=layer.rotated,
             signs=layer.signs,
             low_rank=low_rank,
-            dtype=layer.weight.dtype,
+            dtype=dtype,
         ).train(layer.training)
 
     @property

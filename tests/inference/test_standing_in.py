@@ -21,6 +21,7 @@ from robuq_bench.inference import prepare_for_inference as prepare
 from robuq_bench.inference.packed_linear import exchange_layers, packed_layers
 from robuq_bench.inference.random_weights import pack_random_
 from robuq_bench.models.dit import DiT
+from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import names_of
 
@@ -79,6 +80,22 @@ def test_a_shared_layer_stays_one_layer_from_packing_to_loading(tmp_path: Path) 
     assert list(facts["bits_by_layer"]) == ["first"]
     with pytest.raises(CheckpointError, match=r"\['first', 'inner\.0'\] are one layer in the file"):
         load_packed(path, into=Shared(share=False))
+
+
+@pytest.mark.parametrize("make", [Shared, lambda: nn.Linear(32, 32)])
+@torch.no_grad()
+def test_a_plan_packs_and_loads_what_is_shared_or_a_layer_itself(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    model, x = quantize_(make(), PLAN).eval(), torch.randn(3, 32)
+    expected = model(x)
+    packed = pack_(model)
+    export_packed(packed, tmp_path / "m.safetensors", plan=PLAN)
+    loaded, _ = load_packed(tmp_path / "m.safetensors", into=make())
+    for found in (packed, loaded):
+        assert torch.equal(found(x), expected)
+        assert len(packed_layers(found)) == 1
+        assert not names_of(found, nn.Linear)
 
 
 def test_an_instance_that_shares_more_than_the_file_is_refused_unchanged(tmp_path: Path) -> None:
@@ -155,7 +172,7 @@ def test_fused_blocks_refuse_hooks_they_would_drop(student: Student) -> None:
 def test_what_is_not_finite_is_not_packed(part: str, value: float) -> None:
     model = quantized(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
     with torch.no_grad():
-        model.get_parameter(f"1.{part}").view(-1)[3] = value
+        dict(model.named_parameters())[f"1.{part}"].view(-1)[3] = value
     with pytest.raises(UsageError, match=rf"'{part}' of layer '1' has NaN or infinite values"):
         pack_(model)
     assert all(isinstance(layer, QuantizedLinear) for layer in model), "nothing was changed"
