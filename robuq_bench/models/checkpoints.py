@@ -24,7 +24,7 @@ ASSET_PREFIX = "asset:"
 LISTED_PROBLEMS = 4
 #: Of the weights of a teacher; all are read in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WHOLE = (torch.int64, torch.int32)
+WHOLE = (torch.int64, torch.int32, torch.uint8)
 
 #: What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
