@@ -22,6 +22,7 @@ from robuq_bench.checkpointing import load_tensors, save_tensors, sidecar_path
 from robuq_bench.data import ImageData
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_text, sha256_file
+from robuq_bench.models.checkpoints import check_weights
 
 ASSET = Path(__file__).parent / "assets" / "digits_features.safetensors"
 ASSET_SHA256 = "b2aaef0a1f1b76cc4054549f0a4e8d4c27b08d43a662e32c525296e9cf4ee31a"
@@ -246,13 +247,14 @@ def load_features(
     tensors, metadata = load_tensors(path, expected_sha256=pinned)
     if metadata.get("architecture") != ARCHITECTURE:
         raise CheckpointError(f"{path} does not hold a {ARCHITECTURE!r} feature network")
-    network = DigitsCNN(
-        input_size=int(metadata["input_size"]), num_classes=int(metadata["num_classes"])
-    )
     try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
+        network = DigitsCNN(
+            input_size=int(metadata["input_size"]), num_classes=int(metadata["num_classes"])
+        )
+        check_weights(network.state_dict(), tensors)
+    except (KeyError, ValueError, UsageError, CheckpointError) as error:
         raise CheckpointError(f"{path} does not fit {ARCHITECTURE!r}: {error}") from error
+    network.load_state_dict(tensors)
     network.double().eval().requires_grad_(False)
     return network, metadata, pinned or sha256_file(path)
 

@@ -154,6 +154,14 @@ def test_other_files_need_a_checksum_and_the_right_content(tmp_path: Path) -> No
     save_tensors(other, {"x": torch.zeros(1)}, metadata)
     with pytest.raises(CheckpointError, match="does not fit"):
         load_features(other)
+    state = DigitsCNN().state_dict()
+    state["classifier.bias"][0] = float("nan")
+    save_tensors(other, state, metadata)
+    with pytest.raises(CheckpointError, match=r"1 not finite: classifier\.bias"):
+        load_features(other)
+    save_tensors(other, state, metadata | {"input_size": "nine"})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_features(other)
 
 
 def small(digits: ImageData, count: int = 400) -> ImageData:

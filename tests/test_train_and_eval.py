@@ -17,6 +17,7 @@ from robuq_bench import allocation
 from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
+from robuq_bench.errors import CheckpointError
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run, open_existing, verify_run
 from robuq_bench.sampling import sample_images
@@ -197,6 +198,11 @@ def test_the_student_can_be_loaded_and_samples_as_recorded(
     recorded = np.load(finished.path / "samples" / "student-0.npz")["arr_0"]
     images = sample_images(student, config.workload, seeds=range(5)).permute(0, 2, 3, 1).numpy()
     assert np.abs(images.astype(int) - recorded[:5].astype(int)).max() <= 1
+    # A model of the same layers and other widths.
+    classes = config.workload.model.num_classes + 1
+    model = config.workload.model.model_copy(update={"num_classes": classes})
+    with pytest.raises(CheckpointError, match=r"of another shape: y_embedder.*than --on names"):
+        load_student(finished.path, config.workload.model_copy(update={"model": model}))
 
 
 def test_full_precision_plan_is_the_teacher(workload: Path, finished: RunResult) -> None:

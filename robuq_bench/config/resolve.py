@@ -35,6 +35,7 @@ from robuq_bench.config.studies import (
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import sha256_bytes, sha256_file
+from robuq_bench.weight_files import checkpoint_digest
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 # Fields of study settings that name an input; `<field>_sha256` identifies it.
@@ -75,6 +76,7 @@ def resolve(
 
     Raises:
         ConfigError: unknown name or key, invalid value, or seed out of range.
+        CheckpointError: the teacher's folder does not say which file is meant.
     """
     parts: dict[str, dict[str, Any]] = {
         "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
@@ -241,11 +243,13 @@ def _identify(section: dict[str, Any], path_key: str) -> None:
     if not spec or not isinstance(spec, str) or section["sha256"]:
         return
     path = asset_path(spec)
-    if path.is_file():
-        try:
+    try:
+        if path_key == "checkpoint" and path.exists():  # may be a folder or an index of shards
+            section["sha256"] = checkpoint_digest(path)
+        elif path.is_file():
             section["sha256"] = sha256_file(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _identify_input(settings: dict[str, Any], path_key: str) -> None:

@@ -414,6 +414,17 @@ class _AbsmaxFakeQuantize(torch.autograd.Function):
         return grad, None
 
 
+class _MatmulQuantizer:
+    """Per-row absmax fake quantization to integers of at most `limit`; pickles with its model."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = _AbsmaxFakeQuantize.apply(x, self.limit)
+        return result
+
+
 def matmul_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
     """Symmetric absmax fake quantizer per row (last axis) for attention operands, bits 2 to 8.
 
@@ -423,10 +434,4 @@ def matmul_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
     """
     if not 2 <= bits <= 8:
         raise ConfigError(f"attention.matmul_bits must be 2 to 8, got {bits}")
-    limit = 2 ** (bits - 1) - 1
-
-    def quantize(x: Tensor) -> Tensor:
-        result: Tensor = _AbsmaxFakeQuantize.apply(x, limit)
-        return result
-
-    return quantize
+    return _MatmulQuantizer(2 ** (bits - 1) - 1)
