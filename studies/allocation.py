@@ -47,7 +47,7 @@ from studies.sensitivity import calibration
 from studies.train_and_eval import prepare_training
 from studies.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."
 
 
