@@ -1,7 +1,7 @@
 """From runs to rows: what may stand in one table, and its mean and spread.
 
 A *protocol* is everything that must be equal before two FIDs can be compared (workload, teacher,
-sampler, steps, guidance, number of samples, features). A *row* is one plan with one training
+sampler, steps, guidance, number of samples, features, version of the study). A *row* is one plan with one training
 budget; its runs differ in the training seed only.
 """
 
@@ -31,7 +31,10 @@ _METRIC_ORDER = ("fid", "sfid", "is", "kid", "precision", "recall", "distillatio
 _HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
 # How a metric was computed, not how good the images are.
-_DETAILS = ("_std", "_splits", "_subset_size", "_is_rank_deficient", "_seconds", "_s")
+_DETAILS = (
+    *("_std", "_splits", "_subset_size", "_class_correction", "_is_rank_deficient"),
+    *("_seconds", "_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ def _protocol(run: RunData) -> dict[str, Any]:
         "diffusion": section(workload, "diffusion"),
         "teacher": identity,
         "evaluation": evaluation,
+        # A version is raised where measured numbers change, such as KID's from 1 to 2.
+        "study_version": run.config.get("study_version"),
     }
 
 
