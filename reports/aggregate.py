@@ -1,8 +1,8 @@
 """From runs to rows: what may stand in one table, and its mean and spread.
 
 A *protocol* is everything that must be equal before two FIDs can be compared (workload, teacher,
-sampler, steps, guidance, number of samples, features, version of the study). A *row* is one plan with one training
-budget; its runs differ in the training seed only.
+sampler, steps, guidance, number of samples, features, version of the study). A *row* is one plan
+with one training budget; its runs differ in the training seed only.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ KID: Binkowski et al. 2018.)
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from robuq_bench.errors import UsageError

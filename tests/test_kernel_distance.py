@@ -157,7 +157,8 @@ def test_metrics_correct_every_side_that_has_labels(caplog: pytest.LogCaptureFix
     labelled = Reference(reference.pool, reference.spatial, real, COUNT, labels)
     plain = compute_metrics(samples, real)["kid"]
     own, other = (class_correction(f.pool, labels) for f in (samples, real))
-    assert own is not None and other is not None
+    assert own is not None
+    assert other is not None
     both = compute_metrics(samples, labelled, "digits", labels)
     assert both["kid_digits_class_correction"] == pytest.approx(own + other, rel=1e-12)
     assert both["kid_digits"] == pytest.approx(plain + own + other, rel=1e-12)
