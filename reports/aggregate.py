@@ -142,9 +142,11 @@ class Group:
         evaluation = self.evaluation
         ranges = f"{len(self.seed_starts)} seed range" + "s" * (len(self.seed_starts) != 1)
         starts = ", ".join(map(str, self.seed_starts))
+        spacing = evaluation.get("timestep_spacing", "none")
         return (
             f"{evaluation.get('sampler', 'sampler not recorded')}, "
-            f"{evaluation.get('sampling_steps', '?')} steps, "
+            f"{evaluation.get('sampling_steps', '?')} steps"
+            f"{'' if spacing == 'none' else f' of {spacing} spacing'}, "
             f"cfg {evaluation.get('cfg_scale', '?')}, "
             f"N = {self.num_samples} images per seed range, {ranges} (first seeds {starts}), "
             f"features: {evaluation.get('features', '?')}"
@@ -208,7 +210,7 @@ def metric_values(record: Record) -> dict[str, float]:
 
 def _protocol(run: RunData) -> dict[str, Any]:
     workload = run.workload
-    evaluation = dict(section(workload, "evaluation"))
+    evaluation = _set_fields(section(workload, "evaluation"))
     for irrelevant in ("batch_size", "grid_images", "inception_weights"):
         evaluation.pop(irrelevant, None)
     evaluation["num_samples"] = _num_samples(run)
@@ -218,12 +220,17 @@ def _protocol(run: RunData) -> dict[str, Any]:
         "name": run.workload_name,
         "model": section(workload, "model"),
         "data": {k: v for k, v in section(workload, "data").items() if k != "path"},
-        "diffusion": section(workload, "diffusion"),
+        "diffusion": _set_fields(section(workload, "diffusion")),
         "teacher": identity,
         "evaluation": evaluation,
         # A version is raised where measured numbers change, such as KID's from 1 to 2.
         "study_version": run.config.get("study_version"),
     }
+
+
+def _set_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is absent, so that runs from before an optional field had it stay equal."""
+    return {key: value for key, value in values.items() if value != "none"}
 
 
 def _protocol_view(group: Group) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def test_a_full_precision_plan_with_other_values_keeps_its_own_row(fabricate):
         "evaluation.num_samples=500",
         "evaluation.sampler=ddpm",
         "evaluation.sampling_steps=50",
+        "evaluation.timestep_spacing=fractional",
         "evaluation.cfg_scale=4.0",
         "evaluation.seed_ranges=2",
         "model.depth=5",
