@@ -147,7 +147,7 @@ def test_packed_parts_match_the_quantized_model() -> None:
     assert row["low_rank_bytes"] == 4 * sum(p.numel() for p in low_rank)
     assert row["signs_bytes"] == sum(math.ceil(layer.signs.numel() / 8) for layer in layers)
     assert row["scales_bytes"] == 4 * sum(layer.out_features for layer in layers)
-    codes = {id(layer.weight) for layer in layers} | {id(p) for p in low_rank}
+    codes = {id(layer.master_weight) for layer in layers} | {id(p) for p in low_rank}
     others = [p for p in model.parameters() if id(p) not in codes]
     assert row["rest_bytes"] == 4 * sum(p.numel() for p in others)
 

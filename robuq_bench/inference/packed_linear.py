@@ -94,7 +94,7 @@ class PackedLinear(nn.Module):
                 f"layer {layer.name!r} quantizes its activations but not its weight; packing takes "
                 "ternary weights (weights.quantizer, adaln.weight_quantizer)"
             )
-        codes, scale = quantize_weight(layer.weight, layer.weight_quantizer)
+        codes, scale = quantize_weight(layer.master_weight, layer.weight_quantizer)
         low_rank = None
         if layer.low_rank_up is not None and layer.low_rank_down is not None:
             low_rank = (layer.low_rank_up, layer.low_rank_down)

@@ -74,10 +74,10 @@ class ActivationQuantizer(ABC):
 
     def check_bits(self, bits: int) -> None:
         """Raise ConfigError unless this quantizer is defined at `bits`."""
-        if not self.min_bits <= bits <= self.max_bits:
+        if isinstance(bits, bool) or not self.min_bits <= bits <= self.max_bits:
             raise ConfigError(
                 f"activations.quantizer {self.name!r} takes {self.min_bits} to {self.max_bits} "
-                f"bits, got {bits}"
+                f"bits, got {bits!r}"
             )
 
     @abstractmethod
@@ -343,7 +343,8 @@ class MinMax(ActivationQuantizer):
         # amin and amax: each vectorised, where aminmax is 5 times slower on CPU.
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
         scale = (high - low) / (2**bits - 1)
-        dead = scale == math.inf
+        # An entry, or the range itself, is infinite: inf - inf, of a token all infinite, is NaN.
+        dead = (scale == math.inf) | (low.isinf() & (low == high))
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
         inverse = _reciprocal(scale)
         middle = low.add_(scale, alpha=2 ** (bits - 1)).masked_fill_(dead, 0.0)

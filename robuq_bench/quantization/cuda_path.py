@@ -67,8 +67,9 @@ def forced() -> Iterator[None]:
 
 def kernel_support(layer: QuantizedLinear) -> str | None:
     """Why a layer does not use all kernels that serve it; None if it does."""
-    width, dtype = layer.in_features, layer.weight.dtype
-    reason = _device_reason(layer.weight.device)
+    weight = layer.master_weight
+    width, dtype = layer.in_features, weight.dtype
+    reason = _device_reason(weight.device)
     if reason is not None:
         return reason
     if layer.activation_bits is None:
@@ -77,7 +78,7 @@ def kernel_support(layer: QuantizedLinear) -> str | None:
         return f"it computes in {dtype}"
     reason = _tokens_reason(width, layer.rotated, layer.activation_quantizer, layer.activation_bits)
     if reason is None and layer.weight_quantizer != "none":
-        reason = weight_reason(layer.weight, layer.weight_quantizer)
+        reason = weight_reason(weight, layer.weight_quantizer)
     return reason
 
 
@@ -92,6 +93,11 @@ def takes_tokens(
         and weight.dtype in DTYPES
         and _tokens_reason(x.shape[-1], rotated, quantizer.name, bits) is None
     )
+
+
+def is_active(device: torch.device) -> bool:
+    """Whether kernels serve this device."""
+    return _device_reason(device) is None
 
 
 def weight_reason(weight: Tensor, rule: str) -> str | None:

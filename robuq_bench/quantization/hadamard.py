@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robuq_bench.errors import ConfigError
+from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.quantization.paley import paley_construction, prime_power
 
 MAX_PALEY_ORDER = 1024
@@ -86,12 +86,13 @@ def hadamard_factors(n: int) -> tuple[int, ...]:
     Raises:
         UnsupportedHadamardOrder: no construction is known here; never padded to a larger order.
     """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise UsageError(f"the order of a Hadamard matrix is a whole number, got {n!r}")
     found = _decompose(n)
     if found is None:
         raise UnsupportedHadamardOrder(
             f"no Hadamard matrix of order {n} can be constructed (Sylvester, Paley I and II and "
-            f"their Kronecker products); nearest supported orders: {_nearest(n)}. Choose such a "
-            f'layer width, or set rotation.kind = "none" for this layer'
+            f"their Kronecker products); nearest supported orders: {_nearest(n)}"
         )
     power_of_two, *paley = found
     factors = (*_split_power_of_two(power_of_two), *paley)
@@ -147,7 +148,8 @@ def transform_factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple
 
 
 def _apply_factors(x: Tensor, inverse: bool) -> Tensor:
-    *leading, last = transform_factors(x.shape[-1], x.dtype, x.device)
+    # Under torch.jit.trace a size is a tensor, and no key of a cache.
+    *leading, last = transform_factors(int(x.shape[-1]), x.dtype, x.device)
     inner = last.shape[0]
     # Half precision would round the factors, which the quantizer behind would see as noise.
     with torch.autocast(x.device.type, enabled=False):
@@ -185,6 +187,9 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
 
     Raises:
         UnsupportedHadamardOrder: n has no matrix here; the input is never padded.
+        UsageError: x is not floating point.
     """
+    if not x.is_floating_point():
+        raise UsageError(f"hadamard_transform takes floating-point tensors, got {x.dtype}")
     result: Tensor = _HadamardTransform.apply(x, inverse)
     return result

@@ -226,7 +226,7 @@ def test_diffusers_dit_is_quantized_like_any_module() -> None:
     assert not any("norm1" in name for name in allocatable)
     model.train()
     model(**inputs).sample.square().mean().backward()
-    gradients = [layer.weight.grad for layer in quantized_layers(model).values()]
+    gradients = [layer.master_weight.grad for layer in quantized_layers(model).values()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
