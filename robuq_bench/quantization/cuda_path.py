@@ -83,21 +83,22 @@ def kernel_support(layer: QuantizedLinear) -> str | None:
 
 
 def takes_tokens(
-    x: Tensor, weight: Tensor, rotated: bool, quantizer: ActivationQuantizer | None, bits: int
+    x: Tensor,
+    weight: Tensor,
+    rotated: bool,
+    quantizer: ActivationQuantizer | None,
+    bits: int | Tensor,
 ) -> bool:
     """Whether `fake_quantize` serves a product of x [..., n] with weight [out, n or more]."""
+    if isinstance(bits, Tensor) and quantizer is not None:
+        bits = quantizer.max_bits  # any will do: the layer has checked its own
     return (
         quantizer is not None
         and _device_reason(x.device) is None
         and x.dtype in DTYPES
         and weight.dtype in DTYPES
-        and _tokens_reason(x.shape[-1], rotated, quantizer.name, bits) is None
+        and _tokens_reason(x.shape[-1], rotated, quantizer.name, int(bits)) is None
     )
-
-
-def is_active(device: torch.device) -> bool:
-    """Whether kernels serve this device."""
-    return _device_reason(device) is None
 
 
 def weight_reason(weight: Tensor, rule: str) -> str | None:
@@ -129,7 +130,7 @@ def fake_quantize(
     signs: Tensor | None,
     rotated: bool,
     quantizer: ActivationQuantizer,
-    bits: int,
+    bits: int | Tensor,
     dtype: torch.dtype,
     want_rotated: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ def fake_quantize(
         signs: [n] or None; only read when `rotated`.
         rotated: whether x is rotated.
         quantizer: of the rotated activations, with bits.
-        bits: of the quantizer.
+        bits: of the quantizer; a tensor of one element on the CPU keeps a compiled graph.
         dtype: of the results.
         want_rotated: whether the second result is needed; it is empty otherwise.
 
@@ -150,6 +151,7 @@ def fake_quantize(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     signs = signs.float() if rotated and signs is not None else None
     save = torch.is_grad_enabled() and x.requires_grad
+    bits = bits if isinstance(bits, Tensor) else torch.tensor(bits)
     values, tokens, _ = torch.ops.robuq_bench.fake_quantize(
         rows, signs, rotated, quantizer.name, bits, dtype, want_rotated, save
     )
@@ -232,7 +234,7 @@ def _settings(
     "robuq_bench::fake_quantize",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor? signs, bool rotated, str quantizer, int bits, ScalarType dtype, "
+        "(Tensor x, Tensor? signs, bool rotated, str quantizer, Tensor bits, ScalarType dtype, "
         "bool want_rotated, bool save) -> (Tensor, Tensor, Tensor)"
     ),
 )
@@ -241,14 +243,14 @@ def _fake_quantize(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
     want_rotated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kernels.fake_quantize import triton
 
-    grid, rotation = _settings(x.shape[-1], rotated, quantizer, bits, x.device)
+    grid, rotation = _settings(x.shape[-1], rotated, quantizer, int(bits), x.device)
     values, tokens, state = triton.fake_quantize(
         x,
         grid,
@@ -269,7 +271,7 @@ def _(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
     want_rotated: bool,
     save: bool,
@@ -294,7 +296,7 @@ def _has_state(quantizer: str) -> bool:
     mutates_args=(),
     schema=(
         "(Tensor grad, Tensor? grad_rotated, Tensor state, Tensor? signs, bool rotated, "
-        "str quantizer, int bits, ScalarType dtype) -> Tensor"
+        "str quantizer, Tensor bits, ScalarType dtype) -> Tensor"
     ),
 )
 def _fake_quantize_backward(
@@ -304,12 +306,12 @@ def _fake_quantize_backward(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     from kernels.fake_quantize import triton
 
-    grid, rotation = _settings(grad.shape[-1], rotated, quantizer, bits, grad.device)
+    grid, rotation = _settings(grad.shape[-1], rotated, quantizer, int(bits), grad.device)
     return triton.fake_quantize_backward(
         grad,
         state if _has_state(quantizer) else None,
@@ -329,7 +331,7 @@ def _(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     return grad.new_empty(grad.shape, dtype=dtype)
@@ -337,15 +339,16 @@ def _(
 
 def _remember_tokens(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, signs, rotated, quantizer, bits, _, _, _ = inputs
-    ctx.save_for_backward(output[2], signs)
-    ctx.settings = (rotated, quantizer, bits, x.dtype)
+    ctx.save_for_backward(output[2], signs, bits)
+    ctx.settings = (rotated, quantizer, x.dtype)
     ctx.set_materialize_grads(False)
 
 
 def _tokens_gradient(
     ctx: Any, grad: Tensor | None, grad_rotated: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    state, signs = ctx.saved_tensors
+    state, signs, bits = ctx.saved_tensors
+    rotated, quantizer, dtype = ctx.settings
     if grad_rotated is not None and grad_rotated.numel() == 0:
         grad_rotated = None
     if grad is None:
@@ -353,7 +356,7 @@ def _tokens_gradient(
             return (None,) * 8
         grad = torch.zeros_like(grad_rotated)
     result = torch.ops.robuq_bench.fake_quantize_backward(
-        grad, grad_rotated, state, signs, *ctx.settings
+        grad, grad_rotated, state, signs, rotated, quantizer, bits, dtype
     )
     return (result, *(None,) * 7)
 

@@ -63,8 +63,6 @@ def linear_product(
     kernels where it can, and what remains is composed of PyTorch's operations. Under
     `torch.compile` bits may be a tensor of one element on the CPU.
     """
-    if isinstance(bits, Tensor) or _is_compiled(x):
-        return _compiled_product(x, weight, bias, down, signs, rotated, quantizer, bits)
     if quantizer is not None and cuda_path.takes_tokens(x, weight, rotated, quantizer, bits):
         dtype = cuda_path.product_dtype(weight) or weight.dtype
         operand, tokens = cuda_path.fake_quantize(
@@ -73,6 +71,8 @@ def linear_product(
         if down is not None:
             operand = torch.cat([operand, F.linear(tokens, down).to(dtype)], -1)
         return F.linear(operand, weight, bias)
+    if torch.compiler.is_compiling() or isinstance(bits, Tensor):
+        return _compiled_product(x, weight, bias, down, signs, rotated, quantizer, bits)
     if _fusible(x, weight):
         return fused_linear(x, weight, bias, down, signs, rotated, quantizer, bits)
     tokens = x if x.dtype == torch.float64 else x.float()
@@ -80,11 +80,6 @@ def linear_product(
         tokens = rotate(tokens, None if signs is None else signs.to(tokens.dtype))
     operand = tokens if quantizer is None else quantizer.fake_quantize(tokens, bits)
     return _composed_product(operand, tokens, weight, bias, down)
-
-
-def _is_compiled(x: Tensor) -> bool:
-    """Whether `torch.compile` is at work and no kernel serves x, whose operators it could keep."""
-    return torch.compiler.is_compiling() and not cuda_path.is_active(x.device)
 
 
 def _composed_product(
@@ -336,7 +331,7 @@ class QuantizedLinear(nn.Module):
             self._check_autocast(x)
         weight = self._cached_wide_weight()
         bits: int | Tensor | None = self._bits
-        if _is_compiled(x):
+        if torch.compiler.is_compiling():
             bits = self._bits_tensor
         quantizer = None if bits is None else activation_quantizer(self.activation_quantizer)
         return linear_product(

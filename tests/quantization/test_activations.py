@@ -292,6 +292,20 @@ def test_infinite_entries_saturate(name: str, bits: int, dtype: torch.dtype) -> 
     assert bool(leaf.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize(("name", "bits"), ALL)
+def test_a_token_of_one_infinity_saturates(name: str, bits: int, value: float) -> None:
+    q = quantizer(name)
+    leaf = torch.full((2, 6), value, requires_grad=True)
+    y = q.fake_quantize(leaf, bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert set(q.quantize(leaf, bits).codes.flatten().tolist()) == {high if value > 0 else low}
+    assert bool(y.isfinite().all())
+    y.sum().backward()
+    assert leaf.grad is not None
+    assert bool(leaf.grad.isfinite().all())
+
+
 @pytest.mark.parametrize(("name", "bits"), ALL)
 def test_nan_stays_nan(name: str, bits: int) -> None:
     x = torch.tensor([[1.0, math.nan, -2.0], [1.0, 2.0, 4.0]])
@@ -302,7 +316,7 @@ def test_nan_stays_nan(name: str, bits: int) -> None:
         quantizer(name).quantize(x, bits)
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 9])
+@pytest.mark.parametrize("bits", [-1, 0, 9, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_bits(name: str, bits: int) -> None:
     calls: list[Callable[[Tensor, int], object]] = [

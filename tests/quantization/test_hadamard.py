@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
-from robuq_bench.errors import ConfigError
+from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.quantization.goethals_seidel import goethals_seidel
 from robuq_bench.quantization.hadamard import (
     UnsupportedHadamardOrder,
@@ -241,3 +241,15 @@ def test_no_paley_matrix() -> None:
     for q in (2, 4, 15):
         with pytest.raises(ValueError, match="not an odd prime power"):
             quadratic_residue_matrix(q)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_only_floating_point_is_transformed(dtype: torch.dtype) -> None:
+    with pytest.raises(UsageError, match=str(dtype)):
+        hadamard_transform(torch.ones(2, 4).to(dtype))
+
+
+@pytest.mark.parametrize("order", [True, 4.0, torch.tensor(4), "4", None])
+def test_an_order_is_a_whole_number(order: object) -> None:
+    with pytest.raises(UsageError, match="whole number"):
+        hadamard_factors(order)  # type: ignore[arg-type]
