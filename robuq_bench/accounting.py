@@ -138,10 +138,11 @@ def account(
     The main numbers are at the top level: `parameters`, `macs`, `weight_bits` (of the block
     linears; `adaln_weight_bits` of the modulation), `mean_activation_bits` (MAC-weighted, block
     linears; 32 when not quantized), `mean_activation_bits_by_type` (None where only the budget is
-    known), `bit_ops`, `effective_flops`, `compute_reduction`, `packed_bytes` and `size_reduction` (packing `packing`). `*_by_part` split them;
-    `packing_table` lists every packing; `published` holds the figures for DiT-XL/2. These are read
-    at a low-rank branch of rank 16: where `low_rank_rank` is another, `at_published_rank` has the
-    headline numbers at 16, and every packing its `size_reduction_at_rank_16`.
+    known), `bit_ops`, `effective_flops`, `compute_reduction`, `packed_bytes` and `size_reduction`
+    (packing `packing`). `*_by_part` split them; `packing_table` lists every packing; `published`
+    holds the figures for DiT-XL/2. These are read at a low-rank branch of rank 16: where
+    `low_rank_rank` is another, `at_published_rank` has the headline numbers at 16, and every
+    packing its `size_reduction_at_rank_16`.
 
     Raises:
         UsageError: unknown or missing layers in `bits_by_layer`, or none for a plan that reads
