@@ -1,8 +1,9 @@
 """FID, sFID, KID, Inception Score, precision and recall, by torch-fidelity's own functions.
 
-Only its metric functions and extractors are used: its cache is keyed by name alone, so another data
-set under the same name would be answered with the first one's features, and its class-conditional
-generators call the removed `np.int`. Statistics are accumulated in float64.
+KID gets a correction where labels are not random (`kernel_distance`). Only its metric functions and
+extractors are used: its cache is keyed by name alone, so another data set under the same name would
+be answered with the first one's features, and its class-conditional generators call the removed
+`np.int`. Statistics are accumulated in float64.
 """
 
 from __future__ import annotations
