@@ -25,7 +25,7 @@ from robuq_bench.errors import UsageError
 
 __all__ = ["class_correction"]
 
-ROWS_PER_BLOCK = 2048
+BLOCK_ELEMENTS = 2**23  # of the kernel matrix at a time: 64 MiB
 
 
 def class_correction(features: Tensor, labels: Tensor) -> float | None:
@@ -58,9 +58,14 @@ def class_correction(features: Tensor, labels: Tensor) -> float | None:
 
 
 def _mean_kernel_of_pairs(features: Tensor) -> float:
-    """Mean of k over the ordered pairs i != j of rows [n, d], n >= 2."""
+    """Mean of k over the pairs i != j of rows [n, d], n >= 2; every pair is computed once."""
     count, dimensions = features.shape
-    blocks = features.split(ROWS_PER_BLOCK)
-    total = sum(float(((block @ features.T) / dimensions + 1).pow_(3).sum()) for block in blocks)
+    rows = max(1, BLOCK_ELEMENTS // count)
+    total = 0.0
+    for start in range(0, count, rows):
+        block = features[start : start + rows]
+        kernel = (block @ features[start:].T).div_(dimensions).add_(1).pow_(3)
+        # Pairs within the block are there twice, those with later rows once.
+        total += 2 * float(kernel.sum()) - float(kernel[:, : len(block)].sum())
     own = float((features.square().sum(1) / dimensions + 1).pow_(3).sum())
     return (total - own) / (count * (count - 1))
