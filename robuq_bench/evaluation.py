@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from robuq_bench.feature_networks import FeatureNetwork
 from robuq_bench.features import Features
 from robuq_bench.fidelity import (
     Reference,
+    as_reference,
     compute_metrics,
     load_adm_reference,
     reference_features,
 )
-from robuq_bench.sampling import decode_latents, image_grid, sample_images
+from robuq_bench.sampling import decode_latents, default_labels, image_grid, sample_images
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def load_reference(
 ) -> Features | Reference:
     """Load what samples are compared with, and check that latents can become images.
 
-    An ADM `.npz` when `evaluation.reference` names one, else the features of the training images.
+    An ADM `.npz` when `evaluation.reference` names one, else features and labels of the training
+    images.
 
     Raises:
         MissingResourceError: a latent workload without reference statistics or VAE.
@@ -66,7 +69,8 @@ def load_reference(
         decode_latents(torch.zeros(1, *data.images.shape[1:]), evaluation.vae)
     if evaluation.reference is not None:
         return load_adm_reference(evaluation.reference, network, evaluation.batch_size)
-    return reference_features(network, data, evaluation.batch_size)
+    features = reference_features(network, data, evaluation.batch_size)
+    return replace(as_reference(features), labels=data.labels)
 
 
 def evaluate_samples(
@@ -116,6 +120,7 @@ def evaluate_samples(
                 network.extract(images, workload.evaluation.batch_size),
                 reference,
                 network.suffix,
+                default_labels(seeds, workload.model.num_classes),
             )
             run.append(
                 key,

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robuq_bench.errors import UsageError
 from robuq_bench.models.dit import DiT
+from robuq_bench.packings import TERNARY_BITS, weight_cost
 from robuq_bench.quantization.convert import low_rank_of
 from robuq_bench.quantization.selection import (
     ADALN_NOT_QUANTIZED,
@@ -195,9 +197,21 @@ def converted_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
 
 
 def ternary_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
-    """The layers whose weights the plan quantizes."""
-    layers = converted_layers(structure, plan)
-    return [layer for layer in layers if weight_quantizer(layer, plan) != "none"]
+    """The layers whose weights the plan makes ternary.
+
+    Raises:
+        UsageError: a weight quantizer whose cost is not known, or that is not ternary: the
+            packings store ternary codes alone.
+    """
+    found = []
+    for layer in converted_layers(structure, plan):
+        name = weight_quantizer(layer, plan)
+        cost = weight_cost(name)
+        if cost.is_quantized and cost.bits != TERNARY_BITS:
+            raise UsageError(f"layer {layer.name!r}: no packing stores {name!r} weights")
+        if cost.is_quantized:
+            found.append(layer)
+    return found
 
 
 def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:

@@ -89,7 +89,9 @@ def sample_values(
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     diffusion = Diffusion.from_config(workload.diffusion)
     steps = evaluation.sampling_steps
-    scheduler = make_scheduler(diffusion, evaluation.sampler, steps, section.learn_sigma)
+    scheduler = make_scheduler(
+        diffusion, evaluation.sampler, steps, section.learn_sigma, evaluation.timestep_spacing
+    )
 
     values = torch.empty(len(seeds), section.in_channels, section.input_size, section.input_size)
     model.to(device)

@@ -29,8 +29,8 @@ from robuq_bench.quantization.lloyd_max import lloyd_max_codebook
 #: Steps Δ_b of the RobustQuantizer in units of σ̂ for bits 2 to 8: the optimal uniform mid-rise
 #: steps of N(0, 1) (Max 1960), as in the public RobuQ deployment fork.
 ROBUST_STEPS = (0.995687, 0.586019, 0.335201, 0.188139, 0.104063, 0.056868, 0.030762)
-#: E|x| of N(0, 1), the level of the one-bit quantizer, as rounded in the deployment fork.
-ONE_BIT_LEVEL = 0.7979
+#: E|x| of N(0, 1), the optimal level of one bit in units of σ̂: the levels are μ ± mean|x - μ|.
+ONE_BIT_LEVEL = math.sqrt(2 / math.pi)
 #: σ of a Gaussian is its mean absolute deviation times this.
 MAD_TO_SIGMA = math.sqrt(math.pi / 2)
 #: Added to the denominator by BitNet so that an all-zero token has codes 0.
@@ -268,7 +268,7 @@ class RobustMidrise(RobustQuantizer):
 class RobustMidtread(RobustMidrise):
     """Levels 0, ±Δ, ... with one extra negative level, as the deployment fork rounds.
 
-    One bit has no level at 0: μ ± 0.7979 σ̂, the same as mid-rise.
+    One bit has no level at 0: μ ± sqrt(2/pi) σ̂, the same as mid-rise.
     """
 
     name = "robust-midtread"

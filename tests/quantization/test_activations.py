@@ -122,8 +122,18 @@ def robust_levels(name: str, bits: int, codes: Tensor) -> Tensor:
     if name == "lloyd-max":
         return torch.from_numpy(lloyd_max_codebook(bits).levels).to(codes.dtype)
     if bits == 1:
-        return torch.tensor([-0.7979, 0.7979], dtype=codes.dtype)
+        return torch.tensor([-1, 1], dtype=codes.dtype) * math.sqrt(2 / math.pi)
     return ROBUST_STEPS[bits - 2] * (codes if name == "robust-midtread" else codes + 0.5)
+
+
+@pytest.mark.parametrize("name", ["robust-midrise", "robust-midtread"])
+def test_one_bit_is_the_mean_plus_or_minus_the_mean_absolute_deviation(name: str) -> None:
+    quantizer = activation_quantizer(name)
+    assert quantizer is not None
+    # mean 1, mean |x - 1| = 2: the Gaussian's level times its σ̂ is the deviation itself.
+    x = torch.tensor([-3.0, 1.0, 1.5, 4.5], dtype=torch.float64)
+    expected = torch.tensor([-1.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(quantizer.fake_quantize(x, 1), expected, rtol=1e-15, atol=0)
 
 
 def robust_level(y: Tensor, name: str, bits: int, codes: Tensor) -> Tensor:

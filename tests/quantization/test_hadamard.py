@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
 from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.quantization.goethals_seidel import goethals_seidel
 from robuq_bench.quantization.hadamard import (
     UnsupportedHadamardOrder,
     hadamard_factors,
@@ -27,11 +28,32 @@ from robuq_bench.quantization.paley import (
     quadratic_residue_matrix,
 )
 
-#: Multiples of 4 up to 256 that no Sylvester, Paley or Kronecker construction reaches; 92, 116,
-#: 156, 172, 184, 188, 232 and 236 are the classical list of orders left to Williamson and others.
-UNREACHABLE = [92, 116, 156, 172, 184, 188, 232, 236]
+#: Multiples of 4 up to 256 that no Sylvester, Paley or Kronecker construction reaches: the
+#: classical list of orders left to Williamson and others, less 156 and 172, which QuaRot has too.
+UNREACHABLE = [92, 116, 184, 188, 232, 236]
 SMALL_ORDERS = [1, 2, *(n for n in range(4, 257, 4) if n not in UNREACHABLE)]
-TRANSFORM_ORDERS = [1, 2, 4, 12, 20, 28, 36, 44, 68, 72, 132, 144, 180, 256, 384, 576, 768, 1152]
+TRANSFORM_ORDERS = [
+    1,
+    2,
+    4,
+    12,
+    20,
+    28,
+    36,
+    44,
+    68,
+    72,
+    132,
+    144,
+    156,
+    172,
+    180,
+    256,
+    384,
+    576,
+    768,
+    1152,
+]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -189,6 +211,29 @@ def test_paley_2_is_symmetric(q: int) -> None:
     H = paley_2(q).astype(np.int64)
     np.testing.assert_array_equal(H @ H.T, 2 * (q + 1) * np.eye(2 * (q + 1)))
     np.testing.assert_array_equal(H, H.T)
+
+
+@pytest.mark.parametrize("n", [156, 172])
+def test_goethals_seidel_matrices(n: int) -> None:
+    """H Hᵀ = nI, made of four circulants whose autocorrelations cancel at every shift but 0."""
+    assert hadamard_factors(n) == (n,)
+    H = hadamard_matrix(n).numpy()
+    np.testing.assert_array_equal(H @ H.T, n * np.eye(n))
+    m = n // 4
+    reverse = np.eye(m)[::-1]
+    blocks = [H[:m, :m], *(H[:m, i * m : (i + 1) * m] @ reverse for i in (1, 2, 3))]
+    for block in blocks:
+        for row in range(m):
+            np.testing.assert_array_equal(block[row], np.roll(block[0], row))
+    total = sum(block @ block.T for block in blocks)
+    np.testing.assert_array_equal(total, n * np.eye(m))
+
+
+def test_new_constructions_leave_older_orders_alone() -> None:
+    """312 = 2 * 156 and 344 = 2 * 172 have Paley matrices, which earlier checkpoints used."""
+    assert hadamard_factors(624) == (2, 312)
+    assert hadamard_factors(688) == (2, 344)
+    assert goethals_seidel(312) is None
 
 
 def test_no_paley_matrix() -> None:
