@@ -29,6 +29,7 @@ TEACHER = "teacher"
 
 _METRIC_ORDER = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
 _HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
+_SHOWN = 16  # hexadecimal digits of a digest that tell protocols apart
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
 # How a metric was computed, not how good the images are.
 _DETAILS = ("_std", "_splits", "_subset_size", "_is_rank_deficient", "_seconds", "_s")
@@ -205,20 +206,38 @@ def metric_values(record: Record) -> dict[str, float]:
 
 def _protocol(run: RunData) -> dict[str, Any]:
     workload = run.workload
-    evaluation = dict(section(workload, "evaluation"))
+    evaluation = _given(section(workload, "evaluation"))
     for irrelevant in ("batch_size", "grid_images", "inception_weights"):
         evaluation.pop(irrelevant, None)
+    for name in ("features", "reference", "vae"):
+        # Known by content where possible: the same path may have held something else.
+        digest = evaluation.pop(f"{name}_sha256", None) or _input(run, name)
+        if digest:
+            evaluation[name] = digest[:_SHOWN]
     evaluation["num_samples"] = _num_samples(run)
     teacher = section(workload, "teacher")
     identity = teacher.get("sha256") or teacher.get("checkpoint", "")
+    data = _given(section(workload, "data"))
+    stated, _ = data.pop("sha256", ""), data.pop("path", "")
+    content = _input(run, "data") or str(stated)
     return {
         "name": run.workload_name,
         "model": section(workload, "model"),
-        "data": {k: v for k, v in section(workload, "data").items() if k != "path"},
+        "data": {**data, "content": content[:_SHOWN]},
         "diffusion": section(workload, "diffusion"),
         "teacher": identity,
         "evaluation": evaluation,
     }
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that are "none": older runs do not know all of them."""
+    return {key: value for key, value in values.items() if value != "none"}
+
+
+def _input(run: RunData, name: str) -> str:
+    """SHA-256 under which a run recorded an input, "" if it did not."""
+    return str(section(section(run.manifest, "inputs"), name).get("sha256", ""))
 
 
 def _protocol_view(group: Group) -> dict[str, Any]:

@@ -274,7 +274,10 @@ def load_untrusted_checkpoint(
     Raises:
         CheckpointError: missing, truncated, changed, not a state dict, or asking to run code.
     """
-    if expected_sha256 or sidecar_path(path).exists() or not path.is_file():
+    # A stated digest may have been taken of a file that was damaged already, so both count.
+    if sidecar_path(path).exists() or not path.is_file():
+        _verify_digest(path, None)
+    if expected_sha256:
         _verify_digest(path, expected_sha256)
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]

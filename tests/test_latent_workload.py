@@ -13,7 +13,7 @@ from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import Config, load_workload, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.errors import MissingResourceError
-from robuq_bench.feature_networks import load_feature_network
+from robuq_bench.feature_networks import load_classifier
 from robuq_bench.fidelity import feature_statistics
 from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
@@ -52,6 +52,7 @@ num_samples = 24
 seed_ranges = 1
 batch_size = 12
 features = "digits"
+adapt_images = true
 reference = "{folder}/reference.npz"
 vae = "{folder}/vae"
 grid_images = 4
@@ -80,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(model.state_dict(), folder / "teacher.pt")  # the released format
 
     images = torch.randint(0, 256, (80, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    features = load_feature_network(load_workload("digits").evaluation).extract(images)
+    features = load_classifier(adapts=True).extract(images)
     pool, spatial = feature_statistics(features.pool), feature_statistics(features.spatial)
     np.savez(
         folder / "reference.npz",
@@ -120,7 +121,8 @@ def test_latents_are_decoded_and_judged_by_the_adm_reference(folder: Path, tmp_p
     run = open_existing(result.path)
     rows = [record for record in run.results() if record["kind"] == "metrics"]
     assert {record["subject"] for record in rows} == {"teacher", "student"}
-    names = ("fid_digits", "sfid_digits", "precision_digits", "recall_digits")
+    names = ("fid_digits_adapted", "precision_digits_adapted")
+    assert not any("fid_digits" in record for record in rows)
     assert all(np.isfinite(record[name]) for record in rows for name in names)
     images = np.load(result.path / "samples" / "student-0.npz")["arr_0"]
     assert images.shape == (24, 32, 32, 3)

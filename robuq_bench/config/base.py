@@ -28,6 +28,13 @@ OptionalInt = Annotated[int | None, BeforeValidator(none_word)]
 OptionalFloat = Annotated[float | None, BeforeValidator(none_word)]
 OptionalText = Annotated[str | None, BeforeValidator(none_word)]
 
+# What an input that is named by its path holds: None where it is not known by content, "" where
+# it could not be read when the config was resolved.
+Digest = Annotated[
+    Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")] | None,
+    BeforeValidator(none_word),
+]
+
 
 class Section(BaseModel):
     """A frozen group of fields. `true` is not 1 and "4" is not 4: a slip is an error."""

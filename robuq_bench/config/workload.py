@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import Name, OptionalFloat, OptionalText, Section
+from robuq_bench.config.base import Digest, Name, OptionalFloat, OptionalText, Section, none_word
 from robuq_bench.errors import suggest
 
 FEATURES = ("digits", "inception")
+# A setting that is off is not written down, so that it changes no older run's name.
+OnOrNothing = Annotated[
+    Literal[True] | None, BeforeValidator(lambda value: None if value is False else none_word(value))
+]
 
 
 class ModelConfig(Section):
@@ -71,10 +75,14 @@ class TeacherConfig(Section):
 
 
 class DataConfig(Section):
-    """Training images or latents, in the shape that the model sees."""
+    """Training images or latents, in the shape that the model sees.
+
+    `sha256` is the digest of their files (`data_files.data_digest`); nobody needs to state it.
+    """
 
     source: Literal["digits", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"]
     path: OptionalText = None
+    sha256: Digest = None
     image_size: int = Field(ge=1)
     channels: int = Field(ge=1)
     num_classes: int = Field(ge=1)
@@ -118,7 +126,8 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """How samples are drawn and judged; `num_samples` is the size of each seed range.
 
-    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`.
+    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
+    `adapt_images` it may be a network for images of another size or number of channels.
     """
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
@@ -128,9 +137,13 @@ class EvaluationConfig(Section):
     seed_ranges: int = Field(default=3, ge=1)
     batch_size: int = Field(default=100, ge=1)
     features: str
+    features_sha256: Digest = None
+    adapt_images: OnOrNothing = None
     inception_weights: OptionalText = None
     reference: OptionalText = None
+    reference_sha256: Digest = None
     vae: OptionalText = None
+    vae_sha256: Digest = None
     grid_images: int = Field(default=40, ge=0)
 
     @model_validator(mode="after")
