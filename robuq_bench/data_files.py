@@ -65,7 +65,7 @@ def data_path(source: str, text: str | None, name: str | None) -> Path:
     if not text:
         raise MissingResourceError(f"data source {source!r} needs {SOURCES[source]}; {hint}")
     path = Path(os.path.expanduser(text))  # Path.expanduser fails on an unknown ~user
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises where a folder above may not be entered
         raise MissingResourceError(
             f"data path {path} does not exist; it should be {SOURCES[source]}; {hint}"
         )
@@ -212,12 +212,12 @@ def find_idx_pair(path: Path) -> tuple[Path, Path, str]:
         if "-images" not in path.name:
             raise UsageError(f"{path}: an IDX images file is named <split>-images-idx3-ubyte[.gz]")
         return path, _idx_file(path.parent, split, "labels-idx1-ubyte"), split
-    folders = [path / sub for sub in IDX_FOLDERS if (path / sub).is_dir()]
+    folders = [path / sub for sub in IDX_FOLDERS if os.path.isdir(path / sub)]
     for split in ("train", "t10k"):
         for folder in folders:
             for suffix in ("", ".gz"):
                 images = folder / f"{split}-images-idx3-ubyte{suffix}"
-                if images.is_file():
+                if os.path.isfile(images):
                     return images, _idx_file(folder, split, "labels-idx1-ubyte"), split
     raise MissingResourceError(
         f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz or not) in {path}; "
@@ -228,7 +228,7 @@ def find_idx_pair(path: Path) -> tuple[Path, Path, str]:
 def _idx_file(folder: Path, split: str, kind: str) -> Path:
     for suffix in ("", ".gz"):
         candidate = folder / f"{split}-{kind}{suffix}"
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise MissingResourceError(f"{folder / f'{split}-{kind}'}(.gz) is missing beside its images")
 
@@ -240,7 +240,7 @@ def mnist_folder(root: Path) -> Path:
         MissingResourceError: the training set is not there.
     """
     folder = root / "MNIST" / "raw"
-    if not (folder / "train-images-idx3-ubyte").is_file():
+    if not os.path.isfile(folder / "train-images-idx3-ubyte"):
         raise MissingResourceError(
             f"{root} holds no training set of torchvision's MNIST (MNIST/raw/train-images-idx3-"
             f"ubyte); run torchvision.datasets.MNIST({str(root)!r}, download=True) once, or use "

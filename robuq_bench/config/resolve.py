@@ -99,7 +99,7 @@ def resolve(
         if keys[-1] in ("path", "checkpoint", "source") and "sha256" in target:
             target["sha256"] = None if keys[:-1] == ["data"] else ""
         if f"{keys[-1]}_sha256" in target:
-            target[f"{keys[-1]}_sha256"] = None
+            target[f"{keys[-1]}_sha256"] = None if part == "workload" else ""
     origin = "--set" if overrides else "config"
     if parts["plan"]["allocation"]["method"] == "file":
         _identify(parts["plan"]["allocation"], "path")
@@ -260,7 +260,7 @@ def _identify(section: dict[str, Any], path_key: str) -> None:
     if not spec or not isinstance(spec, str) or section["sha256"]:
         return
     path = asset_path(spec)
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             section["sha256"] = path_digest(path)
         except RobuqError as error:
@@ -292,7 +292,7 @@ def _identify_evaluation(evaluation: dict[str, Any]) -> None:
             continue
         try:
             path = asset_path(spec)
-            evaluation[digest_key] = path_digest(path) if path.exists() else ""
+            evaluation[digest_key] = path_digest(path) if os.path.exists(path) else ""
         except RobuqError:
             evaluation[digest_key] = ""
 
@@ -303,9 +303,9 @@ def _identify_input(settings: dict[str, Any], path_key: str) -> None:
     if not spec or not isinstance(spec, str) or settings[f"{path_key}_sha256"]:
         return
     path = asset_path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):
         settings[f"{path_key}_sha256"] = folder_digest(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         holder = {"path": spec, "sha256": ""}
         _identify(holder, "path")
         settings[f"{path_key}_sha256"] = holder["sha256"]
