@@ -187,7 +187,9 @@ def find_shards(path: Path) -> list[Path]:
     """
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UsageError(f"data path {path} is no *.safetensors file; give {SOURCES['latents']}")
+            raise UsageError(
+                f"data path {path} is no *.safetensors file; give {SOURCES['latents']}"
+            )
         return [path]
     found = [file for file in walk(path) if file.suffix == ".safetensors"]
     nested = [file for file in found if file.parent != path]

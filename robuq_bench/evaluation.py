@@ -143,8 +143,8 @@ def record_inputs(run: Run, workload: Workload, data: ImageData, network: Featur
         known = run.manifest["inputs"].get(name)  # older runs recorded none
         if known is not None and known["sha256"] != digest:
             raise CheckpointError(
-                f"run {run.id} was measured on other {name} (SHA-256 {known['sha256']}, here "
-                f"{digest}); move it away ({run.path})"
+                f"run {run.id} was measured with other {name} (SHA-256 {known['sha256']}) than "
+                f"these ({digest}); restore them, or move {run.path} away"
             )
 
 

@@ -69,9 +69,7 @@ class DigitsCNN(nn.Module):
     pool_scale: Tensor
     spatial_scale: Tensor
 
-    def __init__(
-        self, *, input_size: int = 8, num_classes: int = 10, channels: int = 1
-    ) -> None:
+    def __init__(self, *, input_size: int = 8, num_classes: int = 10, channels: int = 1) -> None:
         super().__init__()
         if input_size % 8 or input_size < 8:
             raise UsageError(f"the feature network needs an input size of 8k, not {input_size}")

@@ -267,7 +267,9 @@ def _statistics(
         raise ValueError(f"{mean} or {covariance} is not finite")
     scale = float(np.abs(sigma).max())
     if np.abs(sigma - sigma.T).max() > ASYMMETRY * scale or sigma.diagonal().min() < 0:
-        raise ValueError(f"{covariance} is no covariance: it must be symmetric, with variances >= 0")
+        raise ValueError(
+            f"{covariance} is no covariance: it must be symmetric, with variances >= 0"
+        )
     return Statistics(mu, sigma)
 
 

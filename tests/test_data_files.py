@@ -151,9 +151,7 @@ def test_a_path_of_another_kind_is_refused_in_one_sentence(tmp_path: Path, sourc
         load(source, Path("~nobody-here/data"))
 
 
-def test_a_folder_that_may_not_be_read_is_named(
-    two: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_may_not_be_read_is_named(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(path: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -211,9 +209,7 @@ def test_latents_beyond_float32_are_not_finite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "labels", [Y + 0.5, Y.float(), Y[:, None], Y[:5], Y.bool(), Y - 1, torch.tensor(1)]
 )
-def test_labels_must_be_whole_numbers_one_per_latent(
-    tmp_path: Path, labels: torch.Tensor
-) -> None:
+def test_labels_must_be_whole_numbers_one_per_latent(tmp_path: Path, labels: torch.Tensor) -> None:
     shard(tmp_path, X, labels)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: labels must be whole"):
         load_latents(tmp_path)

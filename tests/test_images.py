@@ -179,5 +179,3 @@ def test_any_bytes_are_an_image_or_refused_by_name(
         assert "victim.png" in str(error)
     else:
         assert pixels.shape == (3, 8, 8)
-
-

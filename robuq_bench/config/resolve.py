@@ -275,7 +275,9 @@ def _identify_data(workload: dict[str, Any]) -> None:
     """
     data = workload["data"]
     source, text, name = data["source"], none_word(data["path"]), workload["name"]
-    invalid = str(source) not in SOURCES or not isinstance(text, str | None) or not isinstance(name, str)
+    invalid = (
+        str(source) not in SOURCES or not isinstance(text, str | None) or not isinstance(name, str)
+    )
     if invalid or data["sha256"] or not (text or os.environ.get(data_variable(name))):
         return
     try:
