@@ -12,7 +12,7 @@ from robuq_bench.errors import suggest
 FEATURES = ("digits", "inception")
 # A setting that is off is not written down, so that it changes no older run's name.
 OnOrNothing = Annotated[
-    Literal[True] | None,
+    bool | None,
     BeforeValidator(lambda value: None if value is False else none_word(value)),
 ]
 
