@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,7 +66,7 @@ def test_a_link_to_nothing_is_refused_wherever_it_is(two: Path, place: str) -> N
 
 def test_a_circle_of_links_is_refused(two: Path) -> None:
     (two / "cat" / "up").symlink_to(two)
-    with pytest.raises(UsageError, match="cat/up/cat.*remove the link"):
+    with pytest.raises(UsageError, match=r"cat/up/cat.*remove the link"):
         load("imagefolder", two)
 
 
@@ -224,7 +225,7 @@ def test_latents_must_be_a_batch_of_maps(tmp_path: Path, latents: torch.Tensor) 
 
 def test_latents_of_other_shapes_are_refused(tmp_path: Path) -> None:
     path = shard(tmp_path, X[:, :, :4, :4], Y)
-    with pytest.raises(UsageError, match="4x4 images, but data.image_size is 8"):
+    with pytest.raises(UsageError, match=r"4x4 images, but data\.image_size is 8"):
         load_latents(tmp_path)
     shard(tmp_path, X, Y, "b")
     with pytest.raises(CheckpointError, match="different shapes"):
@@ -267,6 +268,15 @@ def test_the_scale_of_latents_is_measured(
 # any bytes
 
 
+def complaint(call: Callable[[], object]) -> str | None:
+    """The message of the refusal; None without one."""
+    try:
+        call()
+    except RobuqError as error:
+        return str(error)
+    return None
+
+
 def sound_files() -> dict[str, bytes]:
     images, labels = b"\0\0\x08\x03\0\0\0\2\0\0\0\x08\0\0\0\x08", b"\0\0\x08\x01\0\0\0\2"
     plain = {
@@ -291,10 +301,8 @@ def test_any_idx_bytes_are_data_or_refused_by_name(
     place = data.draw(st.integers(0, len(content) - 1))
     content[place] ^= data.draw(st.integers(0, 255))
     (folder / victim).write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    try:
-        load("idx", folder)
-    except RobuqError as error:
-        assert victim in str(error) or "labels" in str(error) or "cannot pad" in str(error)
+    said = complaint(lambda: load("idx", folder))
+    assert said is None or any(part in said for part in (victim, "labels", "cannot pad"))
 
 
 @settings(max_examples=60)

@@ -147,7 +147,7 @@ def test_data_that_cannot_be_read_belong_to_no_finished_run(tmp_path: Path) -> N
 def test_a_stated_digest_of_data_is_checked_when_they_are_read(tmp_path: Path) -> None:
     stated = make(*on("idx", idx(tmp_path / "d")), f"data.sha256='{'0' * 64}'")
     assert stated.workload.data.sha256 == "0" * 64
-    with pytest.raises(CheckpointError, match="0000 *; now|0000; now"):
+    with pytest.raises(CheckpointError, match=r"had SHA-256 0{64}; now"):
         load_dataset(stated.workload.data)
     embedded = make(f"data.sha256='{'0' * 64}'")
     with pytest.raises(UsageError, match="leave it out"):

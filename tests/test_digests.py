@@ -157,7 +157,7 @@ def test_cycles_and_dead_links_are_named(tmp_path: Path) -> None:
         list(walk(folder))
     (folder / "again").unlink()
     (folder / "gone").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(MissingResourceError, match="d/gone is a link to .*nowhere"):
+    with pytest.raises(MissingResourceError, match=r"d/gone is a link to .*nowhere"):
         path_digest(folder)
     (folder / "gone").unlink()
     (folder / "self").symlink_to(folder / "self")

@@ -75,7 +75,7 @@ def test_adapted_images_give_metrics_of_another_name_and_a_warning(
 
 
 def test_nothing_is_adapted_without_need(digits: ImageData) -> None:
-    with pytest.raises(UsageError, match="leave out evaluation.adapt_images"):
+    with pytest.raises(UsageError, match=r"leave out evaluation\.adapt_images"):
         check_features(load_classifier(adapts=True), (1, 8, 8), digits)
     with pytest.raises(UsageError, match="inception takes images of any size"):
         load_feature_network(SimpleNamespace(features="inception", adapt_images=True))

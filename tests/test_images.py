@@ -173,9 +173,12 @@ def test_any_bytes_are_an_image_or_refused_by_name(
 ) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "victim.png"
     path.write_bytes(content)
+    shape_or_refusal = read_or_complain(path)
+    assert shape_or_refusal == (3, 8, 8) or "victim.png" in str(shape_or_refusal)
+
+
+def read_or_complain(path: Path) -> tuple[int, ...] | str:
     try:
-        pixels, _ = read_image(path, 8, 3)
+        return read_image(path, 8, 3)[0].shape
     except CheckpointError as error:
-        assert "victim.png" in str(error)
-    else:
-        assert pixels.shape == (3, 8, 8)
+        return str(error)
