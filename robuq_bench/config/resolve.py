@@ -40,7 +40,16 @@ from robuq_bench.errors import ConfigError, RobuqError, suggest
 from robuq_bench.files import sha256_bytes
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
-_STUDIES_WITHOUT_DATA = ("kernels", "efficiency", "step-time", "sample")
+_STUDIES_WITHOUT_DATA = (
+    "kernels",
+    "efficiency",
+    "step-time",
+    "allocation-speed",
+    "normality-speed",
+    "sample",
+    "export",
+    "account",
+)
 # Fields of study settings that name an input; `<field>_sha256` identifies it.
 _INPUTS_OF_STUDIES = ("captured", "student", "run")
 # The same of `workload.evaluation`.
