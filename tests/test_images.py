@@ -131,9 +131,11 @@ def test_colour_is_made_grey_with_a_remark(tmp_path: Path) -> None:
     assert read_image(grey, 8, 1)[1] == []
 
 
-def test_an_image_file_never_starts_another_programme(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["EPS", "PCX"])
+def test_what_the_name_hides_is_not_opened(tmp_path: Path, kind: str) -> None:
+    """Pillow goes by content, and would start Ghostscript for EPS."""
     path = tmp_path / "a.png"
-    Image.fromarray(RGB).save(path, "EPS")
+    Image.fromarray(RGB).save(path, kind)
     with pytest.raises(CheckpointError, match=r"a\.png is not a readable image"):
         read_image(path, 8, 3)
 

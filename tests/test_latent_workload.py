@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 
 from robuq_bench._compat import import_torchvision
 from robuq_bench.checkpointing import save_tensors
-from robuq_bench.config import Config, load_workload, resolve
+from robuq_bench.config import Config, config_hash, load_workload, resolve
 from robuq_bench.context import Context, RunResult
-from robuq_bench.errors import MissingResourceError
+from robuq_bench.errors import CheckpointError, MissingResourceError
 from robuq_bench.feature_networks import load_classifier
 from robuq_bench.fidelity import feature_statistics
 from robuq_bench.models.dit import DiT
@@ -141,3 +142,27 @@ def test_what_is_missing_shows_before_any_training(
     with pytest.raises(MissingResourceError, match=message):
         run_job(make(folder, override), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["reference.npz", "vae/config.json", "latents/shard-0.safetensors"]
+)
+def test_what_changed_since_the_run_was_planned_is_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tiny.toml").write_text(WORKLOAD.format(folder=copy))
+    config = make(copy)
+    assert config_hash(config) == config_hash(make(folder))
+    if name.endswith("json"):
+        (copy / name).write_text((copy / name).read_text() + " ")
+    elif name.endswith("npz"):
+        arrays = dict(np.load(copy / name))
+        np.savez(copy / name, **{**arrays, "mu": arrays["mu"] + 1})
+    else:
+        tensors = {"latents": torch.randn(30, 4, 4, 4), "labels": torch.arange(30) % 3}
+        save_tensors(copy / name, tensors, {})
+    with pytest.raises(CheckpointError, match=rf"{name.split('/')[0]}.*changed"):
+        run_job(config, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    assert config_hash(make(copy)) != config_hash(config)
