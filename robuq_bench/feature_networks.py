@@ -89,7 +89,7 @@ class FeatureNetwork:
         size = f" of {self.size}x{self.size}" if self.size else ""
         raise UsageError(
             f"feature network {self.name!r} is for images with "
-            f"{' or '.join(map(str, self.channels))} channel(s){size}; these have {channels} and "
+            f"{' or '.join(map(str, self.channels))} channel(s){size}; these have {channels} of "
             f"{height}x{width}. Train one for them (`train-features --on WORKLOAD --export "
             "FILE.safetensors`, then --set evaluation.features=FILE.safetensors), take --set "
             "evaluation.features=inception, or --set evaluation.adapt_images=true, which averages "

@@ -45,7 +45,7 @@ def test_images_of_another_shape_are_refused_by_every_way_in(
 ) -> None:
     monkeypatch.setenv("ROBUQ_CACHE", str(tmp_path))
     data, network = pictures(*shape), load_classifier()
-    found = f"these have {shape[0]} and {shape[1]}x{shape[-1]}"
+    found = f"these have {shape[0]} of {shape[1]}x{shape[-1]}"
     for attempt in (
         lambda: network.extract(data.images),
         lambda: load_reference(workload(), data, network),

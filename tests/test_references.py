@@ -231,7 +231,7 @@ IMAGES = np.zeros((9, 8, 8, 1), np.uint8)
         ({"arr_0": IMAGES[:3]}, "n >= 5"),
         ({"arr_0": IMAGES.transpose(0, 3, 1, 2)}, "arr_0 must be uint8"),
         ({"arr_0": np.zeros((9, 16, 16, 1), np.uint8)}, "16x16, those to judge 8x8"),
-        ({"arr_0": np.arange(9 * 192).reshape(9, 8, 8, 3).astype(np.uint8)}, "3 and 8x8"),
+        ({"arr_0": np.arange(9 * 192).reshape(9, 8, 8, 3).astype(np.uint8)}, "3 of 8x8"),
     ],
 )
 def test_references_of_nonsense_are_named(
