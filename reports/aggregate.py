@@ -206,7 +206,7 @@ def metric_values(record: Record) -> dict[str, float]:
 
 def _protocol(run: RunData) -> dict[str, Any]:
     workload = run.workload
-    evaluation = _given(section(workload, "evaluation"))
+    evaluation = _set_fields(section(workload, "evaluation"))
     for irrelevant in ("batch_size", "grid_images", "inception_weights"):
         evaluation.pop(irrelevant, None)
     for name in ("features", "reference", "vae"):
@@ -217,7 +217,7 @@ def _protocol(run: RunData) -> dict[str, Any]:
     evaluation["num_samples"] = _num_samples(run)
     teacher = section(workload, "teacher")
     identity = teacher.get("sha256") or teacher.get("checkpoint", "")
-    data = _given(section(workload, "data"))
+    data = _set_fields(section(workload, "data"))
     stated, _ = data.pop("sha256", ""), data.pop("path", "")
     content = _input(run, "data") or str(stated)
     return {
@@ -230,8 +230,8 @@ def _protocol(run: RunData) -> dict[str, Any]:
     }
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without those that are "none": older runs do not know all of them."""
+def _set_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is absent, so that runs from before an optional field had it stay equal."""
     return {key: value for key, value in values.items() if value != "none"}
 
 
