@@ -270,7 +270,7 @@ def load_features(
         )
         _size(metadata.get("image_size", "1"))
         network.load_state_dict(tensors)
-    except (RuntimeError, KeyError, ValueError, UsageError) as error:
+    except (RuntimeError, KeyError, ValueError, TypeError, UsageError) as error:
         raise CheckpointError(f"{path} does not fit {ARCHITECTURE!r}: {error}") from error
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:

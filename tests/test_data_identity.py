@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Config, config_hash, load_workload, resolve
 from robuq_bench.config.resolve import canonical_json
 from robuq_bench.data import load_dataset, make_image_data
-from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.evaluation import record_inputs
 from robuq_bench.feature_networks import load_classifier
 from robuq_bench.features import ASSET
@@ -313,3 +314,15 @@ def test_changed_images_are_trained_on_judged_and_reported_anew(
 def test_workloads_of_the_package_name_no_content() -> None:
     for name in ("digits", "imagenet256"):
         assert load_workload(name).data.sha256 is None
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """In a folder they are as good as others; in a setting nothing could record them."""
+    folder = images(tmp_path / "d")
+    before = config_hash(make(*on("imagefolder", folder)))
+    (folder / "3" / "1.png").rename(os.fsdecode(os.fsencode(folder / "3") + b"/\xff.png"))
+    config = make(*on("imagefolder", folder))
+    assert config_hash(config) != before
+    assert len(load_dataset(config.workload.data)) == 20
+    with pytest.raises(ConfigError, match=r"udcff.*is not UTF-8 text; rename"):
+        make("data.path=d\udcff")

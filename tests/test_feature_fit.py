@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from robuq_bench.checkpointing import save_tensors
+from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Workload, load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.data import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError
 from robuq_bench.evaluation import check_features, load_reference
 from robuq_bench.feature_networks import FeatureNetwork, load_classifier, load_feature_network
-from robuq_bench.features import ASSET, load_features, save_features, train_digits_features
+from robuq_bench.features import (
+    ARCHITECTURE,
+    ASSET,
+    load_features,
+    save_features,
+    train_digits_features,
+)
 from robuq_bench.fidelity import compute_metrics
+from robuq_bench.files import sha256_file
 from robuq_bench.progress import Progress
 from studies import train_features
 
@@ -189,3 +200,40 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "f.safetensors", state, metadata)
     with pytest.raises(CheckpointError, match=r"f\.safetensors: norms\.2\.running_var is not fin"):
         load_features(tmp_path / "f.safetensors")
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_bytes_are_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """With a right checksum, as of a file that was damaged before it was listed."""
+    path = tmp_path_factory.mktemp("fuzz") / "victim.safetensors"
+    content = bytearray(ASSET.read_bytes())
+    place = data.draw(st.integers(0, HEADER - 1))
+    content[place] = data.draw(st.sampled_from(b'\0"{}[],:0919xX'))
+    path.write_bytes(content)
+    sidecar_path(path).write_text(f"{sha256_file(path)}  {path.name}\n")
+    assert "victim.safetensors" in read_or_complain(path)
+
+
+@pytest.mark.parametrize(
+    "metadata", ["[]", '"x"', json.dumps({"architecture": ARCHITECTURE, "name": 5})]
+)
+def test_metadata_of_another_kind_is_refused(tmp_path: Path, metadata: str) -> None:
+    path = tmp_path / "victim.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"robuq_bench": metadata})
+    sidecar_path(path).write_text(f"{sha256_file(path)}  {path.name}\n")
+    with pytest.raises(CheckpointError, match=r"victim\.safetensors"):
+        load_features(path)
+
+
+HEADER = 8 + int.from_bytes(ASSET.read_bytes()[:8], "little")
+
+
+def read_or_complain(path: Path) -> str:
+    try:
+        load_features(path)
+    except CheckpointError as error:
+        return str(error)
+    return f"{path} is sound"

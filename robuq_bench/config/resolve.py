@@ -198,6 +198,9 @@ def _dump(part: Plan | Workload) -> dict[str, Any]:
 
 
 def _parse_override(text: str, study: str) -> Override:
+    if text.encode("utf-8", "ignore").decode() != text:
+        # Bytes of a file name; neither config.toml nor the manifest could hold them.
+        raise ConfigError(f"--set {text!a}: is not UTF-8 text; rename that file or folder")
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
