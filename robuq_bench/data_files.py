@@ -10,10 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from robuq_bench.checkpointing import sidecar_path
 from robuq_bench.digests import NamedFile, files_digest, is_dangling, walk
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.files import read_checksums, sha256_file
 
 EMBEDDED = ("digits", "synthetic")  # made by the code, which pins their content
 IMAGE_SUFFIXES = frozenset(
@@ -76,7 +74,7 @@ def data_digest(source: str, path: Path) -> str:
     """Return a digest of the files that make up a data set, by their names and contents.
 
     Only files that are read count, so that a file manager's traces make no other data set of it.
-    Latent shards are known by the checksums beside them, which are verified when they are read.
+    The checksum beside a latent shard is not believed: the shard may have been replaced since.
 
     Raises:
         RobuqError: the data set is not complete; the reader says the same.
@@ -85,24 +83,13 @@ def data_digest(source: str, path: Path) -> str:
         images = find_images(path)
         return files_digest((file.relative_to(path).as_posix(), file) for file, _ in images.items)
     if source == "latents":
-        return files_digest(_named(find_shards(path)), _shard_digest)
+        return files_digest(_named(find_shards(path)))
     images_file, labels_file, _ = find_idx_pair(path if source == "idx" else mnist_folder(path))
     return files_digest(_named((images_file, labels_file)))
 
 
 def _named(files: Iterable[Path]) -> list[NamedFile]:
     return [(file.name, file) for file in files]
-
-
-def _shard_digest(shard: Path) -> str:
-    """The one digest beside a shard; while it is being replaced there are two, so it is read."""
-    try:
-        known = read_checksums(sidecar_path(shard))
-        return known[0] if len(known) == 1 else sha256_file(shard)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{shard} has no valid {sidecar_path(shard).name} ({error}); write it with sha256sum"
-        ) from error
 
 
 def find_images(root: Path) -> ImageFiles:

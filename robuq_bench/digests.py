@@ -40,25 +40,22 @@ def path_digest(path: Path) -> str:
     return files_digest([(file.relative_to(path).as_posix(), file) for file in walk(path)])
 
 
-def files_digest(files: Iterable[NamedFile], read: Callable[[Path], str] | None = None) -> str:
+def files_digest(files: Iterable[NamedFile]) -> str:
     """Return the SHA-256 of the lines `<SHA-256 of the file>  <name>` in the order of the names.
 
     Args:
         files: names that do not depend on where the files lie, and where they lie.
-        read: what returns the SHA-256 of a file; None reads its bytes.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     ordered = sorted(files, key=lambda file: file[0])
-    read = read or _sha256
 
     def compute() -> str:
-        lines = (f"{read(path)}  {name}\n" for name, path in ordered)
+        lines = (f"{_sha256(path)}  {name}\n" for name, path in ordered)
         return sha256_bytes(b"".join(line.encode("utf-8", "surrogateescape") for line in lines))
 
-    # What `read` looks at besides the file is not in the file's state.
-    return compute() if read is not _sha256 else _remembered(ordered, compute)
+    return _remembered(ordered, compute)
 
 
 def require_digest(path: Path, expected: str | None, what: str) -> None:

@@ -235,8 +235,27 @@ def test_the_run_that_study_packed_judges_is_known_by_its_files(tmp_path: Path) 
 
     save_tensors(tmp_path / "checkpoints" / "s.safetensors", {"x": torch.zeros(1)}, {})
     first = config()
-    save_tensors(tmp_path / "checkpoints" / "s.safetensors", {"x": torch.ones(1)}, {})
+    path = tmp_path / "checkpoints" / "s.safetensors"
+    save_tensors(path, {"x": torch.ones(1)}, {})
     assert config_hash(config()) != config_hash(first)
+    save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
+    (tmp_path / "other.safetensors").rename(path)
+    with pytest.raises(ConfigError, match=r"s\.safetensors: differs from its checksum"):
+        config()
+    sidecar_path(path).write_text("nonsense")
+    with pytest.raises(ConfigError, match="is not a SHA-256 file"):
+        config()
+
+
+def test_shards_replaced_without_their_checksums_are_other_data(tmp_path: Path) -> None:
+    """A finished run must not answer for them because the checksum is still the old one."""
+    first = make(*on("latents", latents(tmp_path / "a")))
+    latents(tmp_path / "b", 1)
+    (tmp_path / "b" / "a.safetensors").rename(tmp_path / "a" / "a.safetensors")
+    replaced = make(*on("latents", tmp_path / "a"))
+    assert config_hash(replaced) != config_hash(first)
+    with pytest.raises(CheckpointError, match="damaged or not the expected file"):
+        load_dataset(replaced.workload.data)
 
 
 def test_a_teacher_that_was_damaged_before_planning_is_refused(tmp_path: Path) -> None:

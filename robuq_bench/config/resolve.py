@@ -36,8 +36,8 @@ from robuq_bench.config.studies import (
 from robuq_bench.config.workload import FEATURES, Workload
 from robuq_bench.data_files import SOURCES, data_digest, data_path, data_variable
 from robuq_bench.digests import path_digest
-from robuq_bench.errors import ConfigError, RobuqError, suggest
-from robuq_bench.files import sha256_bytes
+from robuq_bench.errors import CheckpointError, ConfigError, RobuqError, suggest
+from robuq_bench.files import read_checksums, sha256_bytes
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _STUDIES_WITHOUT_DATA = (
@@ -326,14 +326,24 @@ def _identify_input(settings: dict[str, Any], path_key: str) -> None:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of every checksum file (*.sha256) below a folder."""
+    """SHA-256 over names and contents of every checksum file (*.sha256) below a folder.
+
+    Raises:
+        ConfigError: there are none, or a file is not what the checksum beside it says.
+    """
     found = sorted(folder.rglob("*.sha256"))
     if not found:
         raise ConfigError(f"{folder}: holds no safetensors files with checksums (*.sha256)")
     try:
         texts = [path.read_bytes() for path in found]
+        for path in found:
+            file = path.with_suffix("")
+            if file.is_file() and path_digest(file) not in read_checksums(path):
+                raise ConfigError(f"{file}: differs from its checksum {path.name}; copy it anew")
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    except (CheckpointError, ValueError) as error:
+        raise ConfigError(f"{folder}: {error}") from None
     names = [os.fsencode(path.relative_to(folder).as_posix()) for path in found]
     return sha256_bytes(b"".join(b"%s\n%s" % pair for pair in zip(names, texts, strict=True)))
 
