@@ -29,6 +29,7 @@ TEACHER = "teacher"
 
 _METRIC_ORDER = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
 _HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
+_SHOWN = 16  # hexadecimal digits of a digest that tell protocols apart
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
 # How a metric was computed, not how good the images are.
 _DETAILS = (
@@ -213,13 +214,21 @@ def _protocol(run: RunData) -> dict[str, Any]:
     evaluation = _set_fields(section(workload, "evaluation"))
     for irrelevant in ("batch_size", "grid_images", "inception_weights"):
         evaluation.pop(irrelevant, None)
+    for name in ("features", "reference", "vae"):
+        # Known by content where possible: the same path may have held something else.
+        digest = evaluation.pop(f"{name}_sha256", None) or _input(run, name)
+        if digest:
+            evaluation[name] = digest[:_SHOWN]
     evaluation["num_samples"] = _num_samples(run)
     teacher = section(workload, "teacher")
     identity = teacher.get("sha256") or teacher.get("checkpoint", "")
+    data = _set_fields(section(workload, "data"))
+    stated, _ = data.pop("sha256", ""), data.pop("path", "")
+    content = _input(run, "data") or str(stated)
     return {
         "name": run.workload_name,
         "model": section(workload, "model"),
-        "data": {k: v for k, v in section(workload, "data").items() if k != "path"},
+        "data": {**data, "content": content[:_SHOWN]},
         "diffusion": _set_fields(section(workload, "diffusion")),
         "teacher": identity,
         "evaluation": evaluation,
@@ -231,6 +240,11 @@ def _protocol(run: RunData) -> dict[str, Any]:
 def _set_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is absent, so that runs from before an optional field had it stay equal."""
     return {key: value for key, value in values.items() if value != "none"}
+
+
+def _input(run: RunData, name: str) -> str:
+    """SHA-256 under which a run recorded an input, "" if it did not."""
+    return str(section(section(run.manifest, "inputs"), name).get("sha256", ""))
 
 
 def _protocol_view(group: Group) -> dict[str, Any]:

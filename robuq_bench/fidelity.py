@@ -11,9 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +49,7 @@ METRIC_SEED = 2020  # torch-fidelity's default rng_seed
 NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000
 IMAGES_PER_SPLIT = 5000
+ASYMMETRY = 1e-3  # relative; float32 statistics are asymmetric by 1e-7
 CACHE_FORMAT = "1"  # raise it when the meaning of stored features changes
 
 
@@ -229,19 +228,24 @@ def frechet_distance(samples: Statistics, reference: Statistics) -> float:
 
 
 def load_adm_reference(
-    path: str | Path, network: FeatureNetwork | None = None, batch_size: int = 64
+    path: str | Path,
+    network: FeatureNetwork | None = None,
+    batch_size: int = 64,
+    *,
+    image_size: int | None = None,
 ) -> Reference:
     """Read a reference of ADM's evaluator (`VIRTUAL_imagenet256_labeled.npz` and its kin).
 
     `mu`, `sigma` (and `mu_s`, `sigma_s`) describe the full data set and are cast to float64. The
-    images `arr_0` (uint8 [n, H, W, 3]) are a subset; given a network they serve KID, precision and
-    recall.
+    images `arr_0` (uint8 [n, H, W, 1 or 3]) are a subset; given a network they serve KID, precision
+    and recall. Given `image_size`, H and W must be that.
 
     Raises:
         MissingResourceError: no such file.
-        CheckpointError: not a readable `.npz`, an array is missing or has the wrong shape.
+        CheckpointError: not a readable `.npz`; an array is missing, of the wrong shape or not
+            finite; or it was made with other features or for other images.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise MissingResourceError(
             f"reference statistics {path} do not exist; ADM's are listed in "
@@ -252,25 +256,63 @@ def load_adm_reference(
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
-            pool = _statistics(archive["mu"], archive["sigma"])
+            dimensions = (network.dimensions if network else None) or (None, None)
+            pool = _statistics(archive, "mu", "sigma", dimensions[0])
             known = "mu_s" in archive.files
-            spatial = _statistics(archive["mu_s"], archive["sigma_s"]) if known else None
+            spatial = _statistics(archive, "mu_s", "sigma_s", dimensions[1]) if known else None
             wanted = network is not None and "arr_0" in archive.files
-            images = archive["arr_0"] if wanted else None
+            images = _reference_images(archive["arr_0"], image_size) if wanted else None
     except KeyError as error:
         raise CheckpointError(f"{path} is no ADM reference: {error.args[0]}") from error
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged or foreign archive can make NumPy raise anything
         raise CheckpointError(f"{path} is not a readable ADM reference ({error})") from error
     features = None
     if network is not None and images is not None:
-        features = network.extract(torch.from_numpy(images).permute(0, 3, 1, 2), batch_size)
+        if network.channels == (1,) and (images == images[..., :1]).all():
+            images = images[..., :1]  # grey, in a format that knows only RGB
+        try:
+            features = network.extract(torch.from_numpy(images).permute(0, 3, 1, 2), batch_size)
+        except UsageError as error:
+            raise CheckpointError(f"{path}: its images cannot be judged: {error}") from error
     return Reference(pool, spatial, features, num_images=None)
 
 
-def _statistics(mu: npt.NDArray[Any], sigma: npt.NDArray[Any]) -> Statistics:
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} do not fit together")
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64))
+def _statistics(
+    archive: Mapping[str, npt.NDArray[Any]], mean: str, covariance: str, dimension: int | None
+) -> Statistics:
+    mu, sigma = archive[mean], archive[covariance]
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{mean} {mu.shape} and {covariance} {sigma.shape} do not fit together")
+    if any(array.dtype.kind not in "fiu" for array in (mu, sigma)):
+        raise ValueError(f"{mean} ({mu.dtype}) and {covariance} ({sigma.dtype}) must be real")
+    if dimension is not None and len(mu) != dimension:
+        raise ValueError(
+            f"{mean} has {len(mu)} values, but the feature network gives {dimension}: it was made "
+            "with other features"
+        )
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{mean} or {covariance} is not finite")
+    scale = float(np.abs(sigma).max())
+    if np.abs(sigma - sigma.T).max() > ASYMMETRY * scale or sigma.diagonal().min() < 0:
+        raise ValueError(
+            f"{covariance} is no covariance: it must be symmetric, with variances >= 0"
+        )
+    return Statistics(mu, sigma)
+
+
+def _reference_images(images: npt.NDArray[Any], size: int | None) -> npt.NDArray[np.uint8]:
+    shaped = images.ndim == 4 and images.shape[3] in (1, 3) and len(images) >= NEIGHBOURS + 2
+    if images.dtype != np.uint8 or not shaped:
+        raise ValueError(
+            f"arr_0 must be uint8 [n, H, W, 1 or 3] with n >= {NEIGHBOURS + 2}, got "
+            f"{images.dtype} {images.shape}"
+        )
+    if size is not None and images.shape[1:3] != (size, size):
+        raise ValueError(
+            f"its images are {images.shape[1]}x{images.shape[2]}, those to judge {size}x{size}"
+        )
+    return images
 
 
 def cache_folder() -> Path:

@@ -10,6 +10,7 @@ pixels move by more. Batches of equal content give equal bits.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,12 +199,13 @@ def decode_latents(
 
     vae_path is a local folder that diffusers' AutoencoderKL.save_pretrained wrote, such as a copy
     of stabilityai/sd-vae-ft-ema; nothing is downloaded. Latents are divided by the VAE's own
-    scaling factor (0.18215 for Stable Diffusion 1).
+    scaling factor (0.18215 for Stable Diffusion 1) and shifted where it has a shift.
 
-    Raises MissingResourceError when the folder is absent, CheckpointError when it is no such VAE.
+    Raises MissingResourceError when the folder is absent, CheckpointError when it is no such VAE,
+    UsageError when its latents have another number of channels.
     """
-    folder = Path(vae_path).expanduser() if vae_path else None
-    if folder is None or not (folder / "config.json").is_file():
+    folder = Path(os.path.expanduser(vae_path)) if vae_path else None
+    if folder is None or not os.path.isfile(folder / "config.json"):
         raise MissingResourceError(
             f"latents need a VAE to become images, but {folder or 'no path'} is not a folder with "
             "an AutoencoderKL (config.json and weights); download stabilityai/sd-vae-ft-ema "
@@ -217,14 +219,23 @@ def decode_latents(
         vae: Any = AutoencoderKL.from_pretrained(
             str(folder), local_files_only=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # what diffusers raises depends on what is damaged
         raise CheckpointError(f"{folder} holds no readable AutoencoderKL: {error}") from error
+    broken = [name for name, value in vae.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{folder}: {broken[0]} is not finite; copy the VAE anew")
+    if vae.config.latent_channels != latents.shape[1]:
+        raise UsageError(
+            f"the VAE in {folder} has latents of {vae.config.latent_channels} channels, these have "
+            f"{latents.shape[1]}; give the VAE that they were encoded with"
+        )
     vae.to(device).eval()
+    shift = vae.config.shift_factor or 0.0
     images = []
     with torch.inference_mode():
         for start in range(0, len(latents), batch_size):
             part = latents[start : start + batch_size].to(device).float()
-            scaled = part / vae.config.scaling_factor
+            scaled = part / vae.config.scaling_factor + shift
             images.append(to_uint8(vae.decode(scaled, return_dict=False)[0]).cpu())
     return torch.cat(images)
 

@@ -24,7 +24,12 @@ from robuq_bench.config import Config, Workload, load_allocation_file
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.evaluation import evaluate_samples, load_reference, validation_losses
+from robuq_bench.evaluation import (
+    evaluate_samples,
+    load_reference,
+    record_inputs,
+    validation_losses,
+)
 from robuq_bench.feature_networks import load_feature_network
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import (
@@ -50,7 +55,9 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
     network = load_feature_network(workload.evaluation, device=context.device)
     reference = load_reference(workload, data, network)
     teacher, teacher_sha256 = load_teacher(workload, context.device)
-    teacher_run = teacher_eval.run_teacher_eval(config, root, context, teacher, network, reference)
+    teacher_run = teacher_eval.run_teacher_eval(
+        config, root, context, teacher, network, reference, data
+    )
 
     with Run.open(
         root,
@@ -64,8 +71,7 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
             return RunResult.from_run(run)
         resumed = bool(run.results())
         run.add_input_digest("teacher", teacher_sha256)
-        run.add_input_digest("data", data.sha256, source=data.source)
-        run.add_input_digest("features", network.sha256, network=network.name)
+        record_inputs(run, workload, data, network)
         copy_teacher_rows(teacher_run, run)
         student: nn.Module = teacher
         bits: dict[str, int] | None = None

@@ -6,10 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import Name, OptionalFloat, OptionalText, Section, none_word
+from robuq_bench.config.base import Digest, Name, OptionalFloat, OptionalText, Section, none_word
 from robuq_bench.errors import suggest
 
 FEATURES = ("digits", "inception")
+# A setting that is off is not written down, so that it changes no older run's name.
+OnOrNothing = Annotated[
+    bool | None,
+    BeforeValidator(lambda value: None if value is False else none_word(value)),
+]
 
 
 class ModelConfig(Section):
@@ -71,10 +76,14 @@ class TeacherConfig(Section):
 
 
 class DataConfig(Section):
-    """Training images or latents, in the shape that the model sees."""
+    """Training images or latents, in the shape that the model sees.
+
+    `sha256` is the digest of their files (`data_files.data_digest`); nobody needs to state it.
+    """
 
     source: Literal["digits", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"]
     path: OptionalText = None
+    sha256: Digest = None
     image_size: int = Field(ge=1)
     channels: int = Field(ge=1)
     num_classes: int = Field(ge=1)
@@ -128,7 +137,8 @@ class EvaluationConfig(Section):
     or spreads them from 0 to T - 1 ("fractional", its "50": 0, 20, 41, ...). None is integer for
     ddim, where the steps must divide T, and fractional for ddpm.
 
-    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`.
+    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
+    `adapt_images` it may be a network for images of another size or number of channels.
     """
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
@@ -141,9 +151,13 @@ class EvaluationConfig(Section):
     seed_ranges: int = Field(default=3, ge=1)
     batch_size: int = Field(default=100, ge=1)
     features: str
+    features_sha256: Digest = None
+    adapt_images: OnOrNothing = None
     inception_weights: OptionalText = None
     reference: OptionalText = None
+    reference_sha256: Digest = None
     vae: OptionalText = None
+    vae_sha256: Digest = None
     grid_images: int = Field(default=40, ge=0)
 
     @model_validator(mode="after")
