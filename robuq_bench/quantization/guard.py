@@ -59,7 +59,7 @@ class GuardedWeight(Tensor):
         name = "" if guarded is None else guarded.layer
         raise UsageError(
             f"layer {name!r} is quantized: its weight is stored rotated, without its low-rank "
-            f"branch, and cannot be used outside the layer ({getattr(func, '__name__', func)}). "
+            f"branch or packed, and cannot be used outside the layer ({getattr(func, '__name__', func)}). "
             "Call the layer; keep it in full precision with layers.skip; or train it through "
             "parameters()"
         )
