@@ -1,8 +1,8 @@
 """From runs to rows: what may stand in one table, and its mean and spread.
 
 A *protocol* is everything that must be equal before two FIDs can be compared (workload, teacher,
-sampler, steps, guidance, number of samples, features). A *row* is one plan with one training
-budget; its runs differ in the training seed only.
+sampler, steps, guidance, number of samples, features, version of the study). A *row* is one plan
+with one training budget; its runs differ in the training seed only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
 _SHOWN = 16  # hexadecimal digits of a digest that tell protocols apart
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
 # How a metric was computed, not how good the images are.
-_DETAILS = ("_std", "_splits", "_subset_size", "_is_rank_deficient", "_seconds", "_s")
+_DETAILS = (
+    *("_std", "_splits", "_subset_size", "_class_correction", "_is_rank_deficient"),
+    *("_seconds", "_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,11 @@ class Group:
         evaluation = self.evaluation
         ranges = f"{len(self.seed_starts)} seed range" + "s" * (len(self.seed_starts) != 1)
         starts = ", ".join(map(str, self.seed_starts))
+        spacing = evaluation.get("timestep_spacing", "none")
         return (
             f"{evaluation.get('sampler', 'sampler not recorded')}, "
-            f"{evaluation.get('sampling_steps', '?')} steps, "
+            f"{evaluation.get('sampling_steps', '?')} steps"
+            f"{'' if spacing == 'none' else f' of {spacing} spacing'}, "
             f"cfg {evaluation.get('cfg_scale', '?')}, "
             f"N = {self.num_samples} images per seed range, {ranges} (first seeds {starts}), "
             f"features: {evaluation.get('features', '?')}"
@@ -224,9 +229,11 @@ def _protocol(run: RunData) -> dict[str, Any]:
         "name": run.workload_name,
         "model": section(workload, "model"),
         "data": {**data, "content": content[:_SHOWN]},
-        "diffusion": section(workload, "diffusion"),
+        "diffusion": _set_fields(section(workload, "diffusion")),
         "teacher": identity,
         "evaluation": evaluation,
+        # A version is raised where measured numbers change, such as KID's from 1 to 2.
+        "study_version": run.config.get("study_version"),
     }
 
 

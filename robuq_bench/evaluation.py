@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from robuq_bench.feature_networks import FeatureNetwork
 from robuq_bench.features import Features
 from robuq_bench.fidelity import (
     Reference,
+    as_reference,
     compute_metrics,
     load_adm_reference,
     reference_features,
 )
-from robuq_bench.sampling import decode_latents, image_grid, sample_images
+from robuq_bench.sampling import decode_latents, default_labels, image_grid, sample_images
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def load_reference(
 ) -> Features | Reference:
     """Load what samples are compared with, and check that latents can become images.
 
-    An ADM `.npz` when `evaluation.reference` names one, else the features of the training images.
+    An ADM `.npz` when `evaluation.reference` names one, else features and labels of the training
+    images.
 
     Raises:
         MissingResourceError: a latent workload without reference statistics or VAE.
@@ -77,7 +80,8 @@ def load_reference(
             require_digest(path, evaluation.vae_sha256, "evaluation.vae")
     check_features(network, shape, data)
     if evaluation.reference is None:
-        return reference_features(network, data, evaluation.batch_size)
+        features = reference_features(network, data, evaluation.batch_size)
+        return replace(as_reference(features), labels=data.labels)
     reference = load_adm_reference(
         evaluation.reference, network, evaluation.batch_size, image_size=shape[-1]
     )
@@ -195,6 +199,7 @@ def evaluate_samples(
                 network.extract(images, workload.evaluation.batch_size),
                 reference,
                 network.suffix,
+                default_labels(seeds, workload.model.num_classes),
             )
             run.append(
                 key,

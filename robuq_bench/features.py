@@ -23,6 +23,7 @@ from robuq_bench.checkpointing import load_tensors, save_tensors, sidecar_path
 from robuq_bench.data import ImageData
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_text, sha256_file
+from robuq_bench.models.checkpoints import check_weights
 
 ASSET = Path(__file__).parent / "assets" / "digits_features.safetensors"
 ASSET_SHA256 = "b2aaef0a1f1b76cc4054549f0a4e8d4c27b08d43a662e32c525296e9cf4ee31a"
@@ -258,7 +259,7 @@ def load_features(
     if pinned is None and path.exists() and not sidecar_path(path).exists():
         raise CheckpointError(f"{path} has no {sidecar_path(path).name} to verify it against")
     tensors, metadata = load_tensors(path, expected_sha256=pinned)
-    if not isinstance(metadata, dict) or metadata.get("architecture") != ARCHITECTURE:
+    if metadata.get("architecture") != ARCHITECTURE:
         raise CheckpointError(f"{path} does not hold a {ARCHITECTURE!r} feature network")
     try:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", metadata["name"]):
@@ -269,12 +270,10 @@ def load_features(
             channels=_size(metadata.get("channels", "1")),  # what older files do not say
         )
         _size(metadata.get("image_size", "1"))
-        network.load_state_dict(tensors)
-    except (RuntimeError, KeyError, ValueError, TypeError, UsageError) as error:
+        check_weights(network.state_dict(), tensors)
+    except (KeyError, ValueError, UsageError, CheckpointError) as error:
         raise CheckpointError(f"{path} does not fit {ARCHITECTURE!r}: {error}") from error
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{path}: {broken[0]} is not finite; make it anew by train-features")
+    network.load_state_dict(tensors)
     network.double().eval().requires_grad_(False)
     return network, metadata, pinned or sha256_file(path)
 

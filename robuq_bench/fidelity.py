@@ -1,8 +1,9 @@
 """FID, sFID, KID, Inception Score, precision and recall, by torch-fidelity's own functions.
 
-Only its metric functions and extractors are used: its cache is keyed by name alone, so another data
-set under the same name would be answered with the first one's features, and its class-conditional
-generators call the removed `np.int`. Statistics are accumulated in float64.
+KID gets a correction where labels are not random (`kernel_distance`). Only its metric functions and
+extractors are used: its cache is keyed by name alone, so another data set under the same name would
+be answered with the first one's features, and its class-conditional generators call the removed
+`np.int`. Statistics are accumulated in float64.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError
 from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.features import Features
 from robuq_bench.files import sha256_bytes
+from robuq_bench.kernel_distance import class_correction
 
 __all__ = [
     "FeatureNetwork",
@@ -67,29 +69,39 @@ class Reference:
         pool, spatial: statistics for FID and sFID; an ADM reference may lack the latter.
         features: reference features for KID, precision and recall, where known.
         num_images: images behind the statistics; None when the file does not say.
+        labels: int64 classes of `features`, where known; KID then takes their counts as fixed.
     """
 
     pool: Statistics
     spatial: Statistics | None
     features: Features | None
     num_images: int | None
+    labels: Tensor | None = None
 
 
 def compute_metrics(
-    samples: Features, reference: Features | Reference, suffix: str = ""
+    samples: Features,
+    reference: Features | Reference,
+    suffix: str = "",
+    labels: Tensor | None = None,
 ) -> dict[str, float]:
     """Compare the features of N generated images with a reference.
 
+    `labels`, int64 [N], are the classes of the samples when their counts were fixed in advance, as
+    `sampling.default_labels` fixes them; None says that every class was drawn at random.
+
     Keys for suffix "_digits" (or "digits"): fid_digits, sfid_digits, kid_digits, is_digits,
     precision_digits, recall_digits. Beside them: kid_std, kid_subset_size (at most 1,000 and N; 10
-    subsets, seed 2020), is_std, is_splits (one per 5,000 images, so equal to both ADM's chunks and
+    subsets, seed 2020), kid_class_correction (`kernel_distance`, part of kid; 0 without labels on
+    either side), is_std, is_splits (one per 5,000 images, so equal to both ADM's chunks and
     torch-fidelity's 10 splits at N = 50,000), and fid_is_rank_deficient, sfid_is_rank_deficient:
     1 when N <= d, where a covariance has no full rank and the distance is biased most.
-    Precision and recall use 3 neighbours (Kynkaanniemi et al. 2019). What the reference cannot
-    give (KID, precision and recall without its features) is absent, never 0.
+    Precision and recall use 3 neighbours (Kynkaanniemi et al. 2019). What cannot be had is absent,
+    never 0: KID, precision and recall without reference features, and KID where labels give a class
+    a single image, which leaves it without an unbiased estimate.
 
     Raises:
-        UsageError: fewer than 5 images, or features of different networks.
+        UsageError: fewer than 5 images, labels that do not fit, or features of different networks.
     """
     import_torch_fidelity()
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -114,15 +126,18 @@ def compute_metrics(
     if known.features is not None:
         pools = samples.pool.double(), known.features.pool.double()
         size = min(KID_SUBSET_SIZE, *sizes)
-        kid = kid_features_to_metric(
-            *pools,
-            kid_subsets=KID_SUBSETS,
-            kid_subset_size=size,
-            rng_seed=METRIC_SEED,
-            verbose=False,
-        )
-        metrics["kid"] = kid["kernel_inception_distance_mean"]
-        metrics["kid_std"], metrics["kid_subset_size"] = kid["kernel_inception_distance_std"], size
+        correction = _kid_correction(zip(pools, (labels, known.labels), strict=True))
+        if correction is not None:
+            kid = kid_features_to_metric(
+                *pools,
+                kid_subsets=KID_SUBSETS,
+                kid_subset_size=size,
+                rng_seed=METRIC_SEED,
+                verbose=False,
+            )
+            metrics["kid"] = kid["kernel_inception_distance_mean"] + correction
+            metrics["kid_std"] = kid["kernel_inception_distance_std"]
+            metrics["kid_subset_size"], metrics["kid_class_correction"] = size, correction
         manifold = prc_features_to_metric(
             *pools,
             prc_neighborhood=NEIGHBOURS,
@@ -132,6 +147,19 @@ def compute_metrics(
         )
         metrics["precision"], metrics["recall"] = manifold["precision"], manifold["recall"]
     return {_with_suffix(key, suffix): value for key, value in metrics.items()}
+
+
+def _kid_correction(sides: Iterable[tuple[Tensor, Tensor | None]]) -> float | None:
+    """Sum over the sides that have labels; None, with a warning, where a class is too small."""
+    total = 0.0
+    for features, labels in sides:
+        if labels is not None:
+            correction = class_correction(features, labels)
+            if correction is None:
+                logger.warning("KID is left out: a class with a single image has no unbiased KID")
+                return None
+            total += correction
+    return total
 
 
 def _with_suffix(key: str, suffix: str) -> str:

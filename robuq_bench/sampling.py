@@ -24,6 +24,7 @@ from robuq_bench.config.studies import check_shard
 from robuq_bench.data import to_uint8
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.quantization.linear import cached_weights
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -89,7 +90,9 @@ def sample_values(
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     diffusion = Diffusion.from_config(workload.diffusion)
     steps = evaluation.sampling_steps
-    scheduler = make_scheduler(diffusion, evaluation.sampler, steps, section.learn_sigma)
+    scheduler = make_scheduler(
+        diffusion, evaluation.sampler, steps, section.learn_sigma, evaluation.timestep_spacing
+    )
 
     values = torch.empty(len(seeds), section.in_channels, section.input_size, section.input_size)
     model.to(device)
@@ -127,11 +130,12 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, then give each its own mode back."""
+    """Put every module in eval mode, its ternary weights cached; then give each its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with cached_weights(model):
+            yield
     finally:
         for module in training:
             module.training = True

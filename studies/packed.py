@@ -40,7 +40,7 @@ from robuq_bench.runs import Run, open_existing
 from studies.sample_images import load_student
 from studies.train_and_eval import metric_summary
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
 TRAINED = "trained"
 #: Variant -> storage of its file, and the backend that computes it.

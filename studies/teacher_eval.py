@@ -19,7 +19,7 @@ from robuq_bench.features import Features
 from robuq_bench.fidelity import Reference
 from robuq_bench.runs import Run, open_existing
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Sample and measure a workload's full-precision teacher."
 LOCK_WAIT_S = 3600.0
 NO_TRAINING = TrainingConfig(steps=0, batch_size=1, learning_rate=1.0)

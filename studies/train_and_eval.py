@@ -43,7 +43,7 @@ from robuq_bench.training import BatchSource, LossFunction, Trainer, qat_loss
 from studies import teacher_eval
 from studies.figures import plot_allocation, plot_losses
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
 
 

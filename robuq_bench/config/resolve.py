@@ -38,6 +38,7 @@ from robuq_bench.data_files import SOURCES, data_digest, data_path, data_variabl
 from robuq_bench.digests import path_digest
 from robuq_bench.errors import CheckpointError, ConfigError, RobuqError, suggest
 from robuq_bench.files import read_checksums, sha256_bytes
+from robuq_bench.weight_files import checkpoint_digest
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _STUDIES_WITHOUT_DATA = (
@@ -91,6 +92,7 @@ def resolve(
 
     Raises:
         ConfigError: unknown name or key, invalid value, or seed out of range.
+        CheckpointError: the teacher's folder does not say which file is meant.
     """
     parts: dict[str, dict[str, Any]] = {
         "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
@@ -272,11 +274,13 @@ def _identify(section: dict[str, Any], path_key: str) -> None:
     if not spec or not isinstance(spec, str) or section["sha256"]:
         return
     path = asset_path(spec)
-    if os.path.isfile(path):
-        try:
+    try:
+        if path_key == "checkpoint" and path.exists():  # may be a folder or an index of shards
+            section["sha256"] = checkpoint_digest(path)
+        elif path.is_file():
             section["sha256"] = path_digest(path)
-        except RobuqError as error:
-            raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _identify_data(workload: dict[str, Any]) -> None:

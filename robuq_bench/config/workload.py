@@ -90,12 +90,18 @@ class DataConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """The forward process; the defaults are those of facebookresearch/DiT."""
+    """The forward process; the defaults are those of facebookresearch/DiT.
+
+    `cdf_approximation` is for the likelihood of the data at t = 0, part of the loss where sigma is
+    learned: None integrates the Gaussian exactly, "tanh" by the approximation of Page (1977), as
+    improved diffusion and DiT do.
+    """
 
     num_train_timesteps: int = Field(default=1000, ge=2)
     beta_start: float = Field(default=1e-4, gt=0, lt=1)
     beta_end: float = Field(default=0.02, gt=0, lt=1)
     beta_schedule: Literal["linear"] = "linear"
+    cdf_approximation: Annotated[Literal["tanh"] | None, BeforeValidator(none_word)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionConfig:
@@ -127,12 +133,19 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """How samples are drawn and judged; `num_samples` is the size of each seed range.
 
+    `timestep_spacing` takes every k-th timestep from 0 ("integer", "ddim50" of improved diffusion)
+    or spreads them from 0 to T - 1 ("fractional", its "50": 0, 20, 41, ...). None is integer for
+    ddim, where the steps must divide T, and fractional for ddpm.
+
     `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
     `adapt_images` it may be a network for images of another size or number of channels.
     """
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
     sampling_steps: int = Field(ge=1)
+    timestep_spacing: Annotated[
+        Literal["integer", "fractional"] | None, BeforeValidator(none_word)
+    ] = None
     cfg_scale: float = Field(default=1.0, ge=0)
     num_samples: int = Field(ge=2)
     seed_ranges: int = Field(default=3, ge=1)

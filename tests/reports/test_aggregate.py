@@ -76,6 +76,7 @@ def test_a_full_precision_plan_with_other_values_keeps_its_own_row(fabricate):
         "evaluation.num_samples=500",
         "evaluation.sampler=ddpm",
         "evaluation.sampling_steps=50",
+        "evaluation.timestep_spacing=fractional",
         "evaluation.cfg_scale=4.0",
         "evaluation.seed_ranges=2",
         "model.depth=5",
@@ -89,6 +90,15 @@ def test_runs_of_different_protocols_are_never_in_one_table(fabricate, override)
     key = override.split("=")[0].removeprefix("evaluation.")
     assert all(key in group.title for group in groups)
     assert groups[0].protocol != groups[1].protocol or key == "model.depth"
+
+
+def test_runs_of_two_versions_of_the_study_are_never_in_one_table(fabricate):
+    """Version 2 corrects KID, so its values cannot stand beside those of version 1."""
+    fabricate.run("a4")
+    fabricate.run("a4", 1, version="0")
+    groups = groups_of(fabricate)
+    assert [len(group.rows) for group in groups] == [1, 1]
+    assert all("study_version" in group.title for group in groups)
 
 
 @pytest.mark.parametrize("override", ["evaluation.batch_size=10", "evaluation.grid_images=20"])
