@@ -303,7 +303,7 @@ def load_untrusted_checkpoint(
     files = checkpoint_files(path)
     for file in files:
         refuse_other_kinds(file)
-        # A stated digest may have been taken of a file that was damaged already, so both count.
+        # A stated digest may have been taken of a file that was damaged already: both count.
         if sidecar_path(file).exists():
             _verify_digest(file, None)
     if expected_sha256 and (actual := checkpoint_digest(path)) != expected_sha256.lower():

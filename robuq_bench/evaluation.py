@@ -52,9 +52,7 @@ def seed_ranges(workload: Workload) -> list[range]:
     return [range(i * count, (i + 1) * count) for i in range(workload.evaluation.seed_ranges)]
 
 
-def load_reference(
-    workload: Workload, data: ImageData, network: FeatureNetwork
-) -> Features | Reference:
+def load_reference(workload: Workload, data: ImageData, network: FeatureNetwork) -> Reference:
     """Load what samples are compared with, and check that latents can become images.
 
     An ADM `.npz` when `evaluation.reference` names one, else features and labels of the training

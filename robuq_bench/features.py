@@ -271,7 +271,7 @@ def load_features(
         )
         _size(metadata.get("image_size", "1"))
         check_weights(network.state_dict(), tensors)
-    except (KeyError, ValueError, UsageError, CheckpointError) as error:
+    except (KeyError, ValueError, TypeError, UsageError, CheckpointError) as error:
         raise CheckpointError(f"{path} does not fit {ARCHITECTURE!r}: {error}") from error
     network.load_state_dict(tensors)
     network.double().eval().requires_grad_(False)

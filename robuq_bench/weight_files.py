@@ -9,8 +9,9 @@ import json
 import zipfile
 from pathlib import Path
 
+from robuq_bench.digests import path_digest
 from robuq_bench.errors import CheckpointError
-from robuq_bench.files import sha256_bytes, sha256_file
+from robuq_bench.files import sha256_bytes
 
 INDEX = ".index.json"
 #: Names under which diffusers and transformers save weights, in their order of preference.
@@ -117,10 +118,7 @@ def checkpoint_digest(path: Path) -> str:
         CheckpointError: as `checkpoint_files`, or a file cannot be read.
     """
     files = checkpoint_files(path)
-    try:
-        digests = [sha256_file(file) for file in files]
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    digests = [path_digest(file) for file in files]
     if len(files) == 1:
         return digests[0]
     lines = [f"{digest}  {file.name}\n" for file, digest in zip(files, digests, strict=True)]
