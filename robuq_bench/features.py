@@ -259,7 +259,7 @@ def load_features(
     if pinned is None and path.exists() and not sidecar_path(path).exists():
         raise CheckpointError(f"{path} has no {sidecar_path(path).name} to verify it against")
     tensors, metadata = load_tensors(path, expected_sha256=pinned)
-    if not isinstance(metadata, dict) or metadata.get("architecture") != ARCHITECTURE:
+    if metadata.get("architecture") != ARCHITECTURE:
         raise CheckpointError(f"{path} does not hold a {ARCHITECTURE!r} feature network")
     try:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", metadata["name"]):

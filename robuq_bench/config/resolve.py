@@ -275,14 +275,14 @@ def _identify(section: dict[str, Any], path_key: str) -> None:
         return
     path = asset_path(spec)
     try:
-        if path_key == "checkpoint" and path.exists():  # may be a folder, an index of shards
+        if path_key == "checkpoint" and path.exists():  # may be a folder or an index of shards
             section["sha256"] = checkpoint_digest(path)
         elif path.is_file():
             section["sha256"] = path_digest(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except RobuqError as error:
         raise ConfigError(str(error)) from None
-    except OSError as error:  # such as a name that is too long
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _identify_data(workload: dict[str, Any]) -> None:
