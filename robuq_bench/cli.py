@@ -224,7 +224,7 @@ def sample(
     """Draw images, one seed each, into one PNG grid."""
     target = output / "samples.png" if png is None else png
     job = Job("sample", "1", "fp", on, seed, overrides, device, threads, output,
-              dry_run, False, as_json, quiet, (target,))  # fmt: skip
+              dry_run, False, as_json, quiet, (target,), writes_run=False)  # fmt: skip
     config = job.resolve()
     run_path = None if checkpoint is None else find_run(checkpoint, output)
     if packed is not None and checkpoint is not None:

@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
+from robuq_bench.files import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -346,7 +347,7 @@ def _existing_path(data: DataSection, name: str | None, what: str) -> Path:
     hint = f"set {variable}=PATH or pass --set data.path=PATH"
     if not text:
         raise MissingResourceError(f"data source {data.source!r} needs {what}; {hint}")
-    path = Path(text).expanduser()
+    path = expand_user(text)
     if not path.exists():
         raise MissingResourceError(f"data path {path} does not exist; it should be {what}; {hint}")
     return path

@@ -17,7 +17,7 @@ from robuq_bench._compat import import_torch_fidelity
 from robuq_bench.checkpointing import load_untrusted_checkpoint
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.features import ASSET, Features, load_features
-from robuq_bench.files import make_folder, sha256_file
+from robuq_bench.files import expand_user, make_folder, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def load_inception(
         MissingResourceError: no file at `weights`, or none cached and no network.
         CheckpointError: the file is not the expected one, or holds more than tensors.
     """
-    path = Path(weights).expanduser() if weights else _inception_from_hub()
+    path = expand_user(weights) if weights else _inception_from_hub()
     if not path.is_file():
         raise MissingResourceError(
             f"Inception weights {path} do not exist; download {INCEPTION_URL} and point "
@@ -156,6 +156,11 @@ def load_inception(
 
 def _inception_from_hub() -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path.parts[0] == "~":  # torch would make a folder of that name
+        raise MissingResourceError(
+            "this user has no home folder to keep Inception weights in; set TORCH_HOME, or "
+            "evaluation.inception_weights=FILE"
+        )
     if not path.is_file():
         make_folder(path.parent)
         logger.warning("downloading Inception weights (91 MiB) to %s", path)

@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from typing import Any, Literal
 from robuq_bench.checkpointing import sidecar_path, verify_tensors
 from robuq_bench.errors import CheckpointError, RobuqError, UsageError
 from robuq_bench.files import read_checksums, sha256_file
+from robuq_bench.run_lock import is_running
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
@@ -229,7 +228,8 @@ def _summary(path: Path) -> RunSummary:
         sessions = manifest["sessions"]
     except RobuqError:
         return RunSummary(run_id, path, "damaged", "", "", None, None, None, 0)
-    state: State = "done" if done else "running" if _is_running(sessions) else "stopped"
+    running = not done and bool(sessions) and is_running(path, sessions[-1])
+    state: State = "done" if done else "running" if running else "stopped"
     return RunSummary(
         id=run_id,
         path=path,
@@ -241,18 +241,3 @@ def _summary(path: Path) -> RunSummary:
         ended=sessions[-1]["end"] if sessions else None,
         items=items,
     )
-
-
-def _is_running(sessions: list[dict[str, Any]]) -> bool:
-    """Whether the last session's process lives; of another machine's, only its word is known."""
-    if not sessions or sessions[-1]["status"] != "running":
-        return False
-    if sessions[-1]["host"] != platform.node():
-        return True
-    try:
-        os.kill(sessions[-1]["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

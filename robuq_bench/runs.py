@@ -49,6 +49,7 @@ from robuq_bench.run_files import (
     to_csv,
     verify_run,
 )
+from robuq_bench.run_lock import process_started
 from robuq_bench.run_opening import (
     acquire_lock,
     load_or_create_manifest,
@@ -334,6 +335,7 @@ class Run:
             {
                 "argv": list(argv),
                 "pid": os.getpid(),
+                "pid_started": process_started(os.getpid()),
                 "host": platform.node(),
                 "start": _now(),
                 "end": None,

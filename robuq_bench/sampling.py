@@ -23,6 +23,7 @@ from robuq_bench.config.studies import check_shard
 from robuq_bench.data import to_uint8
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.files import expand_user
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -198,7 +199,7 @@ def decode_latents(
 
     Raises MissingResourceError when the folder is absent, CheckpointError when it is no such VAE.
     """
-    folder = Path(vae_path).expanduser() if vae_path else None
+    folder = expand_user(vae_path) if vae_path else None
     if folder is None or not (folder / "config.json").is_file():
         raise MissingResourceError(
             f"latents need a VAE to become images, but {folder or 'no path'} is not a folder with "

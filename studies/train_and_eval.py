@@ -20,7 +20,7 @@ from torch import nn
 from robuq_bench import accounting, sensitivity
 from robuq_bench.allocation import mean_bits, mean_bits_by_type, solve_ampn
 from robuq_bench.checkpointing import CheckpointStore, save_tensors
-from robuq_bench.config import Config, Workload, load_allocation_file
+from robuq_bench.config import Config, Workload, load_allocation_file, sensitivity_steps
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
@@ -121,7 +121,7 @@ def train_student(
         )
 
     if plan.allocation.method == "ampn":
-        train_to(min(warmup_steps(config), recipe.steps), "warmup")
+        train_to(sensitivity_steps(config), "warmup")
         if not run.has("allocation"):
             allocate_ampn(config, run, context, student, data, diffusion, layers)
     elif not run.has("allocation"):
@@ -174,12 +174,6 @@ def prepare_training(
         diffusion, teacher, plan.qat.distillation_weight, plan.qat.denoising_weight
     )
     return Trainer(student, recipe, context.device), source, loss_function
-
-
-def warmup_steps(config: Config) -> int:
-    """QAT steps at the warm-up bits, before sensitivity is measured."""
-    own = config.plan.allocation.sensitivity_steps
-    return config.workload.training.sensitivity_steps if own is None else own
 
 
 def train_with_checkpoints(
