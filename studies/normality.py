@@ -52,7 +52,7 @@ from robuq_bench.quantization.convert import layer_type, quantized_layers, targe
 from robuq_bench.runs import Run
 from robuq_bench.training import seeded_generator
 from studies.sample_images import load_student
-from studies.train_and_eval import prepare_training, train_with_checkpoints
+from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
 
 VERSION = "1"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
@@ -181,8 +181,7 @@ def subjects(
     trainer, source, loss_function = prepare_training(config, context, teacher, data)
     store = CheckpointStore(run.checkpoint_folder / "training", keep=len(options.qat_steps) + 1)
     for steps in options.qat_steps:
-        if steps in store.steps():
-            trainer.load_state(steps, load_tensors(store.path(steps))[0], str(store.path(steps)))
+        resume(trainer, store, at_most=steps)
         train_with_checkpoints(
             trainer, source, loss_function, steps, run, store, context, phase="normality"
         )

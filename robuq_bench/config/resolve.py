@@ -160,6 +160,10 @@ def canonical_json(config: Config) -> str:
     for section, path_key in ((allocation, "path"), (teacher, "checkpoint")):
         if section["sha256"]:
             section.pop(path_key, None)
+    training = values["workload"]["training"]
+    if "low_rank_learning_rate" in training:
+        # Runs from before the rate was obeyed must not answer for those that obey it.
+        training["low_rank_learning_rate_is_used"] = True
     for name in STUDY_SETTINGS.keys() & values.keys():
         for path_key in _INPUTS_OF_STUDIES:
             if values[name].get(f"{path_key}_sha256"):
