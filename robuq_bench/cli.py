@@ -1,8 +1,8 @@
 """The command line: plan + workload -> run -> report. Heavy imports wait inside the commands.
 
 Exit codes: 0 done or already complete, 1 crash or failed write, 2 usage, plan or workload error,
-3 finished but a check failed, 4 missing hardware or data, 130 interrupted (Ctrl-C), 143 ended by
-SIGTERM and 129 by SIGHUP. After the last three the same command continues.
+3 finished but a check failed, 4 missing hardware, or missing or unreadable data, 130 interrupted
+(Ctrl-C), 143 ended by SIGTERM and 129 by SIGHUP. After the last three the same command continues.
 """
 
 from __future__ import annotations
@@ -382,6 +382,9 @@ def _run(argv: Sequence[str] | None) -> int:
         message = f"ended by {error}; the same command continues"
         return console.print_error(message, error.exit_code, as_json=as_json)
     except OSError as error:
+        # Failed writes are RobuqErrors that name the folder; what comes here was to be read.
+        if (message := console.unreadable(error)) is not None:
+            return console.print_error(message, MissingResourceError.exit_code, as_json=as_json)
         if not console.is_disk_error(error):
             traceback.print_exc()
         return console.print_error(str(error), 1, as_json=as_json)

@@ -265,7 +265,7 @@ def _inception_ability(torch_fidelity_version: str | None) -> dict[str, Any]:
     if torch_fidelity_version is None:
         return _ability(False, "torch-fidelity is not installed")
     weights = _hub_folder() / "checkpoints" / _INCEPTION
-    if weights.is_file():
+    if os.path.isfile(weights):  # False, where Path.is_file raises, in a folder that is not ours
         return _ability(True, str(weights))
     return _ability(False, f"no weights at {weights}: give a path, or let torch-fidelity download")
 

@@ -35,15 +35,8 @@ def take_lock(path: Path, wait_s: float) -> filelock.BaseFileLock:
         filelock.Timeout: another process holds it.
         OSError: the lock file cannot be created.
     """
-    place, timeout = lock_path(path), max(wait_s, PATIENCE_S)
-    lock: filelock.BaseFileLock = filelock.FileLock(place, thread_local=False)
-    try:
-        lock.acquire(timeout=timeout)
-    except (OSError, NotImplementedError) as error:
-        # Older versions of filelock raise NotImplementedError for ENOSYS; Timeout is an OSError.
-        missing = isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS
-        if isinstance(error, filelock.Timeout) or not missing:
-            raise
+    lock: filelock.BaseFileLock = filelock.FileLock(lock_path(path), thread_local=False)
+    if not _has_locks(lock_path(path)):
         marker = _marker(path)
         _LOG.warning(
             "folder %s is on a file system without locks: %s marks who writes; delete it after a "
@@ -52,8 +45,23 @@ def take_lock(path: Path, wait_s: float) -> filelock.BaseFileLock:
             marker.name,
         )
         lock = filelock.SoftFileLock(marker, thread_local=False)
-        lock.acquire(timeout=timeout)
+    lock.acquire(timeout=max(wait_s, PATIENCE_S))
     return lock
+
+
+def _has_locks(place: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return True  # Windows, where filelock uses another call
+    descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _marker(path: Path) -> Path:
