@@ -383,8 +383,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return console.print_error(message, error.exit_code, as_json=as_json)
     except OSError as error:
         # Failed writes are RobuqErrors that name the folder; what comes here was to be read.
-        if (message := console.unreadable(error)) is not None:
-            return console.print_error(message, MissingResourceError.exit_code, as_json=as_json)
+        sentence = console.unreadable(error)
+        if sentence is not None:
+            return console.print_error(sentence, MissingResourceError.exit_code, as_json=as_json)
         if not console.is_disk_error(error):
             traceback.print_exc()
         return console.print_error(str(error), 1, as_json=as_json)

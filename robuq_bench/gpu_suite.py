@@ -292,9 +292,7 @@ def main(
         return _main(argv, offered=offered, root=root)
 
 
-def _main(
-    argv: Sequence[str] | None, *, offered: Sequence[Piece] | None, root: Path | None
-) -> int:
+def _main(argv: Sequence[str] | None, *, offered: Sequence[Piece] | None, root: Path | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m robuq_bench.gpu_suite", description=__doc__)
     parser.add_argument("--list", action="store_true", help="show the pieces and stop")
     parser.add_argument(

@@ -26,6 +26,7 @@ Record = dict[str, Any]
 State = Literal["done", "running", "stopped", "damaged"]
 
 _MANIFEST_FIELDS = ("config_sha256", "inputs", "outputs", "sessions")
+_SESSION_FIELDS = frozenset({"argv", "start", "end", "status", "host", "pid", "provenance"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"no run in {path}: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source} is damaged: {error}; begin anew with --force") from error
-    if not isinstance(manifest, dict) or any(name not in manifest for name in _MANIFEST_FIELDS):
-        raise CheckpointError(f"{source} is damaged: fields are missing; begin anew with --force")
-    return manifest
+    if not _is_manifest(manifest):
+        raise CheckpointError(
+            f"{source} is damaged: fields are missing or of another kind; begin anew with --force"
+        )
+    return dict(manifest)
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether `value` has what the suite reads from a manifest without looking twice."""
+    if not isinstance(value, dict) or any(name not in value for name in _MANIFEST_FIELDS):
+        return False
+    files = [value["inputs"], value["outputs"]]
+    if not isinstance(value["sessions"], list) or not all(isinstance(f, dict) for f in files):
+        return False
+    entries = [entry for named in files for entry in named.values()]
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in entries
+    ) and all(
+        isinstance(session, dict) and session.keys() >= _SESSION_FIELDS
+        for session in value["sessions"]
+    )
 
 
 def read_results(path: Path) -> tuple[dict[str, Record], int, str]:

@@ -22,6 +22,7 @@ from robuq_bench.config import (
     resolve,
     sensitivity_steps,
 )
+from robuq_bench.config.files import keys_of
 from robuq_bench.config.resolve import canonical_json, config_from_toml, to_toml
 from robuq_bench.errors import ConfigError
 
@@ -131,7 +132,7 @@ def test_other_fields_stay_typed() -> None:
     assert make("training.compile=true").workload.training.compile is True
     assert make("normality.images=64", study="normality").normality is not None
     for override in ("training.steps=true", "training.steps=1e5", "training.steps=0800"):
-        with pytest.raises(ConfigError, match="training.steps"):
+        with pytest.raises(ConfigError, match=r"training\.steps"):
             make(override)
     with pytest.raises(ConfigError, match=r"weights\.quantizer: 'true' is not one of"):
         make("weights.quantizer=true")
@@ -192,3 +193,39 @@ def test_a_rate_of_the_branch_makes_another_run_than_when_it_was_not_obeyed() ->
     assert given_rate["low_rank_learning_rate_is_used"] is True
     text = to_toml(make("training.low_rank_learning_rate=0.001", plan="a4"))
     assert config_from_toml(text, "config.toml").workload.training.low_rank_learning_rate == 0.001
+
+
+# files of any content
+
+VALUES = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.text(max_size=8),
+    st.lists(st.integers(-3, 9) | st.text(max_size=3), max_size=3),
+).map(lambda value: to_literal(value)) | st.sampled_from(
+    ["{}", "{a = 1}", "2024-01-01", "10:00:00", "[[]]", "9" * 5000, "[" * 2000, "", "'", "\ufeff"]
+)
+
+
+def to_literal(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(to_literal, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return quoted(value) if isinstance(value, str) else repr(value)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(sorted({*keys_of(Plan), "extends", "x", "name.a"})), VALUES)
+def test_any_plan_file_loads_or_is_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_bytes(f"{key} = {value}\n".encode("utf-8", "replace"))
+    message = f"{path}: "
+    try:
+        message += to_toml(load_plan(path))
+    except ConfigError as error:
+        message = str(error)
+    assert message.startswith(f"{path}: ")

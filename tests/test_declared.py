@@ -76,8 +76,6 @@ def test_every_dependency_is_imported() -> None:
     declared = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
     names = {re.split(r"[<>=;\[ ]", text)[0] for text in declared}
     unused = {
-        name
-        for name in names
-        if IMPORT_NAMES.get(name, name.replace("-", "_")) not in imported
+        name for name in names if IMPORT_NAMES.get(name, name.replace("-", "_")) not in imported
     }
     assert unused == NOT_IMPORTED.keys()

@@ -153,7 +153,7 @@ def test_a_file_system_that_cannot_flush_folders(
         atomic_write_bytes(path, b"new")
         assert path.read_bytes() == b"new"
     else:  # an error of the disk, or a file that is not on it
-        with pytest.raises(RobuqError, match="a.bin"):
+        with pytest.raises(RobuqError, match=r"a\.bin"):
             atomic_write_bytes(path, b"new")
 
 

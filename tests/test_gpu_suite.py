@@ -148,8 +148,8 @@ def test_a_suite_that_is_asked_to_end_lets_its_piece_save(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     save = (
-        "import time, pathlib\npathlib.Path('begun').touch()\n"
-        "try: time.sleep(60)\nexcept KeyboardInterrupt: pathlib.Path('saved').touch()\n"
+        "import time, pathlib\ntry:\n    pathlib.Path('begun').touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt: pathlib.Path('saved').touch()\n"
     )
 
     def ask() -> None:

@@ -49,17 +49,18 @@ def test_a_signal_ends_what_is_under_way(number: signal.Signals) -> None:
 
 def test_a_loop_finishes_its_step_first() -> None:
     steps = []
-    with (
-        pytest.raises(interrupts.Terminated),
-        interrupts.handled(),
-        interrupts.at_step_boundary() as asked,
-    ):
-        for step in range(5):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            steps.append(step)
-            if asked():
-                break
+
+    def loop() -> None:
+        with interrupts.handled(), interrupts.at_step_boundary() as asked:
+            for step in range(5):
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                steps.append(step)
+                if asked():
+                    break
+
+    with pytest.raises(interrupts.Terminated):
+        loop()
     assert steps == [0, 1, 2]
     with interrupts.handled(), interrupts.at_step_boundary() as asked:
         assert not asked()  # the next command starts without it

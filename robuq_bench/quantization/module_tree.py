@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs")))
+_HOOKS = tuple(
+    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs"))
+)
 """The dictionaries in which `nn.Module` keeps hooks, those of `state_dict` among them."""
 
 
