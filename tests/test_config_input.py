@@ -178,6 +178,22 @@ def test_plans_and_studies_without_a_warm_up_have_any_budget() -> None:
         make("training.steps=0")
 
 
+@pytest.mark.parametrize(
+    ("study", "setting", "most"),
+    [
+        ("sensitivity", "training.log_every_steps=50", 200),  # its default
+        ("normality", "normality.qat_steps=[0,60]", 60),
+        ("allocation", "allocation.warmup_steps=51", 51),
+    ],
+)
+def test_a_study_looks_no_further_than_the_learning_rate_lasts(
+    study: str, setting: str, most: int
+) -> None:
+    assert make(setting, f"training.steps={most}", study=study).workload.training.steps == most
+    with pytest.raises(ConfigError, match=rf"{study}\..*training\.steps = 50: .*steps={most}"):
+        make(setting, "training.steps=50", study=study)
+
+
 def test_an_old_run_that_never_trained_its_bits_stays_readable() -> None:
     text = to_toml(make()).replace("steps = 500\n", "steps = 50\n")
     assert config_from_toml(text, "config.toml").workload.training.steps == 50

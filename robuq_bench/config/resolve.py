@@ -39,6 +39,12 @@ from robuq_bench.files import sha256_bytes, sha256_file
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _MAIN_JOB = "train-and-eval"  # the one study that trains by `training.sensitivity_steps`
+# Settings that say how far into the workload's training a study looks.
+_STEPS_OF_STUDIES = {
+    "allocation": "warmup_steps",
+    "normality": "qat_steps",
+    "sensitivity": "qat_steps",
+}
 # Fields of study settings that name an input; `<field>_sha256` identifies it.
 _INPUTS_OF_STUDIES = ("captured", "student")
 
@@ -120,7 +126,23 @@ def resolve(
     )
     if study == _MAIN_JOB:
         sensitivity_steps(config)  # refuses here what would show only after the training
+    _check_steps(config)
     return config
+
+
+def _check_steps(config: Config) -> None:
+    """ConfigError when a study asks for more steps than the training's learning rate lasts."""
+    key, most = _STEPS_OF_STUDIES.get(config.study), 0
+    if key is not None:
+        value = getattr(getattr(config, config.study), key)
+        most = max(value, default=0) if isinstance(value, tuple) else value
+    steps = config.workload.training.steps
+    if most > steps:
+        raise ConfigError(
+            f"{config.study}.{key} asks for the model after {most} steps, but the learning rate "
+            f"has run out after training.steps = {steps}: the rest would not be trained as meant; "
+            f"set training.steps={most}, or lower {config.study}.{key}"
+        )
 
 
 def sensitivity_steps(config: Config) -> int:
