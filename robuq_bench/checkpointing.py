@@ -252,16 +252,21 @@ class CheckpointStore:
                 except OSError as error:
                     raise output_error(path, error) from error
 
-    def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, str]] | None:
+    def load_latest(
+        self, at_most: int | None = None
+    ) -> tuple[int, dict[str, Tensor], dict[str, str]] | None:
         """Return (step, tensors, metadata) of the newest loadable checkpoint, None if none exists.
 
-        A damaged one is skipped with a warning through `logging`.
+        A damaged one is skipped with a warning through `logging`; with `at_most`, so are later
+        steps, silently.
 
         Raises:
             CheckpointError: checkpoints exist, but all of them are damaged.
         """
         problems: list[CheckpointError] = []
         for step in reversed(self.steps()):
+            if at_most is not None and step > at_most:
+                continue
             try:
                 tensors, metadata = load_tensors(self.path(step))
             except CheckpointError as error:

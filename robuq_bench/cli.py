@@ -1,7 +1,8 @@
 """The command line: plan + workload -> run -> report. Heavy imports wait inside the commands.
 
 Exit codes: 0 done or already complete, 1 crash or failed write, 2 usage, plan or workload error,
-3 finished but a check failed, 4 missing hardware or data, 130 interrupted.
+3 finished but a check failed, 4 missing hardware, or missing or unreadable data, 130 interrupted
+(Ctrl-C), 143 ended by SIGTERM and 129 by SIGHUP. After the last three the same command continues.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robuq_bench import __version__, console
+from robuq_bench import __version__, console, interrupts
 from robuq_bench.cli_inspect import inspect_app, runs_app
 from robuq_bench.cli_job import (
     RUNS,
@@ -224,7 +225,7 @@ def sample(
     """Draw images, one seed each, into one PNG grid."""
     target = output / "samples.png" if png is None else png
     job = Job("sample", "1", "fp", on, seed, overrides, device, threads, output,
-              dry_run, False, as_json, quiet, (target,))  # fmt: skip
+              dry_run, False, as_json, quiet, (target,), writes_run=False)  # fmt: skip
     config = job.resolve()
     run_path = None if checkpoint is None else find_run(checkpoint, output)
     if packed is not None and checkpoint is not None:
@@ -356,6 +357,11 @@ app.add_typer(runs_app, name="runs")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is one clear message on stderr."""
+    with interrupts.handled():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     as_json = "--json" in arguments
     try:
@@ -372,7 +378,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return console.print_error(str(error), error.exit_code, as_json=as_json)
     except KeyboardInterrupt:
         return _interrupted(as_json)
+    except interrupts.Terminated as error:
+        message = f"ended by {error}; the same command continues"
+        return console.print_error(message, error.exit_code, as_json=as_json)
     except OSError as error:
+        # Failed writes are RobuqErrors that name the folder; what comes here was to be read.
+        sentence = console.unreadable(error)
+        if sentence is not None:
+            return console.print_error(sentence, MissingResourceError.exit_code, as_json=as_json)
         if not console.is_disk_error(error):
             traceback.print_exc()
         return console.print_error(str(error), 1, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -95,6 +94,7 @@ class Job:
     as_json: bool
     quiet: bool
     outputs: tuple[Path, ...] = ()  # files besides the run folder
+    writes_run: bool = True  # below `output`, which otherwise is only read
 
     def resolve(self) -> Config:
         """The frozen config; everything that can be wrong in the flags is refused here."""
@@ -111,7 +111,8 @@ class Job:
         from robuq_bench.context import Context
         from robuq_bench.progress import Progress
 
-        for folder in (self.output, *(path.parent for path in self.outputs)):
+        written = [self.output] if self.writes_run else []
+        for folder in (*written, *(path.parent for path in self.outputs)):
             console.check_writable(folder)
         console.set_up_logging(quiet=self.quiet)
         return Context.create(
@@ -137,7 +138,8 @@ def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult
         return None
     if is_complete and not job.force:
         if job.device.startswith("cuda"):
-            job.context()  # a device that is not here is an error, finished elsewhere or not
+            # A device that is not here is an error, finished elsewhere or not.
+            replace(job, writes_run=False).context()
         return replace(RunResult.from_run(open_existing(folder)), path=folder)
     context = job.context()
     verb = "continues" if folder.exists() and not job.force else "starts"
@@ -212,6 +214,8 @@ def study_inputs(
     Raises:
         UsageError: the study takes no such input, or the run does not exist.
     """
+    from robuq_bench.config import quoted
+
     overrides = []
     if activations is not None and study != "normality":
         raise UsageError(f"study {study} takes no --activations; study normality does")
@@ -221,7 +225,7 @@ def study_inputs(
     if part is not None:
         if study not in SHARDED:
             raise UsageError(f"study {study} takes no --shard; {' and '.join(SHARDED)} do")
-        overrides.append(f"{study}.shard={json.dumps(part)}")
+        overrides.append(f"{study}.shard={quoted(part)}")
     if activations is not None:
         # A run that saved its activations stands for them.
         inside = activations / "activations"
@@ -231,9 +235,9 @@ def study_inputs(
                 f"{folder}: no such folder; save activations with "
                 "`study normality --set normality.save_activations=true`"
             )
-        overrides.append(f"normality.captured={json.dumps(str(folder))}")
+        overrides.append(f"normality.captured={quoted(str(folder))}")
     if checkpoint is not None:
-        path = json.dumps(str(find_run(checkpoint, root)))
+        path = quoted(str(find_run(checkpoint, root)))
         overrides.append(f"{study}.{OF_A_RUN[study]}={path}")
     return overrides
 
@@ -250,12 +254,14 @@ def hardware_label(study: str, device: str) -> list[str]:
     check_device_name(device)
     import torch
 
+    from robuq_bench.config import quoted
+
     if device == "cpu" or not torch.cuda.is_available():
         return []
     index = int(device.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         return []  # `Context` refuses it by name
-    return [f"{study}.hardware={json.dumps(torch.cuda.get_device_name(index))}"]
+    return [f"{study}.hardware={quoted(torch.cuda.get_device_name(index))}"]
 
 
 def command_line() -> list[str]:

@@ -67,7 +67,7 @@ def export(
     if run is not None and random_weights:
         raise UsageError(f"{what} is a run, which has weights; --random-weights goes with a plan")
     job = Job("export", "1", plan, on, seed, overrides, device, threads, runs,
-              dry_run, force, as_json, quiet, (file,))  # fmt: skip
+              dry_run, force, as_json, quiet, (file,), writes_run=False)  # fmt: skip
     config = job.resolve()
     if file.is_dir():
         raise UsageError(f"{file} is a folder; -o names the file to write")

@@ -131,6 +131,16 @@ def set_up_logging(*, quiet: bool) -> None:
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
+def unreadable(error: OSError) -> str | None:
+    """A sentence for a path that cannot be looked at (not ours, too long, a loop); else None."""
+    reasons = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+    if error.errno not in reasons or error.filename is None:
+        return None
+    name = os.fsdecode(error.filename)
+    shown = name if len(name) <= 200 else f"{name[:100]}... ({len(name)} characters)"
+    return f"{shown}: {error.strerror}; make it readable, or name another place"
+
+
 def is_disk_error(error: OSError) -> bool:
     """Whether an OSError is about the disk or its permissions, not about a bug."""
     return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

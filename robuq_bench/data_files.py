@@ -12,6 +12,7 @@ from pathlib import Path
 
 from robuq_bench.digests import NamedFile, files_digest, is_dangling, walk
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.files import expand_user
 
 EMBEDDED = ("digits", "synthetic")  # made by the code, which pins their content
 IMAGE_SUFFIXES = frozenset(
@@ -62,7 +63,7 @@ def data_path(source: str, text: str | None, name: str | None) -> Path:
     hint = f"set {variable}=PATH or pass --set data.path=PATH"
     if not text:
         raise MissingResourceError(f"data source {source!r} needs {SOURCES[source]}; {hint}")
-    path = Path(os.path.expanduser(text))  # Path.expanduser fails on an unknown ~user
+    path = expand_user(text)
     if not os.path.exists(path):  # Path.exists raises where a folder above may not be entered
         raise MissingResourceError(
             f"data path {path} does not exist; it should be {SOURCES[source]}; {hint}"

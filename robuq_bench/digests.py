@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError, UsageError
-from robuq_bench.files import atomic_write_text, sha256_bytes, sha256_file
+from robuq_bench.files import atomic_write_text, cache_folder, sha256_bytes, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,5 @@ def _state(files: Sequence[NamedFile]) -> tuple[str, int, float]:
 
 def _cache_folder() -> Path | None:
     """Where digests are remembered; None without a home, or where ctime means something else."""
-    home = os.path.expanduser("~")
-    root = os.environ.get("ROBUQ_CACHE") or (f"{home}/.cache/robuq-bench" if home != "~" else "")
-    return Path(root) / "digests" if root and os.name == "posix" else None
+    folder = cache_folder()
+    return folder / "digests" if folder is not None and os.name == "posix" else None

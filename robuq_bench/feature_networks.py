@@ -223,6 +223,11 @@ def load_inception(
 
 def _inception_from_hub() -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path.parts[0] == "~":  # torch would make a folder of that name
+        raise MissingResourceError(
+            "this user has no home folder to keep Inception weights in; set TORCH_HOME, or "
+            "evaluation.inception_weights=FILE"
+        )
     if not path.is_file():
         make_folder(path.parent)
         logger.warning("downloading Inception weights (91 MiB) to %s", path)

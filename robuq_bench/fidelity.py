@@ -27,7 +27,7 @@ from robuq_bench.data import ImageData
 from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError, UsageError
 from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.features import Features
-from robuq_bench.files import sha256_bytes
+from robuq_bench.files import cache_folder, expand_user, sha256_bytes
 from robuq_bench.kernel_distance import class_correction
 
 __all__ = [
@@ -245,7 +245,7 @@ def load_adm_reference(
         CheckpointError: not a readable `.npz`; an array is missing, of the wrong shape or not
             finite; or it was made with other features or for other images.
     """
-    path = Path(os.path.expanduser(path))
+    path = expand_user(path)
     if not path.is_file():
         raise MissingResourceError(
             f"reference statistics {path} do not exist; ADM's are listed in "
@@ -315,18 +315,13 @@ def _reference_images(images: npt.NDArray[Any], size: int | None) -> npt.NDArray
     return images
 
 
-def cache_folder() -> Path:
-    """Return ROBUQ_CACHE, or ~/.cache/robuq-bench."""
-    return Path(os.environ.get("ROBUQ_CACHE") or Path.home() / ".cache" / "robuq-bench")
-
-
 def reference_features(
     network: FeatureNetwork, data: ImageData, batch_size: int = 256, *, cache: Path | None = None
 ) -> Features:
     """Return the features of a whole data set, cached under the hash of data and network.
 
     A damaged or foreign cache file is reported by a warning and replaced; a cache that cannot be
-    written is reported and done without.
+    read or written, or has no place, is reported and done without.
 
     Args:
         cache: folder; `cache_folder()` / "features" when None.
@@ -340,8 +335,14 @@ def reference_features(
         )
     identity = {"network": network.sha256, "data": data.sha256, "format": CACHE_FORMAT}
     key = sha256_bytes("/".join(identity.values()).encode())
-    path = (cache or cache_folder() / "features") / f"{network.name}-{key[:32]}.safetensors"
-    if path.exists():
+    if cache is None:
+        root = cache_folder()
+        if root is None:
+            logger.warning("this user has no home folder: features are not cached; set ROBUQ_CACHE")
+            return network.extract(data.images, batch_size)
+        cache = root / "features"
+    path = cache / f"{network.name}-{key[:32]}.safetensors"
+    if os.path.exists(path):  # False, where Path.exists raises, in a folder that is not ours
         try:
             tensors, metadata = load_tensors(path)
             if metadata == identity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -13,6 +14,48 @@ from pathlib import Path
 from robuq_bench.errors import RobuqError
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_FOLDER_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+# The four-byte marks first: UTF-16's little-endian mark is the beginning of UTF-32's.
+_FOREIGN_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def expand_user(path: Path | str) -> Path:
+    """`path` with a leading `~` replaced; as it is where no such home folder is known.
+
+    Unlike `Path.expanduser`, which raises a RuntimeError then (containers have users without one).
+    """
+    return Path(os.path.expanduser(path))
+
+
+def cache_folder() -> Path | None:
+    """Return ROBUQ_CACHE, or ~/.cache/robuq-bench; None for a user without a home folder."""
+    named = os.environ.get("ROBUQ_CACHE")
+    if named:
+        return Path(named)
+    home = expand_user("~")
+    return home / ".cache" / "robuq-bench" if home.is_absolute() else None
+
+
+def read_text(path: Path | str) -> str:
+    """Return a UTF-8 file's text without the byte-order mark that some editors put first.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8; says which encoding its byte-order mark names, if it has one.
+    """
+    data = Path(path).read_bytes()
+    for mark, name in _FOREIGN_MARKS:
+        if data.startswith(mark):
+            raise ValueError(f"its byte-order mark says {name}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -90,12 +133,20 @@ def make_folder(folder: Path) -> Path:
 
 
 def sync_file(path: Path) -> None:
-    """Force a file's (or, on POSIX, a folder's) content to the disk."""
-    if os.name == "nt" and path.is_dir():
+    """Force a file's (or, on POSIX, a folder's) content to the disk.
+
+    A file system that cannot flush folders (CIFS, VirtualBox shares, some FUSE) is no error: a
+    rename is atomic there all the same.
+    """
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:
         return  # Windows offers no handle on a folder to flush
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in _NO_FOLDER_FSYNC:
+            raise
     finally:
         os.close(descriptor)
 

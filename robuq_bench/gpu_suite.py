@@ -28,6 +28,7 @@ from robuq_bench.errors import (
     suggest,
 )
 from robuq_bench.files import atomic_write_bytes
+from robuq_bench.interrupts import Terminated, handled
 
 TIME_LIMIT_S = 540.0  # with the grace period, safely under ten minutes
 GRACE_S = 20.0  # from SIGINT to SIGKILL, enough to finish writing a checkpoint
@@ -207,15 +208,20 @@ def run_piece(
 
 
 def _run_limited(command: Sequence[str], cwd: Path, time_limit_s: float) -> int | None:
-    """Return the exit code, or None when the process had to be stopped at the limit."""
+    """Return the exit code, or None when the process had to be stopped at the limit.
+
+    When the suite itself is asked to end, the process is stopped as at the limit: it saves.
+    """
     # a session of its own, so that workers of the piece are stopped along with it
     with subprocess.Popen(command, cwd=cwd, start_new_session=True) as process:
         try:
             return process.wait(timeout=time_limit_s)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt, Terminated) as reason:
             _signal_group(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=GRACE_S)
+            if not isinstance(reason, subprocess.TimeoutExpired):
+                raise
             return None
         finally:
             _signal_group(process, signal.SIGKILL)
@@ -279,8 +285,14 @@ def main(
     """Run the GPU suite and return its exit code.
 
     0 everything chosen is done · 1 a piece failed or is unfinished (the same command continues) ·
-    2 unknown piece or flag · 4 no CUDA device, or the data of a piece is missing.
+    2 unknown piece or flag · 4 no CUDA device, or the data of a piece is missing · 130 interrupted,
+    143 ended by SIGTERM.
     """
+    with handled():
+        return _main(argv, offered=offered, root=root)
+
+
+def _main(argv: Sequence[str] | None, *, offered: Sequence[Piece] | None, root: Path | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m robuq_bench.gpu_suite", description=__doc__)
     parser.add_argument("--list", action="store_true", help="show the pieces and stop")
     parser.add_argument(
@@ -322,6 +334,8 @@ def main(
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Terminated as error:
+        return error.exit_code
     unfinished = [status for status in statuses if status != "done"]
     if not unfinished:
         return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from robuq_bench import __version__
-from robuq_bench.files import sha256_file
+from robuq_bench.files import cache_folder, expand_user, sha256_file
 
 __all__ = ["code_version", "collect", "default_threads", "environment_report", "sha256_file"]
 
@@ -216,6 +216,7 @@ def environment_report() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpu": _gpu("cuda") if cuda["available"] else None,
         "threads": default_threads(),
+        "cache": str(cache_folder() or "none: no home folder; set ROBUQ_CACHE"),
         "packages": {name: packages.get(name) for name in _REPORTED},
         "can_run": {
             "CPU studies": _cpu_ability(packages),
@@ -264,7 +265,7 @@ def _inception_ability(torch_fidelity_version: str | None) -> dict[str, Any]:
     if torch_fidelity_version is None:
         return _ability(False, "torch-fidelity is not installed")
     weights = _hub_folder() / "checkpoints" / _INCEPTION
-    if weights.is_file():
+    if os.path.isfile(weights):  # False, where Path.is_file raises, in a folder that is not ours
         return _ability(True, str(weights))
     return _ability(False, f"no weights at {weights}: give a path, or let torch-fidelity download")
 
@@ -273,4 +274,4 @@ def _hub_folder() -> Path:
     """Return torch.hub's folder by its documented rules, without importing torch."""
     cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("TORCH_HOME") or os.path.join(cache_home, "torch")
-    return Path(home).expanduser() / "hub"
+    return expand_user(home) / "hub"

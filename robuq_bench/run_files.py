@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from typing import Any, Literal
 from robuq_bench.checkpointing import sidecar_path, verify_tensors
 from robuq_bench.errors import CheckpointError, RobuqError, UsageError
 from robuq_bench.files import read_checksums, sha256_file
+from robuq_bench.run_lock import is_running
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
@@ -27,6 +26,7 @@ Record = dict[str, Any]
 State = Literal["done", "running", "stopped", "damaged"]
 
 _MANIFEST_FIELDS = ("config_sha256", "inputs", "outputs", "sessions")
+_SESSION_FIELDS = frozenset({"argv", "start", "end", "status", "host", "pid", "provenance"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"no run in {path}: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source} is damaged: {error}; begin anew with --force") from error
-    if not isinstance(manifest, dict) or any(name not in manifest for name in _MANIFEST_FIELDS):
-        raise CheckpointError(f"{source} is damaged: fields are missing; begin anew with --force")
-    return manifest
+    if not _is_manifest(manifest):
+        raise CheckpointError(
+            f"{source} is damaged: fields are missing or of another kind; begin anew with --force"
+        )
+    return dict(manifest)
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether `value` has what the suite reads from a manifest without looking twice."""
+    if not isinstance(value, dict) or any(name not in value for name in _MANIFEST_FIELDS):
+        return False
+    files = [value["inputs"], value["outputs"]]
+    if not isinstance(value["sessions"], list) or not all(isinstance(f, dict) for f in files):
+        return False
+    entries = [entry for named in files for entry in named.values()]
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in entries
+    ) and all(
+        isinstance(session, dict) and session.keys() >= _SESSION_FIELDS
+        for session in value["sessions"]
+    )
 
 
 def read_results(path: Path) -> tuple[dict[str, Record], int, str]:
@@ -229,7 +247,8 @@ def _summary(path: Path) -> RunSummary:
         sessions = manifest["sessions"]
     except RobuqError:
         return RunSummary(run_id, path, "damaged", "", "", None, None, None, 0)
-    state: State = "done" if done else "running" if _is_running(sessions) else "stopped"
+    running = not done and bool(sessions) and is_running(path, sessions[-1])
+    state: State = "done" if done else "running" if running else "stopped"
     return RunSummary(
         id=run_id,
         path=path,
@@ -241,18 +260,3 @@ def _summary(path: Path) -> RunSummary:
         ended=sessions[-1]["end"] if sessions else None,
         items=items,
     )
-
-
-def _is_running(sessions: list[dict[str, Any]]) -> bool:
-    """Whether the last session's process lives; of another machine's, only its word is known."""
-    if not sessions or sessions[-1]["status"] != "running":
-        return False
-    if sessions[-1]["host"] != platform.node():
-        return True
-    try:
-        os.kill(sessions[-1]["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -20,6 +20,7 @@ from robuq_bench.run_files import (
     read_manifest,
     read_results,
 )
+from robuq_bench.run_lock import lock_path, take_lock
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,24 +28,22 @@ _LOG = logging.getLogger(__name__)
 def acquire_lock(path: Path, wait_s: float) -> filelock.BaseFileLock:
     """Become the one writer of the run folder `path`, waiting `wait_s` seconds at most.
 
-    The lock file lies beside the folder and stays there; only the kernel's lock on it counts.
+    The lock file lies beside the folder and stays there; only the kernel's lock on it counts, or
+    a marker file where the file system has no locks.
 
     Raises:
         UsageError: another process holds it; names the process and the folder.
         RobuqError: the lock file cannot be created.
     """
-    place = path.with_name(f".{path.name}.lock")
-    lock = filelock.FileLock(place, thread_local=False)
     try:
-        lock.acquire(timeout=wait_s)
+        return take_lock(path, wait_s)
     except filelock.Timeout:
         raise UsageError(
             f"run {path.parent.name}/{path.name} is being written by {_holder(path)} (folder "
             f"{path}); wait for it to end, or choose another --output or --seed"
         ) from None
     except OSError as error:
-        raise output_error(place, error) from error
-    return lock
+        raise output_error(lock_path(path), error) from error
 
 
 def _holder(path: Path) -> str:

@@ -33,6 +33,7 @@ from robuq_bench.files import (
     remove_temporaries,
     sha256_file,
 )
+from robuq_bench.interrupts import Terminated
 from robuq_bench.run_files import (
     CHECKPOINTS,
     CONFIG,
@@ -49,6 +50,7 @@ from robuq_bench.run_files import (
     to_csv,
     verify_run,
 )
+from robuq_bench.run_lock import process_started
 from robuq_bench.run_opening import (
     acquire_lock,
     load_or_create_manifest,
@@ -160,9 +162,9 @@ class Run:
         if kind is None:
             self.close("stopped")
             return
-        interrupted = not issubclass(kind, Exception)
+        status = f"failed: {kind.__name__}" if issubclass(kind, Exception) else "interrupted"
         try:
-            self.close("interrupted" if interrupted else f"failed: {kind.__name__}")
+            self.close("stopped" if issubclass(kind, Terminated) else status)
         except RobuqError as second:  # must not hide the error that ended the block
             _LOG.error("%s", second)
 
@@ -334,6 +336,7 @@ class Run:
             {
                 "argv": list(argv),
                 "pid": os.getpid(),
+                "pid_started": process_started(os.getpid()),
                 "host": platform.node(),
                 "start": _now(),
                 "end": None,

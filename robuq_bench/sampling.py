@@ -10,7 +10,6 @@ pixels move by more. Batches of equal content give equal bits.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from robuq_bench.config.studies import check_shard
 from robuq_bench.data import to_uint8
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.files import expand_user
 from robuq_bench.quantization.linear import cached_weights
 
 T = TypeVar("T")
@@ -204,8 +204,8 @@ def decode_latents(
     Raises MissingResourceError when the folder is absent, CheckpointError when it is no such VAE,
     UsageError when its latents have another number of channels.
     """
-    folder = Path(os.path.expanduser(vae_path)) if vae_path else None
-    if folder is None or not os.path.isfile(folder / "config.json"):
+    folder = expand_user(vae_path) if vae_path else None
+    if folder is None or not (folder / "config.json").is_file():
         raise MissingResourceError(
             f"latents need a VAE to become images, but {folder or 'no path'} is not a folder with "
             "an AutoencoderKL (config.json and weights); download stabilityai/sd-vae-ft-ema "

@@ -24,6 +24,7 @@ from robuq_bench.errors import CheckpointError, RobuqError
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
+LOW_RANK_PARAMETERS = ("low_rank_up", "low_rank_down")
 
 
 class Recipe(Protocol):
@@ -160,19 +161,45 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (floor + (1 - floor) * cosine)
 
 
+def _parameter_groups(
+    parameters: dict[str, nn.Parameter], learning_rate: float, low_rank_learning_rate: float | None
+) -> list[dict[str, Any]]:
+    """AdamW's groups; `rate_ratio` is what multiplies the scheduled learning rate."""
+    if low_rank_learning_rate is None:
+        return [{"params": list(parameters.values()), "rate_ratio": 1.0}]
+    branch = {n for n in parameters if n.rpartition(".")[2] in LOW_RANK_PARAMETERS}
+    groups = [
+        {"params": [p for n, p in parameters.items() if n not in branch], "rate_ratio": 1.0},
+        {
+            "params": [p for n, p in parameters.items() if n in branch],
+            "rate_ratio": low_rank_learning_rate / learning_rate,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Trainer:
     """Model, EMA and AdamW state with deterministic steps and exact checkpoints.
 
-    `model` holds the trained weights, `ema` their exponential moving average (same keys).
+    `model` holds the trained weights, `ema` their exponential moving average (same keys). The
+    low-rank branches have a peak learning rate of their own where one is given, with the same
+    warm-up and decay.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: str | torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        device: str | torch.device,
+        low_rank_learning_rate: float | None = None,
+    ) -> None:
         self.model, self.recipe, self.device = model, recipe, torch.device(device)
         self.step = 0
+        self.window: list[dict[str, float]] = []  # losses since the last logged line or checkpoint
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            _parameter_groups(self.parameters, recipe.learning_rate, low_rank_learning_rate),
             lr=recipe.learning_rate,
             betas=ADAM_BETAS,
             weight_decay=recipe.weight_decay,
@@ -203,7 +230,7 @@ class Trainer:
         while self.step < until:
             learning_rate = learning_rate_at(self.recipe, self.step)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate_ratio"]
             with self._autocast():
                 losses = loss_function(self.forward_model, source.batch(self.step))
             losses["loss"].backward()

@@ -46,12 +46,13 @@ from robuq_bench.normality.analysis import (
     sign_draw_ratios,
 )
 from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
+from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.normality.transforms import NotApplicable, Transform, make_transform
 from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
 from robuq_bench.runs import Run
 from robuq_bench.training import seeded_generator
 from studies.sample_images import load_student
-from studies.train_and_eval import prepare_training, train_with_checkpoints
+from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
 
 VERSION = "2"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
@@ -59,6 +60,7 @@ CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16
 CALIBRATION_TOKENS = 8
 PROBE_TOKENS = 512  # at most, per layer
+EVERY_TRANSFORM = "every transform"
 HEADLINE = ("identity", "randomized-hadamard")
 
 
@@ -85,13 +87,17 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         # A subject's calibration tokens come first, and serve as its examples too.
         if capture.subject not in probes:
             probes[capture.subject] = {
-                layer: part.spread(PROBE_TOKENS) for layer, part in capture.layers.items()
+                layer: part.spread(PROBE_TOKENS)
+                for layer, part in capture.layers.items()
+                if part.tokens.shape[1] >= MIN_N and len(part.tokens)
             }
         dtypes |= {part.tokens.dtype for part in capture.layers.values()}
         if capture.timestep >= 0:
             measure(capture, rotations, probes[capture.subject], run, context, options.sign_draws)
     if not probes:
         raise MissingResourceError(f"{options.captured}: holds no shards of activations")
+    if not any(probes.values()):
+        raise UsageError(f"no captured layer has tokens of {MIN_N} inputs, which a test needs")
     null_dtype = min(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))
     nulls: dict[int, TokenTable] = {}
     tables: dict[str, list[dict[str, Any]]] = {
@@ -175,8 +181,7 @@ def subjects(
     trainer, source, loss_function = prepare_training(config, context, teacher, data)
     store = CheckpointStore(run.checkpoint_folder / "training", keep=len(options.qat_steps) + 1)
     for steps in options.qat_steps:
-        if steps in store.steps():
-            trainer.load_state(steps, load_tensors(store.path(steps))[0], str(store.path(steps)))
+        resume(trainer, store, at_most=steps)
         train_with_checkpoints(
             trainer, source, loss_function, steps, run, store, context, phase="normality"
         )
@@ -280,7 +285,10 @@ def measure(
     context: Context,
     sign_draws: int,
 ) -> None:
-    """Measure every token of one timestep under every transform; one file, written whole."""
+    """Measure every token of one timestep under every transform; one file, written whole.
+
+    Layers that are too narrow for a test are left out, and listed among what was skipped.
+    """
     path = part_path(run, capture.subject, capture.timestep)
     if path.exists():
         return
@@ -292,10 +300,14 @@ def measure(
         )
     tensors: dict[str, torch.Tensor] = {}
     facts = {"subject": capture.subject, "timestep": str(capture.timestep)}
+    narrow: dict[tuple[str, int], list[str]] = {}
     label = f"{capture.subject}, timestep {capture.timestep}"
     with context.progress.task(label, len(capture.layers)) as task:
         for done, (layer, part) in enumerate(capture.layers.items(), start=1):
             width = part.tokens.shape[1]
+            if width < MIN_N or not len(part.tokens):
+                narrow.setdefault((layer_type(layer), width), []).append(layer)
+                continue
             for name, transform in rotations.of(capture.subject, layer, width, probes).items():
                 if isinstance(transform, str):
                     facts[f"skipped|{name}|{layer_type(layer)}|{width}"] = transform
@@ -308,6 +320,10 @@ def measure(
                     tensors[f"{name}|{layer}|draws"] = torch.from_numpy(draws).float()
                 facts[f"{name}|{layer}"] = f"{width} {table.n} {' '.join(table.columns)}"
             task.advance(done)
+    for (kind, width), layers in narrow.items():
+        facts[f"skipped|{EVERY_TRANSFORM}|{kind}|{width}"] = (
+            f"{', '.join(layers)}: no tokens of at least {MIN_N} inputs, which a test needs"
+        )
     save_tensors(path, tensors, facts)
 
 
@@ -339,7 +355,7 @@ def read_parts(run: Run, transform: str) -> list[summaries.Cell]:
 
 
 def skipped_rows(run: Run) -> list[dict[str, Any]]:
-    """Transforms that were left out, and why."""
+    """Transforms and layers that were left out, and why."""
     found: dict[tuple[str, ...], str] = {}
     for path in sorted((run.checkpoint_folder / "tokens").rglob("*.safetensors")):
         for key, reason in load_tensors(path)[1].items():

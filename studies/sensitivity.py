@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from robuq_bench.allocation import mean_bits
-from robuq_bench.checkpointing import CheckpointStore, load_tensors
+from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
@@ -56,7 +56,7 @@ from robuq_bench.sensitivity.epsilon import mean_squared_error
 from robuq_bench.sensitivity.probing import predict
 from studies.ground_truth import measure_truth
 from studies.sensitivity_tables import MAIN_METRIC, metric_table, summarise
-from studies.train_and_eval import prepare_training, train_with_checkpoints
+from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
 from studies.trials import Judge, make_judge
 
 VERSION = "2"
@@ -79,8 +79,7 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     batches = calibration(config, judge, context)
     store = CheckpointStore(run.checkpoint_folder / "training", keep=len(options.qat_steps) + 1)
     for steps in options.qat_steps:
-        if steps in store.steps():
-            trainer.load_state(steps, load_tensors(store.path(steps))[0], str(store.path(steps)))
+        resume(trainer, store, at_most=steps)
         train_with_checkpoints(
             trainer, source, loss_function, steps, run, store, context, phase="metrics"
         )

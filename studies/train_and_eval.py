@@ -20,7 +20,7 @@ from torch import nn
 from robuq_bench import accounting, sensitivity
 from robuq_bench.allocation import mean_bits, mean_bits_by_type, solve_ampn
 from robuq_bench.checkpointing import CheckpointStore, save_tensors
-from robuq_bench.config import Config, Workload, load_allocation_file
+from robuq_bench.config import Config, Workload, load_allocation_file, sensitivity_steps
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
@@ -31,6 +31,7 @@ from robuq_bench.evaluation import (
     validation_losses,
 )
 from robuq_bench.feature_networks import load_feature_network
+from robuq_bench.interrupts import at_step_boundary
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import (
     allocatable_layers,
@@ -117,9 +118,7 @@ def train_student(
     student = trainer.model
     layers = allocatable_layers(student, plan)
     store = CheckpointStore(run.path / "checkpoints" / "training")
-    resumed = store.load_latest()
-    if resumed is not None:
-        trainer.load_state(resumed[0], resumed[1], str(store.path(resumed[0])))
+    resume(trainer, store)
 
     def train_to(until: int, phase: str) -> None:
         train_with_checkpoints(
@@ -127,7 +126,7 @@ def train_student(
         )
 
     if plan.allocation.method == "ampn":
-        train_to(min(warmup_steps(config), recipe.steps), "warmup")
+        train_to(sensitivity_steps(config), "warmup")
         if not run.has("allocation"):
             allocate_ampn(config, run, context, student, data, diffusion, layers)
     elif not run.has("allocation"):
@@ -179,13 +178,17 @@ def prepare_training(
     loss_function = qat_loss(
         diffusion, teacher, plan.qat.distillation_weight, plan.qat.denoising_weight
     )
-    return Trainer(student, recipe, context.device), source, loss_function
+    trainer = Trainer(student, recipe, context.device, recipe.low_rank_learning_rate)
+    return trainer, source, loss_function
 
 
-def warmup_steps(config: Config) -> int:
-    """QAT steps at the warm-up bits, before sensitivity is measured."""
-    own = config.plan.allocation.sensitivity_steps
-    return config.workload.training.sensitivity_steps if own is None else own
+def resume(trainer: Trainer, store: CheckpointStore, at_most: int | None = None) -> None:
+    """Take up the newest checkpoint (no later than step `at_most`) that is ahead of the trainer."""
+    found = store.load_latest(at_most)
+    if found is not None and found[0] > trainer.step:
+        step, tensors, metadata = found
+        trainer.load_state(step, tensors, str(store.path(step)))
+        trainer.window = json.loads(metadata.get("window", "[]"))
 
 
 def train_with_checkpoints(
@@ -201,15 +204,18 @@ def train_with_checkpoints(
 ) -> None:
     """Train to step `until`, logging window means and saving atomically every N steps.
 
-    The logging window restarts at each checkpoint, so a resumed run logs the same numbers.
+    The logging window restarts at each checkpoint, so a resumed run logs the same numbers. When the
+    process is asked to end, the step under way is finished and saved, with its window.
     """
     recipe = trainer.recipe
     if trainer.step >= until:
         return
-    window: list[dict[str, float]] = []
-    with context.progress.task(f"QAT {phase}", until, trainer.step) as task:
+    with (
+        at_step_boundary() as asked_to_end,
+        context.progress.task(f"QAT {phase}", until, trainer.step) as task,
+    ):
         for values in trainer.train(source, loss_function, until):
-            step = trainer.step
+            step, window = trainer.step, trainer.window
             window.append(values)
             task.update(f"loss {values['loss']:.4f}")
             task.advance(step)
@@ -218,10 +224,16 @@ def train_with_checkpoints(
                 if not run.has(key):
                     means = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
                     run.append(key, kind="train", step=step, phase=phase, **means)
-                window = []
-            if step % recipe.checkpoint_every_steps == 0 or step == until:
-                store.save(step, trainer.state(), {"run": run.id, "phase": phase})
-                window = []
+                window.clear()
+            is_regular = step % recipe.checkpoint_every_steps == 0 or step == until
+            if is_regular:
+                window.clear()
+            ending = asked_to_end()
+            if is_regular or ending:
+                facts = {"run": run.id, "phase": phase, "window": json.dumps(window)}
+                store.save(step, trainer.state(), facts)
+            if ending:
+                break
 
 
 def allocate_ampn(

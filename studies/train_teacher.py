@@ -20,7 +20,7 @@ from robuq_bench.models.dit import DiT
 from robuq_bench.runs import Run
 from robuq_bench.training import BatchSource, Trainer, denoising_loss
 from studies.figures import plot_losses
-from studies.train_and_eval import train_with_checkpoints
+from studies.train_and_eval import resume, train_with_checkpoints
 
 VERSION = "1"
 SUMMARY = "Train a workload's full-precision teacher."
@@ -48,9 +48,7 @@ def run_train_teacher(config: Config, root: Path, context: Context) -> RunResult
         weights = run.path / "checkpoints" / "teacher.safetensors"
         store = CheckpointStore(run.path / "checkpoints" / "training")
         trainer = Trainer(model, recipe, context.device)
-        resumed = store.load_latest()
-        if resumed is not None:
-            trainer.load_state(resumed[0], resumed[1], str(store.path(resumed[0])))
+        resume(trainer, store)
         source = BatchSource(
             data.model_inputs(torch.arange(len(data))),
             data.labels,

@@ -174,13 +174,13 @@ def test_dry_run_prints_the_config_and_writes_nothing(
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
     before = files(tmp_path)
-    outcome = bench(*arguments, "--dry-run", "--seed", "5", "--set", "training.steps=77")
+    outcome = bench(*arguments, "--dry-run", "--seed", "5", "--set", "training.steps=777")
     assert outcome.code == 0
     assert "seed = 5\n" in outcome.out
-    assert "steps = 77\n" in outcome.out
-    document = bench(*arguments, "--dry-run", "--json", "--set", "training.steps=77").document
+    assert "steps = 777\n" in outcome.out
+    document = bench(*arguments, "--dry-run", "--json", "--set", "training.steps=777").document
     assert document["dry_run"] is True
-    assert document["config"]["workload"]["training"]["steps"] == 77
+    assert document["config"]["workload"]["training"]["steps"] == 777
     assert files(tmp_path) == before
     assert not (tmp_path / "runs").exists()
     assert toy == []

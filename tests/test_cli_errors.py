@@ -96,7 +96,12 @@ def test_output_that_cannot_be_written_exits_2_before_any_work(
         (CheckError("fid too high"), 3, "fid too high"),
         (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
         (OSError(errno.ENOSPC, "No space left on device", "x.csv"), 1, "No space left on device"),
-        (PermissionError(errno.EACCES, "Permission denied", "x.csv"), 1, "Permission denied"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x.csv"),
+            4,
+            "x.csv: Permission denied",
+        ),
+        (OSError(errno.ENAMETOOLONG, "Too long", "x" * 9999), 4, "... (9999 characters): Too long"),
     ],
 )
 def test_failures_have_one_clear_message_and_their_code(

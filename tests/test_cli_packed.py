@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def test_a_plan_is_exported_and_sampled_on_both_backends(bench: Bench, tiny_work
         assert Path(f"{backend}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_finished_run_is_exported_with_its_allocation(bench: Bench, tiny_workload: Path) -> None:
+def test_a_finished_run_is_exported_with_its_allocation(
+    bench: Bench, tiny_workload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from robuq_bench.inference import load_packed
 
     code, out, err = bench(
@@ -57,6 +60,25 @@ def test_a_finished_run_is_exported_with_its_allocation(bench: Bench, tiny_workl
     bits = next(r["bits_by_layer"] for r in records if r["kind"] == "allocation")
     assert {name: facts["bits_by_layer"][name] for name in bits} == bits
     assert len(set(bits.values())) > 1, "AMPN must have chosen different bits"
+
+    # Results that may only be read: what is written elsewhere needs no more.
+    access = os.access
+
+    def read_only(path: Any, mode: int, **options: Any) -> bool:
+        writes = bool(mode & os.W_OK) and Path(path).name == "runs"
+        return not writes and access(path, mode, **options)
+
+    monkeypatch.setattr(os, "access", read_only)
+    before = sorted(Path("runs").rglob("*"))
+    sampling = ["sample", "--checkpoint", run, "--on", str(tiny_workload), "--num", "2"]
+    assert bench(*sampling, "--png", "out/a.png")[0] == 0
+    assert Path("out/a.png").is_file()
+    assert bench("export", run, "-o", "out/m.safetensors", "--quiet")[0] == 0
+    assert Path("out/m.safetensors").is_file()
+    assert sorted(Path("runs").rglob("*")) == before
+    code, out, err = bench(*sampling)  # into the results
+    assert code == 2
+    assert "cannot write to folder" in err
 
 
 def test_random_weights_need_no_teacher(bench: Bench) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pwd
 import resource
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from robuq_bench.files import (
     append_durably,
     atomic_write_bytes,
     atomic_write_text,
+    cache_folder,
+    expand_user,
     read_checksums,
+    read_text,
     remove_temporaries,
     sha256_file,
 )
@@ -128,3 +133,48 @@ def test_checksum_files(tmp_path: Path) -> None:
     for text in ("", "\n", f"{digest[:-1]}  name\n", f"{digest.upper()}  name\n"):
         with pytest.raises(ValueError, match="not a SHA-256 file"):
             read_checksums(atomic_write_text(tmp_path / "b", text))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EIO])
+@pytest.mark.parametrize("of_a_folder", [True, False])
+def test_a_file_system_that_cannot_flush_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, of_a_folder: bool
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_a_folder:
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "a.bin"
+    if of_a_folder and code != errno.EIO:
+        atomic_write_bytes(path, b"new")
+        assert path.read_bytes() == b"new"
+    else:  # an error of the disk, or a file that is not on it
+        with pytest.raises(RobuqError, match=r"a\.bin"):
+            atomic_write_bytes(path, b"new")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_text_comes_without_its_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a").write_text("für \ufeff\n", encoding)
+    assert read_text(tmp_path / "a") == "für \ufeff\n"
+
+
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("ROBUQ_CACHE", raising=False)
+    assert expand_user("~/a") == Path("/home/me/a")
+    assert cache_folder() == Path("/home/me/.cache/robuq-bench")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert expand_user("~/a") == Path("~/a")
+    assert expand_user("~nobody-here/a") == Path("~nobody-here/a")
+    assert cache_folder() is None
+    monkeypatch.setenv("ROBUQ_CACHE", "/scratch")
+    assert cache_folder() == Path("/scratch")

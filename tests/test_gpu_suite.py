@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -137,3 +140,25 @@ def test_state_is_json_with_command_and_duration(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "runs" / "gpu" / "state.json").read_text())["a"]
     assert record["command"] == list(piece.command)
     assert 0 <= record["seconds"] < 30
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_suite_that_is_asked_to_end_lets_its_piece_save(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    save = (
+        "import time, pathlib\ntry:\n    pathlib.Path('begun').touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt: pathlib.Path('saved').touch()\n"
+    )
+
+    def ask() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert main([], offered=[Piece("train", "t", ("-c", save))], root=tmp_path) == code
+    asking.join()
+    assert (tmp_path / "saved").exists()

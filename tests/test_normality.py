@@ -12,6 +12,7 @@ import torch
 
 from robuq_bench import cli
 from robuq_bench.config import Config, resolve
+from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.normality.capture import CapturedTokens, save_shard
@@ -245,3 +246,45 @@ def test_missing_activations_are_missing_data_even_when_dry(
 ) -> None:
     assert cli.main(["study", "normality", "--activations", "nowhere", "--dry-run"]) == 4
     assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_a_narrow_layer_is_left_out_and_listed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.arange(16).repeat_interleave(2)
+
+    def layer(width: int, count: int = 32) -> CapturedTokens:
+        return CapturedTokens(torch.randn(count, width), images[:count])
+
+    layers = {"good": layer(36), "guidance_in": layer(1), "size_in": layer(7), "none": layer(36, 0)}
+    for timestep in ("-1", "500"):
+        save_shard(
+            tmp_path / "d" / f"t{timestep}.safetensors",
+            layers | {"eight": layer(8)},
+            {"subject": "m", "timestep": timestep},
+        )
+    captured = f"normality.captured={json.dumps(str(tmp_path / 'd'))}"
+    everything = f"normality.transforms={json.dumps(list(TRANSFORMS))}"
+    run = perform(tmp_path / "runs", configure(captured, everything))
+    assert {row["layer"] for row in table(run, "cells")} == {"good", "eight"}
+    skipped = {
+        row["layer_type"]: (row["width"], row["reason"])
+        for row in table(run, "skipped")
+        if row["transform"] == normality.EVERY_TRANSFORM
+    }
+    assert set(skipped) == {"guidance_in", "size_in", "none"}
+    assert skipped["guidance_in"] == (
+        "1", "guidance_in: no tokens of at least 8 inputs, which a test needs"
+    )  # fmt: skip
+    without_dc = {
+        row["width"] for row in table(run, "cells") if row["transform"] == "hadamard-without-dc"
+    }
+    assert without_dc == {"36"}  # of 8 coordinates it leaves 7
+
+
+def test_captures_of_narrow_layers_alone_are_refused(tmp_path: Path) -> None:
+    images = torch.arange(16)
+    tokens = CapturedTokens(torch.randn(16, 4), images)
+    save_shard(tmp_path / "t.safetensors", {"a": tokens}, {"subject": "m", "timestep": "1"})
+    captured = f"normality.captured={json.dumps(str(tmp_path))}"
+    with pytest.raises(UsageError, match="no captured layer has tokens of 8 inputs"):
+        perform(tmp_path / "runs", configure(captured))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,3 +188,33 @@ def test_gpu_is_described() -> None:
     assert facts["name"] == torch.cuda.get_device_name(0)
     assert facts["memory_bytes"] > 2**30
     assert facts["driver"]
+
+
+def test_env_of_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "ROBUQ_CACHE", "XDG_CACHE_HOME", "TORCH_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    report = provenance.environment_report()
+    assert report["cache"] == "none: no home folder; set ROBUQ_CACHE"
+    assert report["can_run"]["FID with Inception"]["available"] is False
+
+
+@pytest.mark.parametrize("settings", ["/dev/null/here", ""])
+def test_figures_need_no_home_folder(settings: str) -> None:
+    code = (
+        "import os, pwd\n"
+        "def unknown(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = unknown\n"
+        "import studies.figures, reports.svg\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
+    if settings:
+        environment["MPLCONFIGDIR"] = settings
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Matplotlib created a temporary cache directory" in done.stderr

@@ -134,6 +134,19 @@ def test_unwritable_cache_is_reported_and_done_without(
     assert "not cached" in caplog.text
 
 
+def test_no_place_for_a_cache_is_reported_and_done_without(
+    digits: ImageData,
+    network: FeatureNetwork,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(fidelity, "cache_folder", lambda: None)
+    with caplog.at_level(logging.WARNING):
+        features = reference_features(network, part(digits, 0))
+    assert equal(features, network.extract(part(digits, 0).images))
+    assert "features are not cached; set ROBUQ_CACHE" in caplog.text
+
+
 def test_latents_have_no_reference_features(network: FeatureNetwork) -> None:
     latents = make_image_data(torch.zeros(9, 4, 8, 8), torch.zeros(9).long(), "latents:1 shards")
     with pytest.raises(UsageError, match="ADM reference"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -135,3 +136,25 @@ def test_runs_are_listed(tmp_path: Path, config: Config) -> None:
     )  # fmt: skip
     assert (stopped.id, stopped.seed, stopped.state) == (run.id, 3, "stopped")
     assert str(done.started) <= str(done.ended)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("inputs", None), ("inputs", {"data": "abc"}), ("inputs", {"data": {}}), ("outputs", []),
+        ("outputs", {"a": {"sha256": 3}}), ("sessions", {}), ("sessions", [None]),
+        ("sessions", [{"status": "running"}]),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_is_damaged(
+    tmp_path: Path, config: Config, field: str, value: object
+) -> None:
+    with Run.open(tmp_path, config, ARGV) as run:
+        pass
+    manifest = json.loads((run.path / "manifest.json").read_text()) | {field: value}
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    for opening in (lambda: open_existing(run.path), lambda: Run.open(tmp_path, config, ARGV)):
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: fields are missing"):
+            opening()
+    assert [summary.state for summary in list_runs(tmp_path)] == ["damaged"]
+    assert "manifest.json is damaged" in verify_run(run.path)[0]

@@ -54,7 +54,7 @@ def test_folder_is_addressed_by_content(tmp_path: Path, config: Config) -> None:
     others = [
         resolve("train-and-eval", "2", "a2", "digits"),
         resolve("train-and-eval", "1", "a2", "digits", 1),
-        resolve("train-and-eval", "1", "a2", "digits", 0, ["training.steps=7"]),
+        resolve("train-and-eval", "1", "a2", "digits", 0, ["training.steps=700"]),
         resolve("sensitivity", "1", "a2", "digits"),
     ]
     assert len({run_folder(tmp_path, other) for other in [config, *others]}) == 5

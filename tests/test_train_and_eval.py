@@ -23,6 +23,7 @@ from robuq_bench.data import load_dataset
 from robuq_bench.errors import CheckpointError
 from robuq_bench.feature_networks import load_feature_network
 from robuq_bench.kernel_distance import class_correction
+from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run, open_existing, verify_run
 from robuq_bench.sampling import sample_images
@@ -295,3 +296,23 @@ def test_sigkill_then_the_same_command(finished: RunResult, workload: Path, tmp_
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0
     assert json.loads(again.stdout.strip().splitlines()[-1])["was_complete"] is True
+
+
+def test_the_branch_trains_at_the_rate_of_the_config(workload: Path) -> None:
+    def rates(*overrides: str) -> dict[str, float]:
+        config = config_for(workload, "a4", 0, *overrides)
+        context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True))
+        data = load_dataset(config.workload.data)
+        teacher = load_teacher(config.workload, "cpu")[0]
+        trainer, _, _ = train_and_eval.prepare_training(config, context, teacher, data)
+        names = {id(p): n for n, p in trainer.parameters.items()}
+        return {
+            names[id(p)].rpartition(".")[2]: group["rate_ratio"] * group["lr"]
+            for group in trainer.optimizer.param_groups
+            for p in group["params"]
+        }
+
+    assert set(rates().values()) == {1e-3}
+    own = rates("training.low_rank_learning_rate=3e-5")
+    assert own["low_rank_up"] == own["low_rank_down"] == pytest.approx(3e-5)
+    assert own["weight"] == own["bias"] == 1e-3

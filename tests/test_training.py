@@ -156,6 +156,49 @@ def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
     assert middle == pytest.approx(1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi / 2)))
 
 
+class Branched(nn.Module):
+    """A weight and a low-rank branch, all of whose gradients have the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "low_rank_up", "low_rank_down"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(4)))
+
+    def drop_labels(self, y: Tensor, uniform: Tensor) -> Tensor:
+        return y
+
+
+def branched(rate: float | None) -> tuple[Trainer, list[float]]:
+    trainer = Trainer(Branched(), TinyRecipe(weight_decay=0.0), "cpu", rate)
+
+    def loss(model: nn.Module, batch: object) -> dict[str, Tensor]:
+        return {"loss": torch.stack(list(model.parameters())).sum()}
+
+    source = tiny_source(trainer.model)  # type: ignore[arg-type]
+    return trainer, [row["learning_rate"] for row in trainer.train(source, loss, 6)]
+
+
+def test_the_branch_has_its_own_learning_rate() -> None:
+    shared, rates = branched(None)
+    same, _ = branched(1e-2)
+    own, own_rates = branched(1e-3)
+    assert_same(weights(shared), weights(same))
+    assert own_rates == rates  # what is logged is the main rate
+    assert torch.equal(own.parameters["weight"], shared.parameters["weight"])
+    for name in ("low_rank_up", "low_rank_down"):
+        ratio = own.parameters[name] / shared.parameters[name]
+        assert ((ratio > 0.099) & (ratio < 0.102)).all()  # Adam's steps are as long as its rate
+    resumed = Trainer(Branched(), TinyRecipe(weight_decay=0.0), "cpu", 1e-3)
+    resumed.load_state(6, weights(own), "memory")
+    assert_same(weights(resumed), weights(own))
+
+
+def test_a_model_without_a_branch_takes_any_rate_for_it() -> None:
+    alone, given = (Trainer(tiny_model(), TinyRecipe(), "cpu", rate) for rate in (None, 1.0))
+    assert train(alone, 3) == train(given, 3)
+    assert_same(weights(alone), weights(given))
+
+
 def test_divergence_names_the_step() -> None:
     trainer = Trainer(tiny_model(), TinyRecipe(), "cpu")
     train(trainer, 2)

@@ -30,7 +30,9 @@ from robuq_bench.config.resolve import (
     canonical_json,
     config_from_toml,
     config_hash,
+    quoted,
     resolve,
+    sensitivity_steps,
     to_toml,
 )
 from robuq_bench.config.studies import AllocationStudyConfig, NormalityConfig, SensitivityConfig
@@ -76,7 +78,9 @@ __all__ = [
     "load_plan",
     "load_workload",
     "plan_names",
+    "quoted",
     "resolve",
+    "sensitivity_steps",
     "to_toml",
     "workload_names",
 ]

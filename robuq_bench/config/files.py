@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from robuq_bench.config.plan import AllocationConfig, Plan
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
-from robuq_bench.files import sha256_file
+from robuq_bench.files import expand_user, read_text, sha256_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ASSET_PREFIX = "asset:"
@@ -29,7 +28,7 @@ def asset_path(spec: str) -> Path:
     """Return the file that `spec` means: 'asset:NAME' is shipped with the package, else a path."""
     if spec.startswith(ASSET_PREFIX):
         return PACKAGE / "assets" / spec.removeprefix(ASSET_PREFIX)
-    return _expand(spec)
+    return expand_user(spec)
 
 
 def plan_names() -> list[str]:
@@ -67,14 +66,14 @@ def load_allocation_file(allocation: AllocationConfig, layers: Iterable[str]) ->
         ConfigError: unreadable file, changed since the config was resolved, missing or unknown
             layer, or bits outside 1 to 8.
     """
-    path = _expand(allocation.path or "")
+    path = expand_user(allocation.path or "")
     try:
         if allocation.sha256 and sha256_file(path) != allocation.sha256:
             raise ConfigError(f"{path}: changed since this run was planned; start the run again")
         bits_by_layer = _parse_allocation(path)
     except OSError as error:
         raise ConfigError(f"allocation file {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"allocation file {path}: neither JSON or TOML {{layer: bits}} nor a CSV with columns "
             f"layer and bits ({error})"
@@ -92,13 +91,39 @@ def load_allocation_file(allocation: AllocationConfig, layers: Iterable[str]) ->
 
 
 def _parse_allocation(path: Path) -> dict[str, int]:
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix == ".csv":
-        return {row["layer"]: int(row["bits"]) for row in csv.DictReader(text.splitlines())}
-    values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        header = text.partition("\n")[0]
+        delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # Excel's, by its locale
+        rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
+        return _without_repeats([(row["layer"], int(row["bits"])) for row in rows])
+    if path.suffix == ".toml":
+        values: Any = parse_toml(text)
+    else:
+        values = json.loads(text, object_pairs_hook=_without_repeats)
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}")
     return dict(values.get("bits_by_layer", values))
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is named twice")
+    return found
+
+
+def parse_toml(text: str) -> Table:
+    """Return what TOML `text` says.
+
+    Raises:
+        ValueError: it is not TOML, nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def validate(model: type[ModelT], values: Mapping[str, Any], origin: str) -> ModelT:
@@ -129,11 +154,6 @@ def sections_of(model: type[BaseModel]) -> list[str]:
     return names
 
 
-def _expand(spec: str | Path) -> Path:
-    # unlike Path.expanduser, this leaves an unknown ~user as it is, to be reported as missing
-    return Path(os.path.expanduser(spec))
-
-
 def _packaged(kind: str) -> list[str]:
     return sorted(path.stem for path in (PACKAGE / f"{kind}s").glob("*.toml"))
 
@@ -141,7 +161,7 @@ def _packaged(kind: str) -> list[str]:
 def _locate(kind: str, name_or_path: str | Path, folder: Path | None = None) -> Path:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text:
-        path = _expand(name_or_path)
+        path = expand_user(name_or_path)
         path = path if folder is None else folder / path
         if not path.is_file():
             raise ConfigError(f"{kind} file not found: {path}")
@@ -157,13 +177,15 @@ def _locate(kind: str, name_or_path: str | Path, folder: Path | None = None) -> 
 
 def _read(path: Path) -> Table:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+        text = read_text(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    try:
+        return parse_toml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
 def _load(model: type[ModelT], kind: str, name_or_path: str | Path) -> ModelT:

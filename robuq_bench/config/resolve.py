@@ -6,10 +6,10 @@ import datetime
 import difflib
 import json
 import os
-import tomllib
+import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from robuq_bench.config.files import (
     keys_of,
     load_plan,
     load_workload,
+    parse_toml,
     sections_of,
     validate,
 )
@@ -51,6 +52,13 @@ _STUDIES_WITHOUT_DATA = (
     "export",
     "account",
 )
+_MAIN_JOB = "train-and-eval"  # the one study that trains by `training.sensitivity_steps`
+# Settings that say how far into the workload's training a study looks.
+_STEPS_OF_STUDIES = {
+    "allocation": "warmup_steps",
+    "normality": "qat_steps",
+    "sensitivity": "qat_steps",
+}
 # Fields of study settings that name an input; `<field>_sha256` identifies it.
 _INPUTS_OF_STUDIES = ("captured", "student", "run")
 # The same of `workload.evaluation`.
@@ -132,7 +140,7 @@ def resolve(
         for name, values in parts.items()
         if name in STUDY_SETTINGS
     }
-    return Config(
+    config = Config(
         study=study,
         study_version=version,
         seed=seed,
@@ -140,6 +148,47 @@ def resolve(
         workload=validate(Workload, parts["workload"], f"{origin}: workload"),
         **sections,
     )
+    if study == _MAIN_JOB:
+        sensitivity_steps(config)  # refuses here what would show only after the training
+    _check_steps(config)
+    return config
+
+
+def _check_steps(config: Config) -> None:
+    """ConfigError when a study asks for more steps than the training's learning rate lasts."""
+    key, most = _STEPS_OF_STUDIES.get(config.study), 0
+    if key is not None:
+        value = getattr(getattr(config, config.study), key)
+        most = max(value, default=0) if isinstance(value, tuple) else value
+    steps = config.workload.training.steps
+    if most > steps:
+        raise ConfigError(
+            f"{config.study}.{key} asks for the model after {most} steps, but the learning rate "
+            f"has run out after training.steps = {steps}: the rest would not be trained as meant; "
+            f"set training.steps={most}, or lower {config.study}.{key}"
+        )
+
+
+def sensitivity_steps(config: Config) -> int:
+    """Training steps at the warm-up bits, before an allocated plan measures sensitivity.
+
+    Raises:
+        ConfigError: they leave no step of the training for the allocated bits.
+    """
+    allocation, training = config.plan.allocation, config.workload.training
+    if allocation.method != "ampn":
+        return 0
+    own = allocation.sensitivity_steps is not None
+    steps = allocation.sensitivity_steps or 0 if own else training.sensitivity_steps
+    key = "allocation.sensitivity_steps" if own else "training.sensitivity_steps"
+    if steps >= training.steps and steps > 0:
+        # A quarter is what the packaged workloads spend at most.
+        raise ConfigError(
+            f"training.steps is {training.steps}, but bits are allocated after {key} = {steps} "
+            "steps, so nothing would be trained at the allocated bits; lower the latter, e.g. "
+            f"--set {key}={training.steps // 4}, or raise training.steps above {steps}"
+        )
+    return steps
 
 
 def canonical_json(config: Config) -> str:
@@ -163,6 +212,10 @@ def canonical_json(config: Config) -> str:
     for path_key in _INPUTS_OF_EVALUATION:
         if evaluation.get(f"{path_key}_sha256"):
             evaluation.pop(path_key, None)
+    training = values["workload"]["training"]
+    if "low_rank_learning_rate" in training:
+        # Runs from before the rate was obeyed must not answer for those that obey it.
+        training["low_rank_learning_rate_is_used"] = True
     for name in STUDY_SETTINGS.keys() & values.keys():
         for path_key in _INPUTS_OF_STUDIES:
             if values[name].get(f"{path_key}_sha256"):
@@ -189,8 +242,8 @@ def config_from_toml(text: str, origin: str) -> Config:
         ConfigError: not TOML, or not a config of this version of the suite.
     """
     try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values = parse_toml(text)
+    except ValueError as error:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from None
     return validate(Config, values, origin)
 
@@ -211,13 +264,13 @@ def _parse_override(text: str, study: str) -> Override:
     models = _overridable(study)
     known = {name: keys_of(model) for name, model in models.items()}
     if part in known and inner in known[part]:
-        return part, inner.split("."), _parse_value(value)
+        return part, inner.split("."), _parse_value(value, models[part], inner)
     owners = [owner for owner, keys in known.items() if key in keys]
     if len(owners) > 1:
         full = " or ".join(f"{owner}.{key}" for owner in owners)
         raise ConfigError(f"--set {key}: is a key of both; write {full}")
     if owners:
-        return owners[0], key.split("."), _parse_value(value)
+        return owners[0], key.split("."), _parse_value(value, models[owners[0]], key)
     raise ConfigError(f"--set {key}: {_why_unknown(key, known, models)}")
 
 
@@ -255,17 +308,44 @@ def _why_unknown(key: str, known: dict[str, list[str]], models: dict[str, type[S
     return f"unknown key{suggest(section or last, sections)}"
 
 
-def _parse_value(text: str) -> Any:
-    """A TOML value where `text` is exactly one, else the text itself (dates stay text)."""
+def _parse_value(text: str, model: type[Section], key: str) -> Any:
+    """A TOML value where `text` is exactly one, else the text itself (dates stay text).
+
+    A field that holds text takes it as typed, so that a folder may be called 2024; quotes around
+    the whole are TOML's.
+    """
     text = text.strip()
     if "\n" in text:
         return text
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
+    if isinstance(value, str) and not text.startswith("#"):
+        return value
     is_date = isinstance(value, datetime.date | datetime.time)
-    return text if is_date or text.startswith("#") else value
+    return text if is_date or text.startswith("#") or _is_text(model, key) else value
+
+
+def _is_text(model: type[Section], key: str) -> bool:
+    """Whether the field `key` of a model holds text (or nothing) and nothing else."""
+    *sections, last = key.split(".")
+    for name in sections:
+        model = model.model_fields[name].annotation  # type: ignore[assignment]
+    annotation = model.model_fields[last].annotation
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    options = get_args(annotation) if is_union else (annotation,)
+    return all(
+        option in (str, types.NoneType)
+        or (get_origin(option) is Literal and all(isinstance(a, str) for a in get_args(option)))
+        for option in options
+    )
+
+
+def quoted(text: str) -> str:
+    """`text` as a TOML string: what `--set KEY=...` takes literally, whatever it holds."""
+    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _identify(section: dict[str, Any], path_key: str) -> None:
@@ -372,6 +452,5 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return quoted(value)
     return repr(value)

@@ -14,6 +14,7 @@ from kernels.ternary_matmul.layout import pack_planes, unpack_planes
 from robuq_bench.errors import UsageError
 from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
+from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
 from robuq_bench.quantization.linear import QuantizedLinear, linear_product
 from robuq_bench.quantization.module_tree import move_hooks, names_of, replace_modules
 from robuq_bench.quantization.weights import quantize_weight
@@ -147,6 +148,12 @@ class PackedLinear(nn.Module):
             low_rank=low_rank,
             dtype=dtype,
         ).train(layer.training)
+
+    @property
+    def weight(self) -> GuardedWeight:
+        """Shape, dtype and device of the weight it stands in for; arithmetic is a UsageError."""
+        shape = (self.out_features, self.in_features)
+        return guarded_weight(self.like.new_empty(1).expand(shape), self.name)
 
     @property
     def rank(self) -> int:

@@ -13,6 +13,7 @@ from robuq_bench.inference.packed_linear import PackedLinear, exchange_layers
 from robuq_bench.quantization.activations import matmul_quantizer
 from robuq_bench.quantization.convert import layer_settings, target_layers
 from robuq_bench.quantization.rotations import random_signs
+from robuq_bench.quantization.selection import blocks_of
 
 
 @torch.no_grad()
@@ -39,9 +40,10 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
     layers = target_layers(model, plan)
     if plan.is_full_precision or not layers:
         raise UsageError(f"plan {plan.name!r} quantizes no layer of {type(model).__name__}")
+    blocks = blocks_of(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, linear in layers.items():
-        settings = layer_settings(name, plan)
+        settings = layer_settings(name, plan, blocks)
         if settings["weight_quantizer"] == "none":
             raise UsageError(f"plan {plan.name!r} keeps the weight of {name!r} in full precision")
         out_features, in_features = linear.out_features, linear.in_features

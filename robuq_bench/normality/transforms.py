@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.errors import UsageError, suggest
+from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.quantization.dual_rotation import fit_dual_rotation
 from robuq_bench.quantization.hadamard import hadamard_transform, is_supported
 from robuq_bench.quantization.rotations import random_signs, rotate
@@ -42,7 +43,8 @@ def make_transform(
 
     Raises:
         UsageError: unknown name.
-        NotApplicable: the width is no multiple of the block, or has no Hadamard matrix.
+        NotApplicable: the width is no multiple of the block, has no Hadamard matrix, or leaves
+            too few coordinates for a test.
     """
     if name == "identity":
         return lambda x: x
@@ -51,6 +53,8 @@ def make_transform(
     if name == "hadamard":
         return hadamard_transform
     if name == "hadamard-without-dc":
+        if n <= MIN_N:
+            raise NotApplicable(f"{name} leaves {n - 1} inputs, too few for a test")
         return lambda x: hadamard_transform(x)[..., 1:]
     if name == "randomized-hadamard":
         signs = random_signs(n, layer, seed)

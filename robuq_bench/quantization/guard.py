@@ -57,11 +57,11 @@ class GuardedWeight(Tensor):
                 return func(*args, **(kwargs or {}))
         guarded = next((a for a in args if isinstance(a, GuardedWeight)), None)
         name = "" if guarded is None else guarded.layer
+        operation = getattr(func, "__name__", func)
         raise UsageError(
             f"layer {name!r} is quantized: its weight is stored rotated, without its low-rank "
-            f"branch, and cannot be used outside the layer ({getattr(func, '__name__', func)}). "
-            "Call the layer; keep it in full precision with layers.skip; or train it through "
-            "parameters()"
+            f"branch, or packed, and cannot be used outside the layer ({operation}). Call the "
+            "layer; keep it in full precision with layers.skip; or train it through parameters()"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

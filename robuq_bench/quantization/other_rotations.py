@@ -20,6 +20,7 @@ from torch import Tensor
 
 from robuq_bench.checkpointing import read_safetensors
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.files import expand_user
 from robuq_bench.quantization.hadamard import hadamard_matrix
 from robuq_bench.quantization.rotations import rotate
 
@@ -38,7 +39,7 @@ def read_hadamard_table(path: str | Path) -> Tensor:
         MissingResourceError: no such file.
         CheckpointError: unreadable, several tensors, not square, not +-1, or H H^T is not K I.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_file():
         raise MissingResourceError(f"Hadamard table {path} does not exist")
     table = _only_tensor(path, _read(path)).double()

@@ -439,3 +439,22 @@ def test_wan_reads_the_dtype_of_a_packed_embedder(tmp_path: Path) -> None:
     export_packed(pack_(model), path, plan=PLAN)
     assert torch.equal(model(**inputs).sample, expected)
     assert torch.equal(load_packed(path, into=make())[0](**inputs).sample, expected)
+
+
+def test_reading_a_packed_weight_tells_its_kind_and_refuses_arithmetic() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0, batch_first=True)
+    quantize_(layer, load_plan("a4")).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        quantized = layer(x)
+        pack_(layer)
+        assert torch.equal(layer(x), quantized)  # PyTorch's fast path would read the weights
+    weight = layer.linear1.weight
+    assert (tuple(weight.shape), weight.dtype, weight.device.type) == (
+        (64, 32),
+        torch.float32,
+        "cpu",
+    )
+    with pytest.raises(UsageError, match="layer 'linear1' is quantized"):
+        weight @ weight.T

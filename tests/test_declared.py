@@ -1,0 +1,81 @@
+"""What is declared is used: every field of a config, and every dependency."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from robuq_bench.config.base import Section
+from robuq_bench.config.resolve import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "robuq_bench" / "config"
+IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+
+#: Fields that nothing outside `config/` reads, and why that is right.
+READ_IN_CONFIG = {
+    "AllocationConfig.sensitivity_steps": "`config.sensitivity_steps` decides, which studies call",
+    "TrainingConfig.sensitivity_steps": "`config.sensitivity_steps` decides, which studies call",
+    "DiffusionConfig.beta_schedule": "its one value is what `diffusion.py` computes",
+    "NormalityConfig.captured_sha256": "identifies an input",
+    "NormalityConfig.student_sha256": "identifies an input",
+}
+#: Dependencies that nothing imports, and why they are declared.
+NOT_IMPORTED = {"seaborn": "the figures of issue 12 draw with it; until then it is not needed"}
+
+
+@functools.cache
+def syntax_trees() -> dict[Path, ast.Module]:
+    folders = ("robuq_bench", "studies", "reports", "kernels")
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return {path: ast.parse(path.read_text("utf-8")) for path in paths}
+
+
+def sections(model: type[Section] = Section) -> Iterator[type[Section]]:
+    for section in model.__subclasses__():
+        yield section
+        yield from sections(section)
+
+
+def test_every_field_of_a_config_is_read() -> None:
+    read = {
+        node.attr
+        for path, tree in syntax_trees().items()
+        if not path.is_relative_to(CONFIG)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    known = set(sections())
+    assert Config in known
+    unread = {
+        f"{section.__name__}.{name}"
+        for section in known
+        for name in section.model_fields
+        if section.__module__.startswith("robuq_bench.") and name not in read
+    }
+    assert unread == READ_IN_CONFIG.keys()
+
+
+def test_every_dependency_is_imported() -> None:
+    imported: set[str] = set()
+    for tree in syntax_trees().values():
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Call) and "import_module" in ast.dump(node.func):
+                names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            imported |= {name.partition(".")[0] for name in names}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    names = {re.split(r"[<>=;\[ ]", text)[0] for text in declared}
+    unused = {
+        name for name in names if IMPORT_NAMES.get(name, name.replace("-", "_")) not in imported
+    }
+    assert unused == NOT_IMPORTED.keys()

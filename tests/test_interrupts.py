@@ -1,0 +1,188 @@
+"""SIGTERM, SIGHUP and Ctrl-C: a checkpoint at the step boundary, an exit code, and resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robuq_bench import interrupts
+from robuq_bench.checkpointing import CheckpointStore, load_tensors
+from robuq_bench.runs import Run, list_runs, open_existing
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "training.steps=70",
+    "training.log_every_steps=7",
+    "training.checkpoint_every_steps=1000",
+    "evaluation.num_samples=20",
+    "evaluation.seed_ranges=1",
+    "evaluation.grid_images=0",
+)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(1)  # the handler runs before the next line of Python, or ends the sleep
+    raise AssertionError("the signal was not delivered")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_what_is_under_way(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    expected = KeyboardInterrupt if number == signal.SIGINT else interrupts.Terminated
+    with pytest.raises(expected) as caught, interrupts.handled():
+        send(number)
+    if isinstance(caught.value, interrupts.Terminated):
+        assert caught.value.exit_code == 128 + number
+        assert str(caught.value) == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_loop_finishes_its_step_first() -> None:
+    steps = []
+
+    def loop() -> None:
+        with interrupts.handled(), interrupts.at_step_boundary() as asked:
+            for step in range(5):
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                steps.append(step)
+                if asked():
+                    break
+
+    with pytest.raises(interrupts.Terminated):
+        loop()
+    assert steps == [0, 1, 2]
+    with interrupts.handled(), interrupts.at_step_boundary() as asked:
+        assert not asked()  # the next command starts without it
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    try:
+        with interrupts.handled():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with interrupts.handled():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_second_sigterm_ends_at_once() -> None:
+    code = (
+        "import time\nfrom robuq_bench.interrupts import *\n"
+        "with handled(), at_step_boundary():\n    print('in', flush=True)\n    time.sleep(60)\n"
+        "    while True:\n        time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"in\n"
+        child.terminate()
+        time.sleep(0.2)
+        assert child.poll() is None
+        child.terminate()
+        assert child.wait(10) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "status"),
+    [(signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_study_keeps_its_items(
+    bench: Any, toy: list[str], monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals, code: int, status: str,
+) -> None:  # fmt: skip
+    good = sys.modules["studies.toy_study"].run
+
+    def stop(config: Any, run: Run, context: Any) -> list[dict[str, Any]]:
+        run.append("item/0", kind="toy", value=0)
+        send(number)
+        return []
+
+    monkeypatch.setattr(sys.modules["studies.toy_study"], "run", stop)
+    outcome = bench("study", "toy-study", "--json")
+    assert outcome.code == outcome.document["exit_code"] == code
+    assert "the same command continues" in outcome.err
+    assert "Traceback" not in outcome.err
+    (summary,) = list_runs(Path("runs"))
+    assert (summary.state, summary.items) == ("stopped", 1)
+    monkeypatch.setattr(sys.modules["studies.toy_study"], "run", good)
+    path = Path(bench("study", "toy-study", "--json").document["path"])
+    sessions = open_existing(path).manifest["sessions"]
+    assert [session["status"] for session in sessions] == [status, "finished"]
+
+
+def command(workload: Path, root: Path) -> list[str]:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    return [
+        *("train-and-eval", "--plan", "a4", "--on", str(workload), "--threads", "1"),
+        *("--device", "cpu", "--quiet", "--json", "-o", str(root), *settings),
+    ]
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    """What was measured, without what took how long."""
+    records = open_existing(path).results()
+    return [
+        {name: value for name, value in record.items() if name != "sample_seconds"}
+        for record in records
+        if record["kind"] != "timing"
+    ]
+
+
+def test_sigterm_in_training_then_the_same_command(
+    bench: Any, tiny_workload: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, str(ROOT / "bench.py"), *command(tiny_workload, tmp_path / "stopped")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ROBUQ_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        deadline = time.monotonic() + 60
+        while "train/00000014" not in "".join(
+            path.read_text() for path in tmp_path.glob("stopped/train-and-eval/*/results.jsonl")
+        ):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.terminate()
+        out, err = child.communicate(timeout=30)
+    assert child.returncode == 143, err
+    assert "Traceback" not in err
+    assert json.loads(out.splitlines()[-1])["exit_code"] == 143
+    (path,) = tmp_path.glob("stopped/train-and-eval/a4-*")
+    (step,) = CheckpointStore(path / "checkpoints" / "training").steps()
+    assert 14 <= step < 70  # no regular checkpoint is due before the last step
+    assert open_existing(path).manifest["sessions"][-1]["status"] == "stopped"
+    (state,) = [s.state for s in list_runs(tmp_path / "stopped") if s.path == path]
+    assert state == "stopped"
+
+    assert bench(*command(tiny_workload, tmp_path / "stopped")).code == 0
+    assert bench(*command(tiny_workload, tmp_path / "whole")).code == 0
+    (whole,) = tmp_path.glob("whole/train-and-eval/a4-*")
+    assert results(path) == results(whole)
+    name = Path("checkpoints") / "student-ema.safetensors"
+    resumed, uninterrupted = load_tensors(path / name)[0], load_tensors(whole / name)[0]
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(resumed[key].equal(uninterrupted[key]) for key in resumed)
