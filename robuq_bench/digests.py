@@ -173,5 +173,5 @@ def _state(files: Sequence[NamedFile]) -> tuple[str, int, float]:
 
 def _cache_folder() -> Path | None:
     """Where digests are remembered; None without a home, or where ctime means something else."""
-    folder = cache_folder()
-    return folder / "digests" if folder is not None and os.name == "posix" else None
+    root = cache_folder()
+    return root / "digests" if root is not None and os.name == "posix" else None
