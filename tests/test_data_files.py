@@ -171,7 +171,7 @@ def test_classes_are_in_the_order_of_their_names(two: Path) -> None:
 names = st.sampled_from(["a", "b.png", "c.JPEG", "n.txt", ".h.png", "__MACOSX", ".DS_Store"])
 
 
-@settings(max_examples=80)
+@settings(max_examples=300)
 @given(st.lists(st.lists(names, min_size=1, max_size=3), min_size=1, max_size=8))
 def test_every_file_is_read_or_told_or_the_folder_refused(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[str]]
