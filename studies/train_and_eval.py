@@ -320,7 +320,9 @@ def metric_names(records: list[dict[str, Any]]) -> list[str]:
     return [
         name
         for name, value in records[0].items()
-        if isinstance(value, float) and name.split("_")[0] in prefixes and not name.endswith("_std")
+        if isinstance(value, float)
+        and name.split("_")[0] in prefixes
+        and not name.endswith(("_std", "_class_correction"))  # details of a metric
     ]
 
 
