@@ -127,7 +127,7 @@ def find_images(root: Path) -> ImageFiles:
         raise MissingResourceError(
             f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); point data.path at them"
         )
-    left_out = [path for path in left_out if path.name not in SILENT]
+    left_out = [path for path in left_out if path.name not in SILENT or path.is_dir()]
     return ImageFiles([folder.name for folder in classes], items, left_out)
 
 

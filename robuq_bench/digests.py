@@ -2,7 +2,7 @@
 
 Every byte counts: names, sizes and times alone cannot tell an image that was edited and dated back
 from the old one. Reading a large input anew for every command would be slow, so its digest is
-remembered in the cache folder, under the state of all its files: place, device, inode, size, and
+remembered in the cache folder, under the state of all its files: name, device, inode, size, and
 times of the last change of content (mtime) and of the file as such (ctime) in nanoseconds. An mtime
 can be set back, as `cp -p`, `rsync` and `tar` do; a ctime cannot, short of changing the clock.
 """
@@ -105,7 +105,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...], hidden: list[Path]) -
     for entry in listed:
         if entry.name.startswith("."):
             hidden.append(Path(entry.path))
-        elif is_dangling(entry.path):
+        elif entry.is_symlink() and is_dangling(entry.path):
             raise MissingResourceError(
                 f"{entry.path} is a link to {os.readlink(entry.path)}, which does not exist; "
                 "restore that, or remove the link"
@@ -157,15 +157,15 @@ def _remembered(files: Sequence[NamedFile], compute: Callable[[], str]) -> str:
 
 
 def _state(files: Sequence[NamedFile]) -> tuple[str, int, float]:
-    """Digest of places and states of the files, their bytes, and the newest change (Unix time)."""
+    """Digest of names and states of the files, their bytes, and the newest change (Unix time)."""
     lines, num_bytes, newest = [], 0, 0.0
     for name, path in files:
         try:
-            stat = path.stat()
+            stat = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         values = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        lines.append(f"{name}\0{path.absolute()}\0{values}\n")
+        lines.append(f"{name}\0{values}\n")
         num_bytes += stat.st_size
         newest = max(newest, stat.st_mtime, stat.st_ctime)
     return sha256_bytes("".join(lines).encode("utf-8", "surrogateescape")), num_bytes, newest
@@ -173,5 +173,5 @@ def _state(files: Sequence[NamedFile]) -> tuple[str, int, float]:
 
 def _cache_folder() -> Path | None:
     """Where digests are remembered; None without a home, or where ctime means something else."""
-    folder = cache_folder()
-    return folder / "digests" if folder is not None and os.name == "posix" else None
+    root = cache_folder()
+    return root / "digests" if root is not None and os.name == "posix" else None

@@ -168,6 +168,37 @@ def test_classes_are_in_the_order_of_their_names(two: Path) -> None:
     assert [label for _, label in found.items] == [0, 1, 2]
 
 
+names = st.sampled_from(["a", "b.png", "c.JPEG", "n.txt", ".h.png", "__MACOSX", ".DS_Store"])
+
+
+@settings(max_examples=300)
+@given(st.lists(st.lists(names, min_size=1, max_size=3), min_size=1, max_size=8))
+def test_every_file_is_read_or_told_or_the_folder_refused(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[str]]
+) -> None:
+    root = tmp_path_factory.mktemp("tree")
+    for parts in files:
+        path = root.joinpath(*parts)
+        if not path.exists() and not any(above.is_file() for above in path.parents):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+    everything = {path for path in root.rglob("*") if path.is_file() and path.name != ".DS_Store"}
+    try:
+        found = find_images(root)
+    except (UsageError, MissingResourceError):
+        return
+    read = {file for file, _ in found.items}
+    told = {path for left in found.left_out for path in (left, *left.rglob("*"))}
+    assert everything == read | (told & everything)
+    assert not read & told
+    assert {file.suffix for file in read} <= {".png", ".JPEG"}
+    classes = [file.relative_to(root).parts[0] for file, _ in found.items]
+    labels = [label for _, label in found.items]
+    if found.classes:
+        assert [found.classes[label] for label in labels] == classes
+        assert sorted(set(labels)) == list(range(len(found.classes)))
+
+
 # latents
 
 
