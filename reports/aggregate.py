@@ -1,8 +1,8 @@
 """From runs to rows: what may stand in one table, and its mean and spread.
 
 A *protocol* is everything that must be equal before two FIDs can be compared (workload, teacher,
-sampler, steps, guidance, number of samples, features). A *row* is one plan with one training
-budget; its runs differ in the training seed only.
+sampler, steps, guidance, number of samples, features, version of the study). A *row* is one plan
+with one training budget; its runs differ in the training seed only.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ TEACHER = "teacher"
 
 _METRIC_ORDER = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
 _HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
+_SHOWN = 16  # hexadecimal digits of a digest that tell protocols apart
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
 # How a metric was computed, not how good the images are.
-_DETAILS = ("_std", "_splits", "_subset_size", "_is_rank_deficient", "_seconds", "_s")
+_DETAILS = (
+    *("_std", "_splits", "_subset_size", "_class_correction", "_is_rank_deficient"),
+    *("_seconds", "_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,11 @@ class Group:
         evaluation = self.evaluation
         ranges = f"{len(self.seed_starts)} seed range" + "s" * (len(self.seed_starts) != 1)
         starts = ", ".join(map(str, self.seed_starts))
+        spacing = evaluation.get("timestep_spacing", "none")
         return (
             f"{evaluation.get('sampler', 'sampler not recorded')}, "
-            f"{evaluation.get('sampling_steps', '?')} steps, "
+            f"{evaluation.get('sampling_steps', '?')} steps"
+            f"{'' if spacing == 'none' else f' of {spacing} spacing'}, "
             f"cfg {evaluation.get('cfg_scale', '?')}, "
             f"N = {self.num_samples} images per seed range, {ranges} (first seeds {starts}), "
             f"features: {evaluation.get('features', '?')}"
@@ -205,20 +211,40 @@ def metric_values(record: Record) -> dict[str, float]:
 
 def _protocol(run: RunData) -> dict[str, Any]:
     workload = run.workload
-    evaluation = dict(section(workload, "evaluation"))
+    evaluation = _set_fields(section(workload, "evaluation"))
     for irrelevant in ("batch_size", "grid_images", "inception_weights"):
         evaluation.pop(irrelevant, None)
+    for name in ("features", "reference", "vae"):
+        # Known by content where possible: the same path may have held something else.
+        digest = evaluation.pop(f"{name}_sha256", None) or _input(run, name)
+        if digest:
+            evaluation[name] = digest[:_SHOWN]
     evaluation["num_samples"] = _num_samples(run)
     teacher = section(workload, "teacher")
     identity = teacher.get("sha256") or teacher.get("checkpoint", "")
+    data = _set_fields(section(workload, "data"))
+    stated, _ = data.pop("sha256", ""), data.pop("path", "")
+    content = _input(run, "data") or str(stated)
     return {
         "name": run.workload_name,
         "model": section(workload, "model"),
-        "data": {k: v for k, v in section(workload, "data").items() if k != "path"},
-        "diffusion": section(workload, "diffusion"),
+        "data": {**data, "content": content[:_SHOWN]},
+        "diffusion": _set_fields(section(workload, "diffusion")),
         "teacher": identity,
         "evaluation": evaluation,
+        # A version is raised where measured numbers change, such as KID's from 1 to 2.
+        "study_version": run.config.get("study_version"),
     }
+
+
+def _set_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is absent, so that runs from before an optional field had it stay equal."""
+    return {key: value for key, value in values.items() if value != "none"}
+
+
+def _input(run: RunData, name: str) -> str:
+    """SHA-256 under which a run recorded an input, "" if it did not."""
+    return str(section(section(run.manifest, "inputs"), name).get("sha256", ""))
 
 
 def _protocol_view(group: Group) -> dict[str, Any]:

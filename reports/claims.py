@@ -6,6 +6,8 @@ protocol, judged by the protocol's FID over all training seeds and seed ranges:
 - *holds*: the worst value of A is better than the best value of B;
 - *does not hold*: the other way round;
 - *undecided*: the ranges overlap, so these runs cannot tell;
+- *one seed: not judged*: a row was trained with one seed, whose images say nothing of another
+  training (the teacher is not trained here and needs none);
 - *not run*: a row that the claim needs is missing.
 """
 
@@ -16,11 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reports.aggregate import Group, Row
+from reports.aggregate import TEACHER, Group, Row
 from reports.settings import AMPN, PARTIAL, UNIFORM, UNROTATED, flatten, section
 from reports.text import Phrase, joined, listing, mean_and_spread, number, plural, significant
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
+NOT_JUDGED = "one seed: not judged"
+MIN_SEEDS = 2
 LAYER_TYPES = ("proj", "qkv", "fc1", "fc2")
 
 _BUDGET_TOLERANCE = 1e-9
@@ -61,6 +65,9 @@ def compare(better: Row, worse: Row, metric: str) -> Comparison | None:
     verdict = HOLDS if a.high < b.low else FAILS if a.low > b.high else UNDECIDED
     if not all(math.isfinite(x) for x in (a.low, a.high, b.low, b.high)):
         verdict = UNDECIDED
+    trained = [row for row in (better, worse) if row.plan.get("name") != TEACHER]
+    if any(len(row.seeds) < MIN_SEEDS for row in trained):
+        verdict = NOT_JUDGED
     evidence = [
         Phrase(f"{metric} "),
         value_phrase(better, metric),
@@ -119,6 +126,7 @@ def group_claims(group: Group) -> list[Claim]:
             f"At W1.58A{bits}, RobuQ beats BitNet v2",
             bitnet_comparison(group, bits),
             f"needs a RobuQ and a BitNet v2 plan at {bits} bits",
+            list_differences=True,
         )
         for bits in (4, 3)
     ]
@@ -165,17 +173,23 @@ def _claim(
         evidence.append(
             Phrase(f": the second is {significant(comparison.ratio, 3)} times the first")
         )
-    differing = _differing(comparison.better, comparison.worse)
-    others = [key for key in differing if not key.startswith("rotation.")]
+    others = confounds(comparison)
     if list_differences and others:
         evidence.append(Phrase(f". The two also differ in {listing(others)}"))
     return Claim(text, comparison.verdict, [*evidence, Phrase(".")])
 
 
+def confounds(comparison: Comparison) -> list[str]:
+    """Settings other than the rotation in which the two rows differ."""
+    differing = _differing(comparison.better, comparison.worse)
+    return [key for key in differing if not key.startswith("rotation.")]
+
+
 def _gain_grows(group: Group) -> Claim:
-    text = "The gain from Hadamard is greatest at 2 bits"
+    text = "The gain of the plan with Hadamard over the plan without is greatest at 2 bits"
     gains = {bits: hadamard_comparison(group, bits) for bits in (4, 3, 2)}
-    ratios = {bits: pair.ratio for bits, pair in gains.items() if pair is not None}
+    pairs = {bits: pair for bits, pair in gains.items() if pair is not None}
+    ratios = {bits: pair.ratio for bits, pair in pairs.items()}
     if len(ratios) < 2 or 2 not in ratios:
         return Claim(text, NOT_RUN, [Phrase("needs both plans at 2 bits and at 3 or 4 bits")])
     evidence = Phrase(
@@ -185,6 +199,8 @@ def _gain_grows(group: Group) -> Claim:
     )
     if not all(math.isfinite(ratio) for ratio in ratios.values()):
         return Claim(text, UNDECIDED, [evidence])
+    if any(pair.verdict == NOT_JUDGED for pair in pairs.values()):
+        return Claim(text, NOT_JUDGED, [evidence])
     verdict = HOLDS if max(ratios, key=lambda bits: ratios[bits]) == 2 else FAILS
     return Claim(text, verdict, [evidence])
 
@@ -230,6 +246,8 @@ def _type_order(group: Group, bits: float) -> Claim:
         for i in runs
     ]
     verdict = HOLDS if all(agrees) else UNDECIDED if any(agrees) else FAILS
+    if len(row.seeds) < MIN_SEEDS:
+        verdict = NOT_JUDGED
     means = " / ".join(
         significant(math.fsum(by_type[name]) / len(by_type[name]), 3) for name in LAYER_TYPES
     )
@@ -264,7 +282,11 @@ def _stable(group: Group) -> Claim:
                 f"#{run.anchor}",
             )
         )
-    return Claim(text, HOLDS if all(verdicts) else FAILS, joined(evidence))
+    verdict = HOLDS if all(verdicts) else FAILS
+    # One training that diverges refutes the claim; one that does not supports it for no other.
+    if verdict == HOLDS and len({run.seed for _, run, _ in found}) < MIN_SEEDS:
+        verdict = NOT_JUDGED
+    return Claim(text, verdict, joined(evidence))
 
 
 def _anomaly(group: Group) -> Claim:

@@ -8,10 +8,12 @@ from reports.aggregate import Group, Row
 from reports.claims import (
     FAILS,
     HOLDS,
+    NOT_JUDGED,
     UNDECIDED,
     Comparison,
     ampn_comparison,
     bitnet_comparison,
+    confounds,
     hadamard_comparison,
     value_phrase,
 )
@@ -22,6 +24,7 @@ _MEANING = {
     HOLDS: "a clear gain",
     UNDECIDED: "no clear difference",
     FAILS: "clearly worse, against the claim",
+    NOT_JUDGED: "not judged (one training seed)",
 }
 
 
@@ -86,19 +89,36 @@ def _hadamard(group: Group) -> list[Phrase]:
     missing = [str(bits) for bits, pair in pairs.items() if pair is None]
     if not found:
         return [Phrase("Hadamard against no Hadamard: not run. ")]
-    notes = {HOLDS: "", UNDECIDED: " (no clear difference)", FAILS: " (clearly worse)"}
+    notes = {
+        HOLDS: "",
+        UNDECIDED: " (no clear difference)",
+        FAILS: " (clearly worse)",
+        NOT_JUDGED: " (one seed: not judged)",
+    }
     parts = []
     for bits, pair in found.items():
         note = notes[pair.verdict]
         parts.append(f"{significant(pair.ratio, 3)} times at {bits} bits{note}")
-    phrases = [Phrase(f"Without Hadamard, {group.fid} is {listing(parts)} what it is with it")]
-    held = [pair.verdict == HOLDS for pair in found.values()]
-    if all(held):
+    phrases = [
+        Phrase(
+            f"The {group.fid} of the plan without Hadamard is {listing(parts)} that of the plan "
+            "with it"
+        )
+    ]
+    verdicts = [pair.verdict for pair in found.values()]
+    if all(verdict == HOLDS for verdict in verdicts):
         phrases.append(Phrase(f", {_MEANING[HOLDS]} at each. "))
-    elif not any(held):
+    elif HOLDS not in verdicts and NOT_JUDGED not in verdicts:
         phrases.append(Phrase(", so the claim is not supported here. "))
     else:
         phrases.append(Phrase(". "))
+    others = sorted({key for pair in found.values() for key in confounds(pair)})
+    if others:
+        phrases.append(
+            Phrase(
+                f"They also differ in {listing(others)}: this is not the gain of Hadamard alone. "
+            )
+        )
     if missing:
         phrases.append(Phrase(f"At {listing(missing)} bits: not run. "))
     return phrases
@@ -127,5 +147,6 @@ def _seeds(rows: list[Row]) -> str:
         return ""
     return (
         f"Training seeds: {'; '.join(parts)}. Brackets hold the least and the greatest value over "
-        "training seeds and seed ranges; a difference is clear when they do not overlap."
+        "training seeds and seed ranges; a difference is clear when they do not overlap and both "
+        "plans have two training seeds."
     )

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from robuq_bench.config import Plan, Workload, load_plan, load_workload
     from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
     from robuq_bench.quantization.convert import quantize_
+    from robuq_bench.quantization.linear import (
+        cached_weights,
+        clamp_gradients_,
+        defer_gradient_clamp,
+    )
+    from robuq_bench.quantization.selection import select_layers
 
 __version__ = "0.1.0"
 
@@ -23,6 +29,9 @@ __all__ = [
     "Plan",
     "Workload",
     "__version__",
+    "cached_weights",
+    "clamp_gradients_",
+    "defer_gradient_clamp",
     "export_packed",
     "import_torchvision",
     "load_packed",
@@ -31,11 +40,15 @@ __all__ = [
     "pack_",
     "prepare_for_inference",
     "quantize_",
+    "select_layers",
 ]
 
 _HOME = {
     "Plan": "robuq_bench.config",
     "Workload": "robuq_bench.config",
+    "cached_weights": "robuq_bench.quantization.linear",
+    "clamp_gradients_": "robuq_bench.quantization.linear",
+    "defer_gradient_clamp": "robuq_bench.quantization.linear",
     "export_packed": "robuq_bench.inference",
     "import_torchvision": "robuq_bench._compat",
     "load_packed": "robuq_bench.inference",
@@ -44,6 +57,7 @@ _HOME = {
     "pack_": "robuq_bench.inference",
     "prepare_for_inference": "robuq_bench.inference",
     "quantize_": "robuq_bench.quantization.convert",
+    "select_layers": "robuq_bench.quantization.selection",
 }
 
 

@@ -6,7 +6,7 @@ memory, no forward pass. All counts are per image and per forward pass.
 Formulas (one multiply-accumulate, MAC, counts as one FLOP, as in the "119 Gflops" of DiT-XL/2):
 
     BitOPs          = sum over products with two quantized operands of MACs * w_bits * a_bits,
-                      with w_bits = log2(3) = 1.585 for a ternary weight
+                      with w_bits from `packings.WEIGHT_COSTS`: log2(3) = 1.585 for a ternary weight
     effective FLOPs = BitOPs / 64 + MACs of every product with a full-precision operand
 
 A 64-bit word does 64 binary multiplications at once, hence the 64 (the convention of binary
@@ -38,12 +38,14 @@ from robuq_bench.model_structure import (
 )
 from robuq_bench.packings import (
     DEFAULT_PACKING,
+    FULL_PRECISION_BITS,
     FULL_PRECISION_PACKINGS,
     INT8_PACKINGS,
     PACKINGS,
+    PUBLISHED_RANK,
     READINGS,
-    TERNARY_BITS,
     Packing,
+    weight_cost,
 )
 from robuq_bench.quantization.convert import low_rank_of
 from robuq_bench.quantization.hadamard import hadamard_factors
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
 __all__ = ["account", "dit_layer_macs", "dit_structure", "layer_macs", "packing_table"]
 
 BITS_PER_WORD = 64
-FULL_PRECISION_BITS = 32
 MIB = 2**20
 
 DIT_XL_2 = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28}
@@ -134,15 +135,18 @@ def account(
             uniform bits; for an AMPN plan it takes the budget as every layer's bits, which gives
             the exact BitOPs of any allocation that spends its whole MAC-weighted budget.
 
-    The main numbers are at the top level: `parameters`, `macs`, `mean_activation_bits`
-    (MAC-weighted, block linears; 32 when not quantized), `mean_activation_bits_by_type` (None
-    where only the budget is known), `bit_ops`, `effective_flops`, `compute_reduction`,
-    `packed_bytes` and `size_reduction` (packing `packing`). `*_by_part` split them;
-    `packing_table` lists every packing; `published` holds the figures for DiT-XL/2.
+    The main numbers are at the top level: `parameters`, `macs`, `weight_bits` (of the block
+    linears; `adaln_weight_bits` of the modulation), `mean_activation_bits` (MAC-weighted, block
+    linears; 32 when not quantized), `mean_activation_bits_by_type` (None where only the budget is
+    known), `bit_ops`, `effective_flops`, `compute_reduction`, `packed_bytes` and `size_reduction`
+    (packing `packing`). `*_by_part` split them; `packing_table` lists every packing; `published`
+    holds the figures for DiT-XL/2. These are read at a low-rank branch of rank 16: where
+    `low_rank_rank` is another, `at_published_rank` has the headline numbers at 16, and every
+    packing its `size_reduction_at_rank_16`.
 
     Raises:
         UsageError: unknown or missing layers in `bits_by_layer`, or none for a plan that reads
-            its allocation from a file.
+            its allocation from a file; a weight quantizer of unknown cost.
         UnsupportedHadamardOrder: a rotated layer's width has no Hadamard matrix.
     """
     structure = dit_structure(model_config, plan)
@@ -152,6 +156,9 @@ def account(
     is_dit_xl_2 = _is_dit_xl_2(model_config)
     table = _packing_table(structure, plan, is_dit_xl_2)
     chosen = next((row for row in table if row["packing"] == DEFAULT_PACKING), table[0])
+    at_published_rank: dict[str, Any] = {}
+    if is_dit_xl_2 and ternary_layers(structure, plan) and plan.low_rank.rank != PUBLISHED_RANK:
+        at_published_rank = _at_published_rank(model_config, plan, bits_by_layer, table)
     effective = sum(compute["effective_flops_by_part"].values())
     block_weights = sum(layer.weights for layer in structure.block_linears)
     adaln_weights = sum(layer.weights for layer in structure.adaln_linears)
@@ -163,7 +170,9 @@ def account(
             "rest": structure.parameters - block_weights - adaln_weights,
         },
         "macs": structure.macs,
-        "weight_bits": TERNARY_BITS if ternary_layers(structure, plan) else FULL_PRECISION_BITS,
+        "weight_bits": weight_cost(plan.weights.quantizer).bits,
+        "adaln_weight_bits": weight_cost(plan.adaln.weight_quantizer).bits,
+        "low_rank_rank": plan.low_rank.rank,
         "activation_bits_source": source,
         "mean_activation_bits": mean_bits(bits, macs) if bits else FULL_PRECISION_BITS,
         "mean_activation_bits_by_type": (
@@ -179,15 +188,32 @@ def account(
         "full_precision_bytes": 4 * structure.parameters,
         "size_reduction": chosen["size_reduction"],
         "packing_table": table,
+        "at_published_rank": at_published_rank,
         "published": PUBLISHED_DIT_XL_2 if is_dit_xl_2 else {},
     }
+
+
+def _at_published_rank(
+    model_config: ModelConfig,
+    plan: Plan,
+    bits_by_layer: Mapping[str, int] | None,
+    table: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Headline numbers at the published readings' rank; every row of `table` gets its reduction."""
+    low_rank = plan.low_rank.model_copy(update={"rank": PUBLISHED_RANK})
+    found = account(model_config, plan.model_copy(update={"low_rank": low_rank}), bits_by_layer)
+    for row, other in zip(table, found["packing_table"], strict=True):
+        row[f"size_reduction_at_rank_{PUBLISHED_RANK}"] = other["size_reduction"]
+        row["published"] = row.pop("published")  # the last column, beside what it is read at
+    names = ("low_rank_rank", "compute_reduction", "packed_bytes", "size_reduction")
+    return {name: found[name] for name in names}
 
 
 def _compute(structure: Structure, plan: Plan, bits: Mapping[str, float]) -> dict[str, Any]:
     """MACs, BitOPs and effective FLOPs by part, and the additions of the online rotation."""
     matmul_bits = plan.attention.matmul_bits
-    block_weight_bits = _weight_bits(plan.weights.quantizer)
-    adaln_weight_bits = _weight_bits(plan.adaln.weight_quantizer)
+    block_weight_bits = _bit_op_bits(plan.weights.quantizer)
+    adaln_weight_bits = _bit_op_bits(plan.adaln.weight_quantizer)
     bit_ops = {
         "block_linears": sum(
             layer.macs * block_weight_bits * bits.get(layer.name, 0)
@@ -279,12 +305,13 @@ def _int8_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _scales(layer: LinearLayer, plan: Plan) -> int:
-    return layer.out_features if weight_quantizer(layer, plan) == "ternary-twn" else 1
+    return layer.out_features if weight_cost(weight_quantizer(layer, plan)).scale_per_row else 1
 
 
-def _weight_bits(quantizer: str) -> float:
+def _bit_op_bits(quantizer: str) -> float:
     """Bits of a weight for BitOPs; 0 where the product is not a bit operation."""
-    return 0.0 if quantizer == "none" else TERNARY_BITS
+    cost = weight_cost(quantizer)
+    return cost.bits if cost.is_quantized else 0.0
 
 
 def _is_dit_xl_2(model_config: ModelConfig) -> bool:

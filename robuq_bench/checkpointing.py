@@ -25,13 +25,34 @@ from robuq_bench.files import (
     replacing,
     sha256_file,
 )
+from robuq_bench.weight_files import (
+    checkpoint_digest,
+    checkpoint_files,
+    is_safetensors,
+    refuse_other_kinds,
+    require_file,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 _METADATA_KEY = "robuq_bench"
-_STATE_KEYS = ("ema", "model", "state_dict")
+#: Where training scripts keep a state dict, moving averages first.
+_STATE_KEYS = (
+    "ema",
+    "ema_state_dict",
+    "model_ema",
+    "state_dict_ema",
+    "params_ema",
+    "model",
+    "model_state_dict",
+    "state_dict",
+    "module",
+    "net",
+    "params",
+)
+_MAX_NESTING = 4
 
 
 def sidecar_path(path: Path) -> Path:
@@ -137,8 +158,7 @@ def verify_tensors(path: Path) -> None:
 
 
 def _verify_digest(path: Path, expected_sha256: str | None) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+    require_file(path)
     sidecar = sidecar_path(path)
     try:
         known = [expected_sha256.lower()] if expected_sha256 else read_checksums(sidecar)
@@ -167,16 +187,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    require_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
-            metadata: dict[str, str] = stream.metadata() or {}
+            metadata: Any = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         if _METADATA_KEY in metadata:
             metadata = json.loads(metadata[_METADATA_KEY])
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is not a readable safetensors file: {error}"
-        ) from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        refuse_other_kinds(path)
+        what = "damaged or cut off" if is_safetensors(path) else "no safetensors file"
+        raise CheckpointError(f"checkpoint {path} is {what}; copy or download it again") from error
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"checkpoint {path} is damaged: its metadata is not text by name")
     return tensors, metadata
 
 
@@ -262,54 +285,99 @@ class CheckpointStore:
 def load_untrusted_checkpoint(
     path: Path, *, expected_sha256: str | None = None
 ) -> dict[str, Tensor]:
-    """Read a state dict from somebody else's `.safetensors`, `.pt` or `.pth` without running code.
+    """Read a state dict from somebody else's checkpoint without running code.
 
-    Pickles go through torch's `weights_only` loader, which builds tensors and plain containers
-    alone; `argparse.Namespace` is allowed besides, because DiT's training script stores its
-    arguments. Of a training checkpoint the moving average is taken: `ema`, else `model`, else
-    `state_dict`, else the file's own mapping.
+    It is safetensors, under any name, or what torch.save wrote. Pickles go through torch's
+    `weights_only` loader, which builds tensors and plain containers alone; `argparse.Namespace` is
+    allowed besides, because DiT's training script stores its arguments. Of a training checkpoint
+    the moving average is taken where it has one: what is under the first of `ema`, `model_ema`,
+    ..., `model`, `state_dict`, ... at most four levels down, else the file's own mapping.
 
     Args:
-        path: the file; a `.sha256` sidecar is checked where a `.safetensors` file has one.
-        expected_sha256: the digest the file must have; empty counts as not given.
+        path: the file, an index of shards, or a folder of `save_pretrained`; see
+            `checkpoint_files`. A `.sha256` sidecar is checked where a file has one.
+        expected_sha256: the digest that `checkpoint_digest` must give; empty counts as not given.
 
     Returns:
         Tensors by name, on the CPU.
 
     Raises:
-        CheckpointError: missing, truncated, changed, not a state dict, or asking to run code.
+        CheckpointError: missing, truncated, changed, not a state dict, asking to run code, or
+            another kind of file, which is named.
     """
-    if expected_sha256 or sidecar_path(path).exists() or not path.is_file():
-        _verify_digest(path, expected_sha256)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    return _state_dict(path, _load_pickle(path))
+    files = checkpoint_files(path)
+    for file in files:
+        refuse_other_kinds(file)
+        # A stated digest may have been taken of a file that was damaged already: both count.
+        if sidecar_path(file).exists():
+            _verify_digest(file, None)
+    if expected_sha256 and (actual := checkpoint_digest(path)) != expected_sha256.lower():
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or not the expected file: its SHA-256 is {actual}, "
+            f"expected {expected_sha256}"
+        )
+    state: dict[str, Tensor] = {}
+    for file in files:
+        part = read_safetensors(file)[0] if is_safetensors(file) else None
+        part = _state_dict(file, _load_pickle(file)) if part is None else part
+        repeated = sorted(part.keys() & state.keys())
+        if repeated:
+            raise CheckpointError(f"checkpoint {path}: two shards hold {repeated[0]!r}")
+        state |= part
+    return state
 
 
 def _load_pickle(path: Path) -> object:
     import torch
 
+    if path.suffix == ".safetensors":  # torch.load goes by the name
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or no safetensors file; copy or download it again, or "
+            "rename it to .pt if torch.save wrote it"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Only the zip format, torch's default since 1.6, can be mapped instead of read.
             mappable = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # a hostile or cut-off pickle can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # torch's own words advise to load without the protection, so none of them are shown.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = "it is damaged or cut off, or holds more than tensors and plain containers"
+        if asked:
+            reason = f"it holds more than tensors: it asks for {asked[1]}, which could run code"
         raise CheckpointError(
-            f"checkpoint {path} was refused: it is damaged, or holds more than tensors ({reason})"
-        ) from error
+            f"checkpoint {path} was refused: {reason}. Copy it again, or save its state dict alone "
+            "where it was made: torch.save(model.state_dict(), FILE), or safetensors"
+        ) from None
 
 
 def _state_dict(path: Path, content: object) -> dict[str, Tensor]:
     from torch import Tensor
 
-    if isinstance(content, Mapping):
+    for _ in range(_MAX_NESTING):
+        if not isinstance(content, Mapping) or not content:
+            break
+        if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            return dict(content)
         nested = (content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping))
-        state: Mapping[Any, Any] = next(nested, content)
-        if state and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-            return dict(state)
+        inner = next(nested, None)
+        if inner is None:
+            break
+        content = inner
     raise CheckpointError(
         f"checkpoint {path} holds no state dict (a map of names to tensors, bare or under one of "
-        f"{', '.join(_STATE_KEYS)})"
+        f"{', '.join(_STATE_KEYS)}), but {_summary(content)}; save the state dict alone"
     )
+
+
+def _summary(content: object) -> str:
+    """What was found in place of a state dict: the entries that are no tensors, with their type."""
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    others = [
+        f"{key} ({type(value).__name__})"
+        for key, value in content.items()
+        if type(value).__name__ not in ("Tensor", "Parameter")
+    ]
+    return f"entries that are no tensors: {', '.join(others[:5])}" if others else "nothing"

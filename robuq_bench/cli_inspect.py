@@ -118,6 +118,14 @@ def account(
     for table in filter(None, tables):
         console.print_table(table, missing="")
         print()
+    if facts["at_published_rank"]:
+        rank = facts["at_published_rank"]["low_rank_rank"]
+        print(
+            f"This plan's low_rank.rank is {facts['low_rank_rank']}; the published figures are "
+            f"read at {rank} (width 1152): see the column size_reduction_at_rank_{rank}. For all "
+            f"numbers at that rank: --set low_rank.rank={rank}",
+            flush=True,
+        )
 
 
 def _account(config: Config) -> dict[str, Any]:

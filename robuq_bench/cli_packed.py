@@ -76,7 +76,7 @@ def export(
         return
     if file.exists() and not force:
         raise UsageError(f"{file} exists; choose another -o, or --force to replace it")
-    from robuq_bench.inference.packed_file import Storage
+    from robuq_bench.inference.packed_header import Storage
 
     Storage.parse(storage)
     context = job.context()

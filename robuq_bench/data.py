@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import logging
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -19,18 +20,32 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
-from robuq_bench.files import expand_user
+from robuq_bench.data_files import (
+    EMBEDDED,
+    data_digest,
+    data_path,
+    find_idx_pair,
+    find_images,
+    find_shards,
+    listing,
+    mnist_folder,
+)
+from robuq_bench.digests import refuse_change
+from robuq_bench.errors import CheckpointError, UsageError, suggest
+from robuq_bench.images import center_crop, read_image
+
+__all__ = ["ImageData", "center_crop", "load_dataset", "make_image_data", "to_model_range"]
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
-IDX_FOLDERS = ("", "raw", "MNIST/raw")
 IDX_MAGIC_IMAGES, IDX_MAGIC_LABELS = 0x0803, 0x0801
+DIGITS_SHA256 = "4318f5a27219c590b940ba973e958df4400d5d29c511695d051ee1f513e87fd9"
 SYNTHETIC_IMAGES, SYNTHETIC_SEED = 2048, 20240
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SD_SCALING_FACTOR = 0.18215  # of Stable Diffusion 1's VAE
+SCALE_SAMPLE = 4096
 
 
 class DataSection(Protocol):
@@ -100,7 +115,8 @@ def load_dataset(data: DataSection, *, name: str | None = None) -> ImageData:
     Raises:
         UsageError: the section asks for a size, channel or class count the data does not have.
         MissingResourceError: a file or folder is absent; the message says where to get or set it.
-        CheckpointError: a file is there but cannot be read or fails its checksum.
+        CheckpointError: a file is there but cannot be read or fails its checksum, or the data are
+            not those that `data.sha256` names.
     """
     loader = _LOADERS.get(data.source)
     if loader is None:
@@ -113,6 +129,7 @@ def load_dataset(data: DataSection, *, name: str | None = None) -> ImageData:
             f"{source} has labels {int(labels.min())}..{int(labels.max())}, but data.num_classes "
             f"is {data.num_classes}; set data.num_classes={int(labels.max()) + 1}"
         )
+    _warn_of_absent_classes(labels, data.num_classes, source)
     if images.shape[1] != data.channels:
         raise UsageError(
             f"{source} has {images.shape[1]} channel(s), but data.channels is {data.channels}"
@@ -122,7 +139,32 @@ def load_dataset(data: DataSection, *, name: str | None = None) -> ImageData:
             f"{source} gives {images.shape[2]}x{images.shape[3]} images, but data.image_size is "
             f"{data.image_size}"
         )
+    _check_identity(data, name)
     return make_image_data(images, labels, source)
+
+
+def _check_identity(data: DataSection, name: str | None) -> None:
+    """Refuse data that changed between planning and reading, or are not the ones stated."""
+    expected: str | None = getattr(data, "sha256", None)  # stand-ins for a config need not have it
+    if expected is None:
+        return
+    if data.source in EMBEDDED:
+        raise UsageError(f"data.sha256 is for files; source {data.source!r} has none: leave it out")
+    path = data_path(data.source, data.path, name)
+    refuse_change(data_digest(data.source, path), expected, f"the data in {path}")
+
+
+def _warn_of_absent_classes(labels: Tensor, num_classes: int, source: str) -> None:
+    absent = sorted(set(range(num_classes)) - set(labels.unique().tolist()))
+    if absent:
+        logger.warning(
+            "%s has images of %d of data.num_classes=%d classes (the first without is %d); samples "
+            "are drawn from all of them",
+            source,
+            num_classes - len(absent),
+            num_classes,
+            absent[0],
+        )
 
 
 def make_image_data(images: Tensor, labels: Tensor, source: str) -> ImageData:
@@ -147,50 +189,31 @@ def _load_digits(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, s
     bunch = load_digits()
     grey = bunch.images.astype(np.int64)
     pixels = ((255 * grey + 8) // 16).astype(np.uint8)
-    return (
-        torch.from_numpy(pixels)[:, None],
-        torch.from_numpy(bunch.target.astype(np.int64)),
-        "digits",
-    )
+    images = torch.from_numpy(pixels)[:, None]
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    if content_sha256(images, labels) != DIGITS_SHA256:
+        raise CheckpointError(
+            "the digits that this scikit-learn ships are not those of the `digits` workload; "
+            "install the pinned version"
+        )
+    return images, labels, "digits"
 
 
 def _load_idx(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
     """IDX files (raw or .gz), by folder or by images file; zero-padded to data.image_size."""
-    path = _existing_path(data, name, "the folder with train-images-idx3-ubyte(.gz) and its labels")
-    images_file, labels_file, split = _find_idx_pair(path)
+    path = data_path(data.source, data.path, name)
+    images_file, labels_file, split = find_idx_pair(path)
+    if split == "t10k" and path.is_dir():
+        logger.warning("%s has no training set; using the t10k test set", path)
+    images, labels = _read_idx_pair(images_file, labels_file, data.image_size)
+    return images, labels, f"idx:{split}"
+
+
+def _read_idx_pair(images_file: Path, labels_file: Path, size: int) -> tuple[Tensor, Tensor]:
     images = _read_idx(images_file, IDX_MAGIC_IMAGES)
     labels = _read_idx(labels_file, IDX_MAGIC_LABELS)
-    tensor = pad_to(torch.from_numpy(images)[:, None], data.image_size)
-    return tensor, torch.from_numpy(labels.astype(np.int64)), f"idx:{split}"
-
-
-def _find_idx_pair(path: Path) -> tuple[Path, Path, str]:
-    if path.is_file():
-        split = path.name.split("-images")[0]
-        if "-images" not in path.name:
-            raise UsageError(f"{path}: an IDX images file is named <split>-images-idx3-ubyte[.gz]")
-        return path, _idx_file(path.parent, split, "labels-idx1-ubyte"), split
-    folders = [path / sub for sub in IDX_FOLDERS if (path / sub).is_dir()]
-    for split in ("train", "t10k"):
-        for folder in folders:
-            for suffix in ("", ".gz"):
-                images = folder / f"{split}-images-idx3-ubyte{suffix}"
-                if images.is_file():
-                    if split == "t10k":
-                        logger.warning("%s has no training set; using the t10k test set", path)
-                    return images, _idx_file(folder, split, "labels-idx1-ubyte"), split
-    raise MissingResourceError(
-        f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz or not) in {path}; "
-        "put MNIST-style IDX files there or point data.path at their folder"
-    )
-
-
-def _idx_file(folder: Path, split: str, kind: str) -> Path:
-    for suffix in ("", ".gz"):
-        candidate = folder / f"{split}-{kind}{suffix}"
-        if candidate.is_file():
-            return candidate
-    raise MissingResourceError(f"{folder / f'{split}-{kind}'}(.gz) is missing beside its images")
+    padded = pad_to(torch.from_numpy(images)[:, None], size)
+    return padded, torch.from_numpy(labels.astype(np.int64))
 
 
 def _read_idx(path: Path, magic: int) -> npt.NDArray[np.uint8]:
@@ -227,72 +250,35 @@ def pad_to(images: Tensor, size: int) -> Tensor:
 
 
 def _load_torchvision_mnist(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
-    """torchvision.datasets.MNIST's training set, found on disk only; padded to data.image_size."""
-    path = _existing_path(data, name, "the root folder of torchvision.datasets.MNIST")
-    from robuq_bench._compat import import_torchvision
+    """The training set in the files of torchvision.datasets.MNIST; padded to data.image_size.
 
-    torchvision = import_torchvision()
-    try:
-        mnist = torchvision.datasets.MNIST(root=str(path), train=True, download=False)
-    except RuntimeError as error:
-        raise MissingResourceError(
-            f"torchvision finds no MNIST under {path} ({error}); run "
-            f"torchvision.datasets.MNIST({str(path)!r}, download=True) once, or use "
-            "data.source=idx with your own IDX files"
-        ) from error
-    images = pad_to(mnist.data[:, None].to(torch.uint8), data.image_size)
-    return images, mnist.targets.to(torch.int64), "mnist-torchvision:train"
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crop to size x size as ADM does: halve with BOX while the short side is at least 2 size,
-    resize it to `size` with BICUBIC, then cut the centre (offsets floor((side - size) / 2)).
-
-    Source: openai/guided-diffusion, image_datasets.py (protocol only); EXIF rotation is ignored.
+    They are IDX files; torchvision itself would also unpickle what its old versions left there.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    path = data_path(data.source, data.path, name)
+    images_file, labels_file, _ = find_idx_pair(mnist_folder(path))
+    return *_read_idx_pair(images_file, labels_file, data.image_size), "mnist-torchvision:train"
 
 
 def _load_imagefolder(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
     """Images in one folder per class, in name order; a folder without subfolders is one class."""
-    path = _existing_path(data, name, "a folder with one subfolder of images per class")
+    path = data_path(data.source, data.path, name)
     if data.channels not in (1, 3):
         raise UsageError(f"imagefolder gives 1 or 3 channels, data.channels is {data.channels}")
-    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    items = [
-        (file, label)
-        for label, folder in enumerate(classes or [path])
-        for file in sorted(folder.rglob("*") if classes else folder.iterdir())
-        if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not items:
-        raise MissingResourceError(
-            f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); point data.path at them"
-        )
-    _require_memory(len(items) * data.channels * data.image_size**2, path)
-    images = torch.empty(len(items), data.channels, data.image_size, data.image_size).byte()
-    for row, (file, _) in enumerate(items):
-        images[row] = _read_image(file, data.image_size, data.channels)
-    labels = torch.tensor([label for _, label in items], dtype=torch.int64)
-    return images, labels, f"imagefolder:{len(classes) or 1} classes"
-
-
-def _read_image(file: Path, size: int, channels: int) -> Tensor:
-    try:
-        with Image.open(file) as opened:
-            image = center_crop(opened.convert("RGB" if channels == 3 else "L"), size)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-        raise CheckpointError(
-            f"{file} is not a readable image ({error}); replace or remove it"
-        ) from error
-    pixels = np.asarray(image, dtype=np.uint8).reshape(size, size, channels)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    found = find_images(path)
+    _require_memory(len(found.items) * data.channels * data.image_size**2, path)
+    images = torch.empty(len(found.items), data.channels, data.image_size, data.image_size).byte()
+    remarks: dict[str, list[Path]] = {}
+    if found.left_out:
+        remarks["not read, being hidden or no images by their names"] = found.left_out
+    for row, (file, _) in enumerate(found.items):
+        pixels, said = read_image(file, data.image_size, data.channels)
+        images[row] = torch.from_numpy(pixels)
+        for remark in said:
+            remarks.setdefault(remark, []).append(file)
+    for remark, files in remarks.items():
+        logger.warning("%s: %d file(s) %s: %s", path, len(files), remark, listing(files))
+    labels = torch.tensor([label for _, label in found.items], dtype=torch.int64)
+    return images, labels, f"imagefolder:{len(found.classes) or 1} classes"
 
 
 def _require_memory(num_bytes: int, path: Path) -> None:
@@ -307,25 +293,68 @@ def _require_memory(num_bytes: int, path: Path) -> None:
 def _load_latents(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
     """Shards `*.safetensors` with `latents` [n,C,H,W] (float) and `labels` [n], each beside its
     `<shard>.sha256`; read in name order, returned as float32."""
-    path = _existing_path(data, name, "a folder of *.safetensors latent shards")
-    from robuq_bench.checkpointing import load_tensors
-
-    shards = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not shards:
-        raise MissingResourceError(f"{path} holds no *.safetensors latent shards")
-    latents, labels = [], []
-    for shard in shards:
-        sidecar = shard.with_name(shard.name + ".sha256")
-        if not sidecar.is_file():
-            raise CheckpointError(f"{shard} has no {sidecar.name}; write it with sha256sum")
-        tensors, _ = load_tensors(shard)
-        if not {"latents", "labels"} <= tensors.keys() or tensors["latents"].ndim != 4:
-            raise CheckpointError(f"{shard} must hold latents [n,C,H,W] and labels [n]")
-        latents.append(tensors["latents"].float())
-        labels.append(tensors["labels"].to(torch.int64))
-    if len({tuple(part.shape[1:]) for part in latents}) > 1:
+    path = data_path(data.source, data.path, name)
+    shards = find_shards(path)
+    parts = [_read_shard(shard) for shard in shards]
+    if len({tuple(latents.shape[1:]) for latents, _ in parts}) > 1:
         raise CheckpointError(f"the shards in {path} hold latents of different shapes")
-    return torch.cat(latents), torch.cat(labels), f"latents:{len(shards)} shards"
+    latents, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    _warn_of_scale(latents, path)
+    return latents, labels, f"latents:{len(shards)} shards"
+
+
+def _read_shard(shard: Path) -> tuple[Tensor, Tensor]:
+    """Latents float32 [n,C,H,W] and labels int64 [n] of one shard, all finite."""
+    from robuq_bench.checkpointing import load_tensors, sidecar_path
+
+    sidecar = sidecar_path(shard)
+    if not sidecar.is_file():
+        raise CheckpointError(f"{shard} has no {sidecar.name}; write it with sha256sum")
+    tensors, _ = load_tensors(shard)
+    if not {"latents", "labels"} <= tensors.keys():
+        raise CheckpointError(f"{shard} must hold latents [n,C,H,W] and labels [n]")
+    latents, labels = tensors["latents"], tensors["labels"]
+    if latents.ndim != 4 or not latents.is_floating_point() or len(latents) == 0:
+        raise CheckpointError(
+            f"{shard}: latents must be floating-point [n,C,H,W] with n > 0, got {latents.dtype} "
+            f"{tuple(latents.shape)}"
+        )
+    whole = labels.dtype in INTEGERS and labels.shape == (len(latents),)
+    if not whole or labels.min() < 0:
+        least = f", least {int(labels.min())}" if whole else ""
+        raise CheckpointError(
+            f"{shard}: labels must be whole numbers from 0 of shape [{len(latents)}], one per "
+            f"latent; got {labels.dtype} {tuple(labels.shape)}{least}"
+        )
+    latents = latents.float()
+    bad = (~latents.isfinite()).flatten(1).any(1).nonzero()[:, 0]
+    if len(bad):
+        raise CheckpointError(
+            f"{shard}: {len(bad)} of {len(latents)} latents are not finite, the first is number "
+            f"{int(bad[0])}; encode them anew (in float32: half precision overflows in the VAE)"
+        )
+    return latents, labels.to(torch.int64)
+
+
+def _warn_of_scale(latents: Tensor, path: Path) -> None:
+    """Diffusion takes data of about unit variance, which the VAE's factor is there for."""
+    channels = latents[:SCALE_SAMPLE].double().transpose(0, 1).flatten(1)
+    std = math.sqrt(float(channels.var(1, correction=0).mean()))
+    if 0.5 <= std <= 2:
+        return
+    guess = ""
+    if 0.5 <= std * SD_SCALING_FACTOR <= 2:
+        guess = f": they look as if they were not multiplied by {SD_SCALING_FACTOR}"
+    elif 0.5 <= std / SD_SCALING_FACTOR <= 2:
+        guess = f": they look as if they were multiplied by {SD_SCALING_FACTOR} twice"
+    logger.warning(
+        "%s: the latents have a standard deviation of %.3g where a diffusion model expects about "
+        "1%s. Encode with latents = scaling_factor * vae.encode(image) (Stable Diffusion 1: %s)",
+        path,
+        std,
+        guess,
+        SD_SCALING_FACTOR,
+    )
 
 
 def _load_synthetic(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
@@ -339,18 +368,6 @@ def _load_synthetic(data: DataSection, name: str | None) -> tuple[Tensor, Tensor
     noise = torch.randn(SYNTHETIC_IMAGES, channels, size, size, generator=generator)
     images = (means[labels] + 24.0 * noise).round().clamp(0, 255).to(torch.uint8)
     return images, labels, f"synthetic:seed {SYNTHETIC_SEED}"
-
-
-def _existing_path(data: DataSection, name: str | None, what: str) -> Path:
-    variable = f"ROBUQ_DATA_{name.upper().replace('-', '_')}" if name else "ROBUQ_DATA_<WORKLOAD>"
-    text = data.path or (os.environ.get(variable) if name else None)
-    hint = f"set {variable}=PATH or pass --set data.path=PATH"
-    if not text:
-        raise MissingResourceError(f"data source {data.source!r} needs {what}; {hint}")
-    path = expand_user(text)
-    if not path.exists():
-        raise MissingResourceError(f"data path {path} does not exist; it should be {what}; {hint}")
-    return path
 
 
 _LOADERS = {

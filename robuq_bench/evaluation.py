@@ -7,31 +7,38 @@ between rows are differences between models.
 from __future__ import annotations
 
 import io
+import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from robuq_bench.config import asset_path
 from robuq_bench.data import ImageData
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.errors import MissingResourceError
+from robuq_bench.digests import require_digest
+from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.feature_networks import FeatureNetwork
 from robuq_bench.features import Features
 from robuq_bench.fidelity import (
     Reference,
+    as_reference,
     compute_metrics,
     load_adm_reference,
     reference_features,
 )
-from robuq_bench.sampling import decode_latents, image_grid, sample_images
+from robuq_bench.sampling import decode_latents, default_labels, image_grid, sample_images
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
     from robuq_bench.config import Workload
     from robuq_bench.context import Context
     from robuq_bench.runs import Run
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_BATCHES = 8
 VALIDATION_BATCH_SIZE = 128
@@ -45,17 +52,19 @@ def seed_ranges(workload: Workload) -> list[range]:
     return [range(i * count, (i + 1) * count) for i in range(workload.evaluation.seed_ranges)]
 
 
-def load_reference(
-    workload: Workload, data: ImageData, network: FeatureNetwork
-) -> Features | Reference:
+def load_reference(workload: Workload, data: ImageData, network: FeatureNetwork) -> Reference:
     """Load what samples are compared with, and check that latents can become images.
 
-    An ADM `.npz` when `evaluation.reference` names one, else the features of the training images.
+    An ADM `.npz` when `evaluation.reference` names one, else features and labels of the training
+    images.
 
     Raises:
         MissingResourceError: a latent workload without reference statistics or VAE.
+        UsageError: features for images of another shape.
+        CheckpointError: a damaged reference or VAE, or one that changed since the run was planned.
     """
     evaluation = workload.evaluation
+    shape = tuple(data.images.shape[1:])
     if data.is_latent:
         if evaluation.reference is None:
             raise MissingResourceError(
@@ -63,10 +72,82 @@ def load_reference(
                 "pass reference statistics: --set evaluation.reference=FILE.npz (ADM's format)"
             )
         # A VAE that is missing or damaged must show before the training, not after it.
-        decode_latents(torch.zeros(1, *data.images.shape[1:]), evaluation.vae)
-    if evaluation.reference is not None:
-        return load_adm_reference(evaluation.reference, network, evaluation.batch_size)
-    return reference_features(network, data, evaluation.batch_size)
+        shape = tuple(decode_latents(torch.zeros(1, *shape), evaluation.vae).shape[1:])
+        if evaluation.vae is not None:
+            path = asset_path(evaluation.vae)
+            require_digest(path, evaluation.vae_sha256, "evaluation.vae")
+    check_features(network, shape, data)
+    if evaluation.reference is None:
+        features = reference_features(network, data, evaluation.batch_size)
+        return replace(as_reference(features), labels=data.labels)
+    reference = load_adm_reference(
+        evaluation.reference, network, evaluation.batch_size, image_size=shape[-1]
+    )
+    path = asset_path(evaluation.reference)
+    require_digest(path, evaluation.reference_sha256, "evaluation.reference")
+    return reference
+
+
+def check_features(network: FeatureNetwork, shape: tuple[int, ...], data: ImageData) -> None:
+    """Refuse features that do not fit images of `shape` [C, H, W], or warn of how far they fit.
+
+    Raises:
+        UsageError: another shape, unless `evaluation.adapt_images` asks for it; or needlessly so.
+    """
+    network.check_fit(*shape)
+    if network.adapts:
+        if network.fits(*shape):
+            raise UsageError(
+                f"feature network {network.name!r} fits {shape[0]}x{shape[1]}x{shape[2]} images; "
+                "leave out evaluation.adapt_images, which would only give its metrics another name"
+            )
+        logger.warning(
+            "%s images are adapted to feature network %r (%d channel(s), %sx%s); metrics are "
+            "called fid%s etc. and compare with no others",
+            "x".join(map(str, shape)),
+            network.name,
+            network.channels[0],
+            network.size,
+            network.size,
+            network.suffix,
+        )
+    if not data.is_latent and network.trained_on not in ("", data.sha256):
+        logger.warning(
+            "feature network %r was trained on other images (SHA-256 %.12s) than those judged "
+            "(%s, %.12s); fid%s means something only if they show the same kind of thing",
+            network.name,
+            network.trained_on,
+            data.source,
+            data.sha256,
+            network.suffix,
+        )
+
+
+def record_inputs(run: Run, workload: Workload, data: ImageData, network: FeatureNetwork) -> None:
+    """Record by SHA-256 what a run is measured on, or check it in a finished run.
+
+    Raises:
+        CheckpointError: an earlier session, or the finished run, was measured on something else.
+    """
+    evaluation = workload.evaluation
+    digests = {
+        "data": (data.sha256, {"source": data.source}),
+        "features": (network.sha256, {"network": network.name}),
+        "reference": (evaluation.reference_sha256, {}),
+        "vae": (evaluation.vae_sha256, {}),
+    }
+    for name, (digest, fields) in digests.items():
+        if not digest:
+            continue
+        if not run.is_done:
+            run.add_input_digest(name, digest, **fields)
+            continue
+        known = run.manifest["inputs"].get(name)  # older runs recorded none
+        if known is not None and known["sha256"] != digest:
+            raise CheckpointError(
+                f"run {run.id} was measured with other {name} (SHA-256 {known['sha256']}) than "
+                f"these ({digest}); restore them, or move {run.path} away"
+            )
 
 
 def evaluate_samples(
@@ -116,6 +197,7 @@ def evaluate_samples(
                 network.extract(images, workload.evaluation.batch_size),
                 reference,
                 network.suffix,
+                default_labels(seeds, workload.model.num_classes),
             )
             run.append(
                 key,

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from robuq_bench._compat import import_torch_fidelity
 from robuq_bench.checkpointing import load_untrusted_checkpoint
+from robuq_bench.config import asset_path
+from robuq_bench.digests import refuse_change
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.features import ASSET, Features, load_features
-from robuq_bench.files import expand_user, make_folder, sha256_file
+from robuq_bench.features import (
+    ASSET,
+    SPATIAL_CHANNELS,
+    SPATIAL_SIDE,
+    Features,
+    load_features,
+)
+from robuq_bench.files import make_folder, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +56,10 @@ class FeatureNetwork:
         suffix: what metric names end in; "" for Inception.
         sha256: digest of the weight file.
         forward: uint8 [n, C, H, W] on `device` -> (pool, spatial, logits).
+        channels, size: the images it is for; a size of None takes any.
+        dimensions: of its pooled and of its spatial features.
+        trained_on: `ImageData.sha256` of its training images; "" where that says nothing.
+        adapts: whether other channels and sizes may be brought into its shape.
     """
 
     name: str
@@ -55,19 +67,48 @@ class FeatureNetwork:
     sha256: str
     forward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     device: torch.device
+    channels: tuple[int, ...] = (1, 3)
+    size: int | None = None
+    dimensions: tuple[int, int] | None = None
+    trained_on: str = ""
+    adapts: bool = False
+
+    def fits(self, channels: int, height: int, width: int) -> bool:
+        """Whether it was made for images of this shape."""
+        sized = self.size is None or height == width == self.size
+        return channels in self.channels and sized
+
+    def check_fit(self, channels: int, height: int, width: int) -> None:
+        """Refuse images of another shape than the network's, unless it may adapt them.
+
+        Raises:
+            UsageError: they do not fit; names the ways out.
+        """
+        if self.adapts or self.fits(channels, height, width):
+            return
+        size = f" of {self.size}x{self.size}" if self.size else ""
+        raise UsageError(
+            f"feature network {self.name!r} is for images with "
+            f"{' or '.join(map(str, self.channels))} channel(s){size}; these have {channels} of "
+            f"{height}x{width}. Train one for them (`train-features --on WORKLOAD --export "
+            "FILE.safetensors`, then --set evaluation.features=FILE.safetensors), take --set "
+            "evaluation.features=inception, or --set evaluation.adapt_images=true, which averages "
+            f"or repeats channels, resizes, and calls the metrics fid_{self.name}_adapted etc."
+        )
 
     @torch.no_grad()
     def extract(self, images: Tensor, batch_size: int = 256) -> Features:
         """Return the features of uint8 images [N, C, H, W]; the batch size does not change them.
 
         Raises:
-            UsageError: no images, or not uint8.
+            UsageError: no images, not uint8, or not of the network's shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
             raise UsageError(
                 f"{self.name} features take uint8 [N, C, H, W] images with N > 0, got "
                 f"{images.dtype} {tuple(images.shape)}"
             )
+        self.check_fit(*images.shape[1:])
         parts = [self.forward(part.to(self.device)) for part in torch.split(images, batch_size)]
         pool, spatial, logits = (
             torch.cat([tensor.cpu() for tensor in column]) for column in zip(*parts, strict=True)
@@ -81,29 +122,53 @@ def load_feature_network(
     """Load the features that a workload's `evaluation` section names.
 
     `evaluation.features` is "digits", "inception", or a `.safetensors` file of `train-features`.
+    With `evaluation.adapt_images` the network takes images of any shape, and its metrics another
+    name ("_digits_adapted").
 
     Raises:
         CheckpointError: a weight file is damaged or not the one expected.
         MissingResourceError: Inception's weights are neither here nor downloadable.
-        UsageError: unknown features.
+        UsageError: unknown features, or Inception told to adapt images.
     """
+    # Stand-ins for a config need not have the newer fields.
+    adapts = bool(getattr(evaluation, "adapt_images", None))
     if evaluation.features == "inception":
+        if adapts:
+            raise UsageError("inception takes images of any size; leave out adapt_images")
         return load_inception(evaluation.inception_weights, device=device)
     if evaluation.features == "digits":
-        return load_classifier(ASSET, device=device)
+        return load_classifier(ASSET, device=device, adapts=adapts)
     if evaluation.features.endswith(".safetensors"):
-        return load_classifier(Path(evaluation.features), device=device)
+        path = asset_path(evaluation.features)
+        network = load_classifier(path, device=device, adapts=adapts)
+        expected = getattr(evaluation, "features_sha256", None)
+        if expected is not None:
+            refuse_change(network.sha256, expected, f"evaluation.features {path}")
+        return network
     raise UsageError(
         f"unknown evaluation.features {evaluation.features!r}; known: digits, inception, FILE"
     )
 
 
-def load_classifier(path: Path = ASSET, *, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """Load a digit classifier made by `train-features`; see `features.load_features`."""
+def load_classifier(
+    path: Path = ASSET, *, device: str | torch.device = "cpu", adapts: bool = False
+) -> FeatureNetwork:
+    """Load a classifier made by `train-features`; see `features.load_features`."""
     network, metadata, digest = load_features(path)
     network.to(device)
     name = metadata["name"]
-    return FeatureNetwork(name, f"_{name}", digest, network, torch.device(device))
+    return FeatureNetwork(
+        name,
+        f"_{name}_adapted" if adapts else f"_{name}",
+        digest,
+        network,
+        torch.device(device),
+        channels=(network.channels,),
+        size=int(metadata.get("image_size", network.input_size)),
+        dimensions=(network.classifier.in_features, SPATIAL_CHANNELS * SPATIAL_SIDE**2),
+        trained_on=metadata.get("dataset_sha256", ""),
+        adapts=adapts,
+    )
 
 
 def load_inception(
@@ -122,7 +187,7 @@ def load_inception(
         MissingResourceError: no file at `weights`, or none cached and no network.
         CheckpointError: the file is not the expected one, or holds more than tensors.
     """
-    path = expand_user(weights) if weights else _inception_from_hub()
+    path = asset_path(str(weights)) if weights else _inception_from_hub()
     if not path.is_file():
         raise MissingResourceError(
             f"Inception weights {path} do not exist; download {INCEPTION_URL} and point "
@@ -151,7 +216,9 @@ def load_inception(
         spatial = captured.pop()[:, :7].permute(0, 2, 3, 1).flatten(1)
         return pool, spatial, logits
 
-    return FeatureNetwork("inception", "", digest, forward, torch.device(device))
+    return FeatureNetwork(
+        "inception", "", digest, forward, torch.device(device), dimensions=(2048, 2023)
+    )
 
 
 def _inception_from_hub() -> Path:

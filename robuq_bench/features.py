@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,14 @@ from robuq_bench.checkpointing import load_tensors, save_tensors, sidecar_path
 from robuq_bench.data import ImageData
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_text, sha256_file
+from robuq_bench.models.checkpoints import check_weights
 
 ASSET = Path(__file__).parent / "assets" / "digits_features.safetensors"
 ASSET_SHA256 = "b2aaef0a1f1b76cc4054549f0a4e8d4c27b08d43a662e32c525296e9cf4ee31a"
 ARCHITECTURE = "robuq-digits-cnn/1"
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 4
 IMAGES_SEEN = 60_000
+LARGEST_SIZE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Features:
 class DigitsCNN(nn.Module):
     """Five 3x3 convolutions (32, 32, pool, 64, 64, pool, 64 channels), global mean, linear.
 
-    Input: uint8 [N, 1 or 3, H, W]; three channels are averaged, and any size other than
-    `input_size` is resized by antialiased bilinear interpolation. Output: pool [N, 64], spatial
+    Input: uint8 [N, 1 or 3, H, W]; a network of one channel averages three, one of three repeats
+    one, and any size other than `input_size` is resized by antialiased bilinear interpolation
+    (`FeatureNetwork` sees to it that this happens on request only). Output: pool [N, 64], spatial
     [N, 112] (first 7 channels of the third convolution, 4x4, channel first, as ADM takes 7 channels
     of an Inception block), logits [N, classes].
 
@@ -66,12 +70,14 @@ class DigitsCNN(nn.Module):
     pool_scale: Tensor
     spatial_scale: Tensor
 
-    def __init__(self, *, input_size: int = 8, num_classes: int = 10) -> None:
+    def __init__(self, *, input_size: int = 8, num_classes: int = 10, channels: int = 1) -> None:
         super().__init__()
-        if input_size % 8:
+        if input_size % 8 or input_size < 8:
             raise UsageError(f"the feature network needs an input size of 8k, not {input_size}")
-        self.input_size = input_size
-        widths = (1, 32, 32, 64, 64, 64)
+        if channels not in (1, 3):
+            raise UsageError(f"the feature network sees 1 or 3 channels, not {channels}")
+        self.input_size, self.channels = input_size, channels
+        widths = (channels, 32, 32, 64, 64, 64)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths)
         )
@@ -81,13 +87,15 @@ class DigitsCNN(nn.Module):
         self.register_buffer("spatial_scale", torch.ones(()))
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Turn uint8 [N, 1 or 3, H, W] into [N, 1, input_size, input_size] in [-1, 1]."""
+        """Turn uint8 [N, 1 or 3, H, W] into [N, channels, input_size, input_size] in [-1, 1]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise UsageError(
                 f"feature networks take uint8 [N, 1 or 3, H, W], got {images.dtype} "
                 f"{tuple(images.shape)}"
             )
-        x = images.to(self.classifier.weight.dtype).mean(1, keepdim=True) / 127.5 - 1
+        x = images.to(self.classifier.weight.dtype)
+        x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, self.channels, -1, -1)
+        x = x / 127.5 - 1
         size = (self.input_size, self.input_size)
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
@@ -98,7 +106,7 @@ class DigitsCNN(nn.Module):
         return self.features(self.prepare(images))
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (pool, spatial, logits) of `prepare`d images [N, 1, input_size, input_size]."""
+        """Return (pool, spatial, logits) of `prepare`d images."""
         spatial = x
         for index, (convolution, norm) in enumerate(
             zip(self.convolutions, self.norms, strict=True)
@@ -137,7 +145,7 @@ def train_digits_features(
     input_size: int = 8,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> TrainedFeatures:
-    """Train a `DigitsCNN` on a dataset of digits (or any small grey images), float32 on the CPU.
+    """Train a `DigitsCNN` on a dataset of digits (or any small images), float32 on the CPU.
 
     AdamW (weight decay 1e-3), cosine decay after one warm-up epoch, cross-entropy, random shifts
     by up to input_size / 8 pixels. The held-out images are a seeded `heldout_fraction` of every
@@ -145,7 +153,8 @@ def train_digits_features(
 
     Args:
         epochs: None for as many as show the network 60,000 images.
-        input_size: pixels, a multiple of 8; images of other sizes are resized to it.
+        input_size: pixels, a multiple of 8; images of other sizes are resized to it. The network
+            is then one for images of the size and the channels of `data`.
         progress: called after each epoch with (epoch from 1, epochs, {"loss", "heldout_accuracy"}).
 
     Raises:
@@ -159,7 +168,11 @@ def train_digits_features(
         raise UsageError(f"{len(data)} images are too few to hold out {heldout_fraction:.0%}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = DigitsCNN(input_size=input_size, num_classes=int(data.labels.max()) + 1)
+        network = DigitsCNN(
+            input_size=input_size,
+            num_classes=int(data.labels.max()) + 1,
+            channels=data.images.shape[1],
+        )
     x, y = network.prepare(data.images[~heldout]), data.labels[~heldout]
     epochs = epochs or math.ceil(IMAGES_SEEN / len(y))
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-3)
@@ -196,6 +209,8 @@ def train_digits_features(
             "learning_rate": learning_rate,
             "heldout_fraction": heldout_fraction,
             "input_size": input_size,
+            "image_size": data.images.shape[-1],
+            "channels": network.channels,
             "threads": torch.get_num_threads(),
         },
     )
@@ -246,15 +261,28 @@ def load_features(
     tensors, metadata = load_tensors(path, expected_sha256=pinned)
     if metadata.get("architecture") != ARCHITECTURE:
         raise CheckpointError(f"{path} does not hold a {ARCHITECTURE!r} feature network")
-    network = DigitsCNN(
-        input_size=int(metadata["input_size"]), num_classes=int(metadata["num_classes"])
-    )
     try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", metadata["name"]):
+            raise ValueError(f"{metadata['name']!r} is no name for metrics")
+        network = DigitsCNN(
+            input_size=_size(metadata["input_size"]),
+            num_classes=_size(metadata["num_classes"]),
+            channels=_size(metadata.get("channels", "1")),  # what older files do not say
+        )
+        _size(metadata.get("image_size", "1"))
+        check_weights(network.state_dict(), tensors)
+    except (KeyError, ValueError, TypeError, UsageError, CheckpointError) as error:
         raise CheckpointError(f"{path} does not fit {ARCHITECTURE!r}: {error}") from error
+    network.load_state_dict(tensors)
     network.double().eval().requires_grad_(False)
     return network, metadata, pinned or sha256_file(path)
+
+
+def _size(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= LARGEST_SIZE:
+        raise ValueError(f"a size of {value}")
+    return value
 
 
 def _stratified_rows(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
@@ -268,7 +296,7 @@ def _stratified_rows(labels: Tensor, fraction: float, generator: torch.Generator
 
 
 def _random_shift(x: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    """Shift each image [N, 1, S, S] by -limit..limit pixels in both directions, filling with -1."""
+    """Shift each image [N, C, S, S] by -limit..limit pixels in both directions, filling with -1."""
     size = x.shape[-1]
     windows = F.pad(x, (limit,) * 4, value=-1.0).unfold(2, size, 1).unfold(3, size, 1)
     dy, dx = torch.randint(2 * limit + 1, (2, len(x)), generator=generator)

@@ -1,8 +1,9 @@
 """FID, sFID, KID, Inception Score, precision and recall, by torch-fidelity's own functions.
 
-Only its metric functions and extractors are used: its cache is keyed by name alone, so another data
-set under the same name would be answered with the first one's features, and its class-conditional
-generators call the removed `np.int`. Statistics are accumulated in float64.
+KID gets a correction where labels are not random (`kernel_distance`). Only its metric functions and
+extractors are used: its cache is keyed by name alone, so another data set under the same name would
+be answered with the first one's features, and its class-conditional generators call the removed
+`np.int`. Statistics are accumulated in float64.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import zipfile
-import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError
 from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.features import Features
 from robuq_bench.files import cache_folder, expand_user, sha256_bytes
+from robuq_bench.kernel_distance import class_correction
 
 __all__ = [
     "FeatureNetwork",
@@ -48,6 +49,7 @@ METRIC_SEED = 2020  # torch-fidelity's default rng_seed
 NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000
 IMAGES_PER_SPLIT = 5000
+ASYMMETRY = 1e-3  # relative; float32 statistics are asymmetric by 1e-7
 CACHE_FORMAT = "1"  # raise it when the meaning of stored features changes
 
 
@@ -67,29 +69,39 @@ class Reference:
         pool, spatial: statistics for FID and sFID; an ADM reference may lack the latter.
         features: reference features for KID, precision and recall, where known.
         num_images: images behind the statistics; None when the file does not say.
+        labels: int64 classes of `features`, where known; KID then takes their counts as fixed.
     """
 
     pool: Statistics
     spatial: Statistics | None
     features: Features | None
     num_images: int | None
+    labels: Tensor | None = None
 
 
 def compute_metrics(
-    samples: Features, reference: Features | Reference, suffix: str = ""
+    samples: Features,
+    reference: Features | Reference,
+    suffix: str = "",
+    labels: Tensor | None = None,
 ) -> dict[str, float]:
     """Compare the features of N generated images with a reference.
 
+    `labels`, int64 [N], are the classes of the samples when their counts were fixed in advance, as
+    `sampling.default_labels` fixes them; None says that every class was drawn at random.
+
     Keys for suffix "_digits" (or "digits"): fid_digits, sfid_digits, kid_digits, is_digits,
     precision_digits, recall_digits. Beside them: kid_std, kid_subset_size (at most 1,000 and N; 10
-    subsets, seed 2020), is_std, is_splits (one per 5,000 images, so equal to both ADM's chunks and
+    subsets, seed 2020), kid_class_correction (`kernel_distance`, part of kid; 0 without labels on
+    either side), is_std, is_splits (one per 5,000 images, so equal to both ADM's chunks and
     torch-fidelity's 10 splits at N = 50,000), and fid_is_rank_deficient, sfid_is_rank_deficient:
     1 when N <= d, where a covariance has no full rank and the distance is biased most.
-    Precision and recall use 3 neighbours (Kynkaanniemi et al. 2019). What the reference cannot
-    give (KID, precision and recall without its features) is absent, never 0.
+    Precision and recall use 3 neighbours (Kynkaanniemi et al. 2019). What cannot be had is absent,
+    never 0: KID, precision and recall without reference features, and KID where labels give a class
+    a single image, which leaves it without an unbiased estimate.
 
     Raises:
-        UsageError: fewer than 5 images, or features of different networks.
+        UsageError: fewer than 5 images, labels that do not fit, or features of different networks.
     """
     import_torch_fidelity()
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -114,15 +126,18 @@ def compute_metrics(
     if known.features is not None:
         pools = samples.pool.double(), known.features.pool.double()
         size = min(KID_SUBSET_SIZE, *sizes)
-        kid = kid_features_to_metric(
-            *pools,
-            kid_subsets=KID_SUBSETS,
-            kid_subset_size=size,
-            rng_seed=METRIC_SEED,
-            verbose=False,
-        )
-        metrics["kid"] = kid["kernel_inception_distance_mean"]
-        metrics["kid_std"], metrics["kid_subset_size"] = kid["kernel_inception_distance_std"], size
+        correction = _kid_correction(zip(pools, (labels, known.labels), strict=True))
+        if correction is not None:
+            kid = kid_features_to_metric(
+                *pools,
+                kid_subsets=KID_SUBSETS,
+                kid_subset_size=size,
+                rng_seed=METRIC_SEED,
+                verbose=False,
+            )
+            metrics["kid"] = kid["kernel_inception_distance_mean"] + correction
+            metrics["kid_std"] = kid["kernel_inception_distance_std"]
+            metrics["kid_subset_size"], metrics["kid_class_correction"] = size, correction
         manifold = prc_features_to_metric(
             *pools,
             prc_neighborhood=NEIGHBOURS,
@@ -132,6 +147,19 @@ def compute_metrics(
         )
         metrics["precision"], metrics["recall"] = manifold["precision"], manifold["recall"]
     return {_with_suffix(key, suffix): value for key, value in metrics.items()}
+
+
+def _kid_correction(sides: Iterable[tuple[Tensor, Tensor | None]]) -> float | None:
+    """Sum over the sides that have labels; None, with a warning, where a class is too small."""
+    total = 0.0
+    for features, labels in sides:
+        if labels is not None:
+            correction = class_correction(features, labels)
+            if correction is None:
+                logger.warning("KID is left out: a class with a single image has no unbiased KID")
+                return None
+            total += correction
+    return total
 
 
 def _with_suffix(key: str, suffix: str) -> str:
@@ -200,17 +228,22 @@ def frechet_distance(samples: Statistics, reference: Statistics) -> float:
 
 
 def load_adm_reference(
-    path: str | Path, network: FeatureNetwork | None = None, batch_size: int = 64
+    path: str | Path,
+    network: FeatureNetwork | None = None,
+    batch_size: int = 64,
+    *,
+    image_size: int | None = None,
 ) -> Reference:
     """Read a reference of ADM's evaluator (`VIRTUAL_imagenet256_labeled.npz` and its kin).
 
     `mu`, `sigma` (and `mu_s`, `sigma_s`) describe the full data set and are cast to float64. The
-    images `arr_0` (uint8 [n, H, W, 3]) are a subset; given a network they serve KID, precision and
-    recall.
+    images `arr_0` (uint8 [n, H, W, 1 or 3]) are a subset; given a network they serve KID, precision
+    and recall. Given `image_size`, H and W must be that.
 
     Raises:
         MissingResourceError: no such file.
-        CheckpointError: not a readable `.npz`, an array is missing or has the wrong shape.
+        CheckpointError: not a readable `.npz`; an array is missing, of the wrong shape or not
+            finite; or it was made with other features or for other images.
     """
     path = expand_user(path)
     if not path.is_file():
@@ -223,25 +256,63 @@ def load_adm_reference(
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
-            pool = _statistics(archive["mu"], archive["sigma"])
+            dimensions = (network.dimensions if network else None) or (None, None)
+            pool = _statistics(archive, "mu", "sigma", dimensions[0])
             known = "mu_s" in archive.files
-            spatial = _statistics(archive["mu_s"], archive["sigma_s"]) if known else None
+            spatial = _statistics(archive, "mu_s", "sigma_s", dimensions[1]) if known else None
             wanted = network is not None and "arr_0" in archive.files
-            images = archive["arr_0"] if wanted else None
+            images = _reference_images(archive["arr_0"], image_size) if wanted else None
     except KeyError as error:
         raise CheckpointError(f"{path} is no ADM reference: {error.args[0]}") from error
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged or foreign archive can make NumPy raise anything
         raise CheckpointError(f"{path} is not a readable ADM reference ({error})") from error
     features = None
     if network is not None and images is not None:
-        features = network.extract(torch.from_numpy(images).permute(0, 3, 1, 2), batch_size)
+        if network.channels == (1,) and (images == images[..., :1]).all():
+            images = images[..., :1]  # grey, in a format that knows only RGB
+        try:
+            features = network.extract(torch.from_numpy(images).permute(0, 3, 1, 2), batch_size)
+        except UsageError as error:
+            raise CheckpointError(f"{path}: its images cannot be judged: {error}") from error
     return Reference(pool, spatial, features, num_images=None)
 
 
-def _statistics(mu: npt.NDArray[Any], sigma: npt.NDArray[Any]) -> Statistics:
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} do not fit together")
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64))
+def _statistics(
+    archive: Mapping[str, npt.NDArray[Any]], mean: str, covariance: str, dimension: int | None
+) -> Statistics:
+    mu, sigma = archive[mean], archive[covariance]
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{mean} {mu.shape} and {covariance} {sigma.shape} do not fit together")
+    if any(array.dtype.kind not in "fiu" for array in (mu, sigma)):
+        raise ValueError(f"{mean} ({mu.dtype}) and {covariance} ({sigma.dtype}) must be real")
+    if dimension is not None and len(mu) != dimension:
+        raise ValueError(
+            f"{mean} has {len(mu)} values, but the feature network gives {dimension}: it was made "
+            "with other features"
+        )
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{mean} or {covariance} is not finite")
+    scale = float(np.abs(sigma).max())
+    if np.abs(sigma - sigma.T).max() > ASYMMETRY * scale or sigma.diagonal().min() < 0:
+        raise ValueError(
+            f"{covariance} is no covariance: it must be symmetric, with variances >= 0"
+        )
+    return Statistics(mu, sigma)
+
+
+def _reference_images(images: npt.NDArray[Any], size: int | None) -> npt.NDArray[np.uint8]:
+    shaped = images.ndim == 4 and images.shape[3] in (1, 3) and len(images) >= NEIGHBOURS + 2
+    if images.dtype != np.uint8 or not shaped:
+        raise ValueError(
+            f"arr_0 must be uint8 [n, H, W, 1 or 3] with n >= {NEIGHBOURS + 2}, got "
+            f"{images.dtype} {images.shape}"
+        )
+    if size is not None and images.shape[1:3] != (size, size):
+        raise ValueError(
+            f"its images are {images.shape[1]}x{images.shape[2]}, those to judge {size}x{size}"
+        )
+    return images
 
 
 def reference_features(

@@ -6,9 +6,8 @@ counts are per image and per forward pass.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robuq_bench.errors import UsageError
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import is_adaln, low_rank_of
+from robuq_bench.packings import TERNARY_BITS, weight_cost
+from robuq_bench.quantization.convert import low_rank_of
+from robuq_bench.quantization.selection import (
+    ADALN_NOT_QUANTIZED,
+    is_adaln,
+    matches,
+    quantizes_adaln,
+    select_layers,
+)
 
 if TYPE_CHECKING:
     from robuq_bench.config import Plan
@@ -108,8 +116,9 @@ def dit_layer_macs(model_config: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Shapes of the parameters, MACs by layer (linear, convolution) and linear layers of a DiT."""
+    """A DiT without weights: shapes of parameters, MACs by layer (convolutions too), linears."""
 
+    model: DiT
     shapes: dict[str, tuple[int, ...]]
     macs: dict[str, int]
     linears: tuple[LinearLayer, ...]
@@ -149,7 +158,7 @@ def _sizes(model_config: ModelConfig) -> _Sizes:
         elif isinstance(module, nn.Conv2d):
             macs[name] = tokens * module.weight.numel()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return _Sizes(shapes, macs, tuple(linears))
+    return _Sizes(model, shapes, macs, tuple(linears))
 
 
 def _tokens(model_config: ModelConfig) -> int:
@@ -157,9 +166,14 @@ def _tokens(model_config: ModelConfig) -> int:
 
 
 def dit_structure(model_config: ModelConfig, plan: Plan) -> Structure:
-    """Return the sizes of a DiT, its linears grouped by the name patterns of `plan.layers`."""
+    """Return the sizes of a DiT, its linears grouped as `plan` selects them."""
     sizes = _sizes(model_config)
-    linears = [layer for layer in sizes.linears if not _matches(layer.name, plan.layers.skip)]
+    selected = select_layers(sizes.model, plan)
+    linears = [
+        layer
+        for layer in sizes.linears
+        if selected[layer.name].kind != "kept" or selected[layer.name].reason == ADALN_NOT_QUANTIZED
+    ]
     return Structure(
         parameters=sum(map(math.prod, sizes.shapes.values())),
         shapes=sizes.shapes,
@@ -178,16 +192,26 @@ def converted_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
     """Layers that `quantize_` replaces: each has a low-rank branch and, by pattern, a rotation."""
     if plan.is_full_precision:
         return []
-    quantizes_adaln = (
-        plan.adaln.weight_quantizer != "none" or plan.adaln.activation_bits is not None
-    )
-    return [*structure.block_linears, *(structure.adaln_linears if quantizes_adaln else ())]
+    adaln = structure.adaln_linears if quantizes_adaln(plan) else ()
+    return [*structure.block_linears, *adaln]
 
 
 def ternary_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
-    """The layers whose weights the plan quantizes."""
-    layers = converted_layers(structure, plan)
-    return [layer for layer in layers if weight_quantizer(layer, plan) != "none"]
+    """The layers whose weights the plan makes ternary.
+
+    Raises:
+        UsageError: a weight quantizer whose cost is not known, or that is not ternary: the
+            packings store ternary codes alone.
+    """
+    found = []
+    for layer in converted_layers(structure, plan):
+        name = weight_quantizer(layer, plan)
+        cost = weight_cost(name)
+        if cost.is_quantized and cost.bits != TERNARY_BITS:
+            raise UsageError(f"layer {layer.name!r}: no packing stores {name!r} weights")
+        if cost.is_quantized:
+            found.append(layer)
+    return found
 
 
 def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
@@ -195,7 +219,7 @@ def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
     if plan.rotation.kind == "none":
         return []
     layers = converted_layers(structure, plan)
-    return [layer for layer in layers if _matches(layer.name, plan.rotation.layers)]
+    return [layer for layer in layers if matches(layer.name, plan.rotation.layers)]
 
 
 def low_rank_values(layer: LinearLayer, plan: Plan) -> int:
@@ -208,7 +232,3 @@ def weight_quantizer(layer: LinearLayer, plan: Plan) -> str:
     if is_adaln(layer.name, plan):
         return plan.adaln.weight_quantizer
     return plan.weights.quantizer
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

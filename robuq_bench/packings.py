@@ -1,4 +1,7 @@
-"""Ways to store a quantized model: bits of a ternary code, and precision of everything else."""
+"""What weight quantizers cost, and ways to store a quantized model.
+
+A way of storing says how many bits a ternary code takes, and the precision of everything else.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,45 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
+from robuq_bench.errors import UsageError, suggest
+
 TERNARY_BITS = math.log2(3)
+FULL_PRECISION_BITS = 32.0
+
+
+@dataclass(frozen=True)
+class WeightCost:
+    """What a weight quantizer costs.
+
+    Attributes:
+        bits: of one weight in a bit operation and, but for what packing adds, in a file.
+        scale_per_row: one scale for each output channel; False is one for the tensor.
+    """
+
+    bits: float
+    scale_per_row: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a product with such a weight is a bit operation."""
+        return self.bits < FULL_PRECISION_BITS
+
+
+WEIGHT_COSTS = {
+    "none": WeightCost(FULL_PRECISION_BITS),
+    "ternary-twn": WeightCost(TERNARY_BITS, scale_per_row=True),
+    "ternary-absmean": WeightCost(TERNARY_BITS),
+}
+
+
+def weight_cost(quantizer: str) -> WeightCost:
+    """The cost of a weight quantizer by its plan name; UsageError for one that has none here."""
+    if quantizer not in WEIGHT_COSTS:
+        raise UsageError(
+            f"weight quantizer {quantizer!r} has no known cost{suggest(quantizer, WEIGHT_COSTS)}; "
+            "add its bits to WEIGHT_COSTS"
+        )
+    return WEIGHT_COSTS[quantizer]
 
 
 @dataclass(frozen=True)
@@ -69,7 +110,8 @@ INT8_PACKINGS = tuple(
     for suffix in ("", " without adaLN")
 )
 DEFAULT_PACKING = "base3/fp32/fp32"
-# Hypotheses that reproduce the published figures on DiT-XL/2 with rank 16; nobody confirmed them.
+PUBLISHED_RANK = 16  # the deployment fork's, at DiT-XL/2's width of 1152
+# Hypotheses that reproduce the published figures on DiT-XL/2 with that rank; nobody confirmed them.
 READINGS = (
     Packing(
         "reading-13.2x",

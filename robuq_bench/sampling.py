@@ -24,6 +24,7 @@ from robuq_bench.data import to_uint8
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user
+from robuq_bench.quantization.linear import cached_weights
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -89,7 +90,9 @@ def sample_values(
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     diffusion = Diffusion.from_config(workload.diffusion)
     steps = evaluation.sampling_steps
-    scheduler = make_scheduler(diffusion, evaluation.sampler, steps, section.learn_sigma)
+    scheduler = make_scheduler(
+        diffusion, evaluation.sampler, steps, section.learn_sigma, evaluation.timestep_spacing
+    )
 
     values = torch.empty(len(seeds), section.in_channels, section.input_size, section.input_size)
     model.to(device)
@@ -127,11 +130,12 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, then give each its own mode back."""
+    """Put every module in eval mode, its ternary weights cached; then give each its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with cached_weights(model):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -195,9 +199,10 @@ def decode_latents(
 
     vae_path is a local folder that diffusers' AutoencoderKL.save_pretrained wrote, such as a copy
     of stabilityai/sd-vae-ft-ema; nothing is downloaded. Latents are divided by the VAE's own
-    scaling factor (0.18215 for Stable Diffusion 1).
+    scaling factor (0.18215 for Stable Diffusion 1) and shifted where it has a shift.
 
-    Raises MissingResourceError when the folder is absent, CheckpointError when it is no such VAE.
+    Raises MissingResourceError when the folder is absent, CheckpointError when it is no such VAE,
+    UsageError when its latents have another number of channels.
     """
     folder = expand_user(vae_path) if vae_path else None
     if folder is None or not (folder / "config.json").is_file():
@@ -214,14 +219,23 @@ def decode_latents(
         vae: Any = AutoencoderKL.from_pretrained(
             str(folder), local_files_only=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # what diffusers raises depends on what is damaged
         raise CheckpointError(f"{folder} holds no readable AutoencoderKL: {error}") from error
+    broken = [name for name, value in vae.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{folder}: {broken[0]} is not finite; copy the VAE anew")
+    if vae.config.latent_channels != latents.shape[1]:
+        raise UsageError(
+            f"the VAE in {folder} has latents of {vae.config.latent_channels} channels, these have "
+            f"{latents.shape[1]}; give the VAE that they were encoded with"
+        )
     vae.to(device).eval()
+    shift = vae.config.shift_factor or 0.0
     images = []
     with torch.inference_mode():
         for start in range(0, len(latents), batch_size):
             part = latents[start : start + batch_size].to(device).float()
-            scaled = part / vae.config.scaling_factor
+            scaled = part / vae.config.scaling_factor + shift
             images.append(to_uint8(vae.decode(scaled, return_dict=False)[0]).cpu())
     return torch.cat(images)
 

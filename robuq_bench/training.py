@@ -272,6 +272,16 @@ class Trainer:
                 f"{origin}: checkpoint lacks {len(missing)} tensors, first {missing[0]!r}; "
                 "it belongs to another plan or model: use --force to start this run afresh"
             )
+        for key, value in tensors.items():
+            parameter = self.parameters.get(key.rpartition("/")[2])
+            if parameter is None or key.startswith("adamw/step/"):
+                continue
+            if value.shape != parameter.shape:  # copy_ would stretch a smaller one without a word
+                raise CheckpointError(
+                    f"{origin}: {key!r} is {list(value.shape)}, the model's "
+                    f"{list(parameter.shape)}; it belongs to another plan or model: use --force "
+                    "to start this run afresh"
+                )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model/{name}"])

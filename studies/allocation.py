@@ -11,7 +11,8 @@ of their steps at the warm-up bits).
 **Verdict rule, fixed before any network was trained.** For a candidate against uniform at one
 budget, on the distillation loss and on FID, over all training seeds: *holds* if the candidate's
 worst is better than uniform's best, *does not hold* if its best is worse than uniform's worst,
-*undecided* otherwise. Differences paired by seed are reported beside it.
+*undecided* otherwise. Differences paired by seed are reported beside it. Added later: with one
+training seed on either side there is no verdict (*one seed: not judged*).
 
 Solvers are compared on the same sensitivities without training, and so are allocations per timestep
 bucket, whose mean over the sampling steps meets the same budget.
@@ -47,7 +48,7 @@ from studies.sensitivity import calibration
 from studies.train_and_eval import prepare_training
 from studies.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."
 
 

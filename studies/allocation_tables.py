@@ -36,6 +36,7 @@ SOURCES = {
     "fisher": ("fisher", False),
 }
 JUDGED = ("distillation_loss", "fid")
+MIN_SEEDS = 2  # on either side, for a verdict
 
 Table = dict[str, dict[int, float]]
 
@@ -221,7 +222,9 @@ def verdict_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if candidate == "uniform" or not own or not base:
                     continue
                 verdict = "undecided"
-                if max(own) < min(base):
+                if min(len(own), len(base)) < MIN_SEEDS:
+                    verdict = "one seed: not judged"
+                elif max(own) < min(base):
                     verdict = "holds"
                 elif min(own) > max(base):
                     verdict = "does not hold"

@@ -54,7 +54,7 @@ from robuq_bench.training import seeded_generator
 from studies.sample_images import load_student
 from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
 CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16

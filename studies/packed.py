@@ -27,7 +27,12 @@ from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
 from robuq_bench.data import load_dataset
 from robuq_bench.errors import CheckError, UsageError
-from robuq_bench.evaluation import evaluate_samples, load_reference, validation_losses
+from robuq_bench.evaluation import (
+    evaluate_samples,
+    load_reference,
+    record_inputs,
+    validation_losses,
+)
 from robuq_bench.feature_networks import load_feature_network
 from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
 from robuq_bench.models.checkpoints import load_teacher
@@ -35,7 +40,7 @@ from robuq_bench.runs import Run, open_existing
 from studies.sample_images import load_student
 from studies.train_and_eval import metric_summary
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
 TRAINED = "trained"
 #: Variant -> storage of its file, and the backend that computes it.
@@ -61,6 +66,7 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     network = load_feature_network(workload.evaluation, device=context.device)
     reference = load_reference(workload, data, network)
     teacher, _ = load_teacher(workload, context.device)
+    record_inputs(trained, workload, data, network)
     run.add_input_digest("teacher", workload.teacher.sha256, run=trained.id)
     for variant in (TRAINED, *options.variants):
         model, facts = make_variant(variant, trained, workload, run, context)

@@ -14,9 +14,10 @@ from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_bytes
 from robuq_bench.inference import load_packed, prepare_for_inference
-from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.models.checkpoints import check_weights, load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_, set_activation_bits
+from robuq_bench.quantization.linear import BITS_KEY
 from robuq_bench.runs import open_existing
 from robuq_bench.sampling import image_grid, sample_images
 
@@ -36,15 +37,29 @@ def load_student(run_path: Path, workload: Workload) -> nn.Module:
     if run.config.plan.is_full_precision:
         raise UsageError(f"{run.id} trained no student; leave out --checkpoint for the teacher")
     tensors, metadata = load_tensors(path)
-    model = DiT.from_config(workload.model)
-    quantize_(model, Plan.model_validate_json(metadata["plan"]))
-    set_activation_bits(model, json.loads(metadata["bits_by_layer"]))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if missing or unexpected:
+    try:
+        plan, bits = Plan.model_validate_json(metadata["plan"]), metadata["bits_by_layer"]
+    except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: {len(missing)} tensors missing (first {missing[:1]}), {len(unexpected)} "
-            f"unexpected (first {unexpected[:1]}); it belongs to another model than --on names"
-        )
+            f"{path} does not say its plan and bits as this version does; begin its run anew "
+            "with --force"
+        ) from error
+    model = DiT.from_config(workload.model)
+    quantize_(model, plan)
+    set_activation_bits(model, json.loads(bits))
+    # Runs of before kept the bits in the metadata alone.
+    expected = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name in tensors or not name.endswith(f".{BITS_KEY}")
+    }
+    try:
+        check_weights(expected, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: {error}; it belongs to another model than --on names"
+        ) from error
+    model.load_state_dict(tensors, strict=False)
     return model
 
 

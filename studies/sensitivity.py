@@ -59,7 +59,7 @@ from studies.sensitivity_tables import MAIN_METRIC, metric_table, summarise
 from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
 from studies.trials import Judge, make_judge
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Do sensitivities of the post-training-quantized model mislead? Metrics against training."
 
 

@@ -12,13 +12,14 @@ from torch import nn
 
 from robuq_bench.config import Config, TrainingConfig, load_plan
 from robuq_bench.context import Context, RunResult
-from robuq_bench.evaluation import evaluate_samples
+from robuq_bench.data import ImageData
+from robuq_bench.evaluation import evaluate_samples, record_inputs
 from robuq_bench.feature_networks import FeatureNetwork
 from robuq_bench.features import Features
 from robuq_bench.fidelity import Reference
 from robuq_bench.runs import Run, open_existing
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Sample and measure a workload's full-precision teacher."
 LOCK_WAIT_S = 3600.0
 NO_TRAINING = TrainingConfig(steps=0, batch_size=1, learning_rate=1.0)
@@ -31,10 +32,14 @@ def run_teacher_eval(
     teacher: nn.Module,
     network: FeatureNetwork,
     reference: Features | Reference,
+    data: ImageData,
 ) -> Run:
     """Return the finished teacher-eval run of this workload, computing what is missing.
 
     Two jobs that start together share it: the second waits for the first's lock.
+
+    Raises:
+        CheckpointError: there is one, but measured on other data or features.
     """
     # The QAT budget does not touch the teacher: it must not be part of the folder's hash.
     workload = config.workload.model_copy(update={"training": NO_TRAINING})
@@ -55,6 +60,7 @@ def run_teacher_eval(
         device=context.device,
         threads=context.threads,
     ) as run:
+        record_inputs(run, config.workload, data, network)
         if not run.is_done:
             rows = evaluate_samples(
                 teacher,

@@ -24,7 +24,12 @@ from robuq_bench.config import Config, Workload, load_allocation_file, sensitivi
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.evaluation import evaluate_samples, load_reference, validation_losses
+from robuq_bench.evaluation import (
+    evaluate_samples,
+    load_reference,
+    record_inputs,
+    validation_losses,
+)
 from robuq_bench.feature_networks import load_feature_network
 from robuq_bench.interrupts import at_step_boundary
 from robuq_bench.models.checkpoints import load_teacher
@@ -39,7 +44,7 @@ from robuq_bench.training import BatchSource, LossFunction, Trainer, qat_loss
 from studies import teacher_eval
 from studies.figures import plot_allocation, plot_losses
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
 
 
@@ -51,7 +56,9 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
     network = load_feature_network(workload.evaluation, device=context.device)
     reference = load_reference(workload, data, network)
     teacher, teacher_sha256 = load_teacher(workload, context.device)
-    teacher_run = teacher_eval.run_teacher_eval(config, root, context, teacher, network, reference)
+    teacher_run = teacher_eval.run_teacher_eval(
+        config, root, context, teacher, network, reference, data
+    )
 
     with Run.open(
         root,
@@ -65,8 +72,7 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
             return RunResult.from_run(run)
         resumed = bool(run.results())
         run.add_input_digest("teacher", teacher_sha256)
-        run.add_input_digest("data", data.sha256, source=data.source)
-        run.add_input_digest("features", network.sha256, network=network.name)
+        record_inputs(run, workload, data, network)
         copy_teacher_rows(teacher_run, run)
         student: nn.Module = teacher
         bits: dict[str, int] | None = None
@@ -314,7 +320,9 @@ def metric_names(records: list[dict[str, Any]]) -> list[str]:
     return [
         name
         for name, value in records[0].items()
-        if isinstance(value, float) and name.split("_")[0] in prefixes and not name.endswith("_std")
+        if isinstance(value, float)
+        and name.split("_")[0] in prefixes
+        and not name.endswith(("_std", "_class_correction"))  # details of a metric
     ]
 
 

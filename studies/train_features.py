@@ -14,7 +14,7 @@ from robuq_bench.data import load_dataset
 from robuq_bench.features import save_features, train_digits_features
 from robuq_bench.runs import Run
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Train a workload's feature network."
 
 
@@ -37,8 +37,9 @@ def run_train_features(config: Config, root: Path, context: Context) -> RunResul
             task.text = f"held-out accuracy {values['heldout_accuracy']:.4f}"
             task.advance(epoch, epochs)
 
+        pixels = workload.data.image_size
         trained = train_digits_features(
-            data, seed=config.seed, input_size=workload.model.input_size, progress=show_epoch
+            data, seed=config.seed, input_size=-(-pixels // 8) * 8, progress=show_epoch
         )
         weights = run.path / "checkpoints" / "features.safetensors"
         sha256 = save_features(

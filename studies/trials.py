@@ -16,7 +16,7 @@ from torch import nn
 from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
 from robuq_bench.data import ImageData, load_dataset, to_uint8
-from robuq_bench.evaluation import load_reference, validation_losses
+from robuq_bench.evaluation import load_reference, record_inputs, validation_losses
 from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.features import Features
 from robuq_bench.fidelity import Reference, compute_metrics
@@ -51,7 +51,7 @@ def make_judge(
     network = load_feature_network(workload.evaluation, device=context.device)
     teacher, digest = load_teacher(workload, context.device)
     run.add_input_digest("teacher", digest)
-    run.add_input_digest("data", data.sha256, source=data.source)
+    record_inputs(run, workload, data, network)
     evaluation = workload.evaluation.model_copy(update={"sampling_steps": sampling_steps})
     short = workload.model_copy(update={"evaluation": evaluation})
     values = torch.empty(0)

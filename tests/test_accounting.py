@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from robuq_bench.accounting import account, dit_layer_macs, layer_macs, packing_table
 from robuq_bench.allocation import mean_bits, mean_bits_by_type
 from robuq_bench.config import ModelConfig, Plan, load_plan, load_workload
+from robuq_bench.config.plan import WeightQuantizer
 from robuq_bench.errors import UsageError
 from robuq_bench.models.dit import SIZES, DiT
+from robuq_bench.packings import WEIGHT_COSTS, WeightCost, weight_cost
 from robuq_bench.quantization.convert import allocatable_layers, quantize_, quantized_layers
 from robuq_bench.quantization.hadamard import UnsupportedHadamardOrder
 
@@ -119,6 +122,65 @@ def test_published_size_reductions_are_reproduced(robuq: Plan) -> None:
     assert table["bound-2bit"]["size_reduction"] == pytest.approx(15.0, abs=0.05)
 
 
+def test_another_rank_than_the_published_one_is_stated_with_the_numbers_at_that_one() -> None:
+    plan = load_plan("a2")
+    found, published = account(dit_config(), plan), account(dit_config(), with_rank(plan, 16))
+    assert (found["low_rank_rank"], published["low_rank_rank"]) == (8, 16)
+    names = ("low_rank_rank", "compute_reduction", "packed_bytes", "size_reduction")
+    assert found["at_published_rank"] == {name: published[name] for name in names}
+    for row, other in zip(found["packing_table"], published["packing_table"], strict=True):
+        assert row["size_reduction_at_rank_16"] == other["size_reduction"]
+    reading = {row["packing"]: row for row in found["packing_table"]}["reading-13.2x"]
+    assert round(reading["size_reduction"], 2) == 14.93
+    assert round(reading["size_reduction_at_rank_16"], 1) == reading["published"] == 13.2
+    # Nothing to say where nothing is published: at that rank, of another model, of no ternary plan.
+    for model, other_plan in (
+        (dit_config(), with_rank(plan, 16)),
+        (tiny_config(), plan),
+        (dit_config(), load_plan("fp")),
+    ):
+        quiet = account(model, other_plan)
+        assert quiet["at_published_rank"] == {}
+        assert not any("size_reduction_at_rank_16" in row for row in quiet["packing_table"])
+
+
+def test_every_weight_quantizer_has_one_cost() -> None:
+    assert WEIGHT_COSTS.keys() == set(get_args(WeightQuantizer))
+    costs = {name: weight_cost(name) for name in WEIGHT_COSTS}
+    assert {name: cost.is_quantized for name, cost in costs.items()} == {
+        "none": False,
+        "ternary-twn": True,
+        "ternary-absmean": True,
+    }
+
+
+@pytest.mark.parametrize("section", ["weights", "adaln"])
+def test_a_weight_quantizer_without_a_cost_is_refused_by_name(
+    section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan of tomorrow: no quantizer may pass for ternary because it is not "none"."""
+    plan, field = load_plan("a4"), "quantizer" if section == "weights" else "weight_quantizer"
+    part = getattr(plan, section).model_copy(update={field: "int4"})
+    other = plan.model_copy(update={section: part})
+    for call in (account, packing_table):
+        with pytest.raises(UsageError, match=r"'int4' has no known cost.*WEIGHT_COSTS"):
+            call(tiny_config(), other)
+    # With a cost its bit operations can be counted, but no packing stores such codes.
+    monkeypatch.setitem(WEIGHT_COSTS, "int4", WeightCost(4.0))
+    with pytest.raises(UsageError, match=r"layer 'blocks\.0\..*: no packing stores 'int4' weights"):
+        account(tiny_config(), other)
+
+
+def test_weight_bits_are_those_of_the_block_linears() -> None:
+    plan = load_plan("a4")
+    found = account(tiny_config(), plan)
+    assert found["weight_bits"] == found["adaln_weight_bits"] == math.log2(3)
+    weights = plan.weights.model_copy(update={"quantizer": "none"})
+    found = account(tiny_config(), plan.model_copy(update={"weights": weights}))
+    assert (found["weight_bits"], found["adaln_weight_bits"]) == (32, math.log2(3))
+    assert found["bit_ops_by_part"]["block_linears"] == 0
+
+
 def test_packed_parts_add_up_and_shrink_with_precision(robuq: Plan) -> None:
     table = rows(dit_config(), robuq)
     for row in table.values():
@@ -147,7 +209,7 @@ def test_packed_parts_match_the_quantized_model() -> None:
     assert row["low_rank_bytes"] == 4 * sum(p.numel() for p in low_rank)
     assert row["signs_bytes"] == sum(math.ceil(layer.signs.numel() / 8) for layer in layers)
     assert row["scales_bytes"] == 4 * sum(layer.out_features for layer in layers)
-    codes = {id(layer.weight) for layer in layers} | {id(p) for p in low_rank}
+    codes = {id(layer.master_weight) for layer in layers} | {id(p) for p in low_rank}
     others = [p for p in model.parameters() if id(p) not in codes]
     assert row["rest_bytes"] == 4 * sum(p.numel() for p in others)
 

@@ -19,6 +19,7 @@ from robuq_bench.checkpointing import (
     CheckpointStore,
     load_tensors,
     load_untrusted_checkpoint,
+    read_safetensors,
     save_tensors,
     sidecar_path,
 )
@@ -169,8 +170,13 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
         load_tensors(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match=r"none\.pt does not exist"):
         load_untrusted_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="is a folder; name the file"):
         load_tensors(tmp_path)
+    with pytest.raises(CheckpointError, match="is a folder; name the file"):
+        read_safetensors(tmp_path)
+    for load in (load_tensors, read_safetensors, load_untrusted_checkpoint):
+        with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+            load(tmp_path / ("a" * 300))
 
 
 def test_store_is_empty_then_keeps_the_newest(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_account_gives_the_published_size_of_dit_xl_2(bench: Any) -> None:
     outcome = bench(*flags)
     assert outcome.code == 0
     assert "675129632" in outcome.out
+    assert "low_rank.rank is" not in outcome.out
+    other = bench(*flags[:5])
+    assert other.code == 0
+    assert "This plan's low_rank.rank is 8; the published figures are read at 16" in other.out
+    assert "--set low_rank.rank=16" in other.out
+    (reading,) = [line for line in other.out.splitlines() if line.startswith("reading-13.2x")]
+    assert reading.split()[-3:] == ["14.93", "13.2", "13.2"]
 
 
 def test_account_takes_an_allocation_file(bench: Any, tmp_path: Path) -> None:

@@ -116,6 +116,27 @@ def test_errors_say_what_to_do(
     assert not Path("model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!doctype html><html>", "a web page (HTML), not the weights"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (None, "is a folder; name the file"),
+    ],
+)
+@pytest.mark.parametrize("command", [["packed"], ["sample", "--packed"]])
+def test_what_is_no_packed_file_is_named(
+    bench: Bench, tmp_path: Path, command: list[str], content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "m.safetensors"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    code, _, err = bench(*command, str(path))
+    assert (code, message in err.replace("\n", " ")) == (4, True), err
+
+
 def test_a_plan_that_allocates_bits_says_that_it_has_none_yet(
     bench: Bench, tiny_workload: Path
 ) -> None:

@@ -76,6 +76,12 @@ def test_digits_are_rounded_half_up() -> None:
     assert data.sha256 == "4318f5a27219c590b940ba973e958df4400d5d29c511695d051ee1f513e87fd9"
 
 
+def test_other_digits_than_the_workloads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robuq_bench.data.DIGITS_SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match="install the pinned version"):
+        load_dataset(Section("digits"))
+
+
 def test_pixel_ranges_are_inverse() -> None:
     pixels = torch.arange(256).to(torch.uint8)
     scaled = to_model_range(pixels)

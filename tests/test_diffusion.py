@@ -14,15 +14,18 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from robuq_bench.config.workload import DiffusionConfig
 from robuq_bench.diffusion import (
     Diffusion,
     discretized_gaussian_log_likelihood,
     make_scheduler,
+    respaced_timesteps,
 )
 from robuq_bench.errors import UsageError
 
 DIFFUSION = Diffusion()
 TIMESTEPS = st.integers(0, 999)
+SPACINGS = ("integer", "fractional")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -172,6 +175,53 @@ def test_likelihood_keeps_its_digits_in_both_float32_tails() -> None:
     torch.testing.assert_close(actual, actual.flip(0), rtol=0, atol=2e-4)
 
 
+def original_likelihood(x: np.ndarray, mean: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Improved diffusion's formula, from its description: tanh for P, bins of 2/255."""
+
+    def cdf(z: np.ndarray) -> np.ndarray:
+        return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+    upper = cdf(np.exp(-log_scale) * (x - mean + 1 / 255))
+    lower = cdf(np.exp(-log_scale) * (x - mean - 1 / 255))
+    probability = np.where(x < -0.999, upper, np.where(x > 0.999, 1 - lower, upper - lower))
+    return np.log(np.maximum(probability, 1e-12))
+
+
+def test_likelihood_by_tanh_equals_the_original_and_is_near_the_exact_one() -> None:
+    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    mean = x + 0.05 * torch.randn(256, dtype=torch.float64, generator=generator(0))
+    log_scale = torch.linspace(-4, 0, 256, dtype=torch.float64)
+    expected = original_likelihood(x.numpy(), mean.numpy(), log_scale.numpy())
+    actual = discretized_gaussian_log_likelihood(x, mean, log_scale, "tanh")
+    exact = discretized_gaussian_log_likelihood(x, mean, log_scale)
+    inside = expected > math.log(1e-6)  # in the tail the formula's 1 - tanh has no digits left
+    assert inside.sum() > 200
+    np.testing.assert_allclose(actual.numpy()[inside], expected[inside], rtol=1e-8, atol=1e-12)
+    apart = (actual.exp() - exact.exp()).abs()
+    assert 1e-4 < apart.max() < 2 * 3e-4
+    with pytest.raises(UsageError, match="must be none or 'tanh', got 'erf'"):
+        discretized_gaussian_log_likelihood(x, mean, log_scale, "erf")
+
+
+def test_the_approximation_changes_the_loss_at_the_first_step_alone() -> None:
+    section = DiffusionConfig(cdf_approximation="tanh")
+    approximate = Diffusion.from_config(section)
+    x0, noise = torch.rand(2, 3, 1, 4, 4, dtype=torch.float64, generator=generator(7)).unbind()
+    t = torch.tensor([0, 1, 500])
+    x_t = DIFFUSION.q_sample(x0, t, noise)
+    output = torch.cat([noise + 0.2, torch.full_like(x0, 0.3)], 1)
+    exact = DIFFUSION.training_loss(output, x0, x_t, t, noise)
+    loss = approximate.training_loss(output, x0, x_t, t, noise)
+    assert torch.equal(loss[1:], exact[1:])
+    mean = DIFFUSION.predict_x0(x_t[:1], t[:1], noise[:1] + 0.2)
+    values = torch.full_like(x0[:1], 0.3)
+    scale = 0.5 * DIFFUSION.learned_range_log_variance(values, t[:1])
+    nll = -original_likelihood(x0[:1].numpy(), mean.numpy(), scale.numpy()).mean()
+    mse = (output[:1, :1] - noise[:1]).square().mean()
+    assert float(loss[0]) == pytest.approx(float(mse) + nll / math.log(2), rel=1e-9)
+    assert float(loss[0]) != pytest.approx(float(exact[0]), rel=1e-6)
+
+
 def test_loss_is_the_mse_without_learned_sigma() -> None:
     x0, noise, output = torch.randn(3, 5, 1, 4, 4, generator=generator(3)).unbind()
     t = torch.tensor([0, 1, 10, 500, 999])
@@ -237,6 +287,85 @@ def test_ddpm_timesteps_are_respaced_as_in_dit(steps: int) -> None:
     assert len(set(timesteps)) == steps
 
 
+@pytest.mark.parametrize(
+    ("total", "steps", "spacing", "expected"),
+    [
+        # Derived by hand: multiples of 9 / 3 = 3, of 9 / 4 = 2.25 and of 9 / 6 = 1.5.
+        (10, 4, "fractional", [0, 3, 6, 9]),
+        (10, 5, "fractional", [0, 2, 4, 7, 9]),
+        (10, 7, "fractional", [0, 2, 3, 4, 6, 8, 9]),
+        (10, 1, "fractional", [0]),
+        (10, 10, "fractional", list(range(10))),
+        (10, 5, "integer", [0, 2, 4, 6, 8]),
+        (10, 4, "integer", [0, 3, 6, 9]),
+        (1000, 50, "integer", list(range(0, 1000, 20))),
+        (1000, 30, "integer", list(range(0, 1000, 34))),
+    ],
+)
+def test_respaced_timesteps_by_hand(
+    total: int, steps: int, spacing: str, expected: list[int]
+) -> None:
+    assert respaced_timesteps(total, steps, spacing) == expected
+
+
+def test_fifty_fractional_steps_are_the_originals() -> None:
+    found = respaced_timesteps(1000, 50, "fractional")
+    # 999 / 49 = 20.3878: 0, 20.39, 40.78, 61.16, ..., 978.61, 999
+    assert found[:6] == [0, 20, 41, 61, 82, 102]
+    assert found[-3:] == [958, 979, 999]
+    assert len(set(found)) == 50
+
+
+@given(
+    total=st.integers(1, 300), data=st.data(), spacing=st.sampled_from(["integer", "fractional"])
+)
+def test_respaced_timesteps_ascend_from_zero(total: int, data: st.DataObject, spacing: str) -> None:
+    steps = data.draw(st.integers(1, total))
+    strides = [len(range(0, total, k)) for k in range(1, total + 1)]
+    if spacing == "integer" and steps not in strides:
+        with pytest.raises(UsageError, match="no integer stride"):
+            respaced_timesteps(total, steps, spacing)
+        return
+    found = respaced_timesteps(total, steps, spacing)
+    assert len(found) == steps
+    assert found[0] == 0
+    assert found[-1] < total
+    gaps = np.diff(found)
+    assert (gaps > 0).all()
+    if spacing == "integer":
+        assert set(gaps.tolist()) <= {strides.index(steps) + 1}, "the least stride that fits"
+    else:
+        assert steps == 1 or (found[-1] == total - 1 and np.ptp(gaps) <= 1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_schedulers_take_either_spacing(sampler: str, spacing: str) -> None:
+    timesteps = make_scheduler(DIFFUSION, sampler, 50, True, spacing).timesteps.tolist()
+    assert timesteps == respaced_timesteps(1000, 50, spacing)[::-1]
+
+
+def test_own_ddim_step_equals_diffusers_on_an_integer_stride() -> None:
+    theirs = make_scheduler(DIFFUSION, "ddim", 50, learn_sigma=False)
+    ours = make_scheduler(DIFFUSION, "ddim", 50, False, "integer")
+    x, eps = torch.randn(2, 3, 1, 4, 4, generator=generator(8)).unbind()
+    for t in ours.timesteps:
+        expected = theirs.step(eps, t, x).prev_sample
+        torch.testing.assert_close(ours.step(eps, t, x)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_own_ddim_goes_to_the_timestep_that_is_next() -> None:
+    """With the true noise, every step lands on the same x0 and noise, one timestep on."""
+    scheduler = make_scheduler(DIFFUSION, "ddim", 7, False, "fractional")
+    x0, noise = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64, generator=generator(8)).unbind()
+    timesteps = scheduler.timesteps
+    x = DIFFUSION.q_sample(x0, timesteps[:1], noise)
+    for t, before in itertools.pairwise([*timesteps, None]):
+        (x,) = scheduler.step(noise, t, x)
+        expected = x0 if before is None else DIFFUSION.q_sample(x0, before[None], noise)
+        torch.testing.assert_close(x, expected, rtol=0, atol=1e-10)
+
+
 def test_ddim_step_follows_its_formula() -> None:
     scheduler = make_scheduler(DIFFUSION, "ddim", 50, learn_sigma=False)
     x, eps = torch.randn(2, 3, 1, 4, 4, generator=generator(8)).unbind()
@@ -277,7 +406,7 @@ def test_ddpm_step_draws_from_the_respaced_posterior() -> None:
     [
         ("ddim", 0, "1..1000"),
         ("ddpm", 1001, "1..1000"),
-        ("ddim", 30, "nearest are 25 and 40"),
+        ("ddim", 30, "nearest are 25 and 40, or set evaluation.timestep_spacing"),
         ("ddim", 600, "nearest are 500 and 1000"),
         ("euler", 10, "'ddim' or 'ddpm'"),
     ],
@@ -285,3 +414,17 @@ def test_ddpm_step_draws_from_the_respaced_posterior() -> None:
 def test_impossible_protocols_are_refused(sampler: str, steps: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_scheduler(DIFFUSION, sampler, steps, learn_sigma=False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "message"),
+    [
+        (600, "integer", "no integer stride takes 600 .* evaluation.sampling_steps=500"),
+        (1001, "fractional", "1..1000"),
+        (50, "leading", "'integer' or 'fractional', got 'leading'"),
+    ],
+)
+def test_impossible_spacings_are_refused(steps: int, spacing: str, message: str) -> None:
+    for sampler in ("ddim", "ddpm"):
+        with pytest.raises(UsageError, match=message):
+            make_scheduler(DIFFUSION, sampler, steps, False, spacing)

@@ -150,8 +150,17 @@ def test_other_files_need_a_checksum_and_the_right_content(tmp_path: Path) -> No
     save_tensors(other, {"x": torch.zeros(1)}, {"architecture": "something/1"})
     with pytest.raises(CheckpointError, match="feature network"):
         load_features(other)
-    metadata = {"architecture": "robuq-digits-cnn/1", "input_size": "8", "num_classes": "10"}
+    metadata = {"architecture": "robuq-digits-cnn/1", "name": "x"}
+    metadata |= {"input_size": "8", "num_classes": "10"}
     save_tensors(other, {"x": torch.zeros(1)}, metadata)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_features(other)
+    state = DigitsCNN().state_dict()
+    state["classifier.bias"][0] = float("nan")
+    save_tensors(other, state, metadata)
+    with pytest.raises(CheckpointError, match=r"1 not finite: classifier\.bias"):
+        load_features(other)
+    save_tensors(other, state, metadata | {"input_size": "nine"})
     with pytest.raises(CheckpointError, match="does not fit"):
         load_features(other)
 

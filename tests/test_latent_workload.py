@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 
 from robuq_bench._compat import import_torchvision
 from robuq_bench.checkpointing import save_tensors
-from robuq_bench.config import Config, load_workload, resolve
+from robuq_bench.config import Config, config_hash, load_workload, resolve
 from robuq_bench.context import Context, RunResult
-from robuq_bench.errors import MissingResourceError
-from robuq_bench.feature_networks import load_feature_network
+from robuq_bench.errors import CheckpointError, MissingResourceError
+from robuq_bench.feature_networks import load_classifier
 from robuq_bench.fidelity import feature_statistics
 from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
@@ -52,6 +53,7 @@ num_samples = 24
 seed_ranges = 1
 batch_size = 12
 features = "digits"
+adapt_images = true
 reference = "{folder}/reference.npz"
 vae = "{folder}/vae"
 grid_images = 4
@@ -80,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(model.state_dict(), folder / "teacher.pt")  # the released format
 
     images = torch.randint(0, 256, (80, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    features = load_feature_network(load_workload("digits").evaluation).extract(images)
+    features = load_classifier(adapts=True).extract(images)
     pool, spatial = feature_statistics(features.pool), feature_statistics(features.spatial)
     np.savez(
         folder / "reference.npz",
@@ -120,7 +122,8 @@ def test_latents_are_decoded_and_judged_by_the_adm_reference(folder: Path, tmp_p
     run = open_existing(result.path)
     rows = [record for record in run.results() if record["kind"] == "metrics"]
     assert {record["subject"] for record in rows} == {"teacher", "student"}
-    names = ("fid_digits", "sfid_digits", "precision_digits", "recall_digits")
+    names = ("fid_digits_adapted", "precision_digits_adapted")
+    assert not any("fid_digits" in record for record in rows)
     assert all(np.isfinite(record[name]) for record in rows for name in names)
     images = np.load(result.path / "samples" / "student-0.npz")["arr_0"]
     assert images.shape == (24, 32, 32, 3)
@@ -139,3 +142,27 @@ def test_what_is_missing_shows_before_any_training(
     with pytest.raises(MissingResourceError, match=message):
         run_job(make(folder, override), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["reference.npz", "vae/config.json", "latents/shard-0.safetensors"]
+)
+def test_what_changed_since_the_run_was_planned_is_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tiny.toml").write_text(WORKLOAD.format(folder=copy))
+    config = make(copy)
+    assert config_hash(config) == config_hash(make(folder))
+    if name.endswith("json"):
+        (copy / name).write_text((copy / name).read_text() + " ")
+    elif name.endswith("npz"):
+        arrays = dict(np.load(copy / name))
+        np.savez(copy / name, **{**arrays, "mu": arrays["mu"] + 1})
+    else:
+        tensors = {"latents": torch.randn(30, 4, 4, 4), "labels": torch.arange(30) % 3}
+        save_tensors(copy / name, tensors, {})
+    with pytest.raises(CheckpointError, match=rf"{name.split('/')[0]}.*changed"):
+        run_job(config, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    assert config_hash(make(copy)) != config_hash(config)

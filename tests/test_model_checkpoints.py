@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from robuq_bench.checkpointing import save_tensors
-from robuq_bench.config import Workload, load_workload
-from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.config import Workload, load_workload, resolve
+from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.files import sha256_file
 from robuq_bench.models.checkpoints import (
     build_model,
@@ -25,6 +26,7 @@ from robuq_bench.models.checkpoints import (
     to_diffusers,
 )
 from robuq_bench.models.dit import DiT
+from robuq_bench.weight_files import checkpoint_digest
 
 TINY: dict[str, Any] = {"hidden_size": 24, "depth": 3, "num_heads": 2}
 State = dict[str, Tensor]
@@ -103,6 +105,93 @@ def test_every_layout_gives_the_same_teacher(
     assert torch.equal(torch.get_rng_state(), random_numbers)
 
 
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def compiled_blocks(state: State) -> State:
+    """Every block compiled or wrapped by itself, as FSDP and activation checkpointing do."""
+    return {
+        re.sub(r"^blocks\.(\d+)\.", r"_fsdp_wrapped_module.blocks.\1._orig_mod.", name): tensor
+        for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize("layout", [dict, to_diffusers])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "dit.", "model.net.", "ema.module.dit."],
+)
+def test_a_prefix_that_all_names_have_is_left_out(
+    prefix: str, layout: Callable[[State], State], tmp_path: Path
+) -> None:
+    state = random_state()
+    content = {"ema": prefixed(layout(state), prefix), "step": 3}
+    torch.save(content, tmp_path / "teacher.pt")
+    model, _ = load_teacher(make_workload(tmp_path / "teacher.pt"), "cpu")
+    assert_same(dict(model.state_dict()), state)
+
+
+def test_wrappers_inside_names_are_left_out(tmp_path: Path) -> None:
+    state = random_state()
+    path = as_bare_pickle(tmp_path / "teacher", prefixed(compiled_blocks(state), "module.dit."))
+    assert_same(dict(load_teacher(make_workload(path), "cpu")[0].state_dict()), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: prefixed(state, "dit.") | {"vae.weight": torch.zeros(1)},
+            r"prefix 'dit\.', but 1 names do not: vae\.weight; save",
+        ),
+        (
+            lambda state: prefixed(state, "ema.") | prefixed(state, "online."),
+            r"2 models, with the prefixes 'ema\.', 'online\.'",
+        ),
+        (
+            lambda state: state | prefixed(state, "ema_model."),
+            r"2 models, with the prefixes '', 'ema_model\.'",
+        ),
+        (lambda state: state | prefixed(state, "module."), "twice, with and without .* prefix"),
+    ],
+)
+def test_prefixes_that_leave_a_choice_are_refused(
+    change: Callable[[State], State], message: str, tmp_path: Path
+) -> None:
+    path = as_bare_pickle(tmp_path / "teacher", change(random_state()))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_teacher(make_workload(path), "cpu")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_of_diffusers_gives_the_same_teacher(sharded: bool, tmp_path: Path) -> None:
+    state, folder = random_state(), tmp_path / "dit" / "transformer"
+    folder.mkdir(parents=True)
+    theirs = {name: tensor.contiguous() for name, tensor in to_diffusers(state).items()}
+    file = folder / "diffusion_pytorch_model.safetensors"
+    if sharded:
+        names = sorted(theirs)
+        weight_map: dict[str, str] = {}
+        for index, part in enumerate((names[::2], names[1::2])):
+            shard = f"diffusion_pytorch_model-0000{index + 1}-of-00002.safetensors"
+            save_tensors(folder / shard, {name: theirs[name] for name in part}, {})
+            weight_map |= dict.fromkeys(part, shard)
+        (folder / f"{file.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save_tensors(file, theirs, {})
+    (folder.parent / "model_index.json").write_text("{}")
+    digests = set()
+    for path in (folder, folder.parent):
+        resolved = resolve("train-and-eval", "1", "a4", make_workload(path))
+        model, digest = load_teacher(resolved.workload, "cpu")
+        assert resolved.workload.teacher.sha256 == digest == checkpoint_digest(path)
+        assert_same(dict(model.state_dict()), state)
+        digests.add(digest)
+    assert len(digests) == 1
+
+
 def test_shipped_teacher_loads_and_denoises() -> None:
     workload = load_workload("digits")
     model, sha256 = load_teacher(workload, "cpu")
@@ -160,7 +249,45 @@ def spoil_value(state: State) -> str:
     return r"1 not finite: blocks\.1\.mlp\.fc1\.weight"
 
 
-@pytest.mark.parametrize("spoil", [spoil_missing, spoil_unexpected, spoil_shape, spoil_value])
+def spoil_name(state: State) -> str:
+    state["blocks.1.attention.qkv.weight"] = state.pop("blocks.1.attn.qkv.weight")
+    return (
+        r"1 missing: blocks\.1\.attn\.qkv\.weight "
+        r"\(there is blocks\.1\.attention\.qkv\.weight\); 1 unexpected"
+    )
+
+
+def spoil_integer(state: State) -> str:
+    state["blocks.1.mlp.fc1.weight"] = state["blocks.1.mlp.fc1.weight"].to(torch.int8)
+    return r"1 of a dtype that is not read: blocks\.1\.mlp\.fc1\.weight \(int8\)"
+
+
+def spoil_float8(state: State) -> str:
+    name = "blocks.1.mlp.fc1.weight"
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    return r"1 of a dtype that is not read: blocks\.1\.mlp\.fc1\.weight \(float8_e4m3fn\)"
+
+
+def spoil_range(state: State) -> str:
+    name = "blocks.1.mlp.fc1.weight"
+    state[name] = state[name].double()
+    state[name][0, 0] = 1e200
+    return r"1 not finite: blocks\.1\.mlp\.fc1\.weight"
+
+
+SPOILS = [
+    spoil_missing,
+    spoil_unexpected,
+    spoil_shape,
+    spoil_value,
+    spoil_name,
+    spoil_integer,
+    spoil_float8,
+    spoil_range,
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_unfit_weights_are_refused_by_name(spoil: Callable[[State], str], tmp_path: Path) -> None:
     state = random_state()
     expected = spoil(state)
@@ -178,6 +305,23 @@ def test_all_problems_are_told_at_once() -> None:
         build_model(make_workload().model, state)
     for word in ("missing", "another shape", "not finite"):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("transformer_blocks.0.attn1.to_k.weight", torch.zeros(24, 9), "of another shape"),
+        ("transformer_blocks.0.attn1.to_k.weight", torch.zeros(24, 24).byte(), "not read"),
+        ("pos_embed.proj.weight", torch.zeros(24), r"shape: pos_embed\.proj\.weight \[24\]"),
+    ],
+)
+def test_weights_of_diffusers_that_do_not_fit_are_named(
+    name: str, tensor: Tensor, message: str, tmp_path: Path
+) -> None:
+    state = to_diffusers(random_state()) | {name: tensor}
+    path = as_bare_pickle(tmp_path / "teacher", state)
+    with pytest.raises(CheckpointError, match=message):
+        load_teacher(make_workload(path), "cpu")
 
 
 @pytest.mark.parametrize("write", [as_safetensors, as_bare_pickle])
@@ -237,6 +381,11 @@ def test_malicious_pickle_is_refused_without_side_effect(legacy: bool, tmp_path:
 def test_unknown_teachers_are_told_with_a_way_out(checkpoint: str, message: str) -> None:
     with pytest.raises(MissingResourceError, match=message):
         load_teacher(make_workload(checkpoint), "cpu")
+
+
+def test_a_path_that_cannot_be_looked_at_is_a_usage_error() -> None:
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        resolve("train-and-eval", "1", "a4", make_workload("a" * 300))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from robuq_bench.cli import main
+from robuq_bench.data import ImageData, load_dataset, make_image_data
+from studies import packed
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,21 @@ def test_what_it_needs_is_said(
     assert "give it as --on" in capsys.readouterr().out
     assert main(["study", "step-time", "--checkpoint", run_of(trained), "--json"]) == 2
     assert "takes no --checkpoint; normality and packed do" in capsys.readouterr().out
+
+
+def test_a_student_is_not_judged_beside_other_data(
+    trained: Path,
+    tiny_workload: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after an update of what embeds the data, which no digest in the config tells."""
+
+    def other(*args: Any, **kwargs: Any) -> ImageData:
+        data = load_dataset(*args, **kwargs)
+        return make_image_data(data.images.flip(0), data.labels, data.source)
+
+    monkeypatch.setattr(packed, "load_dataset", other)
+    fresh = ("--checkpoint", run_of(trained), "--set", 'packed.variants=["int8"]')
+    assert main(study(trained, tiny_workload, *fresh)) == 4
+    assert "was measured with other data" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from robuq_bench import fidelity
@@ -215,3 +218,72 @@ def test_damaged_adm_references_are_named(tmp_path: Path, reference: Features) -
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(CheckpointError, match="do not fit"):
         load_adm_reference(path)
+
+
+EYE, NAN = np.eye(64), np.full((64, 64), np.nan)
+SKEWED, NEGATIVE = np.triu(np.ones((64, 64))), np.eye(64) * -1
+IMAGES = np.zeros((9, 8, 8, 1), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": NAN[0]}, "not finite"),
+        ({"sigma": np.full((64, 64), np.inf)}, "not finite"),
+        ({"sigma": NAN}, "not finite"),
+        ({"sigma": SKEWED}, "symmetric"),
+        ({"sigma": NEGATIVE}, "variances"),
+        ({"mu": np.zeros(64, complex)}, "must be real"),
+        ({"mu": np.array(["x"] * 64)}, "must be real"),
+        ({"mu": np.array([None] * 64)}, "allow_pickle"),
+        ({"mu": np.zeros(48), "sigma": np.eye(48)}, "mu has 48 values, .* gives 64"),
+        ({"mu_s": np.zeros(64), "sigma_s": EYE}, "mu_s has 64 values, .* gives 112"),
+        ({"mu_s": np.zeros(112)}, "sigma_s"),
+        ({"arr_0": IMAGES.astype(np.float32)}, "arr_0 must be uint8"),
+        ({"arr_0": IMAGES[0]}, "arr_0 must be uint8"),
+        ({"arr_0": IMAGES[:3]}, "n >= 5"),
+        ({"arr_0": IMAGES.transpose(0, 3, 1, 2)}, "arr_0 must be uint8"),
+        ({"arr_0": np.zeros((9, 16, 16, 1), np.uint8)}, "16x16, those to judge 8x8"),
+        ({"arr_0": np.arange(9 * 192).reshape(9, 8, 8, 3).astype(np.uint8)}, "3 of 8x8"),
+    ],
+)
+def test_references_of_nonsense_are_named(
+    tmp_path: Path, network: FeatureNetwork, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    path = tmp_path / "ref.npz"
+    sound = {"mu": np.zeros(64), "sigma": EYE, "arr_0": IMAGES}
+    np.savez(path, **sound)
+    assert load_adm_reference(path, network, image_size=8).features is not None
+    np.savez(path, **{**sound, **arrays})
+    with pytest.raises(CheckpointError, match=rf"ref\.npz.*{message}"):
+        load_adm_reference(path, network, image_size=8)
+
+
+def test_float32_statistics_may_be_asymmetric_in_their_last_bits(tmp_path: Path) -> None:
+    sigma = EYE + 1e-7 * np.triu(np.ones((64, 64)))
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(64), sigma=sigma)
+    assert np.array_equal(load_adm_reference(tmp_path / "ref.npz").pool.sigma, sigma)
+
+
+@given(st.data())
+def test_any_bytes_are_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "ref.npz"
+    stream = io.BytesIO()
+    np.savez(stream, mu=np.zeros(3), sigma=np.eye(3))
+    content = bytearray(stream.getvalue()[: data.draw(st.integers(0, len(stream.getvalue())))])
+    for _ in range(data.draw(st.integers(1, 3))):
+        if content:
+            place = data.draw(st.integers(0, len(content) - 1))
+            content[place] ^= data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    assert "ref.npz" in read_or_complain(path)
+
+
+def read_or_complain(path: Path) -> str:
+    try:
+        load_adm_reference(path)
+    except CheckpointError as error:
+        return str(error)
+    return f"{path} is sound"

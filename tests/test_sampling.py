@@ -175,17 +175,28 @@ def test_different_seeds_and_labels_give_different_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps", "tolerance"), [("ddim", 250, 0.04), ("ddpm", 20, 0.02)]
+    ("sampler", "steps", "spacing", "tolerance"),
+    [
+        ("ddim", 250, None, 0.04),
+        ("ddim", 249, "fractional", 0.04),
+        ("ddpm", 20, None, 0.02),
+        ("ddpm", 20, "integer", 0.02),
+    ],
 )
 def test_exact_predictions_recover_the_data_distribution(
-    sampler: str, steps: int, tolerance: float
+    sampler: str, steps: int, spacing: str | None, tolerance: float
 ) -> None:
     """DDPM needs few steps, each exact here with the right learned variance; DDIM many."""
     learn_sigma = sampler == "ddpm"
     workload = make_workload(
-        model={"learn_sigma": learn_sigma}, sampler=sampler, sampling_steps=steps, cfg_scale=1.0
+        model={"learn_sigma": learn_sigma},
+        sampler=sampler,
+        sampling_steps=steps,
+        timestep_spacing=spacing,
+        cfg_scale=1.0,
     )
-    timesteps = [round(999 * i / (steps - 1)) for i in range(steps)] if learn_sigma else None
+    stride = 50.0 if spacing == "integer" else 999 / (steps - 1)
+    timesteps = [round(stride * i) for i in range(steps)] if learn_sigma else None
     oracle = GaussianOracle(timesteps)
     values = sample_values(oracle, workload, seeds=range(400), batch_size=400)
     standard_error = oracle.std / math.sqrt(values.numel())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
@@ -117,3 +120,37 @@ def test_damaged_vae_is_named(vae_folder: Path, tmp_path: Path) -> None:
     (tmp_path / weights).write_bytes((vae_folder / weights).read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         decode_latents(torch.zeros(1, 4, 8, 8), tmp_path)
+
+
+def changed_vae(vae_folder: Path, folder: Path, **config: Any) -> Path:
+    """A copy of the VAE with other settings in its config.json."""
+    settings = json.loads((vae_folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    weights = "diffusion_pytorch_model.safetensors"
+    (folder / weights).write_bytes((vae_folder / weights).read_bytes())
+    return folder
+
+
+def test_a_vae_with_a_shift_is_decoded_with_it(vae_folder: Path, tmp_path: Path) -> None:
+    """Stable Diffusion 3 and Flux encode latents = (z - shift) * factor."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    shifted = changed_vae(vae_folder, tmp_path, shift_factor=0.7)
+    expected = decode_latents(latents + 0.7 * 0.5, vae_folder)
+    images = decode_latents(latents, shifted)
+    assert (images.int() - expected.int()).abs().max() <= 1
+    assert not torch.equal(images, decode_latents(latents, vae_folder))
+
+
+def test_a_vae_that_cannot_decode_is_refused_by_name(vae_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"vae.* latents of 4 channels, these have 16"):
+        decode_latents(torch.zeros(1, 16, 8, 8), vae_folder)
+    for config in ({"latent_channels": "four"}, {"block_out_channels": None}, {"act_fn": "no"}):
+        with pytest.raises(CheckpointError, match=f"{tmp_path} holds no readable"):
+            decode_latents(torch.zeros(1, 4, 8, 8), changed_vae(vae_folder, tmp_path, **config))
+    folder = changed_vae(vae_folder, tmp_path)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["decoder.conv_in.bias"][0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"decoder\.conv_in\.bias is not finite"):
+        decode_latents(torch.zeros(1, 4, 8, 8), folder)

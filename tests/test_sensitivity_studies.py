@@ -22,6 +22,7 @@ from robuq_bench.runs import Run
 from studies import (
     allocation,
     allocation_speed,
+    allocation_tables,
     ground_truth,
     sensitivity,
     sensitivity_tables,
@@ -194,6 +195,9 @@ def test_allocation_trains_what_it_says(tiny_workload: Path, tmp_path: Path) -> 
             word = "holds" if max(own) < min(base) else "undecided"
             word = "does not hold" if min(own) > max(base) else word
             assert row["beats_uniform"] == word
+    first_seed = [t for t in run.results() if t["kind"] == "trial" and t.get("seed") == 0]
+    judged = {row["beats_uniform"] for row in allocation_tables.verdict_rows(first_seed)}
+    assert judged == {"one seed: not judged"}
     file = run.path / "allocations" / "qat-2.toml"
     plan = load_plan("a4").allocation.model_copy(update={"method": "file", "path": str(file)})
     layers = {layer for (_, _, _, layer) in bits}

@@ -11,13 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from robuq_bench import allocation
 from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import load_dataset
+from robuq_bench.errors import CheckpointError
+from robuq_bench.feature_networks import load_feature_network
+from robuq_bench.kernel_distance import class_correction
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run, open_existing, verify_run
@@ -107,6 +112,23 @@ def test_the_run_holds_everything_the_report_needs(finished: RunResult) -> None:
         "figures/losses.svg",
     ):
         assert (finished.path / name).stat().st_size > 100
+
+
+def test_kid_knows_the_classes_of_samples_and_of_the_data(finished: RunResult) -> None:
+    workload = open_existing(finished.path).config.workload
+    network = load_feature_network(workload.evaluation)
+    data = load_dataset(workload.data)
+    of_the_data = class_correction(network.extract(data.images).pool, data.labels)
+    for record in open_existing(finished.path).results():
+        if record["kind"] == "metrics" and record["subject"] == "student":
+            with np.load(finished.path / f"samples/student-{record['seed_range']}.npz") as file:
+                images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+            labels = torch.arange(record["seed_start"], record["seed_start"] + len(images)) % 10
+            of_the_samples = class_correction(network.extract(images).pool, labels)
+            assert of_the_samples is not None
+            assert of_the_data is not None
+            expected = of_the_samples + of_the_data
+            assert record["kid_digits_class_correction"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_allocation_is_optimal_for_the_measured_sensitivities(finished: RunResult) -> None:
@@ -199,6 +221,11 @@ def test_the_student_can_be_loaded_and_samples_as_recorded(
     recorded = np.load(finished.path / "samples" / "student-0.npz")["arr_0"]
     images = sample_images(student, config.workload, seeds=range(5)).permute(0, 2, 3, 1).numpy()
     assert np.abs(images.astype(int) - recorded[:5].astype(int)).max() <= 1
+    # A model of the same layers and other widths.
+    classes = config.workload.model.num_classes + 1
+    model = config.workload.model.model_copy(update={"num_classes": classes})
+    with pytest.raises(CheckpointError, match=r"of another shape: y_embedder.*than --on names"):
+        load_student(finished.path, config.workload.model_copy(update={"model": model}))
 
 
 def test_full_precision_plan_is_the_teacher(workload: Path, finished: RunResult) -> None:

@@ -215,6 +215,17 @@ def test_checkpoint_of_another_model_is_refused() -> None:
         trainer.load_state(1, state, "there.safetensors")
 
 
+@pytest.mark.parametrize("part", ["model", "ema", "adamw/exp_avg"])
+def test_a_checkpoint_of_another_shape_is_refused(part: str) -> None:
+    """One that `copy_` would stretch to fit."""
+    trainer = Trainer(tiny_model(), TinyRecipe(), "cpu")
+    train(trainer, 1)
+    key = f"{part}/final_layer.linear.bias"
+    state = weights(trainer) | {key: torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=rf"there\.safetensors: '{key}' is \[1\]"):
+        trainer.load_state(1, state, "there.safetensors")
+
+
 def test_qat_loss_is_zero_distillation_for_the_teacher_itself() -> None:
     teacher = tiny_model()
     nn.init.normal_(teacher.final_layer.linear.weight, generator=torch.Generator().manual_seed(0))

@@ -133,6 +133,8 @@ def _grid(
         scale = _row_sum(tl.abs(z)) / K
         shift = tl.zeros_like(scale)
     dead = scale > _HUGE
+    if STATISTIC == _MIN_MAX:  # inf - inf, of a token all infinite, is NaN
+        dead = dead | (tl.abs(shift) > _HUGE)
     if (STATISTIC == _MEAN_MAD) | (STATISTIC == _MIN_MAX):
         scale = tl.where(scale <= _HUGE, scale, 1.0)
         inverse = tl.where(scale > _TINY, 1.0 / tl.where(scale > _TINY, scale, 1.0), 0.0)

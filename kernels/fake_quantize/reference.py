@@ -160,6 +160,8 @@ def _statistics(z: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = (high - low) * grid.factor
         shift = low
     dead = scale == math.inf
+    if grid.statistic == "min-max":  # inf - inf, of a token all infinite, is NaN
+        dead = dead | (low.isinf() & (low == high))
     scale = scale.nan_to_num(nan=1.0, posinf=1.0)
     if grid.statistic == "min-max":
         shift = (shift - scale * grid.low).masked_fill(dead, 0.0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from reports.claims import FAILS, HOLDS, UNDECIDED
-from reports.study_tables import StudyRun, three, value
+from reports.claims import FAILS, HOLDS, MIN_SEEDS, NOT_JUDGED, UNDECIDED
+from reports.study_tables import Row, StudyRun, three, value
 from reports.text import number, signed
 
 TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
@@ -61,10 +61,18 @@ def measured(study: StudyRun, candidate: str, budget: str, target: str) -> Measu
 
 
 def judge(better: Measured, worse: Measured) -> str:
-    """The rule: worst of one against best of the other, over all training seeds."""
+    """The rule: worst of one against best of the other, over all training seeds, at least two."""
+    if min(len(better.by_seed), len(worse.by_seed)) < MIN_SEEDS:
+        return NOT_JUDGED
     if better.high < worse.low:
         return HOLDS
     return FAILS if better.low > worse.high else UNDECIDED
+
+
+def against_uniform(row: Row) -> str:
+    """The verdict in a line of a run's verdicts; version 1 of the study judged one seed, too."""
+    seeds = value(row, "seeds")
+    return NOT_JUDGED if seeds is not None and seeds < MIN_SEEDS else row["beats_uniform"]
 
 
 def shown(target: str, found: Measured) -> str:

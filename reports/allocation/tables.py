@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reports.allocation.data import (
+    against_uniform,
     budgets,
     candidates,
     column,
@@ -199,7 +200,7 @@ def _difference_cell(row: Row, target: str) -> Cell:
 def _verdict_cell(rows: Sequence[Row]) -> Cell:
     if not rows:
         return MISSING
-    verdict, ratio = rows[0]["beats_uniform"], value(rows[0], "ratio_of_means")
+    verdict, ratio = against_uniform(rows[0]), value(rows[0], "ratio_of_means")
     tone = "verdict " + verdict.replace(" ", "-")
     return text_cell(verdict, tone=tone, sub="" if ratio is None else f"×{two(ratio)}")
 

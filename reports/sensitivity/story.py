@@ -17,9 +17,9 @@ RULE = (
     "added after the first run. The rest of the rule was fixed before any run was read."
 )
 _VERBS = {
-    HOLDS: "mislead",
-    FAILS: "do not mislead",
-    UNDECIDED: "may or may not mislead (undecided)",
+    HOLDS: "misrank layers",
+    FAILS: "rank layers about as well as those after it",
+    UNDECIDED: "may or may not misrank layers (undecided)",
 }
 METRIC_WORDS = {
     "epsilon_mse": "change of the noise prediction",
@@ -218,6 +218,8 @@ def caveats(study: StudyRun) -> list[str]:
         f"{len(agreements(study))} metrics and steps, so its ρ is optimistic.",
         "The ceiling compares one seed with the mean of the others. A metric is compared with the "
         "mean of all seeds, which is less noisy, so it may come out above the ceiling.",
+        "This is the order of layers, not the worth of the bits chosen by it: which sensitivities "
+        "allocate better is the question of study allocation.",
         "A layer counts as recovered when it leaves the worst by the truth: with this few layers, "
         "noise alone moves some.",
     ]

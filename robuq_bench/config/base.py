@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 
 def none_word(value: Any) -> Any:
@@ -27,6 +27,10 @@ OptionalStrings = Annotated[
 OptionalInt = Annotated[int | None, BeforeValidator(none_word)]
 OptionalFloat = Annotated[float | None, BeforeValidator(none_word)]
 OptionalText = Annotated[str | None, BeforeValidator(none_word)]
+
+# What an input that is named by its path holds: None where it is not known by content, "" where
+# it could not be read when the config was resolved.
+Digest = Annotated[str | None, Field(pattern=r"^([0-9a-f]{64})?$"), BeforeValidator(none_word)]
 
 
 class Section(BaseModel):

@@ -122,28 +122,16 @@ class QATConfig(Section):
 
 
 class LayersConfig(Section):
-    """fnmatch patterns of layer names; the defaults cover our DiT and diffusers' transformers."""
+    """Which layers are quantized, beyond the rule by structure (`quantization/selection.py`).
 
-    skip: Strings = (
-        "x_embedder*",
-        "t_embedder*",
-        "y_embedder*",
-        "final_layer*",
-        "pos_embed*",
-        "time*embed*",
-        "caption_projection*",
-        "proj_out*",
-        "norm_out*",
-        "adaln_single*",
-        "context_embedder*",
-        "*.emb.*",
-    )
-    adaln: Strings = (
-        "*adaLN_modulation*",
-        "*norm1.linear",
-        "*norm1_context.linear",
-        "*.norm.linear",
-    )
+    fnmatch patterns, each matching a layer's name from any of its components on. `skip` keeps
+    layers in full precision; `include` quantizes layers that the rule keeps (embedders, heads);
+    `adaln` replaces the rule that tells modulation layers, None is the rule.
+    """
+
+    skip: Strings = ()
+    include: Strings = ()
+    adaln: OptionalStrings = None
 
 
 class Plan(Section):

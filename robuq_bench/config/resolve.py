@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import os
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field
 
-from robuq_bench.config.base import Name, Section
+from robuq_bench.config.base import Name, Section, none_word
 from robuq_bench.config.files import (
     asset_path,
     keys_of,
@@ -33,11 +34,24 @@ from robuq_bench.config.studies import (
     OptionalSensitivity,
     default_settings,
 )
-from robuq_bench.config.workload import Workload
-from robuq_bench.errors import ConfigError, suggest
-from robuq_bench.files import sha256_bytes, sha256_file
+from robuq_bench.config.workload import FEATURES, Workload
+from robuq_bench.data_files import SOURCES, data_digest, data_path, data_variable
+from robuq_bench.digests import path_digest
+from robuq_bench.errors import CheckpointError, ConfigError, RobuqError, suggest
+from robuq_bench.files import read_checksums, sha256_bytes
+from robuq_bench.weight_files import checkpoint_digest
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
+_STUDIES_WITHOUT_DATA = (
+    "kernels",
+    "efficiency",
+    "step-time",
+    "allocation-speed",
+    "normality-speed",
+    "sample",
+    "export",
+    "account",
+)
 _MAIN_JOB = "train-and-eval"  # the one study that trains by `training.sensitivity_steps`
 # Settings that say how far into the workload's training a study looks.
 _STEPS_OF_STUDIES = {
@@ -46,7 +60,9 @@ _STEPS_OF_STUDIES = {
     "sensitivity": "qat_steps",
 }
 # Fields of study settings that name an input; `<field>_sha256` identifies it.
-_INPUTS_OF_STUDIES = ("captured", "student")
+_INPUTS_OF_STUDIES = ("captured", "student", "run")
+# The same of `workload.evaluation`.
+_INPUTS_OF_EVALUATION = ("features", "reference", "vae")
 
 Override = tuple[str, list[str], Any]  # "plan", "workload" or the study, key path, value
 
@@ -79,10 +95,12 @@ def resolve(
 
     `overrides` are 'section.key=value' texts: a key is looked up in the workload, then in the
     plan; 'plan.', 'workload.' or the study's name in front say which. Files that exist (teacher,
-    allocation, captured activations, student) are identified by their SHA-256.
+    allocation, data, features, reference, VAE, and what a study names) are identified by their
+    SHA-256, so that a change of content is another run.
 
     Raises:
         ConfigError: unknown name or key, invalid value, or seed out of range.
+        CheckpointError: the teacher's folder does not say which file is meant.
     """
     parts: dict[str, dict[str, Any]] = {
         "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
@@ -97,14 +115,20 @@ def resolve(
             target = target[key]
         target[keys[-1]] = value
         # A digest belongs to the file it was given for.
-        if keys[-1] in ("path", "checkpoint") and "sha256" in target:
-            target["sha256"] = ""
+        if keys[-1] in ("path", "checkpoint", "source") and "sha256" in target:
+            target["sha256"] = None if keys[:-1] == ["data"] else ""
+        if f"{keys[-1]}_sha256" in target:
+            target[f"{keys[-1]}_sha256"] = None if part == "workload" else ""
     origin = "--set" if overrides else "config"
     if parts["plan"]["allocation"]["method"] == "file":
         _identify(parts["plan"]["allocation"], "path")
     if study in _STUDIES_WITHOUT_TEACHER:
         # What these runs make must not decide which run they are.
         parts["workload"]["teacher"].update(checkpoint="", sha256="")
+    elif study not in _STUDIES_WITHOUT_DATA:
+        _identify_evaluation(parts["workload"]["evaluation"])
+    if study not in _STUDIES_WITHOUT_DATA:
+        _identify_data(parts["workload"])
     _identify(parts["workload"]["teacher"], "checkpoint")
     if settings is not None:
         for path_key in _INPUTS_OF_STUDIES:
@@ -182,6 +206,12 @@ def canonical_json(config: Config) -> str:
     for section, path_key in ((allocation, "path"), (teacher, "checkpoint")):
         if section["sha256"]:
             section.pop(path_key, None)
+    data, evaluation = values["workload"]["data"], values["workload"]["evaluation"]
+    if data.get("sha256"):
+        data.pop("path", None)
+    for path_key in _INPUTS_OF_EVALUATION:
+        if evaluation.get(f"{path_key}_sha256"):
+            evaluation.pop(path_key, None)
     training = values["workload"]["training"]
     if "low_rank_learning_rate" in training:
         # Runs from before the rate was obeyed must not answer for those that obey it.
@@ -223,6 +253,9 @@ def _dump(part: Plan | Workload) -> dict[str, Any]:
 
 
 def _parse_override(text: str, study: str) -> Override:
+    if text.encode("utf-8", "ignore").decode() != text:
+        # Bytes of a file name; neither config.toml nor the manifest could hold them.
+        raise ConfigError(f"--set {text!a}: is not UTF-8 text; rename that file or folder")
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -321,11 +354,47 @@ def _identify(section: dict[str, Any], path_key: str) -> None:
     if not spec or not isinstance(spec, str) or section["sha256"]:
         return
     path = asset_path(spec)
-    if path.is_file():
+    try:
+        if path_key == "checkpoint" and path.exists():  # may be a folder or an index of shards
+            section["sha256"] = checkpoint_digest(path)
+        elif path.is_file():
+            section["sha256"] = path_digest(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except RobuqError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _identify_data(workload: dict[str, Any]) -> None:
+    """Fill in the digest of the data files, where any are named; embedded data have none.
+
+    What cannot be read gets "" here, so that it is no finished run's, and an error when it is
+    loaded: commands that need no data must not fail for it.
+    """
+    data = workload["data"]
+    source, text, name = data["source"], none_word(data["path"]), workload["name"]
+    invalid = (
+        str(source) not in SOURCES or not isinstance(text, str | None) or not isinstance(name, str)
+    )
+    if invalid or data["sha256"] or not (text or os.environ.get(data_variable(name))):
+        return
+    try:
+        data["sha256"] = data_digest(source, data_path(source, text, name))
+    except RobuqError:
+        data["sha256"] = ""
+
+
+def _identify_evaluation(evaluation: dict[str, Any]) -> None:
+    """The same for the files that samples are judged with."""
+    for path_key in _INPUTS_OF_EVALUATION:
+        spec, digest_key = none_word(evaluation[path_key]), f"{path_key}_sha256"
+        if not spec or not isinstance(spec, str) or evaluation[digest_key] or spec in FEATURES:
+            continue
         try:
-            section["sha256"] = sha256_file(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+            path = asset_path(spec)
+            evaluation[digest_key] = path_digest(path) if os.path.exists(path) else ""
+        except RobuqError:
+            evaluation[digest_key] = ""
 
 
 def _identify_input(settings: dict[str, Any], path_key: str) -> None:
@@ -334,21 +403,35 @@ def _identify_input(settings: dict[str, Any], path_key: str) -> None:
     if not spec or not isinstance(spec, str) or settings[f"{path_key}_sha256"]:
         return
     path = asset_path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):
         settings[f"{path_key}_sha256"] = folder_digest(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         holder = {"path": spec, "sha256": ""}
         _identify(holder, "path")
         settings[f"{path_key}_sha256"] = holder["sha256"]
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of every checksum file (*.sha256) below a folder."""
+    """SHA-256 over names and contents of every checksum file (*.sha256) below a folder.
+
+    Raises:
+        ConfigError: there are none, or a file is not what the checksum beside it says.
+    """
     found = sorted(folder.rglob("*.sha256"))
     if not found:
         raise ConfigError(f"{folder}: holds no safetensors files with checksums (*.sha256)")
-    parts = [f"{path.relative_to(folder).as_posix()}\n{path.read_text('utf-8')}" for path in found]
-    return sha256_bytes("".join(parts).encode())
+    try:
+        texts = [path.read_bytes() for path in found]
+        for path in found:
+            file = path.with_suffix("")
+            if file.is_file() and path_digest(file) not in read_checksums(path):
+                raise ConfigError(f"{file}: differs from its checksum {path.name}; copy it anew")
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    except (CheckpointError, ValueError) as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    names = [os.fsencode(path.relative_to(folder).as_posix()) for path in found]
+    return sha256_bytes(b"".join(b"%s\n%s" % pair for pair in zip(names, texts, strict=True)))
 
 
 def _write_table(values: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:

@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import Floats, Ints, OptionalText, Section, Strings, none_word
+from robuq_bench.config.base import (
+    Digest,
+    Floats,
+    Ints,
+    OptionalText,
+    Section,
+    Strings,
+    none_word,
+)
 from robuq_bench.errors import suggest
 
 MIN_IMAGES = 16
@@ -218,6 +226,7 @@ class PackedConfig(Section):
     """
 
     run: OptionalText = None
+    run_sha256: Digest = None
     variants: Strings = ("reference", "integer", "fp16", "int8")
 
     @model_validator(mode="after")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import Name, OptionalFloat, OptionalText, Section
+from robuq_bench.config.base import Digest, Name, OptionalFloat, OptionalText, Section, none_word
 from robuq_bench.errors import suggest
 
 FEATURES = ("digits", "inception")
+# A setting that is off is not written down, so that it changes no older run's name.
+OnOrNothing = Annotated[
+    bool | None,
+    BeforeValidator(lambda value: None if value is False else none_word(value)),
+]
 
 
 class ModelConfig(Section):
@@ -71,22 +76,32 @@ class TeacherConfig(Section):
 
 
 class DataConfig(Section):
-    """Training images or latents, in the shape that the model sees."""
+    """Training images or latents, in the shape that the model sees.
+
+    `sha256` is the digest of their files (`data_files.data_digest`); nobody needs to state it.
+    """
 
     source: Literal["digits", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"]
     path: OptionalText = None
+    sha256: Digest = None
     image_size: int = Field(ge=1)
     channels: int = Field(ge=1)
     num_classes: int = Field(ge=1)
 
 
 class DiffusionConfig(Section):
-    """The forward process; the defaults are those of facebookresearch/DiT."""
+    """The forward process; the defaults are those of facebookresearch/DiT.
+
+    `cdf_approximation` is for the likelihood of the data at t = 0, part of the loss where sigma is
+    learned: None integrates the Gaussian exactly, "tanh" by the approximation of Page (1977), as
+    improved diffusion and DiT do.
+    """
 
     num_train_timesteps: int = Field(default=1000, ge=2)
     beta_start: float = Field(default=1e-4, gt=0, lt=1)
     beta_end: float = Field(default=0.02, gt=0, lt=1)
     beta_schedule: Literal["linear"] = "linear"
+    cdf_approximation: Annotated[Literal["tanh"] | None, BeforeValidator(none_word)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionConfig:
@@ -118,19 +133,31 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """How samples are drawn and judged; `num_samples` is the size of each seed range.
 
-    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`.
+    `timestep_spacing` takes every k-th timestep from 0 ("integer", "ddim50" of improved diffusion)
+    or spreads them from 0 to T - 1 ("fractional", its "50": 0, 20, 41, ...). None is integer for
+    ddim, where the steps must divide T, and fractional for ddpm.
+
+    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
+    `adapt_images` it may be a network for images of another size or number of channels.
     """
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
     sampling_steps: int = Field(ge=1)
+    timestep_spacing: Annotated[
+        Literal["integer", "fractional"] | None, BeforeValidator(none_word)
+    ] = None
     cfg_scale: float = Field(default=1.0, ge=0)
     num_samples: int = Field(ge=2)
     seed_ranges: int = Field(default=3, ge=1)
     batch_size: int = Field(default=100, ge=1)
     features: str
+    features_sha256: Digest = None
+    adapt_images: OnOrNothing = None
     inception_weights: OptionalText = None
     reference: OptionalText = None
+    reference_sha256: Digest = None
     vae: OptionalText = None
+    vae_sha256: Digest = None
     grid_images: int = Field(default=40, ge=0)
 
     @model_validator(mode="after")

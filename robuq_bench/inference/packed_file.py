@@ -2,9 +2,10 @@
 
 Tensors of a packed layer `name`: `name.codes` (base 3: uint8 [ceil(out * in / 5)]; 2 bit: the
 kernels' planes), `name.scale`, and where it has them `name.bias`, `name.low_rank_up`,
-`name.low_rank_down`, `name.signs` (one bit each). Everything else keeps its name in the model. A
-matrix stored in int8 has its scales beside it as `<tensor>.int8_scale`. The metadata holds the
-model's and the plan's configuration, the bits of every layer, and a SHA-256 over all of it.
+`name.low_rank_down`, `name.signs` (one bit each). Everything else keeps its name in the model; what
+has several names is stored under the first. A matrix stored in int8 has its scales beside it as
+`<tensor>.int8_scale`. The metadata (`packed_header`) holds the model's and the plan's
+configuration, the bits of every layer, further names and dtypes, and a SHA-256 over all of it.
 """
 
 from __future__ import annotations
@@ -12,64 +13,39 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.ternary_matmul.layout import unpack_planes
 from robuq_bench.checkpointing import read_safetensors, save_tensors
 from robuq_bench.config import Plan
 from robuq_bench.config.workload import ModelConfig
-from robuq_bench.errors import CheckpointError, UsageError, suggest
+from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.inference import codecs
-from robuq_bench.inference.packed_linear import PackedLinear, packed_layers, replace_module
-from robuq_bench.models.dit import DiT
+from robuq_bench.inference.fused_blocks import FusedBlocks
+from robuq_bench.inference.packed_header import (
+    DEFAULT_STORAGE,
+    Header,
+    LayerFacts,
+    Storage,
+    check_format,
+)
+from robuq_bench.inference.packed_linear import PackedLinear, exchange_layers, packed_layers
+from robuq_bench.inference.packed_restore import (
+    OPTIONAL_PARTS,
+    new_model,
+    replacements_of,
+    rest_of,
+    restored_layer,
+)
+from robuq_bench.inference.stored_tensors import INT8_SCALE, problem_of, stored
 from robuq_bench.quantization.activations import matmul_quantizer
 from robuq_bench.quantization.convert import layer_type
-
-FORMAT = "robuq-bench packed model"
-FORMAT_VERSION = "1"
-CODE_STORAGE = ("base3", "2bit")
-FLOAT_STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
-DEFAULT_STORAGE = "base3/fp32/fp32"
-_INT8_SCALE = ".int8_scale"
-_OPTIONAL = ("bias", "low_rank_up", "low_rank_down")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a file stores codes, low-rank factors, and the rest (scales, biases, other layers).
-
-    "int8" is meant for matrices; vectors beside them are fp16.
-    """
-
-    codes: str
-    low_rank: str
-    rest: str
-
-    @classmethod
-    def parse(cls, text: str) -> Storage:
-        """Read "base3/fp16/fp16"; UsageError for anything else."""
-        parts = text.split("/")
-        if len(parts) != 3:
-            raise UsageError(
-                f"storage {text!r} is not CODES/LOW_RANK/REST, such as {DEFAULT_STORAGE!r}"
-            )
-        for part, known in zip(parts, (CODE_STORAGE, FLOAT_STORAGE, FLOAT_STORAGE), strict=True):
-            if part not in known:
-                raise UsageError(f"storage {text!r}: unknown {part!r}{suggest(part, known)}")
-        return cls(*parts)
-
-    def __str__(self) -> str:
-        return f"{self.codes}/{self.low_rank}/{self.rest}"
-
-    @property
-    def is_lossless(self) -> bool:
-        """Whether a loaded model equals the exported one bit for bit."""
-        return self.low_rank == self.rest == "fp32"
+from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.module_tree import names_of
 
 
 def export_packed(
@@ -84,7 +60,7 @@ def export_packed(
     """Write a packed model (see `pack_`) to `path`, atomically.
 
     Args:
-        model: with `PackedLinear`s, on any device, float32.
+        model: with `PackedLinear`s, on any device, of any floating-point dtypes.
         path: the file, replaced if it exists; a `.sha256` sidecar is written beside it for
             `sha256sum -c`.
         plan: how it was quantized.
@@ -97,97 +73,115 @@ def export_packed(
         `size_table(path)`: every byte of the file by what it holds.
 
     Raises:
-        UsageError: unknown storage, no packed layer, or a value that fp16 cannot hold.
+        UsageError: unknown storage, no packed layer, one that is not packed yet, fused blocks, or
+            a value that cannot be stored: not finite, of an unknown dtype, or beyond fp16.
+            Nothing was written.
         RobuqError: the file cannot be written.
     """
     path, chosen = Path(path), Storage.parse(storage)
     layers = packed_layers(model)
     if not layers:
         raise UsageError(f"{type(model).__name__} has no packed layers; call pack_ first")
-    tensors: dict[str, Tensor] = {}
+    for names in names_of(model, QuantizedLinear).values():
+        raise UsageError(f"layer {names[0]!r} is quantized but not packed; call pack_ first")
+    if any(isinstance(module, FusedBlocks) for module in model.modules()):
+        raise UsageError("the blocks are fused; export the model before prepare_for_inference")
+    content = _Content()
     for name, layer in layers.items():
-        tensors |= _layer_tensors(name, layer, chosen)
-    for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] not in layers:
-            tensors |= _stored(name, tensor, chosen.rest)
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "storage": str(chosen),
-        "source": source,
-        "plan": plan.model_dump_json(),
-        "model": "" if model_config is None else model_config.model_dump_json(),
-        "layers": json.dumps(
-            {
-                name: {
-                    "shape": [layer.out_features, layer.in_features],
-                    "activation_quantizer": layer.activation_quantizer,
-                    "activation_bits": layer.activation_bits,
-                    "rotated": layer.rotated,
-                }
-                for name, layer in layers.items()
-            }
-        ),
-        "parameters": str(_parameters(model)),
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content.add_layer(name, layer, chosen)
+    for names in names_of(model, PackedLinear).values():
+        content.tied |= dict.fromkeys(names[1:], names[0])
+    _add_rest(model, content, chosen.rest)
+    header = Header(
+        storage=chosen,
+        source=source,
+        plan=plan,
+        model=model_config,
+        layers={
+            name: LayerFacts(
+                shape=(layer.out_features, layer.in_features),
+                activation_quantizer=layer.activation_quantizer,  # type: ignore[arg-type]
+                activation_bits=layer.activation_bits,
+                rotated=layer.rotated,
+            )
+            for name, layer in layers.items()
+        },
+        parameters=_parameters(model),
+        tied=content.tied,
+        dtypes=content.dtypes,
+    )
+    metadata = header.metadata()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
     save_tensors(path, tensors, metadata | {"sha256": _digest(tensors, metadata)})
     return size_table(path)
 
 
-def _layer_tensors(name: str, layer: PackedLinear, storage: Storage) -> dict[str, Tensor]:
-    codes = codecs.encode_base3(layer.codes().cpu()) if storage.codes == "base3" else layer.planes
-    found = {f"{name}.codes": codes}
-    # A per-tensor scale is kept once.
-    first = layer.scale[:1]
-    scale = first if bool((layer.scale == first).all()) else layer.scale
-    found |= _stored(f"{name}.scale", scale, storage.rest)
-    if layer.signs is not None:
-        found[f"{name}.signs"] = codecs.encode_signs(layer.signs.cpu())
-    for part in _OPTIONAL:
-        value = getattr(layer, part)
-        if value is not None:
-            kind = storage.rest if part == "bias" else storage.low_rank
-            found |= _stored(f"{name}.{part}", value, kind)
-    return found
+@dataclass
+class _Content:
+    """Tensors on their way into a file, their further names, and dtypes other than float32."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+
+    def add_layer(self, name: str, layer: PackedLinear, storage: Storage) -> None:
+        codes = layer.planes
+        if storage.codes == "base3":
+            codes = codecs.encode_base3(layer.codes().cpu())
+        self.tensors[f"{name}.codes"] = codes
+        self._note(f"{name}.codes", layer.like.dtype)
+        # A per-tensor scale is kept once.
+        first = layer.scale[:1]
+        scale = first if bool((layer.scale == first).all()) else layer.scale
+        self.add(f"{name}.scale", scale, storage.rest)
+        if layer.signs is not None:
+            self.tensors[f"{name}.signs"] = codecs.encode_signs(layer.signs.cpu())
+        for part in OPTIONAL_PARTS:
+            value = getattr(layer, part)
+            if value is not None:
+                kind = storage.rest if part == "bias" else storage.low_rank
+                self.add(f"{name}.{part}", value, kind)
+
+    def add(self, name: str, value: Tensor, kind: str, *, may_be_infinite: bool = False) -> None:
+        problem = problem_of(value, may_be_infinite)
+        if problem:
+            raise UsageError(f"{name} {problem}; such a model cannot be exported")
+        self._note(name, value.dtype)
+        new = stored(name, value.detach(), kind)
+        if new.keys() & self.tensors.keys():
+            raise UsageError(f"two tensors of the model would be stored as {', '.join(new)}")
+        self.tensors |= new
+
+    def _note(self, name: str, dtype: torch.dtype) -> None:
+        if dtype.is_floating_point and dtype != torch.float32:
+            self.dtypes[name] = str(dtype).removeprefix("torch.")
 
 
-def _stored(name: str, value: Tensor, kind: str) -> dict[str, Tensor]:
-    if not value.is_floating_point():
-        return {name: value}
-    if kind == "fp32":
-        return {name: value.float()}
-    if kind == "int8" and value.dim() >= 2:
-        codes, scale = codecs.encode_int8(_as_matrix(value))
-        return {name: codes.view(value.shape), f"{name}{_INT8_SCALE}": scale}
-    half = value.half()
-    if not bool(torch.isfinite(half).all()):
-        raise UsageError(
-            f"{name} has a value beyond fp16 (largest {float(value.abs().max()):g}); "
-            "store this model with fp32"
-        )
-    return {name: half}
-
-
-def _restored(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    value = tensors[name]
-    if value.dtype != torch.int8:
-        return value.float() if value.is_floating_point() else value
-    scale = tensors[f"{name}{_INT8_SCALE}"]
-    return codecs.decode_int8(_as_matrix(value), scale).view(value.shape)
-
-
-def _as_matrix(value: Tensor) -> Tensor:
-    """A table [1, T, C] by rows; a convolution [out, in, p, p] as [out, in p p]."""
-    return value.flatten(0, -2) if value.dim() == 3 else value.flatten(1)
+def _add_rest(model: nn.Module, content: _Content, kind: str) -> None:
+    """Everything outside the packed layers; a tensor under several names once."""
+    packed = {name for names in names_of(model, PackedLinear).values() for name in names}
+    first_names: dict[int, str] = {}
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if name.rpartition(".")[0] in packed:
+            continue
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} is a {type(value).__name__}, a packed file holds tensors")
+        first = first_names.setdefault(id(value), name)
+        if first != name:
+            content.tied[name] = first
+        else:
+            # A buffer may hold infinities on purpose, such as an attention mask.
+            is_buffer = not isinstance(value, nn.Parameter)
+            content.add(name, value, kind, may_be_infinite=is_buffer)
 
 
 def _parameters(model: nn.Module) -> int:
     """Parameters of the model before packing: codes count, scales and low-rank factors do not."""
-    packed = packed_layers(model)
-    total = sum(layer.out_features * layer.in_features for layer in packed.values())
-    total += sum(0 if layer.bias is None else layer.bias.numel() for layer in packed.values())
-    return total + sum(parameter.numel() for parameter in model.parameters())
+    packed = packed_layers(model).values()
+    total = sum(layer.out_features * layer.in_features for layer in packed)
+    added = {id(p) for layer in packed for p in (layer.low_rank_up, layer.low_rank_down)}
+    return total + sum(p.numel() for p in model.parameters() if id(p) not in added)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -200,120 +194,59 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Header]:
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no packed model; make one with `python bench.py export RUN -o FILE`"
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {metadata.get('format_version')}, this code reads "
-            f"{FORMAT_VERSION}; export it again"
-        )
+    check_format(path, metadata)
     expected = metadata.pop("sha256", "")
     if _digest(tensors, metadata) != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256")
-    return tensors, metadata
+    return tensors, Header.parse(path, metadata)
 
 
 def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Restore a packed model on the CPU in eval mode, float32, with backend "reference".
+    """Restore a packed model on the CPU in eval mode, in its own dtypes, on backend "reference".
 
     Args:
         path: a file of `export_packed`.
-        into: an instance of the model with unquantized `nn.Linear`s of the same shapes, changed
-            in place; needed for models that are not our DiT, whose file says how to build it.
+        into: an instance of the model with unquantized `nn.Linear`s of the same shapes, which share
+            and tie what the exported model did, changed in place; needed for models that are not
+            our DiT, whose file says how to build it. Hooks of its layers are kept.
 
     Returns:
-        The model and, by name, its `plan`, `bits_by_layer` {layer: bits}, `storage` and `source`.
+        The model (`into`, or what replaces it when it is itself a layer) and, by name, its `plan`,
+        `bits_by_layer` {layer: bits}, `storage` and `source`.
 
     Raises:
-        CheckpointError: missing, truncated, changed, of another kind, or it does not fit `into`.
+        CheckpointError: missing, truncated, changed, of another kind, or it does not fit `into`,
+            which is then unchanged.
+        UsageError: the file says of no model to build, and there is no `into`.
     """
-    tensors, metadata = _read(path)
-    plan = Plan.model_validate_json(metadata["plan"])
-    if into is None:
-        if not metadata["model"]:
-            raise UsageError(
-                f"{path} holds a model that this suite cannot build; pass an instance as into="
-            )
-        with torch.device("meta"):
-            into = DiT.from_config(ModelConfig.model_validate_json(metadata["model"]))
-    storage = Storage.parse(metadata["storage"])
-    layers: dict[str, dict[str, Any]] = json.loads(metadata["layers"])
+    path = Path(path)
+    tensors, header = _read(path)
+    if into is None and header.model is None:
+        raise UsageError(
+            f"{path} holds a model that this suite cannot build; pass an instance as into="
+        )
     try:
-        for name, facts in layers.items():
-            layer = _restored_layer(name, facts, tensors, storage)
-            _check_fits(into, name, layer)
-            replace_module(into, name, layer)
-        rest = {
-            name: _restored(name, tensors)
-            for name in tensors
-            if not name.endswith(_INT8_SCALE) and name.rpartition(".")[0] not in layers
-        }
-        missing, unexpected = into.load_state_dict(rest, strict=False, assign=True)
-    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        model = new_model(header, len(tensors)) if into is None else into
+        layers = {name: restored_layer(name, header, tensors) for name in header.layers}
+        replacements = replacements_of(model, header, layers)
+        rest = rest_of(model, header, tensors)
+    except ValueError as error:
         raise CheckpointError(f"{path} does not fit its model: {error}") from error
-    missing = [name for name in missing if name.rpartition(".")[0] not in layers]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{path} does not fit its model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}"
-        )
-    if plan.attention.matmul_bits is not None:
-        for module in into.modules():
+    model = exchange_layers(model, replacements)
+    model.load_state_dict(rest, strict=False, assign=True)
+    if header.plan.attention.matmul_bits is not None:
+        for module in model.modules():
             if hasattr(module, "matmul_quantizer"):
-                module.matmul_quantizer = matmul_quantizer(plan.attention.matmul_bits)  # type: ignore[assignment]
-    bits = {name: facts["activation_bits"] for name, facts in layers.items()}
-    facts = {"plan": plan, "bits_by_layer": bits} | {
-        key: metadata[key] for key in ("storage", "source")
+                quantizer: Any = matmul_quantizer(header.plan.attention.matmul_bits)
+                module.matmul_quantizer = quantizer
+    return model.eval(), {
+        "plan": header.plan,
+        "bits_by_layer": {name: facts.activation_bits for name, facts in header.layers.items()},
+        "storage": str(header.storage),
+        "source": header.source,
     }
-    return into.eval(), facts
-
-
-def _check_fits(model: nn.Module, name: str, layer: PackedLinear) -> None:
-    """ValueError unless `model` has an unquantized linear layer of this shape under `name`."""
-    linear = model.get_submodule(name)
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"{name!r} is a {type(linear).__name__} there, not an nn.Linear")
-    found = (linear.out_features, linear.in_features, linear.bias is not None)
-    if found != (layer.out_features, layer.in_features, layer.bias is not None):
-        raise ValueError(
-            f"{name!r} is {found[0]} x {found[1]} {'with' if found[2] else 'without'} bias there, "
-            f"{layer.out_features} x {layer.in_features} "
-            f"{'with' if layer.bias is not None else 'without'} in the file"
-        )
-
-
-def _restored_layer(
-    name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], storage: Storage
-) -> PackedLinear:
-    out_features, in_features = facts["shape"]
-    stored = tensors[f"{name}.codes"]
-    if storage.codes == "base3":
-        codes = codecs.decode_base3(stored, (out_features, in_features))
-    else:
-        codes = unpack_planes(stored, in_features)
-    if tuple(codes.shape) != (out_features, in_features):
-        raise ValueError(f"{name}.codes hold {list(codes.shape)}, not {facts['shape']}")
-    parts = {
-        part: _restored(f"{name}.{part}", tensors) if f"{name}.{part}" in tensors else None
-        for part in _OPTIONAL
-    }
-    signs = tensors.get(f"{name}.signs")
-    up, down = parts["low_rank_up"], parts["low_rank_down"]
-    return PackedLinear(
-        codes,
-        _restored(f"{name}.scale", tensors),
-        parts["bias"],
-        name=name,
-        activation_quantizer=facts["activation_quantizer"],
-        activation_bits=facts["activation_bits"],
-        rotated=facts["rotated"],
-        signs=None if signs is None else codecs.decode_signs(signs, in_features),
-        low_rank=None if up is None or down is None else (up, down),
-    )
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -322,17 +255,16 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load_packed`.
     """
-    _, metadata = _read(Path(path))
-    layers = json.loads(metadata["layers"])
+    _, header = _read(Path(path))
     kinds: dict[str, list[int]] = {}
-    for name, facts in layers.items():
-        if facts["activation_bits"] is not None:
-            kinds.setdefault(layer_type(name), []).append(facts["activation_bits"])
+    for name, facts in header.layers.items():
+        if facts.activation_bits is not None:
+            kinds.setdefault(layer_type(name), []).append(facts.activation_bits)
     return {
-        "plan": Plan.model_validate_json(metadata["plan"]).name,
-        "source": metadata["source"],
-        "storage": metadata["storage"],
-        "packed_layers": len(layers),
+        "plan": header.plan.name,
+        "source": header.source,
+        "storage": str(header.storage),
+        "packed_layers": len(header.layers),
         "mean_activation_bits": {kind: sum(bits) / len(bits) for kind, bits in kinds.items()},
     }
 
@@ -347,8 +279,8 @@ def size_table(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: as `load_packed`.
     """
-    tensors, metadata = _read(path)
-    layers = json.loads(metadata["layers"])
+    path = Path(path)
+    tensors, header = _read(path)
     parts = dict.fromkeys(
         ("ternary codes", "scales", "low-rank branch", "signs", "biases of packed layers", "rest"),
         0,
@@ -362,12 +294,12 @@ def size_table(path: Path) -> list[dict[str, Any]]:
         "low_rank_down": "low-rank branch",
     }
     for name, tensor in tensors.items():
-        layer, _, kind = name.removesuffix(_INT8_SCALE).rpartition(".")
-        part = kinds[kind] if layer in layers else "rest"
+        layer, _, kind = name.removesuffix(INT8_SCALE).rpartition(".")
+        part = kinds.get(kind, "rest") if layer in header.layers else "rest"
         parts[part] += tensor.numel() * tensor.element_size()
     size = path.stat().st_size
     parts["header (names, configuration)"] = size - sum(parts.values())
-    full_precision = 4 * int(metadata["parameters"])
+    full_precision = 4 * header.parameters
     rows: list[dict[str, Any]] = [
         {"part": part, "bytes": count, "percent": 100 * count / size}
         for part, count in parts.items()

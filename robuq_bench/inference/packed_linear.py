@@ -13,34 +13,44 @@ from kernels.hadamard_quantize.reference import Quantized, Rotation
 from kernels.ternary_matmul.layout import pack_planes, unpack_planes
 from robuq_bench.errors import UsageError
 from robuq_bench.quantization.activations import activation_quantizer
-from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
+from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
 from robuq_bench.quantization.linear import QuantizedLinear, linear_product
+from robuq_bench.quantization.module_tree import move_hooks, names_of, replace_modules
 from robuq_bench.quantization.weights import quantize_weight
 
 BACKENDS = ("reference", "integer", "triton")
 """reference: dequantized floats, bit for bit what training evaluates · integer: the kernels'
 arithmetic in plain PyTorch, exact integer sums · triton: the kernels."""
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of the layers that can be packed."""
+_LIKE = "like"
+
 
 class PackedLinear(nn.Module):
     """The inference form of a `QuantizedLinear`, same function, same attributes.
 
     Buffers: `planes` uint8 [out, 32 ceil(in / 128)] (kernels.ternary_matmul.layout), `scale`
-    float32 [out], `weight_sums` int32 [out] (sum of the ternary codes of a channel), `bias` [out],
-    `low_rank_up` [out, r], `low_rank_down` [r, in], `signs` [in] (±1); the last four may be None.
-    `scale` stays float32 when the model is cast.
+    float32 [out] (float64 for a float64 layer), `weight_sums` int32 [out] (sum of the ternary
+    codes of a channel), `signs` [in] (±1) or None. `scale` keeps its dtype when the model is cast.
+    Frozen parameters: `like` [0], `bias` [out], `low_rank_up` [out, r], `low_rank_down` [r, in];
+    the last three may be None.
 
     Attributes:
+        like: carries the dtype and device of the layer this one stands in for, because models
+            read `next(module.parameters()).dtype` before they call a linear layer. Not in
+            `state_dict`.
         backend: one of BACKENDS.
     """
 
     planes: Tensor
     scale: Tensor
     weight_sums: Tensor
-    bias: Tensor | None
-    low_rank_up: Tensor | None
-    low_rank_down: Tensor | None
+    like: nn.Parameter
+    bias: nn.Parameter | None
+    low_rank_up: nn.Parameter | None
+    low_rank_down: nn.Parameter | None
     signs: Tensor | None
 
     def __init__(
@@ -55,8 +65,15 @@ class PackedLinear(nn.Module):
         rotated: bool,
         signs: Tensor | None = None,
         low_rank: tuple[Tensor, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Pack ternary codes int8 [out, in] with scales of one or `out` values."""
+        """Pack ternary codes int8 [out, in] with scales of one or `out` values.
+
+        `dtype` is that of the layer: what "reference" multiplies in and returns.
+
+        Raises:
+            ValueError: codes are not ternary, or a part has another shape.
+        """
         super().__init__()
         self.out_features, self.in_features = codes.shape
         self.name = name
@@ -65,36 +82,57 @@ class PackedLinear(nn.Module):
         self.rotated = rotated
         self.backend = "reference"
         up, down = (None, None) if low_rank is None else low_rank
-        scale = scale.detach().float().reshape(-1).expand(self.out_features)
-        for buffer, value in {
-            "planes": pack_planes(codes),
-            "scale": scale.contiguous(),
-            "weight_sums": codes.sum(1, dtype=torch.int32),
-            "bias": bias,
-            "low_rank_up": up,
-            "low_rank_down": down,
-            "signs": signs,
-        }.items():
-            kept = (
-                None
-                if value is None
-                else value.detach().clone(memory_format=torch.contiguous_format)
-            )
-            self.register_buffer(buffer, kept)
+        scale = scale.detach().reshape(-1)
+        scale = scale if scale.dtype == torch.float64 else scale.float()
+        if scale.numel() == 1:
+            scale = scale.expand(self.out_features)
+        rank = 0 if down is None else len(down)
+        parts = {
+            "scale": (scale, (self.out_features,)),
+            "bias": (bias, (self.out_features,)),
+            "low_rank_up": (up, (self.out_features, rank)),
+            "low_rank_down": (down, (rank, self.in_features)),
+            "signs": (signs, (self.in_features,)),
+        }
+        for part, (value, shape) in parts.items():
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{name}.{part} is {list(value.shape)}, not {list(shape)}")
+        self.register_buffer("planes", pack_planes(codes))
+        self.register_buffer("scale", _own(scale))
+        self.register_buffer("weight_sums", codes.sum(1, dtype=torch.int32))
+        self.register_buffer("signs", _own(signs))
+        # First, so that it is what `next(module.parameters())` gives.
+        self.register_parameter(_LIKE, _frozen(codes.new_empty(0, dtype=dtype)))
+        self.register_parameter("bias", _frozen(bias))
+        self.register_parameter("low_rank_up", _frozen(up))
+        self.register_parameter("low_rank_down", _frozen(down))
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLinear) -> PackedLinear:
         """Pack a trained layer.
 
         Raises:
-            UsageError: its weight is not ternary.
+            UsageError: its weight is not ternary, of another dtype than `DTYPES`, or one of its
+                tensors has NaN or infinite values.
         """
         if layer.weight_quantizer == "none":
             raise UsageError(
                 f"layer {layer.name!r} quantizes its activations but not its weight; packing takes "
                 "ternary weights (weights.quantizer, adaln.weight_quantizer)"
             )
-        codes, scale = quantize_weight(layer.weight, layer.weight_quantizer)
+        dtype = layer.master_weight.dtype
+        if dtype not in DTYPES:
+            raise UsageError(
+                f"layer {layer.name!r} is {dtype}, which cannot be packed; cast the model to "
+                "float32 first"
+            )
+        for part, value in layer.named_parameters():
+            if not bool(torch.isfinite(value).all()):
+                raise UsageError(
+                    f"{part!r} of layer {layer.name!r} has NaN or infinite values; such a model "
+                    "cannot be packed. Go back to a checkpoint from before they arose"
+                )
+        codes, scale = quantize_weight(layer.master_weight, layer.weight_quantizer)
         low_rank = None
         if layer.low_rank_up is not None and layer.low_rank_down is not None:
             low_rank = (layer.low_rank_up, layer.low_rank_down)
@@ -108,7 +146,14 @@ class PackedLinear(nn.Module):
             rotated=layer.rotated,
             signs=layer.signs,
             low_rank=low_rank,
+            dtype=dtype,
         ).train(layer.training)
+
+    @property
+    def weight(self) -> GuardedWeight:
+        """Shape, dtype and device of the weight it stands in for; arithmetic is a UsageError."""
+        shape = (self.out_features, self.in_features)
+        return guarded_weight(self.like.new_empty(1).expand(shape), self.name)
 
     @property
     def rank(self) -> int:
@@ -139,8 +184,28 @@ class PackedLinear(nn.Module):
         self.scale = scale.to(self.scale.device)  # half precision would change every product
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + _LIKE]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + _LIKE in missing_keys:
+            missing_keys.remove(prefix + _LIKE)
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in the dtype of x."""
+        """x [..., in] -> [..., out]: the layer's dtype on "reference", else the dtype of x."""
         if x.shape[-1] != self.in_features:
             raise UsageError(
                 f"layer {self.name!r} takes {self.in_features} features, got {tuple(x.shape)}"
@@ -153,22 +218,20 @@ class PackedLinear(nn.Module):
 
     def _reference(self, x: Tensor) -> Tensor:
         """Exactly what `QuantizedLinear` computes in eval mode; unpacks the weight every time."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight = self.codes().to(dtype) * self.scale.to(dtype)[:, None]
+        dtype = self.like.dtype
+        weight = (self.codes().to(self.scale.dtype) * self.scale[:, None]).to(dtype)
         wide = [weight] if self.low_rank_up is None else [weight, self.low_rank_up.to(dtype)]
-        down = None if self.low_rank_down is None else self.low_rank_down.to(dtype)
         quantizer = activation_quantizer(self.activation_quantizer)
-        y = linear_product(
-            x.to(dtype),
+        return linear_product(
+            x,
             torch.cat(wide, 1),
             None if self.bias is None else self.bias.to(dtype),
-            down,
+            None if self.low_rank_down is None else self.low_rank_down.to(dtype),
             None if self.signs is None else self.signs.to(dtype),
             self.rotated,
             None if self.activation_bits is None else quantizer,
             self.activation_bits or 0,
         )
-        return y.to(x.dtype)
 
     def _rotation(self) -> Rotation | None:
         return kernel_rotation(self.in_features, self.planes.device) if self.rotated else None
@@ -210,7 +273,7 @@ def product_operands(tokens: Quantized, weights: Any) -> dict[str, Tensor | None
         "token_scale": tokens.scale,
         "token_offset": tokens.offset,
         "code_sums": tokens.code_sums,
-        "channel_scale": weights.scale,
+        "channel_scale": weights.scale.float(),
         "weight_sums": weights.weight_sums,
         "bias": weights.bias,
         "branch": tokens.branch,
@@ -225,29 +288,57 @@ def kernel_module(operation: str, backend: str) -> ModuleType:
     return import_module(f"kernels.{operation}.{'triton' if backend == 'triton' else 'reference'}")
 
 
+def _own(value: Tensor | None) -> Tensor | None:
+    """A contiguous copy."""
+    if value is None:
+        return None
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _frozen(value: Tensor | None) -> nn.Parameter | None:
+    own = _own(value)
+    return None if own is None else nn.Parameter(own, requires_grad=False)
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers of a model by name, in module order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    """The packed layers of a model by their first name, in module order; the root is called ''."""
+    return {names[0]: layer for layer, names in names_of(model, PackedLinear).items()}
+
+
+def packed_replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """A `PackedLinear` for each `QuantizedLinear` of a model, which is left as it is.
+
+    Raises:
+        UsageError: one cannot be packed.
+    """
+    return {layer: PackedLinear.from_quantized(layer) for layer in names_of(model, QuantizedLinear)}
+
+
+def exchange_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put every value in the place of its key, under all names and with the key's hooks.
+
+    Returns:
+        `model`, or what replaces it.
+    """
+    for source, target in replacements.items():
+        move_hooks(source, target)
+    return replace_modules(model, replacements)
 
 
 def pack_(model: nn.Module) -> nn.Module:
     """Replace every `QuantizedLinear` of a model by its `PackedLinear`, in place.
 
+    A layer with several names stays one layer with all of them; hooks go over to the packed layer.
+
+    Returns:
+        `model`, or the `PackedLinear` of a model that is itself a quantized layer.
+
     Raises:
         UsageError: the model has none, or one cannot be packed; nothing was changed.
     """
-    layers = quantized_layers(model)
-    if not layers:
+    replacements = packed_replacements(model)
+    if not replacements:
         raise UsageError(
             f"{type(model).__name__} has no quantized layers; convert it with quantize_ first"
         )
-    packed = {name: PackedLinear.from_quantized(layer) for name, layer in layers.items()}
-    for name, layer in packed.items():
-        replace_module(model, name, layer)
-    return model
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule called `name`."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+    return exchange_layers(model, replacements)

@@ -10,12 +10,18 @@ from torch import nn
 from kernels.launch import INTERPRETED
 from robuq_bench.errors import MissingResourceError, UsageError
 from robuq_bench.inference.fused_blocks import FusedBlocks
-from robuq_bench.inference.packed_linear import PackedLinear, pack_, packed_layers
+from robuq_bench.inference.packed_linear import (
+    PackedLinear,
+    exchange_layers,
+    packed_layers,
+    packed_replacements,
+)
 from robuq_bench.models.dit import Blocks
-from robuq_bench.quantization.convert import quantized_layers
+from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.module_tree import move_hooks
 
 DEFAULT_DTYPE = {
-    "reference": torch.float32,
+    "reference": None,
     "integer": torch.float32,
     "triton": torch.bfloat16,
 }
@@ -40,55 +46,79 @@ def prepare_for_inference(
         backend: "reference" (dequantized floats, bit for bit what training evaluates), "integer"
             (the kernels' arithmetic in plain PyTorch), or "triton" (a CUDA device, or anywhere
             with TRITON_INTERPRET=1).
-        dtype: of everything but codes and scales, and of the inputs the model then takes; None is
-            float32, and bfloat16 for "triton".
+        dtype: of everything but codes and scales, and of the inputs the model then takes; None
+            leaves them as they are for "reference", and is float32 for "integer" and bfloat16
+            for "triton".
         fuse: False leaves the blocks of a DiT as they are and exchanges their linears only.
 
     Returns:
-        `model`, in eval mode, with gradients off.
+        `model`, or what replaces a model that is itself a quantized layer; in eval mode, with
+        gradients off.
 
     Raises:
-        UsageError: nothing is quantized, or a layer cannot run on `backend`; no layer was changed.
+        UsageError: nothing is quantized, a layer cannot run on `backend`, or fusing would drop a
+            hook; nothing was changed.
         MissingResourceError: "triton" without a CUDA device or the interpreter.
     """
     if any(isinstance(module, FusedBlocks) for module in model.modules()):
         raise UsageError("the model is prepared already; load it again for another backend")
-    if quantized_layers(model):
-        pack_(model)
-    layers = packed_layers(model)
+    replacements = packed_replacements(model)
+    new: list[Any] = list(replacements.values())
+    layers: list[PackedLinear] = [*packed_layers(model).values(), *new]
     if not layers:
         raise UsageError(
             f"{type(model).__name__} has no quantized layers; convert it with quantize_, or load "
             "it with load_packed"
         )
-    for layer in layers.values():
+    for layer in layers:
         layer.check_backend(backend)
-    device = next(iter(layers.values())).planes.device
+    device = layers[0].planes.device
     if backend == "triton" and device.type != "cuda" and not INTERPRETED:
         raise MissingResourceError(
             f'the model is on {device}; backend "triton" needs a CUDA device, or Triton\'s '
             'interpreter (set TRITON_INTERPRET=1 before Python starts). "integer" does the same '
             "arithmetic anywhere"
         )
+    fusible: list[tuple[str, Blocks]] = []
+    if fuse and backend != "reference":
+        fusible = [
+            (name, module)
+            for name, module in model.named_children()
+            if isinstance(module, Blocks) and _all_packed(module)
+        ]
+    for name, blocks in fusible:
+        _check_hooks(name, blocks)
+    model = exchange_layers(model, replacements)
     model.eval().requires_grad_(False)
     dtype = DEFAULT_DTYPE[backend] if dtype is None else dtype
-    scales = {id(layer.scale) for layer in layers.values()}
+    scales = {id(layer.scale) for layer in layers}
     floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    if any(tensor.dtype != dtype and id(tensor) not in scales for tensor in floats):
+    if dtype and any(tensor.dtype != dtype and id(tensor) not in scales for tensor in floats):
         model.to(dtype)
-    for layer in layers.values():
+    for layer in layers:
         layer.backend = backend
-    if fuse and backend != "reference":
-        for name, module in list(model.named_children()):
-            if isinstance(module, Blocks) and _all_packed(module):
-                setattr(model, name, FusedBlocks(module))
+    for name, blocks in fusible:
+        fused = FusedBlocks(blocks)
+        move_hooks(blocks, fused)
+        setattr(model, name, fused)
     return model
 
 
+def _check_hooks(name: str, blocks: Blocks) -> None:
+    """UsageError if a module of `blocks` has a forward hook: a fused block calls no module."""
+    for inner, module in blocks.named_modules():
+        if inner and (module._forward_hooks or module._forward_pre_hooks):
+            raise UsageError(
+                f"{name}.{inner} has a hook, which would not run in a fused block; remove it, or "
+                "pass fuse=False"
+            )
+
+
 def _all_packed(blocks: Blocks) -> bool:
+    """Whether all linears of the blocks are packed, or quantized and about to be."""
     members: Any = blocks  # nn.ModuleList does not say what it holds
     return all(
-        isinstance(linear, PackedLinear)
+        isinstance(linear, PackedLinear | QuantizedLinear)
         for block in members
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     )

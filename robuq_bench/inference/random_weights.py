@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
-from robuq_bench.inference.packed_linear import PackedLinear, replace_module
+from robuq_bench.inference.packed_linear import PackedLinear, exchange_layers
 from robuq_bench.quantization.activations import matmul_quantizer
 from robuq_bench.quantization.convert import layer_settings, target_layers
 from robuq_bench.quantization.rotations import random_signs
+from robuq_bench.quantization.selection import blocks_of
 
 
 @torch.no_grad()
 def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
-    """Replace the layers that `plan` quantizes by `PackedLinear`s of random codes, in place.
+    """Replace the layers that `plan` quantizes by `PackedLinear`s of random codes, as `pack_` does.
 
     Shapes, bits, rotations and ranks are the plan's, so bytes and times are those of a trained
     model; its images are noise. Each of the three codes is equally likely.
@@ -28,7 +29,7 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
         seed: of codes and factors.
 
     Raises:
-        UsageError: the plan keeps the weights of a layer in full precision.
+        UsageError: the plan keeps the weights of a layer in full precision; nothing was changed.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -39,8 +40,10 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
     layers = target_layers(model, plan)
     if plan.is_full_precision or not layers:
         raise UsageError(f"plan {plan.name!r} quantizes no layer of {type(model).__name__}")
+    blocks = blocks_of(model)
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, linear in layers.items():
-        settings = layer_settings(name, plan)
+        settings = layer_settings(name, plan, blocks)
         if settings["weight_quantizer"] == "none":
             raise UsageError(f"plan {plan.name!r} keeps the weight of {name!r} in full precision")
         out_features, in_features = linear.out_features, linear.in_features
@@ -60,7 +63,7 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
         bits = settings["activation_bits"]
         rotation = settings["rotation"]
         signs = random_signs(in_features, name, seed) if rotation == "randomized-hadamard" else None
-        packed = PackedLinear(
+        replacements[linear] = PackedLinear(
             codes.to(torch.int8),
             scale,
             linear.bias,
@@ -70,8 +73,9 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
             rotated=rotation != "none",
             signs=signs,
             low_rank=low_rank,
+            dtype=linear.weight.dtype,
         )
-        replace_module(model, name, packed)
+    model = exchange_layers(model, replacements)
     if plan.attention.matmul_bits is not None:
         for module in model.modules():
             if hasattr(module, "matmul_quantizer"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ from torch import Tensor
 from robuq_bench.checkpointing import load_untrusted_checkpoint
 from robuq_bench.config import asset_path
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
-from robuq_bench.files import sha256_file
 from robuq_bench.models.dit import DiT, sincos_position_embedding
+from robuq_bench.weight_files import checkpoint_digest
 
 ASSET_PREFIX = "asset:"
 LISTED_PROBLEMS = 4
+#: Of the weights of a teacher; all are read in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WHOLE = (torch.int64, torch.int32, torch.uint8)
+
+#: What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: A tensor that every DiT has, in either layout: what precedes its name precedes all names.
+_ANCHORS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
 
 #: facebookresearch name -> diffusers name, one each, with the suffixes weight and bias.
 _STEM_LAYERS = {
@@ -50,12 +59,13 @@ _QKV = ("to_q", "to_k", "to_v")
 def load_teacher(workload: Any, device: str | torch.device) -> tuple[DiT, str]:
     """Load a workload's full-precision DiT in float32 and eval mode, on `device`.
 
-    `teacher.checkpoint` is 'asset:NAME' (shipped with the package) or the path of a
-    .safetensors or .pt file: a bare state dict, DiT's train.py checkpoint (its moving average
-    is taken), or diffusers' layout. A pickle cannot run code.
+    `teacher.checkpoint` is 'asset:NAME' (shipped with the package), the path of a safetensors or
+    PyTorch file, or a folder of diffusers' `save_pretrained`, sharded or not: a bare state dict,
+    DiT's train.py checkpoint (its moving average is taken), or diffusers' layout; a prefix that
+    all names have is left out. A pickle cannot run code.
 
     Returns:
-        The model, and the SHA-256 of its file (64 hex digits).
+        The model, and the `checkpoint_digest` of its file or files (64 hex digits).
 
     Raises:
         MissingResourceError: no checkpoint is named, or no asset has that name.
@@ -64,12 +74,16 @@ def load_teacher(workload: Any, device: str | torch.device) -> tuple[DiT, str]:
     path = resolve_checkpoint(workload)
     state = load_untrusted_checkpoint(path, expected_sha256=workload.teacher.sha256 or None)
     try:
+        state = without_prefixes(state)
         if any(name.startswith("transformer_blocks.") for name in state):
+            with torch.device("meta"):
+                expected = DiT.from_config(workload.model).state_dict()
+            check_weights(to_diffusers(expected), state)
             state = from_diffusers(state, workload.model.input_size)
         model = build_model(workload.model, state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return model.to(device), workload.teacher.sha256 or sha256_file(path)
+    return model.to(device), workload.teacher.sha256 or checkpoint_digest(path)
 
 
 def resolve_checkpoint(workload: Any) -> Path:
@@ -94,31 +108,89 @@ def resolve_checkpoint(workload: Any) -> Path:
     return asset_path(name)
 
 
-def build_model(model_config: Any, state: Mapping[str, Tensor]) -> DiT:
-    """Return a DiT (float32, CPU, eval mode) with exactly these weights, copied.
+def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A DiT's state dict without what wrappers put before and into its names.
 
-    Raises CheckpointError listing missing and unexpected names, shapes that differ and tensors
-    with infinities or NaN. No random number is drawn.
+    Components of torch's own wrappers ("module.", "_orig_mod.") go wherever they are; any other
+    prefix, such as "dit.", goes when all names have it.
+
+    Raises CheckpointError naming the prefix when only some names have it, as beside a discriminator
+    or a second copy of the weights: which part is meant cannot be told.
     """
-    with torch.device("meta"):
-        model = DiT.from_config(model_config)
-    expected = model.state_dict()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if short in plain:
+            raise CheckpointError(f"{short} is there twice, with and without a wrapper's prefix")
+        plain[short] = tensor
+    prefixes = sorted(
+        {
+            name.removesuffix(anchor)
+            for name in plain
+            for anchor in _ANCHORS
+            if name == anchor or name.endswith(f".{anchor}")
+        }
+    )
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"it holds {len(prefixes)} models, with the prefixes "
+            f"{', '.join(map(repr, prefixes))}; save the state dict of one alone"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    others = [name for name in plain if not name.startswith(prefix)]
+    if others:
+        raise CheckpointError(
+            f"its model has the prefix {prefix!r}, but {_listing('names do not', others)}; save "
+            "the model's state dict alone"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+
+
+def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `state` fits `expected`: names, shapes, finite values, `DTYPES`.
+
+    It lists names that are missing (with the nearest one that is there), unexpected, or wrong;
+    counters, whole numbers in `expected`, may be of any type in `WHOLE`.
+    """
+    unexpected = sorted(state.keys() - expected.keys())
     shared = expected.keys() & state.keys()
+    readable = {
+        name
+        for name in shared
+        if state[name].dtype in (DTYPES if expected[name].is_floating_point() else WHOLE)
+    }
     problems = {
-        "missing": expected.keys() - state.keys(),
-        "unexpected": state.keys() - expected.keys(),
+        "missing": _with_nearest(expected.keys() - state.keys(), unexpected),
+        "unexpected": unexpected,
         "of another shape": [
             f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
             for name in shared
             if state[name].shape != expected[name].shape
         ],
-        "not finite": [name for name in shared if not bool(torch.isfinite(state[name]).all())],
+        "of a dtype that is not read": [
+            f"{name} ({str(state[name].dtype).removeprefix('torch.')})"
+            for name in shared - readable
+        ],
+        "not finite": [
+            name for name in readable if not bool(torch.isfinite(state[name].float()).all())
+        ],
     }
     if any(problems.values()):
         raise CheckpointError(
-            "the weights do not fit the workload's model: "
+            "the weights do not fit the model: "
             + "; ".join(_listing(label, names) for label, names in problems.items() if names)
         )
+
+
+def build_model(model_config: Any, state: Mapping[str, Tensor]) -> DiT:
+    """Return a DiT (float32, CPU, eval mode) with exactly these weights, copied.
+
+    Raises CheckpointError as `check_weights`. No random number is drawn.
+    """
+    with torch.device("meta"):
+        model = DiT.from_config(model_config)
+    expected = model.state_dict()
+    check_weights(expected, state)
     copies = {name: state[name].to(torch.float32, copy=True) for name in expected}
     model.load_state_dict(copies, assign=True)
     return model.eval()
@@ -216,7 +288,8 @@ class _Source:
         return self.remaining.pop(name)
 
     def finish(self) -> None:
-        problems = {"missing": self.missing, "unexpected": list(self.remaining)}
+        missing = _with_nearest(self.missing, list(self.remaining))
+        problems = {"missing": missing, "unexpected": list(self.remaining)}
         if any(problems.values()):
             raise CheckpointError(
                 "not a DiT state dict of the expected layout: "
@@ -228,6 +301,15 @@ def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
     """Return one more than the highest block index, at least 1, so that lacking blocks are told."""
     found = [re.match(rf"{prefix}\.(\d+)\.", name) for name in state]
     return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def _with_nearest(missing: Iterable[str], there: list[str]) -> list[str]:
+    """Missing names, sorted, each of those that are shown with the nearest name that is there."""
+    ordered = sorted(missing)
+    for index, name in enumerate(ordered[:LISTED_PROBLEMS]):
+        near = get_close_matches(name, there, n=1, cutoff=0.8)
+        ordered[index] += f" (there is {near[0]})" if near else ""
+    return ordered
 
 
 def _listing(label: str, names: Iterable[str]) -> str:

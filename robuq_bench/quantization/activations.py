@@ -29,8 +29,8 @@ from robuq_bench.quantization.lloyd_max import lloyd_max_codebook
 #: Steps Δ_b of the RobustQuantizer in units of σ̂ for bits 2 to 8: the optimal uniform mid-rise
 #: steps of N(0, 1) (Max 1960), as in the public RobuQ deployment fork.
 ROBUST_STEPS = (0.995687, 0.586019, 0.335201, 0.188139, 0.104063, 0.056868, 0.030762)
-#: E|x| of N(0, 1), the level of the one-bit quantizer, as rounded in the deployment fork.
-ONE_BIT_LEVEL = 0.7979
+#: E|x| of N(0, 1), the optimal level of one bit in units of σ̂: the levels are μ ± mean|x - μ|.
+ONE_BIT_LEVEL = math.sqrt(2 / math.pi)
 #: σ of a Gaussian is its mean absolute deviation times this.
 MAD_TO_SIGMA = math.sqrt(math.pi / 2)
 #: Added to the denominator by BitNet so that an all-zero token has codes 0.
@@ -74,10 +74,10 @@ class ActivationQuantizer(ABC):
 
     def check_bits(self, bits: int) -> None:
         """Raise ConfigError unless this quantizer is defined at `bits`."""
-        if not self.min_bits <= bits <= self.max_bits:
+        if isinstance(bits, bool) or not self.min_bits <= bits <= self.max_bits:
             raise ConfigError(
                 f"activations.quantizer {self.name!r} takes {self.min_bits} to {self.max_bits} "
-                f"bits, got {bits}"
+                f"bits, got {bits!r}"
             )
 
     @abstractmethod
@@ -268,7 +268,7 @@ class RobustMidrise(RobustQuantizer):
 class RobustMidtread(RobustMidrise):
     """Levels 0, ±Δ, ... with one extra negative level, as the deployment fork rounds.
 
-    One bit has no level at 0: μ ± 0.7979 σ̂, the same as mid-rise.
+    One bit has no level at 0: μ ± sqrt(2/pi) σ̂, the same as mid-rise.
     """
 
     name = "robust-midtread"
@@ -343,7 +343,8 @@ class MinMax(ActivationQuantizer):
         # amin and amax: each vectorised, where aminmax is 5 times slower on CPU.
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
         scale = (high - low) / (2**bits - 1)
-        dead = scale == math.inf
+        # An entry, or the range itself, is infinite: inf - inf, of a token all infinite, is NaN.
+        dead = (scale == math.inf) | (low.isinf() & (low == high))
         scale = scale.nan_to_num_(nan=1.0, posinf=1.0)
         inverse = _reciprocal(scale)
         middle = low.add_(scale, alpha=2 ** (bits - 1)).masked_fill_(dead, 0.0)
@@ -413,6 +414,17 @@ class _AbsmaxFakeQuantize(torch.autograd.Function):
         return grad, None
 
 
+class _MatmulQuantizer:
+    """Per-row absmax fake quantization to integers of at most `limit`; pickles with its model."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = _AbsmaxFakeQuantize.apply(x, self.limit)
+        return result
+
+
 def matmul_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
     """Symmetric absmax fake quantizer per row (last axis) for attention operands, bits 2 to 8.
 
@@ -422,10 +434,4 @@ def matmul_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
     """
     if not 2 <= bits <= 8:
         raise ConfigError(f"attention.matmul_bits must be 2 to 8, got {bits}")
-    limit = 2 ** (bits - 1) - 1
-
-    def quantize(x: Tensor) -> Tensor:
-        result: Tensor = _AbsmaxFakeQuantize.apply(x, limit)
-        return result
-
-    return quantize
+    return _MatmulQuantizer(2 ** (bits - 1) - 1)

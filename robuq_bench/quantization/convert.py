@@ -2,63 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+import logging
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from robuq_bench.errors import ConfigError, UsageError, suggest
 from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
 from robuq_bench.quantization.hadamard import UnsupportedHadamardOrder, hadamard_factors
-from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.linear import QuantizedLinear, check_bits
+from robuq_bench.quantization.module_tree import move_hooks, replace_modules
+from robuq_bench.quantization.selection import (
+    LayerFilter,
+    Selected,
+    blocks_of,
+    is_adaln,
+    is_modulation,
+    matches,
+    select_layers,
+)
 
 if TYPE_CHECKING:
     from robuq_bench.config import Plan
 
-LayerFilter = Callable[[nn.Module, str], bool]
+logger = logging.getLogger(__name__)
 
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def is_adaln(name: str, plan: Plan) -> bool:
-    """Whether the layer `name` is a modulation linear, which follows `plan.adaln`."""
-    return _matches(name, plan.layers.adaln)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def low_rank_of(name: str, plan: Plan) -> int:
     """Rank of the branch that the plan gives the layer `name`; 0 for none."""
     patterns = plan.low_rank.layers
-    return plan.low_rank.rank if patterns is None or _matches(name, patterns) else 0
-
-
-def _replaceable(module: nn.Module) -> bool:
-    # A subclass may be read through its weight (nn.MultiheadAttention does), bypassing forward.
-    return type(module) is nn.Linear
+    return plan.low_rank.rank if patterns is None or matches(name, patterns) else 0
 
 
 def target_layers(
     model: nn.Module, plan: Plan, keep: LayerFilter | None = None
 ) -> dict[str, nn.Linear]:
-    """The layers of an unquantized model that `quantize_` would replace, by name."""
-    adaln = plan.adaln
-    quantizes_adaln = adaln.weight_quantizer != "none" or adaln.activation_bits is not None
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and _replaceable(module)
-        and not _matches(name, plan.layers.skip)
-        and (quantizes_adaln or not is_adaln(name, plan))
-        and (keep is None or keep(module, name))
-    }
+    """The layers of an unquantized model that `quantize_` would replace, by first name."""
+    selected = select_layers(model, plan, keep)
+    return {name: layer.module for name, layer in selected.items() if layer.kind != "kept"}
 
 
-def layer_settings(name: str, plan: Plan) -> dict[str, Any]:
-    """What `plan` says of the layer `name`, as arguments of `QuantizedLinear.from_linear`."""
-    adaln = is_adaln(name, plan)
+def layer_settings(name: str, plan: Plan, blocks: Collection[str] = ()) -> dict[str, Any]:
+    """What `plan` says of the layer `name`, as arguments of `QuantizedLinear.from_linear`.
+
+    `blocks` are those of the layer's model, for `is_adaln`.
+    """
+    adaln = is_adaln(name, plan, blocks)
     bits = plan.adaln.activation_bits if adaln else plan.activations.bits
     if plan.activations.quantizer == "none":
         bits = None
@@ -66,29 +59,78 @@ def layer_settings(name: str, plan: Plan) -> dict[str, Any]:
         "weight_quantizer": plan.adaln.weight_quantizer if adaln else plan.weights.quantizer,
         "activation_quantizer": plan.activations.quantizer,
         "activation_bits": bits,
-        "rotation": plan.rotation.kind if _matches(name, plan.rotation.layers) else "none",
+        "rotation": plan.rotation.kind if matches(name, plan.rotation.layers) else "none",
         "rank": low_rank_of(name, plan),
     }
 
 
 def _check(name: str, linear: nn.Linear, settings: dict[str, Any]) -> None:
-    """Everything that can fail, before the first layer is replaced."""
+    """Everything that can be known to fail, before the first layer is replaced."""
+    extra = sorted(set(linear._parameters) - {"weight", "bias"})
+    if extra:
+        raise UsageError(
+            f"layer {name!r} is reparametrised ({', '.join(extra)}), which its copy would lose; "
+            "remove the reparametrisation first, or add the layer to layers.skip"
+        )
+    if "forward" in vars(linear):
+        raise UsageError(
+            f"layer {name!r} has a forward of its own, which its copy would lose (an offloading "
+            "hook?); remove it first, or add the layer to layers.skip"
+        )
+    weight = linear.weight
+    if weight.is_meta:
+        raise UsageError(f"layer {name!r} is on the meta device; load its weights first")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise UsageError(
+            f"layer {name!r} has a weight of {weight.dtype}; quantize_ takes "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in WEIGHT_DTYPES)}"
+        )
+    for part, value in linear.named_parameters(recurse=False):
+        if not bool(torch.isfinite(value).all()):
+            raise UsageError(
+                f"layer {name!r} has {int((~torch.isfinite(value)).sum())} values in its {part} "
+                "that are NaN or infinite; find where the checkpoint was damaged"
+            )
     rank = settings["rank"]
     if isinstance(rank, int) and rank > min(linear.weight.shape):
         out_features, in_features = linear.weight.shape
         raise ConfigError(
             f"layer {name!r} is {out_features} x {in_features}: low_rank.rank {rank} exceeds its "
-            f"smaller side; lower low_rank.rank or add the layer to layers.skip"
+            f"smaller side; lower low_rank.rank, leave the layer out of low_rank.layers, or add it "
+            "to layers.skip"
         )
     if settings["rotation"] != "none":
         try:
             hadamard_factors(linear.in_features)
         except UnsupportedHadamardOrder as error:
-            raise UnsupportedHadamardOrder(f"layer {name!r}: {error}") from None
+            raise UnsupportedHadamardOrder(
+                f"layer {name!r}: {error}. For this layer alone: leave it out of rotation.layers, "
+                "or add it to layers.skip"
+            ) from None
     quantizer = activation_quantizer(str(settings["activation_quantizer"]))
     bits = settings["activation_bits"]
     if quantizer is not None and isinstance(bits, int):
         quantizer.check_bits(bits)
+
+
+def _check_ties(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse a weight that another module uses too: each use would get its own."""
+    owners: dict[tuple[object, ...], dict[nn.Module, str]] = {}
+    for module_name, module in model.named_modules():
+        for part, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta and parameter.numel():
+                # Two parameters may be one memory, as after `b.weight.data = a.weight.data`.
+                memory = (parameter.data_ptr(), parameter.shape, parameter.device)
+                name = f"{module_name}.{part}" if module_name else part
+                owners.setdefault(memory, {})[module] = name
+    targets = set(layers.values())
+    for uses in owners.values():
+        if len(uses) > 1 and not targets.isdisjoint(uses):
+            names = " and ".join(map(repr, uses.values()))
+            raise UsageError(
+                f"{names} are one tied parameter, and quantizing would give each its own; untie "
+                "them first (clone one), or add the layers to layers.skip"
+            )
 
 
 def quantize_(
@@ -100,9 +142,12 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linear layers of `model` by `QuantizedLinear`s as `plan` says, in place.
 
-    Layers matching `plan.layers.skip` stay; those matching `plan.layers.adaln` follow `plan.adaln`
-    and are not part of the bit allocation. Modules with a `matmul_quantizer` attribute get the
-    quantizer of `plan.attention.matmul_bits`. A full-precision plan changes nothing.
+    Which layers: see `quantization/selection.py`; `select_layers(model, plan)` tells beforehand
+    and the logger `robuq_bench` (INFO) while converting. Modulation layers follow `plan.adaln` and
+    are not part of the bit allocation. Modules with a `matmul_quantizer` attribute get the
+    quantizer of `plan.attention.matmul_bits`. A full-precision plan changes nothing. A layer that
+    the model holds under several names stays one layer; hooks, `requires_grad` and the training
+    mode of a layer pass to its replacement.
 
     Args:
         model: any module; subclasses of `nn.Linear` are left alone.
@@ -113,12 +158,13 @@ def quantize_(
         seed: of the random signs, together with each layer's name.
 
     Returns:
-        `model` itself.
+        `model` itself; of a model that is an `nn.Linear`, its replacement.
 
     Raises:
-        UnsupportedHadamardOrder, ConfigError: the plan does not fit a layer; nothing was changed.
-        UsageError: the model is quantized already, no layer matches, or `bits_by_layer` names
-            other layers than the model's.
+        UnsupportedHadamardOrder, ConfigError: the plan does not fit a layer.
+        UsageError: the model is quantized already, no layer matches, `bits_by_layer` names other
+            layers than the model's, or a layer cannot be replaced: its weight is not finite, tied
+            to another module, of an integer dtype or reparametrised. Nothing was changed.
     """
     if not hasattr(plan, "is_full_precision"):
         raise UsageError(f"quantize_ takes a Plan, not {plan!r}; see load_plan(name)")
@@ -128,29 +174,57 @@ def quantize_(
         return model
     if quantized_layers(model):
         raise UsageError("the model is quantized already; convert a fresh copy of the teacher")
-    layers = target_layers(model, plan, filter_fn)
+    selected = select_layers(model, plan, filter_fn)
+    layers = {name: layer.module for name, layer in selected.items() if layer.kind != "kept"}
     if not layers:
         raise UsageError(
-            f"plan {plan.name!r} matches no nn.Linear of {type(model).__name__}; see layers.skip "
-            "and filter_fn"
+            f"plan {plan.name!r} matches no nn.Linear of {type(model).__name__}"
+            f"{_why_none(selected)}; see layers.skip, layers.include and filter_fn"
         )
-    settings = {name: layer_settings(name, plan) for name in layers}
+    blocks = blocks_of(model)
+    settings = {name: layer_settings(name, plan, blocks) for name in layers}
     for name, linear in layers.items():
         _check(name, linear, settings[name])
-    allocated = [name for name in layers if not is_adaln(name, plan)]
+    _check_ties(model, layers)
+    allocated = [name for name in layers if selected[name].kind == "block"]
     if bits_by_layer is not None:
-        _check_names(bits_by_layer, allocated)
-    for name, linear in layers.items():
-        converted = QuantizedLinear.from_linear(linear, name=name, seed=seed, **settings[name])
-        parent_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), attribute, converted)
+        _check_bits_by_layer(bits_by_layer, allocated, settings)
+    converted: dict[nn.Module, nn.Module] = {
+        linear: QuantizedLinear.from_linear(linear, name=name, seed=seed, **settings[name])
+        for name, linear in layers.items()
+    }
+    for old, new in converted.items():
+        move_hooks(old, new)
+    model = replace_modules(model, converted)
     if plan.attention.matmul_bits is not None:
         for module in model.modules():
             if hasattr(module, "matmul_quantizer"):
                 module.matmul_quantizer = matmul_quantizer(plan.attention.matmul_bits)  # type: ignore[assignment]
     if bits_by_layer is not None:
         set_activation_bits(model, bits_by_layer)
+    logger.info("plan %s on %s: %s", plan.name, type(model).__name__, summary(selected))
     return model
+
+
+def summary(selected: Mapping[str, Selected]) -> str:
+    """One line: how many layers are quantized, and which are kept for which reason."""
+    count = {kind: sum(s.kind == kind for s in selected.values()) for kind in ("block", "adaLN")}
+    kept: dict[str, list[str]] = {}
+    for layer in selected.values():
+        if layer.kind == "kept":
+            kept.setdefault(layer.reason, []).append(layer.name)
+    parts = [f"{count['block']} block and {count['adaLN']} adaLN layers quantized"]
+    for reason, names in kept.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        parts.append(f"{len(names)} kept, {', '.join(names[:3])}{more}: each {reason}")
+    return "; ".join(parts)
+
+
+def _why_none(selected: Mapping[str, Selected]) -> str:
+    if not selected:
+        return ", which has none"
+    first = next(iter(selected.values()))
+    return f" (of {len(selected)}; {first.name!r} {first.reason})"
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -160,17 +234,21 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def allocatable_layers(model: nn.Module, plan: Plan) -> list[str]:
     """Names of the quantized layers whose activation bits an allocation decides (not adaLN)."""
+    blocks = blocks_of(model)
     return [
         name
         for name, layer in quantized_layers(model).items()
-        if not is_adaln(name, plan) and layer.activation_bits is not None
+        if not is_adaln(name, plan, blocks) and layer.activation_bits is not None
     ]
 
 
-def _check_names(bits_by_layer: Mapping[str, int], names: list[str]) -> None:
-    for name in bits_by_layer:
+def _check_bits_by_layer(
+    bits_by_layer: Mapping[str, int], names: list[str], settings: Mapping[str, dict[str, Any]]
+) -> None:
+    for name, bits in bits_by_layer.items():
         if name not in names:
             raise UsageError(f"bits_by_layer names {name!r}, no such layer{suggest(name, names)}")
+        check_bits(bits, str(settings[name]["activation_quantizer"]), name)
     missing = [name for name in names if name not in bits_by_layer]
     if missing:
         raise UsageError(f"bits_by_layer lacks {len(missing)} layers: {', '.join(missing[:5])}")
@@ -196,11 +274,12 @@ def layer_type(name: str) -> str:
     """Kind of a layer from its name: qkv, proj, fc1, fc2, adaLN, or the last component.
 
     A trailing list index is not a kind: "attn1.to_out.0" is "to_out". The feed-forward network of
-    diffusers, "ff.net.0.proj" and "ff.net.2", is fc1 and fc2.
+    diffusers, "ff.net.0.proj" and "ff.net.2", is fc1 and fc2. Every modulation layer is adaLN, also
+    "norm1.linear", and a layer under an adapter keeps its kind.
     """
-    if "adaLN" in name:
+    if is_modulation(name):
         return "adaLN"
     if ".net." in name:
-        return "fc1" if name.endswith(".net.0.proj") else "fc2"
-    parts = [part for part in name.split(".") if not part.isdigit()]
+        return "fc1" if ".net.0.proj" in name else "fc2"
+    parts = [part for part in name.split(".") if not part.isdigit() and part != "base_layer"]
     return parts[-1] if parts else name

@@ -67,8 +67,9 @@ def forced() -> Iterator[None]:
 
 def kernel_support(layer: QuantizedLinear) -> str | None:
     """Why a layer does not use all kernels that serve it; None if it does."""
-    width, dtype = layer.in_features, layer.weight.dtype
-    reason = _device_reason(layer.weight.device)
+    weight = layer.master_weight
+    width, dtype = layer.in_features, weight.dtype
+    reason = _device_reason(weight.device)
     if reason is not None:
         return reason
     if layer.activation_bits is None:
@@ -77,20 +78,26 @@ def kernel_support(layer: QuantizedLinear) -> str | None:
         return f"it computes in {dtype}"
     reason = _tokens_reason(width, layer.rotated, layer.activation_quantizer, layer.activation_bits)
     if reason is None and layer.weight_quantizer != "none":
-        reason = weight_reason(layer.weight, layer.weight_quantizer)
+        reason = weight_reason(weight, layer.weight_quantizer)
     return reason
 
 
 def takes_tokens(
-    x: Tensor, weight: Tensor, rotated: bool, quantizer: ActivationQuantizer | None, bits: int
+    x: Tensor,
+    weight: Tensor,
+    rotated: bool,
+    quantizer: ActivationQuantizer | None,
+    bits: int | Tensor,
 ) -> bool:
     """Whether `fake_quantize` serves a product of x [..., n] with weight [out, n or more]."""
+    if isinstance(bits, Tensor) and quantizer is not None:
+        bits = quantizer.max_bits  # any will do: the layer has checked its own
     return (
         quantizer is not None
         and _device_reason(x.device) is None
         and x.dtype in DTYPES
         and weight.dtype in DTYPES
-        and _tokens_reason(x.shape[-1], rotated, quantizer.name, bits) is None
+        and _tokens_reason(x.shape[-1], rotated, quantizer.name, int(bits)) is None
     )
 
 
@@ -123,7 +130,7 @@ def fake_quantize(
     signs: Tensor | None,
     rotated: bool,
     quantizer: ActivationQuantizer,
-    bits: int,
+    bits: int | Tensor,
     dtype: torch.dtype,
     want_rotated: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +141,7 @@ def fake_quantize(
         signs: [n] or None; only read when `rotated`.
         rotated: whether x is rotated.
         quantizer: of the rotated activations, with bits.
-        bits: of the quantizer.
+        bits: of the quantizer; a tensor of one element on the CPU keeps a compiled graph.
         dtype: of the results.
         want_rotated: whether the second result is needed; it is empty otherwise.
 
@@ -144,6 +151,7 @@ def fake_quantize(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     signs = signs.float() if rotated and signs is not None else None
     save = torch.is_grad_enabled() and x.requires_grad
+    bits = bits if isinstance(bits, Tensor) else torch.tensor(bits)
     values, tokens, _ = torch.ops.robuq_bench.fake_quantize(
         rows, signs, rotated, quantizer.name, bits, dtype, want_rotated, save
     )
@@ -226,7 +234,7 @@ def _settings(
     "robuq_bench::fake_quantize",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor? signs, bool rotated, str quantizer, int bits, ScalarType dtype, "
+        "(Tensor x, Tensor? signs, bool rotated, str quantizer, Tensor bits, ScalarType dtype, "
         "bool want_rotated, bool save) -> (Tensor, Tensor, Tensor)"
     ),
 )
@@ -235,14 +243,14 @@ def _fake_quantize(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
     want_rotated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kernels.fake_quantize import triton
 
-    grid, rotation = _settings(x.shape[-1], rotated, quantizer, bits, x.device)
+    grid, rotation = _settings(x.shape[-1], rotated, quantizer, int(bits), x.device)
     values, tokens, state = triton.fake_quantize(
         x,
         grid,
@@ -263,7 +271,7 @@ def _(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
     want_rotated: bool,
     save: bool,
@@ -288,7 +296,7 @@ def _has_state(quantizer: str) -> bool:
     mutates_args=(),
     schema=(
         "(Tensor grad, Tensor? grad_rotated, Tensor state, Tensor? signs, bool rotated, "
-        "str quantizer, int bits, ScalarType dtype) -> Tensor"
+        "str quantizer, Tensor bits, ScalarType dtype) -> Tensor"
     ),
 )
 def _fake_quantize_backward(
@@ -298,12 +306,12 @@ def _fake_quantize_backward(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     from kernels.fake_quantize import triton
 
-    grid, rotation = _settings(grad.shape[-1], rotated, quantizer, bits, grad.device)
+    grid, rotation = _settings(grad.shape[-1], rotated, quantizer, int(bits), grad.device)
     return triton.fake_quantize_backward(
         grad,
         state if _has_state(quantizer) else None,
@@ -323,7 +331,7 @@ def _(
     signs: Tensor | None,
     rotated: bool,
     quantizer: str,
-    bits: int,
+    bits: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     return grad.new_empty(grad.shape, dtype=dtype)
@@ -331,15 +339,16 @@ def _(
 
 def _remember_tokens(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, signs, rotated, quantizer, bits, _, _, _ = inputs
-    ctx.save_for_backward(output[2], signs)
-    ctx.settings = (rotated, quantizer, bits, x.dtype)
+    ctx.save_for_backward(output[2], signs, bits)
+    ctx.settings = (rotated, quantizer, x.dtype)
     ctx.set_materialize_grads(False)
 
 
 def _tokens_gradient(
     ctx: Any, grad: Tensor | None, grad_rotated: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    state, signs = ctx.saved_tensors
+    state, signs, bits = ctx.saved_tensors
+    rotated, quantizer, dtype = ctx.settings
     if grad_rotated is not None and grad_rotated.numel() == 0:
         grad_rotated = None
     if grad is None:
@@ -347,7 +356,7 @@ def _tokens_gradient(
             return (None,) * 8
         grad = torch.zeros_like(grad_rotated)
     result = torch.ops.robuq_bench.fake_quantize_backward(
-        grad, grad_rotated, state, signs, *ctx.settings
+        grad, grad_rotated, state, signs, rotated, quantizer, bits, dtype
     )
     return (result, *(None,) * 7)
 

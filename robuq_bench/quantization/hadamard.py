@@ -1,10 +1,13 @@
 """Hadamard matrices by construction, and the orthonormal transform as small Kronecker factors.
 
-The transform of order n = 2^k * m is `Sylvester(2^k) (x) H_m`, with H_m a Paley matrix: the width
-1152 of DiT-XL/2 is 32 (x) 36, and 4608 is 128 (x) 36. With `x` viewed as [rows, 2^k, m] it is one
-GEMM over the last axis and one small batched product over the middle one: (2^k + m) multiplications
-per element instead of n. This order of factors is the faster one on CPU by 1.3 to 4 times; the
-matrix differs from a QuaRot-style `H_m (x) Sylvester` by a permutation of rows and columns.
+The transform of order n = 2^k * m is `Sylvester(2^k) (x) H_m`, with H_m a Paley matrix (156 and
+172, which have none, are Goethals-Seidel matrices): the width 1152 of DiT-XL/2 is 32 (x) 36, and
+4608 is 128 (x) 36. With `x` viewed as [rows, 2^k, m] it is one GEMM over the last axis and one
+small batched product over the middle one: (2^k + m) multiplications per element instead of n. This
+order of factors is the faster one on CPU by 1.3 to 4 times.
+
+QuaRot and its descendants use `H_m (x) Sylvester` with tables H_m of their own: other matrices of
+these orders. What they rotated does not load here; `other_rotations` brings it into this basis.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robuq_bench.errors import ConfigError
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.quantization.goethals_seidel import GOETHALS_SEIDEL_ORDERS, goethals_seidel
 from robuq_bench.quantization.paley import paley_construction, prime_power
 
 MAX_PALEY_ORDER = 1024
@@ -65,6 +69,11 @@ def _decompose(order: int) -> tuple[int, ...] | None:
     return None
 
 
+def _decomposition(order: int) -> tuple[int, ...] | None:
+    """`_decompose`, then what only other constructions reach: no older matrix may change."""
+    return _decompose(order) or ((1, order) if order in GOETHALS_SEIDEL_ORDERS else None)
+
+
 def _split_power_of_two(order: int) -> tuple[int, ...]:
     """Split 2^k into the fewest factors of at most `MAX_SYLVESTER_FACTOR`, as equal as possible."""
     k = order.bit_length() - 1
@@ -81,17 +90,18 @@ def hadamard_factors(n: int) -> tuple[int, ...]:
     Rule: write n = 2^k * m with m the smallest Paley order holding the whole odd part of n (m = 1
     for a power of two; two Paley orders if no single one exists). The factors are 2^k, split into
     the fewest near-equal powers of two of at most 64, then m. Examples: 144 = 4*36, 768 = 64*12,
-    1152 = 32*36, 4608 = 8*16*36, 1024 = 32*32.
+    1152 = 32*36, 4608 = 8*16*36, 1024 = 32*32. Only 156 and 172 are Goethals-Seidel matrices.
 
     Raises:
         UnsupportedHadamardOrder: no construction is known here; never padded to a larger order.
     """
-    found = _decompose(n)
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise UsageError(f"the order of a Hadamard matrix is a whole number, got {n!r}")
+    found = _decomposition(n)
     if found is None:
         raise UnsupportedHadamardOrder(
-            f"no Hadamard matrix of order {n} can be constructed (Sylvester, Paley I and II and "
-            f"their Kronecker products); nearest supported orders: {_nearest(n)}. Choose such a "
-            f'layer width, or set rotation.kind = "none" for this layer'
+            f"no Hadamard matrix of order {n} can be constructed (Sylvester, Paley I and II, "
+            f"their Kronecker products, 156, 172); nearest supported orders: {_nearest(n)}"
         )
     power_of_two, *paley = found
     factors = (*_split_power_of_two(power_of_two), *paley)
@@ -100,7 +110,7 @@ def hadamard_factors(n: int) -> tuple[int, ...]:
 
 def is_supported(n: int) -> bool:
     """Whether `hadamard_matrix(n)` exists."""
-    return _decompose(n) is not None
+    return _decomposition(n) is not None
 
 
 def _nearest(n: int) -> str:
@@ -119,6 +129,8 @@ def _factor_matrix(order: int) -> NDArray[np.int8]:
             matrix = np.block([[matrix, matrix], [matrix, -matrix]])
         return matrix
     constructed = paley_construction(order)
+    if constructed is None:
+        constructed = goethals_seidel(order)
     assert constructed is not None
     return constructed
 
@@ -126,8 +138,8 @@ def _factor_matrix(order: int) -> NDArray[np.int8]:
 def hadamard_matrix(n: int) -> Tensor:
     """Hadamard matrix of order n: [n, n] float64 of +-1 with H @ H.T = n I.
 
-    Equals `scipy.linalg.hadamard(n)` for powers of two. Symmetric unless a Paley I factor is used
-    (orders such as 44, 68 or 132).
+    Equals `scipy.linalg.hadamard(n)` for powers of two. Symmetric unless a factor is Paley I's
+    (orders such as 44, 68 or 132) or Goethals and Seidel's (156, 172).
 
     Raises:
         UnsupportedHadamardOrder: no construction is known here.
@@ -147,7 +159,8 @@ def transform_factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple
 
 
 def _apply_factors(x: Tensor, inverse: bool) -> Tensor:
-    *leading, last = transform_factors(x.shape[-1], x.dtype, x.device)
+    # Under torch.jit.trace a size is a tensor, and no key of a cache.
+    *leading, last = transform_factors(int(x.shape[-1]), x.dtype, x.device)
     inner = last.shape[0]
     # Half precision would round the factors, which the quantizer behind would see as noise.
     with torch.autocast(x.device.type, enabled=False):
@@ -185,6 +198,9 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
 
     Raises:
         UnsupportedHadamardOrder: n has no matrix here; the input is never padded.
+        UsageError: x is not floating point.
     """
+    if not x.is_floating_point():
+        raise UsageError(f"hadamard_transform takes floating-point tensors, got {x.dtype}")
     result: Tensor = _HadamardTransform.apply(x, inverse)
     return result

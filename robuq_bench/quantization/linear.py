@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robuq_bench.errors import ConfigError, UsageError
-from robuq_bench.quantization import cuda_path
+from robuq_bench.quantization import compiled, cuda_path
 from robuq_bench.quantization.activations import ActivationQuantizer, activation_quantizer
 from robuq_bench.quantization.fused import fused_linear
+from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
 from robuq_bench.quantization.rotations import random_signs, rotate
 from robuq_bench.quantization.weights import fake_quantize_weight
+
+BITS_KEY = "activation_bits"
+"""Of a layer's bits in a state dict: uint8, 0 for activations that are not quantized."""
 
 
 def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -30,13 +36,14 @@ def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _fusible(x: Tensor, weight: Tensor) -> bool:
-    """Whether the CPU path applies; a GPU, half precision and `torch.compile` take the other."""
+    """Whether the CPU path applies; a GPU, half precision and tracing take the composition."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        # A trace would keep the blocks of the batch it was made with.
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 
@@ -48,12 +55,13 @@ def linear_product(
     signs: Tensor | None,
     rotated: bool,
     quantizer: ActivationQuantizer | None,
-    bits: int,
+    bits: int | Tensor,
 ) -> Tensor:
     """[Q_a(x R) | x R down^T] weight^T + bias: what a quantized layer computes, on any device.
 
     Arguments as of `fused_linear`, which does it for floats on the CPU; `cuda_path` does it with
-    kernels where it can, and what remains is composed of PyTorch's operations.
+    kernels where it can, and what remains is composed of PyTorch's operations. Under
+    `torch.compile` bits may be a tensor of one element on the CPU.
     """
     if quantizer is not None and cuda_path.takes_tokens(x, weight, rotated, quantizer, bits):
         dtype = cuda_path.product_dtype(weight) or weight.dtype
@@ -63,16 +71,60 @@ def linear_product(
         if down is not None:
             operand = torch.cat([operand, F.linear(tokens, down).to(dtype)], -1)
         return F.linear(operand, weight, bias)
+    if torch.compiler.is_compiling() or isinstance(bits, Tensor):
+        return _compiled_product(x, weight, bias, down, signs, rotated, quantizer, bits)
     if _fusible(x, weight):
         return fused_linear(x, weight, bias, down, signs, rotated, quantizer, bits)
     tokens = x if x.dtype == torch.float64 else x.float()
     if rotated:
         tokens = rotate(tokens, None if signs is None else signs.to(tokens.dtype))
     operand = tokens if quantizer is None else quantizer.fake_quantize(tokens, bits)
+    return _composed_product(operand, tokens, weight, bias, down)
+
+
+def _composed_product(
+    operand: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None
+) -> Tensor:
     if down is not None:
         branch = F.linear(tokens.to(weight.dtype), down)
         operand = torch.cat([operand.to(branch.dtype), branch], -1)
     return F.linear(operand.to(weight.dtype), weight, bias)
+
+
+def _compiled_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    signs: Tensor | None,
+    rotated: bool,
+    quantizer: ActivationQuantizer | None,
+    bits: int | Tensor,
+) -> Tensor:
+    """The composition of `linear_product` from operators that `torch.compile` keeps whole."""
+    tokens = x if x.dtype == torch.float64 else x.float()
+    if rotated:
+        signed = tokens if signs is None else tokens * signs.to(tokens.dtype)
+        tokens = compiled.transform(signed, inverse=False)
+    operand = tokens
+    if quantizer is not None:
+        bits = bits if isinstance(bits, Tensor) else torch.tensor(bits)
+        operand = compiled.fake_quantize_tokens(tokens, quantizer.name, bits)
+    return _composed_product(operand, tokens, weight, bias, down)
+
+
+def check_bits(bits: object, quantizer: str, layer: str) -> None:
+    """Raise ConfigError unless `bits` is a whole number at which the quantizer is defined."""
+    # bool is an int to Python, and True would mean one bit.
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise ConfigError(f"layer {layer!r}: activation bits must be a whole number, got {bits!r}")
+    found = activation_quantizer(quantizer)
+    if found is None:
+        raise ConfigError(f"layer {layer!r} has no activation quantizer to give bits to")
+    try:
+        found.check_bits(bits)
+    except ConfigError as error:
+        raise ConfigError(f"layer {layer!r}: {error}") from None
 
 
 class QuantizedLinear(nn.Module):
@@ -80,13 +132,16 @@ class QuantizedLinear(nn.Module):
 
     `weight` [out, in] is the rotated weight less the low-rank branch up [out, r] @ down [r, in],
     which reads the rotated activation before quantization. `signs` [in] is the diagonal of D
-    (buffer; None without random signs). In eval mode the ternary weight is cached until the
-    weight changes: any in-place operation, `load_state_dict`, `train()` or a move invalidates it,
-    but writing through `weight.data` does not.
+    (buffer; None without random signs). The parameter is `master_weight` in code and `weight` in
+    the state; the attribute `weight` tells its shape, dtype and device and refuses arithmetic. The
+    ternary weight is computed in every forward pass, but for a `cached_weights` block.
 
     Attributes:
         name: layer name in its model, the seed of its signs.
-        activation_bits: bits per activation, None = not quantized; may be changed at any time.
+        activation_bits: bits per activation, None = not quantized; may be changed at any time,
+            and kept in the state dict.
+        clamps_in_backward: whether the gradient of a "ternary-twn" weight is clamped as it arises;
+            see `defer_gradient_clamp`.
     """
 
     bias: nn.Parameter | None
@@ -112,15 +167,18 @@ class QuantizedLinear(nn.Module):
         self.name = name
         self.weight_quantizer = weight_quantizer
         self.activation_quantizer = activation_quantizer
+        self._bits: int | None = None
+        self._bits_tensor: Tensor | None = None
         self.activation_bits = activation_bits
         self.rotated = rotated
-        self.weight = nn.Parameter(weight)
+        self.register_parameter("weight", nn.Parameter(weight))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         up, down = (None, None) if low_rank is None else low_rank
         self.register_parameter("low_rank_up", None if up is None else nn.Parameter(up))
         self.register_parameter("low_rank_down", None if down is None else nn.Parameter(down))
         self.register_buffer("signs", signs)
-        self._cached: tuple[Any, Tensor] | None = None
+        self.clamps_in_backward = True
+        self._cache: list[tuple[Any, Tensor]] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -173,54 +231,95 @@ class QuantizedLinear(nn.Module):
             signs=signs,
             low_rank=low_rank,
         )
+        layer.requires_grad_(linear.weight.requires_grad)
+        if layer.bias is not None and linear.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits per activation; None: not quantized."""
+        return self._bits
+
+    @activation_bits.setter
+    def activation_bits(self, bits: int | None) -> None:
+        self.check_activation_bits(bits)
+        self._bits = bits
+        if bits is None:
+            self._bits_tensor = None
+            return
+        with torch.inference_mode(False):
+            if self._bits_tensor is None:
+                self._bits_tensor = torch.zeros((), dtype=torch.int64)
+            self._bits_tensor.fill_(bits)  # in place: a compiled model reads this very tensor
+
+    @property
+    def weight(self) -> GuardedWeight:
+        """Shape, dtype and device of the weight; arithmetic on it is a UsageError."""
+        return guarded_weight(self.master_weight, self.name)
+
+    @property
+    def master_weight(self) -> nn.Parameter:
+        """The trained full-precision weight [out, in], rotated and less the low-rank branch."""
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError("the weight is not set yet")
+        return weight
 
     def check_activation_bits(self, bits: int | None) -> None:
         """Raise ConfigError unless this layer's activation quantizer is defined at `bits`."""
-        quantizer = activation_quantizer(self.activation_quantizer)
-        if bits is None:
-            return
-        if bits != int(bits):
-            raise ConfigError(
-                f"layer {self.name!r}: activation bits must be a whole number: {bits}"
-            )
-        if quantizer is None:
-            raise ConfigError(f"layer {self.name!r} has no activation quantizer to give bits to")
-        quantizer.check_bits(bits)
+        if bits is not None:
+            check_bits(bits, self.activation_quantizer, self.name)
 
-    def train(self, mode: bool = True) -> QuantizedLinear:
-        self._cached = None
-        return super().train(mode)
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A tensor, because files of tensors hold nothing else; 0 stands for None.
+        destination[prefix + BITS_KEY] = torch.tensor(self.activation_bits or 0, dtype=torch.uint8)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cached = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        stored = state_dict.pop(prefix + BITS_KEY, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if stored is None:
+            return  # written before the state held them: whoever loads it sets them
+        bits = int(stored) or None
+        self.check_activation_bits(bits)
+        self.activation_bits = bits
 
     def quantized_weight(self) -> Tensor:
         """Dequantized ternary weight [out, in], differentiable."""
-        return fake_quantize_weight(self.weight, self.weight_quantizer)
+        return self._fake_quantized(None)
+
+    def _fake_quantized(self, dtype: torch.dtype | None) -> Tensor:
+        return fake_quantize_weight(
+            self.master_weight, self.weight_quantizer, dtype, clamp=self.clamps_in_backward
+        )
 
     def _wide_weight(self) -> Tensor:
         """[quantized weight | up], [out, in + r]: both products of the layer in one."""
-        dtype = cuda_path.product_dtype(self.weight)
-        weight = fake_quantize_weight(self.weight, self.weight_quantizer, dtype)
+        weight = self._fake_quantized(cuda_path.product_dtype(self.master_weight))
         if self.low_rank_up is None:
             return weight
         return torch.cat([weight, self.low_rank_up.to(weight.dtype)], 1)
 
     def _cached_wide_weight(self) -> Tensor:
-        sources = [p for p in (self.weight, self.low_rank_up) if p is not None]
+        if self._cache is None or torch.compiler.is_compiling():
+            return self._wide_weight()
+        sources = [p for p in (self.master_weight, self.low_rank_up) if p is not None]
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
         if self.training or needs_grad or any(p.is_inference() for p in sources):
             return self._wide_weight()
-        # The kernels make it in the dtype of the product, which autocast decides.
-        dtype = cuda_path.product_dtype(self.weight)
-        key = (dtype, *((p.data_ptr(), p._version, p.dtype) for p in sources))
-        if self._cached is None or self._cached[0] != key:
+        # The kernels make it in the dtype of the product, which autocast decides. The sources are
+        # held, so that no other tensor can take their place in memory.
+        key = (cuda_path.product_dtype(self.master_weight), [(p, p._version) for p in sources])
+        if not self._cache or not _is_same(self._cache[0][0], key):
             # A tensor made in inference mode could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                self._cached = (key, self._wide_weight())
-        return self._cached[1]
+                self._cache[:] = [(key, self._wide_weight())]
+        return self._cache[0][1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -228,11 +327,13 @@ class QuantizedLinear(nn.Module):
             raise UsageError(
                 f"layer {self.name!r} takes {self.in_features} features, got {tuple(x.shape)}"
             )
+        if self.clamps_in_backward and self.weight_quantizer == "ternary-twn":
+            self._check_autocast(x)
         weight = self._cached_wide_weight()
-        bits = self.activation_bits
+        bits: int | Tensor | None = self._bits
+        if torch.compiler.is_compiling():
+            bits = self._bits_tensor
         quantizer = None if bits is None else activation_quantizer(self.activation_quantizer)
-        if quantizer is not None:
-            quantizer.check_bits(bits or 0)
         return linear_product(
             x,
             weight,
@@ -241,8 +342,23 @@ class QuantizedLinear(nn.Module):
             self.signs,
             self.rotated,
             quantizer,
-            bits or 0,
+            0 if bits is None else bits,
         )
+
+    def _check_autocast(self, x: Tensor) -> None:
+        kind = x.device.type
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and torch.is_autocast_enabled(kind)
+            and torch.get_autocast_dtype(kind) == torch.float16
+        ):
+            raise UsageError(
+                f"layer {self.name!r}: training under float16 autocast scales the loss, and the "
+                "clamp of ternary-twn gradients to [-1, 1] would cut the scaled ones; use "
+                "bfloat16, or defer_gradient_clamp(model) and, after scaler.unscale_(optimizer), "
+                "clamp_gradients_(model)"
+            )
 
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank_up is None else self.low_rank_up.shape[1]
@@ -252,3 +368,51 @@ class QuantizedLinear(nn.Module):
             f"weight={self.weight_quantizer}, activations={self.activation_quantizer} {bits}, "
             f"rotated={self.rotated}, rank={rank}"
         )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two keys of the cache name the same tensors, unchanged."""
+    return a[0] == b[0] and all(
+        p is q and version == other for (p, version), (q, other) in zip(a[1], b[1], strict=True)
+    )
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Compute the ternary weight of every layer once, for passes in eval mode inside the block.
+
+    For loops that own the model. In-place operations, `load_state_dict` and `functional_call` are
+    seen; writing through `.data` inside the block is not.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m._cache is None]
+    for layer in layers:
+        layer._cache = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._cache = None
+
+
+def defer_gradient_clamp(model: nn.Module) -> None:
+    """Leave the [-1, 1] clamp of ternary-twn gradients to `clamp_gradients_`.
+
+    For training with a loss scaler or with gradients accumulated over several backward passes,
+    where a clamp inside each pass would act on scaled, or partial, gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.clamps_in_backward = False
+
+
+@torch.no_grad()
+def clamp_gradients_(model: nn.Module) -> None:
+    """Clamp the accumulated gradients of ternary-twn weights to [-1, 1], in place.
+
+    Call it before the optimizer's step, and after `scaler.unscale_(optimizer)` where there is one.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and module.weight_quantizer == "ternary-twn":
+            gradient = module.master_weight.grad
+            if gradient is not None:
+                gradient.clamp_(-1, 1)

@@ -41,3 +41,4 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
     for name in _HOOKS:
         # The very dictionary: a handle removes its hook from the one it was made for.
         setattr(target, name, getattr(source, name))
+    target._is_full_backward_hook = source._is_full_backward_hook

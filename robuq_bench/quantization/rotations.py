@@ -60,29 +60,32 @@ def rotate_to_columns(rows: Tensor, rotation: ColumnRotation) -> Tensor:
     happens inside the first product.
     """
     count, m, _ = rotation.blocks.shape
-    columns = torch.bmm(rotation.blocks, rows.view(-1, count, m).permute(1, 2, 0))
+    n, tokens = count * m, len(rows)
+    columns = torch.bmm(rotation.blocks, rows.view(tokens, count, m).permute(1, 2, 0))
     inner = m
     for factor in rotation.leading:
-        columns = _left_product(factor.T, columns, inner)
+        columns = _left_product(factor.T, columns.view(n, tokens), inner)
         inner *= factor.shape[0]
-    return columns.view(count * m, -1)
+    return columns.view(n, tokens)
 
 
 def rotate_from_columns(columns: Tensor, rotation: ColumnRotation, out: Tensor) -> None:
     """Transpose of `rotate_to_columns`: columns [n, R] -> out [R, n], which is written to."""
     count, m, _ = rotation.blocks.shape
+    n, tokens = columns.shape
     inner = m
     for factor in rotation.leading:
-        columns = _left_product(factor, columns, inner)
+        columns = _left_product(factor, columns.view(n, tokens), inner)
         inner *= factor.shape[0]
-    target = out.view(-1, count, m).transpose(0, 1)
-    torch.bmm(columns.view(count, m, -1).transpose(1, 2), rotation.blocks, out=target)
+    target = out.view(tokens, count, m).transpose(0, 1)
+    torch.bmm(columns.view(count, m, tokens).transpose(1, 2), rotation.blocks, out=target)
 
 
 def _left_product(factor: Tensor, columns: Tensor, inner: int) -> Tensor:
-    """Apply a factor to the axis of its order in columns viewed as [outer, order, inner * R]."""
+    """Apply a factor to the axis of its order in columns [n, R] seen as [outer, order, inner R]."""
     order = factor.shape[0]
-    n = columns.numel() // columns.shape[-1]
-    if n == order * inner:
-        return torch.mm(factor, columns.view(order, -1))
-    return torch.matmul(factor, columns.view(n // (order * inner), order, -1))
+    n, tokens = columns.shape
+    outer = n // (order * inner)
+    if outer == 1:
+        return torch.mm(factor, columns.view(order, inner * tokens))
+    return torch.matmul(factor, columns.view(outer, order, inner * tokens))

@@ -55,14 +55,20 @@ def _codes_of(name: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 class _TernaryFakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        codes, scale = _CODES[name](weight)
-        return codes.mul_(scale)
+    def forward(ctx: Any, weight: Tensor, name: str, dtype: torch.dtype, clamp: bool) -> Tensor:
+        ctx.name, ctx.dtype, ctx.clamp = name, weight.dtype, clamp
+        codes, scale = _CODES[name](_working(weight))
+        return codes.mul_(scale).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return weight_gradient(grad, ctx.name), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.to(ctx.dtype)
+        return (weight_gradient(grad, ctx.name) if ctx.clamp else grad), None, None, None
+
+
+def _working(weight: Tensor) -> Tensor:
+    """Statistics of half-precision weights are taken in float32."""
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
 def weight_gradient(grad: Tensor, name: str) -> Tensor:
@@ -78,25 +84,29 @@ def quantize_weight(weight: Tensor, name: str) -> QuantizedWeight:
     - "ternary-absmean" (BitNet b1.58, arXiv 2402.17764): per tensor, α = mean|w|,
       code = RoundClip(w/(α + ε), -1, 1), scale = α.
 
+    Computed in float32, or float64 for float64 weights, as is the scale returned.
     An all-zero row has codes 0; its scale is 0 under "ternary-twn".
 
     Raises:
         ConfigError: unknown quantizer name.
     """
-    codes, scale = _codes_of(name)(weight.detach())
+    codes, scale = _codes_of(name)(_working(weight.detach()))
     return QuantizedWeight(codes.to(torch.int8), scale)
 
 
-def fake_quantize_weight(weight: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def fake_quantize_weight(
+    weight: Tensor, name: str, dtype: torch.dtype | None = None, clamp: bool = True
+) -> Tensor:
     """Differentiable `quantize_weight(weight, name).dequantize()`; "none" returns the weight.
 
-    `dtype` is that of the result, by default the weight's. On CUDA a kernel computes it where one
-    can, see `cuda_path`.
+    `dtype` is that of the result, by default the weight's. `clamp` False leaves the clamp of
+    `weight_gradient` to the caller. On CUDA a kernel computes it where one can, see `cuda_path`.
     """
-    result = weight
-    if name != "none":
-        _codes_of(name)
-        if cuda_path.weight_reason(weight, name) is None:
-            return cuda_path.ternary_weight(weight, name, dtype or weight.dtype)
-        result = _TernaryFakeQuantize.apply(weight, name)
-    return result if dtype is None else result.to(dtype)
+    dtype = dtype or weight.dtype
+    if name == "none":
+        return weight.to(dtype)
+    _codes_of(name)
+    if clamp and cuda_path.weight_reason(weight, name) is None:
+        return cuda_path.ternary_weight(weight, name, dtype)
+    result: Tensor = _TernaryFakeQuantize.apply(weight, name, dtype, clamp)
+    return result

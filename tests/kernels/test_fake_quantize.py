@@ -248,6 +248,20 @@ def test_infinite_entries_saturate_and_nan_stays(name: str, device: torch.device
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["robust-midtread", "minmax", "bitnet"])
+def test_tokens_of_one_infinity(name: str, device: torch.device) -> None:
+    x = tokens(4, 36, device)
+    x[1], x[2] = math.inf, -math.inf
+    grid = grid_of(name, 4)
+    found = triton.fake_quantize(x, grid, rotation=None).values
+    assert bool(found.isfinite().all())
+    expected, _ = composition(x, None, name, 4, rotated=False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    wanted = reference.fake_quantize(x, grid, rotation=None).values
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan_reaches_every_entry_of_a_rotated_token(device: torch.device) -> None:
     x = tokens(3, 144, device)
     x[1, 0] = math.nan

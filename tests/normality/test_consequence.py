@@ -47,9 +47,11 @@ def test_closed_form_equals_quadrature_of_the_real_quantizer(bits: int) -> None:
 
 
 def test_one_bit_by_quadrature() -> None:
-    level = 0.7979
+    level = 0.7978845608028654  # sqrt(2 / pi)
     value, _ = quad(lambda t: (abs(t) - level) ** 2 * norm.pdf(t), -8, 8, points=[0])
     assert gaussian_error("robust-midrise", 1) == pytest.approx(value, rel=1e-9)
+    # The optimum of one bit: 1 - 2 / pi (Max 1960).
+    assert gaussian_error("robust-midrise", 1) == pytest.approx(1 - 2 / np.pi, rel=1e-12)
 
 
 def test_wide_gaussian_tokens_have_ratio_one() -> None:

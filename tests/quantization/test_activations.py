@@ -122,8 +122,18 @@ def robust_levels(name: str, bits: int, codes: Tensor) -> Tensor:
     if name == "lloyd-max":
         return torch.from_numpy(lloyd_max_codebook(bits).levels).to(codes.dtype)
     if bits == 1:
-        return torch.tensor([-0.7979, 0.7979], dtype=codes.dtype)
+        return torch.tensor([-1, 1], dtype=codes.dtype) * math.sqrt(2 / math.pi)
     return ROBUST_STEPS[bits - 2] * (codes if name == "robust-midtread" else codes + 0.5)
+
+
+@pytest.mark.parametrize("name", ["robust-midrise", "robust-midtread"])
+def test_one_bit_is_the_mean_plus_or_minus_the_mean_absolute_deviation(name: str) -> None:
+    quantizer = activation_quantizer(name)
+    assert quantizer is not None
+    # mean 1, mean |x - 1| = 2: the Gaussian's level times its σ̂ is the deviation itself.
+    x = torch.tensor([-3.0, 1.0, 1.5, 4.5], dtype=torch.float64)
+    expected = torch.tensor([-1.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(quantizer.fake_quantize(x, 1), expected, rtol=1e-15, atol=0)
 
 
 def robust_level(y: Tensor, name: str, bits: int, codes: Tensor) -> Tensor:
@@ -282,6 +292,20 @@ def test_infinite_entries_saturate(name: str, bits: int, dtype: torch.dtype) -> 
     assert bool(leaf.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize(("name", "bits"), ALL)
+def test_a_token_of_one_infinity_saturates(name: str, bits: int, value: float) -> None:
+    q = quantizer(name)
+    leaf = torch.full((2, 6), value, requires_grad=True)
+    y = q.fake_quantize(leaf, bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert set(q.quantize(leaf, bits).codes.flatten().tolist()) == {high if value > 0 else low}
+    assert bool(y.isfinite().all())
+    y.sum().backward()
+    assert leaf.grad is not None
+    assert bool(leaf.grad.isfinite().all())
+
+
 @pytest.mark.parametrize(("name", "bits"), ALL)
 def test_nan_stays_nan(name: str, bits: int) -> None:
     x = torch.tensor([[1.0, math.nan, -2.0], [1.0, 2.0, 4.0]])
@@ -292,7 +316,7 @@ def test_nan_stays_nan(name: str, bits: int) -> None:
         quantizer(name).quantize(x, bits)
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 9])
+@pytest.mark.parametrize("bits", [-1, 0, 9, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_bits(name: str, bits: int) -> None:
     calls: list[Callable[[Tensor, int], object]] = [

@@ -182,6 +182,18 @@ def test_set_activation_bits_is_all_or_nothing() -> None:
         ("transformer_blocks.0.attn1.to_out.0", "to_out"),
         ("transformer_blocks.0.ff.net.0.proj", "fc1"),
         ("transformer_blocks.0.ff.net.2", "fc2"),
+        ("transformer_blocks.0.norm1.linear", "adaLN"),
+        ("joint_transformer_blocks.0.norm1_context.linear", "adaLN"),
+        ("transformer_blocks.0.img_mod.1", "adaLN"),
+        ("visual_transformer_blocks.0.visual_modulation.out_layer", "adaLN"),
+        ("layers.0.adaln_modulation", "adaLN"),
+        ("module.blocks.3.mlp.fc1", "fc1"),
+        ("blocks.3._orig_mod.mlp.fc1", "fc1"),
+        ("norm.blocks.3.attn.qkv", "qkv"),
+        ("blocks.3.attn.qkv.base_layer", "qkv"),
+        ("blocks.0.ff.net.0.proj.base_layer", "fc1"),
+        ("linear", "linear"),
+        ("", ""),
     ],
 )
 def test_layer_types(name: str, kind: str) -> None:
@@ -226,7 +238,7 @@ def test_diffusers_dit_is_quantized_like_any_module() -> None:
     assert not any("norm1" in name for name in allocatable)
     model.train()
     model(**inputs).sample.square().mean().backward()
-    gradients = [layer.weight.grad for layer in quantized_layers(model).values()]
+    gradients = [layer.master_weight.grad for layer in quantized_layers(model).values()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 

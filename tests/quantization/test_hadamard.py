@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
-from robuq_bench.errors import ConfigError
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.quantization.goethals_seidel import goethals_seidel
 from robuq_bench.quantization.hadamard import (
     UnsupportedHadamardOrder,
     hadamard_factors,
@@ -27,11 +28,32 @@ from robuq_bench.quantization.paley import (
     quadratic_residue_matrix,
 )
 
-#: Multiples of 4 up to 256 that no Sylvester, Paley or Kronecker construction reaches; 92, 116,
-#: 156, 172, 184, 188, 232 and 236 are the classical list of orders left to Williamson and others.
-UNREACHABLE = [92, 116, 156, 172, 184, 188, 232, 236]
+#: Multiples of 4 up to 256 that no Sylvester, Paley or Kronecker construction reaches: the
+#: classical list of orders left to Williamson and others, less 156 and 172, which QuaRot has too.
+UNREACHABLE = [92, 116, 184, 188, 232, 236]
 SMALL_ORDERS = [1, 2, *(n for n in range(4, 257, 4) if n not in UNREACHABLE)]
-TRANSFORM_ORDERS = [1, 2, 4, 12, 20, 28, 36, 44, 68, 72, 132, 144, 180, 256, 384, 576, 768, 1152]
+TRANSFORM_ORDERS = [
+    1,
+    2,
+    4,
+    12,
+    20,
+    28,
+    36,
+    44,
+    68,
+    72,
+    132,
+    144,
+    156,
+    172,
+    180,
+    256,
+    384,
+    576,
+    768,
+    1152,
+]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -191,8 +213,43 @@ def test_paley_2_is_symmetric(q: int) -> None:
     np.testing.assert_array_equal(H, H.T)
 
 
+@pytest.mark.parametrize("n", [156, 172])
+def test_goethals_seidel_matrices(n: int) -> None:
+    """H Hᵀ = nI, made of four circulants whose autocorrelations cancel at every shift but 0."""
+    assert hadamard_factors(n) == (n,)
+    H = hadamard_matrix(n).numpy()
+    np.testing.assert_array_equal(H @ H.T, n * np.eye(n))
+    m = n // 4
+    reverse = np.eye(m)[::-1]
+    blocks = [H[:m, :m], *(H[:m, i * m : (i + 1) * m] @ reverse for i in (1, 2, 3))]
+    for block in blocks:
+        for row in range(m):
+            np.testing.assert_array_equal(block[row], np.roll(block[0], row))
+    total = sum(block @ block.T for block in blocks)
+    np.testing.assert_array_equal(total, n * np.eye(m))
+
+
+def test_new_constructions_leave_older_orders_alone() -> None:
+    """312 = 2 * 156 and 344 = 2 * 172 have Paley matrices, which earlier checkpoints used."""
+    assert hadamard_factors(624) == (2, 312)
+    assert hadamard_factors(688) == (2, 344)
+    assert goethals_seidel(312) is None
+
+
 def test_no_paley_matrix() -> None:
     assert paley_construction(92) is None
     for q in (2, 4, 15):
         with pytest.raises(ValueError, match="not an odd prime power"):
             quadratic_residue_matrix(q)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_only_floating_point_is_transformed(dtype: torch.dtype) -> None:
+    with pytest.raises(UsageError, match=str(dtype)):
+        hadamard_transform(torch.ones(2, 4).to(dtype))
+
+
+@pytest.mark.parametrize("order", [True, 4.0, torch.tensor(4), "4", None])
+def test_an_order_is_a_whole_number(order: object) -> None:
+    with pytest.raises(UsageError, match="whole number"):
+        hadamard_factors(order)  # type: ignore[arg-type]

@@ -38,7 +38,9 @@ def plain_forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
     quantizer = activation_quantizer(layer.activation_quantizer)
     bits = layer.activation_bits
     quantized = x if quantizer is None or bits is None else quantizer.fake_quantize(x, bits)
-    y = F.linear(quantized, fake_quantize_weight(layer.weight, layer.weight_quantizer), layer.bias)
+    y = F.linear(
+        quantized, fake_quantize_weight(layer.master_weight, layer.weight_quantizer), layer.bias
+    )
     if layer.low_rank_up is not None and layer.low_rank_down is not None:
         y = y + (x @ layer.low_rank_down.T) @ layer.low_rank_up.T
     return y
@@ -120,14 +122,17 @@ def test_the_main_weight_is_the_residual_in_the_rotated_basis() -> None:
     assert layer.low_rank_down is not None
     rotated = (linear.weight * layer.signs) @ (hadamard_matrix(IN) / IN**0.5)
     torch.testing.assert_close(
-        layer.weight + layer.low_rank_up @ layer.low_rank_down, rotated, rtol=1e-10, atol=1e-10
+        layer.master_weight + layer.low_rank_up @ layer.low_rank_down,
+        rotated,
+        rtol=1e-10,
+        atol=1e-10,
     )
 
 
 def test_the_branch_reads_the_unquantized_activation() -> None:
     layer = QuantizedLinear.from_linear(original(), name="a", rank=3, activation_bits=1)
     with torch.no_grad():
-        layer.weight.zero_()
+        layer.master_weight.zero_()
     assert layer.low_rank_up is not None
     assert layer.low_rank_down is not None
     assert layer.signs is not None
@@ -145,7 +150,7 @@ def test_eval_never_serves_a_stale_weight(change: str) -> None:
         before = layer(x).clone()
     if change == "in-place":
         with torch.no_grad():
-            layer.weight.mul_(-1)
+            layer.master_weight.mul_(-1)
     elif change == "load":
         state = other.state_dict()
         state["weight"] = -state["weight"]
@@ -153,7 +158,7 @@ def test_eval_never_serves_a_stale_weight(change: str) -> None:
     else:
         layer.train()
         with torch.no_grad():
-            layer.weight.mul_(-1)
+            layer.master_weight.mul_(-1)
         layer.eval()
     with torch.inference_mode():
         after = layer(x)
@@ -164,9 +169,16 @@ def test_eval_never_serves_a_stale_weight(change: str) -> None:
 
 def test_state_dict_keys() -> None:
     layer = QuantizedLinear.from_linear(original(), name="a", rank=2)
-    assert set(layer.state_dict()) == {"weight", "bias", "low_rank_up", "low_rank_down", "signs"}
+    assert set(layer.state_dict()) == {
+        "weight",
+        "bias",
+        "low_rank_up",
+        "low_rank_down",
+        "signs",
+        "activation_bits",
+    }
     bare = QuantizedLinear.from_linear(original(bias=False), name="a", rank=0, rotation="hadamard")
-    assert set(bare.state_dict()) == {"weight"}
+    assert set(bare.state_dict()) == {"weight", "activation_bits"}
 
 
 def test_signs_depend_on_name_and_seed_alone() -> None:

@@ -57,9 +57,10 @@ class Fabricator:
         records: list[dict[str, Any]] | None = None,
         argv: Sequence[str] = (),
         fid: float | None = None,
+        version: str = "1",
     ) -> Path:
         """Write one run; without `records` those of a whole train-and-eval."""
-        config = resolve(study, "1", plan, "digits", seed, list(overrides))
+        config = resolve(study, version, plan, "digits", seed, list(overrides))
         argv = argv or ["bench.py", "train-and-eval", "--plan", plan, "--seed", str(seed)]
         with Run.open(self.root, config, argv) as run:
             path = run.path

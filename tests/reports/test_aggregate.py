@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 
@@ -75,6 +76,7 @@ def test_a_full_precision_plan_with_other_values_keeps_its_own_row(fabricate):
         "evaluation.num_samples=500",
         "evaluation.sampler=ddpm",
         "evaluation.sampling_steps=50",
+        "evaluation.timestep_spacing=fractional",
         "evaluation.cfg_scale=4.0",
         "evaluation.seed_ranges=2",
         "model.depth=5",
@@ -88,6 +90,15 @@ def test_runs_of_different_protocols_are_never_in_one_table(fabricate, override)
     key = override.split("=")[0].removeprefix("evaluation.")
     assert all(key in group.title for group in groups)
     assert groups[0].protocol != groups[1].protocol or key == "model.depth"
+
+
+def test_runs_of_two_versions_of_the_study_are_never_in_one_table(fabricate):
+    """Version 2 corrects KID, so its values cannot stand beside those of version 1."""
+    fabricate.run("a4")
+    fabricate.run("a4", 1, version="0")
+    groups = groups_of(fabricate)
+    assert [len(group.rows) for group in groups] == [1, 1]
+    assert all("study_version" in group.title for group in groups)
 
 
 @pytest.mark.parametrize("override", ["evaluation.batch_size=10", "evaluation.grid_images=20"])
@@ -137,3 +148,43 @@ def test_families_are_read_from_settings_and_rows_go_from_many_bits_to_few(fabri
 def test_differences_name_keys_that_only_one_side_has():
     configs = [{"name": "x", "a": {"b": 1}}, {"name": "x", "a": {"b": 1, "c": 2}}, {"name": "y"}]
     assert differences(configs) == ["a.c = not set", "a.c = 2", ""]
+
+
+def with_inputs(path, **digests):
+    """Rewrite a finished run's manifest as if it had recorded these inputs."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["inputs"] = {name: {"sha256": digest} for name, digest in digests.items()}
+    text = json.dumps(manifest)
+    (path / "manifest.json").write_text(text)
+    (path / "DONE").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
+
+
+@pytest.mark.parametrize("name", ["data", "features", "reference", "vae"])
+def test_runs_on_other_inputs_are_never_compared(fabricate, name):
+    for plan, digest in (("a4", "a" * 64), ("a3", "a" * 64), ("a2", "b" * 64)):
+        with_inputs(fabricate.run(plan), **{name: digest})
+    groups = groups_of(fabricate)
+    assert [[row.name for row in group.rows] for group in groups] == [["a4", "a3"], ["a2"]]
+    assert "aaaaaaaa" in groups[0].differs
+    assert "bbbbbbbb" in groups[1].differs
+
+
+def test_a_run_of_before_the_digests_stands_beside_later_ones(fabricate):
+    """What a run recorded of its data counts, whether or not its config names it."""
+    known = {"data": "a" * 64, "features": "b" * 64}
+    stated = f"data.sha256={'a' * 64}"
+    with_inputs(fabricate.run("a4"), **known)
+    with_inputs(fabricate.run("a3", overrides=[stated]), **known)
+    old = fabricate.run("a2")
+    lines = (old / "config.toml").read_text().splitlines()
+    newer = ('sha256 = "none"', "features_sha256", "adapt_images", "reference_s", "vae_s")
+    text = "\n".join(line for line in lines if not line.startswith(newer)) + "\n"
+    assert len(text.splitlines()) == len(lines) - 5
+    (old / "config.toml").write_text(text)
+    manifest = json.loads((old / "manifest.json").read_text())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    manifest["outputs"]["config.toml"] = {"sha256": digest, "bytes": len(text)}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    with_inputs(old, **known)
+    (group,) = groups_of(fabricate)
+    assert [row.name for row in group.rows] == ["a4", "a3", "a2"]

@@ -265,6 +265,22 @@ def test_page_is_sound_and_the_same_twice(html, page, root, tmp_path):
     assert [{k: v for k, v in row.items() if k != "run"} for row in beside] == rows_of(path)
 
 
+def test_one_training_seed_is_not_judged(tmp_path, parse_page):
+    """Also where the run itself, of version 1, gave a verdict."""
+    tables = {name: made_up()[name] for name in ("trials", "candidates", "verdicts")}
+    tables["trials"] = [row for row in tables["trials"] if row["seed"] == SEEDS[0]]
+    for row in tables["verdicts"]:
+        row["seeds"] = 1
+    make_run(tmp_path / "runs", tables)
+    page = parse_page(build_report([tmp_path / "runs"], tmp_path / "report.html"))
+    claims = page.table("Worth of AMPN, judged with").rows
+    assert {line[1].text for line in claims} <= {"one seed: not judged", "undecided"}
+    assert sum(line[1].text == "one seed: not judged" for line in claims) >= 4
+    cells = [cell for line in page.table("Which candidates beat uniform").rows for cell in line[1:]]
+    assert {cell.text for cell in cells} == {"one seed: not judged"}
+    assert "AMPN (qat) is not judged, with one training seed, against uniform" in page.text
+
+
 def test_missing_tables_and_empty_values(tmp_path, parse_page):
     tables = {name: made_up()[name] for name in ("trials", "candidates")}
     for row in tables["trials"]:

@@ -185,12 +185,12 @@ def test_model_is_left_as_it_was_found() -> None:
     model.train()
     model.b.eval()
     model.a.activation_bits = 3
-    weight = model.a.weight.clone()
+    weight = model.a.master_weight.clone()
     measure_sensitivity(model, ["a"], [1, 2], staircase())
     assert (model.a.activation_bits, model.b.activation_bits) == (3, 2)
     assert (model.training, model.a.training, model.b.training) == (True, True, False)
-    assert torch.equal(model.a.weight, weight)
-    assert model.a.weight.grad is None
+    assert torch.equal(model.a.master_weight, weight)
+    assert model.a.master_weight.grad is None
 
 
 def test_bits_and_flags_are_restored_after_an_error() -> None:

@@ -1,0 +1,324 @@
+"""`quantize_` on what models are really like: shared, tied, hooked, frozen, wrapped, half, root."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robuq_bench.config import load_plan
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.quantization.convert import quantize_, quantized_layers, set_activation_bits
+from robuq_bench.quantization.linear import (
+    QuantizedLinear,
+    cached_weights,
+    clamp_gradients_,
+    defer_gradient_clamp,
+)
+
+WIDTH = 32
+
+
+def linear(**options: Any) -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH, **options)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def tokens() -> Tensor:
+    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = linear()
+        self.nested = nn.ModuleDict({"b": self.a})
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.nested["b"](self.a(x))
+        return result
+
+
+def test_a_shared_layer_stays_one_layer_under_all_its_names() -> None:
+    model = quantize_(Shared(), load_plan("a4"))
+    assert isinstance(model.a, QuantizedLinear)
+    assert model.a is model.nested["b"]
+    assert list(quantized_layers(model)) == ["a"]
+
+
+def test_a_shared_layer_with_two_answers_is_refused() -> None:
+    plan = load_plan("a4")
+    plan = plan.model_copy(update={"layers": plan.layers.model_copy(update={"skip": ("*.b",)})})
+    model = Shared()
+    with pytest.raises(UsageError, match=r"'a' and 'nested\.b' are one layer.*layers\.skip"):
+        quantize_(model, plan)
+    assert type(model.a) is nn.Linear
+
+
+def tie_parameter(a: nn.Linear, b: nn.Linear) -> None:
+    b.weight = a.weight
+
+
+def tie_memory(a: nn.Linear, b: nn.Linear) -> None:
+    b.weight.data = a.weight.data
+
+
+@pytest.mark.parametrize("tie", [tie_parameter, tie_memory])
+def test_tied_weights_are_refused_by_name(tie: Any) -> None:
+    model = nn.Sequential(linear(), nn.GELU(), linear())
+    tie(model[0], model[2])
+    with pytest.raises(UsageError, match=r"'0\.weight' and '2\.weight' are one tied"):
+        quantize_(model, load_plan("a4"))
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_weight_tied_to_an_embedding_is_refused() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(WIDTH, WIDTH), "out": linear()})
+    model["out"].weight = model["table"].weight
+    with pytest.raises(UsageError, match=r"'table\.weight' and 'out\.weight'"):
+        quantize_(model, load_plan("a4"))
+
+
+def test_a_model_that_is_a_linear_layer_comes_back_quantized() -> None:
+    layer = linear()
+    found = quantize_(layer, load_plan("a4"))
+    assert isinstance(found, QuantizedLinear)
+    assert list(quantized_layers(found)) == [""]
+
+
+def test_hooks_move_and_their_handles_still_remove_them() -> None:
+    model = nn.Sequential(linear(), linear())
+    seen: list[str] = []
+    handles = [
+        model[0].register_forward_hook(lambda *_: seen.append("forward")),
+        model[0].register_forward_pre_hook(lambda *_, **__: seen.append("pre"), with_kwargs=True),
+        model[0].register_full_backward_hook(lambda *_: seen.append("backward")),
+        model[0].register_state_dict_post_hook(lambda *_: seen.append("state")),
+    ]
+    quantize_(model, load_plan("a4"))
+    model(tokens().requires_grad_()).sum().backward()
+    model.state_dict()
+    assert seen == ["pre", "forward", "backward", "state"]
+    for handle in handles:
+        handle.remove()
+    model(tokens().requires_grad_()).sum().backward()
+    assert len(seen) == 4
+
+
+def test_frozen_stays_frozen_and_modes_are_kept() -> None:
+    model = nn.Sequential(linear(), linear(), linear())
+    model[1].weight.requires_grad_(False)
+    model[2].requires_grad_(False).eval()
+    quantize_(model, load_plan("a4"))
+    trained = {name for name, p in model[1].named_parameters() if p.requires_grad}
+    assert trained == {"bias"}
+    assert not any(p.requires_grad for p in model[2].parameters())
+    assert all(p.requires_grad for p in model[0].parameters())
+    assert [m.training for m in model] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m: m[1].weight.data[0].fill_(float("nan")), "'1' has 32 values in its weight"),
+        (lambda m: m[1].bias.data[:2].fill_(float("inf")), "'1' has 2 values in its bias"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m[1]), None),
+        (lambda m: nn.utils.spectral_norm(m[1]), "'1' is reparametrised"),
+        (lambda m: setattr(m[1], "forward", lambda x: x), "'1' has a forward of its own"),
+        (lambda m: m[1].to("meta"), "'1' is on the meta device"),
+        (lambda m: m[1].requires_grad_(False).to(torch.complex64), "'1' has a weight of torch.c"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused_before_anything_changes(
+    spoil: Any, message: str | None
+) -> None:
+    model = nn.Sequential(linear(), linear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spoil(model)
+    if message is None:  # a subclass now: kept, and the other layer is converted
+        assert list(quantized_layers(quantize_(model, load_plan("a4")))) == ["0"]
+        return
+    with pytest.raises(UsageError, match=message):
+        quantize_(model, load_plan("a4"))
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("bits", [True, 0, 9, 2.5, "4", -1])
+def test_bits_are_whole_numbers_in_range(bits: Any) -> None:
+    model = nn.Sequential(linear(), linear())
+    with pytest.raises(ConfigError, match="layer '1'"):
+        quantize_(model, load_plan("a4"), {"0": 4, "1": bits})
+    assert type(model[0]) is nn.Linear
+    quantize_(model, load_plan("a4"))
+    with pytest.raises(ConfigError, match="layer '1'"):
+        set_activation_bits(model, {"0": 2, "1": bits})
+    with pytest.raises(ConfigError, match="layer '1'"):
+        model[1].activation_bits = bits
+    assert [layer.activation_bits for layer in model] == [4, 4]
+
+
+def test_allocated_bits_are_in_the_state() -> None:
+    model = quantize_(nn.Sequential(linear(), linear()), load_plan("a4"), {"0": 1, "1": 3})
+    other = quantize_(nn.Sequential(linear(), linear()), load_plan("a4"))
+    other.load_state_dict(model.state_dict())
+    assert [layer.activation_bits for layer in other] == [1, 3]
+    assert torch.equal(other(tokens()), model(tokens()))
+    old = {k: v for k, v in model.state_dict().items() if not k.endswith("activation_bits")}
+    other[0].activation_bits = 2
+    other.load_state_dict(old)  # of a version that did not keep them: they stay as they are
+    assert other[0].activation_bits == 2
+    damaged = model.state_dict() | {"0.activation_bits": torch.tensor(99, dtype=torch.uint8)}
+    with pytest.raises(ConfigError, match=r"layer '0'.*99"):
+        other.load_state_dict(damaged)
+
+
+def test_reading_a_weight_past_forward_is_refused_by_name() -> None:
+    layer = quantize_(nn.Sequential(linear()), load_plan("a4"))[0]
+    weight = layer.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == (
+        (WIDTH, WIDTH),
+        torch.float32,
+        "cpu",
+    )
+    assert (weight.numel(), weight.ndim, len(weight)) == (WIDTH * WIDTH, 2, WIDTH)
+    assert weight.is_floating_point()
+    assert "GuardedWeight" in repr(weight)
+    for misuse in (
+        lambda: nn.functional.linear(tokens(), weight),
+        lambda: weight @ weight,
+        lambda: weight.data,
+        lambda: weight.float(),
+        lambda: weight.mul_(2),
+        lambda: torch.linalg.svd(weight),
+        lambda: weight.grad,
+    ):
+        with pytest.raises(UsageError, match=r"layer '0' is quantized.*layers\.skip"):
+            misuse()
+
+
+def test_pytorchs_fast_path_does_not_bypass_a_quantized_layer() -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 64, dropout=0, batch_first=True)
+    quantize_(layer, load_plan("a4")).eval()
+    x = torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        fast = layer(x)
+    # Attention itself, in full precision, takes its own fast path and rounds differently.
+    torch.testing.assert_close(fast, layer(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+class TestCache:
+    """In a `cached_weights` block, and nowhere else."""
+
+    def model(self) -> nn.Sequential:
+        model = nn.Sequential(linear(), linear()).requires_grad_(False)
+        return quantize_(model, load_plan("a4")).eval()  # type: ignore[return-value]
+
+    def test_writing_through_data_is_seen(self) -> None:
+        model = self.model()
+        before = model(tokens())
+        model[0].master_weight.data.mul_(-1)
+        assert not torch.equal(model(tokens()), before)
+
+    def test_functional_call_gives_each_weight_its_own_result(self) -> None:
+        model = self.model()
+        with cached_weights(model):
+            results = {
+                tuple(
+                    torch.func.functional_call(
+                        model, {"0.weight": torch.randn(WIDTH, WIDTH)}, (tokens(),)
+                    )[0].tolist()
+                )
+                for _ in range(100)
+            }
+        assert len(results) == 100
+
+    def test_in_the_block_changes_in_place_are_seen(self) -> None:
+        model = self.model()
+        with cached_weights(model):
+            before = model(tokens())
+            assert torch.equal(model(tokens()), before)
+            model[0].master_weight.mul_(-1)
+            after = model(tokens())
+        assert not torch.equal(after, before)
+        assert torch.equal(model(tokens()), after)
+
+    def test_the_weight_is_computed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = self.model()
+        count = 0
+        original = QuantizedLinear._wide_weight
+
+        def counted(layer: QuantizedLinear) -> Tensor:
+            nonlocal count
+            count += 1
+            return original(layer)
+
+        monkeypatch.setattr(QuantizedLinear, "_wide_weight", counted)
+        with cached_weights(model), torch.inference_mode():
+            for _ in range(3):
+                model(tokens())
+        assert count == 2
+
+
+class TestGradientClamp:
+    """The clamp of ternary-twn gradients to [-1, 1] where losses are scaled or accumulated."""
+
+    def gradient(self, scale: float, parts: int, deferred: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = quantize_(nn.Sequential(linear()), load_plan("a4"))
+        if deferred:
+            defer_gradient_clamp(model)
+        x = torch.randn(8, WIDTH)
+        for part in x.chunk(parts):
+            (model(part).square().sum() * scale / 8).backward()
+        weight = model[0].master_weight
+        assert weight.grad is not None
+        weight.grad /= scale
+        if deferred:
+            clamp_gradients_(model)
+        return weight.grad
+
+    def test_deferred_it_neither_feels_a_loss_scale_nor_micro_batches(self) -> None:
+        plain = self.gradient(1, 1, deferred=False)
+        assert float(plain.abs().max()) == 1.0  # the clamp acts in this example
+        for scale, parts in ((1, 1), (65536, 1), (1, 4), (65536, 4)):
+            found = self.gradient(scale, parts, deferred=True)
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+        assert float(self.gradient(65536, 1, deferred=False).abs().max()) < 1e-4
+
+    def test_training_under_float16_autocast_is_refused_unless_deferred(self) -> None:
+        model = quantize_(nn.Sequential(linear()), load_plan("a4"))
+        with torch.autocast("cpu", dtype=torch.float16):
+            with pytest.raises(UsageError, match=r"layer '0'.*clamp_gradients_"):
+                model(tokens())
+            with torch.no_grad():
+                model(tokens())
+            defer_gradient_clamp(model)
+            model(tokens()).sum().backward()
+
+
+def test_statistics_of_half_precision_weights_are_taken_in_float32() -> None:
+    from robuq_bench.quantization.weights import fake_quantize_weight, quantize_weight
+
+    weight = torch.randn(8, 4096).bfloat16()
+    for rule in ("ternary-twn", "ternary-absmean"):
+        wide, half = quantize_weight(weight.float(), rule), quantize_weight(weight, rule)
+        assert half.scale.dtype == torch.float32
+        assert torch.equal(half.codes, wide.codes)
+        assert torch.equal(half.scale, wide.scale)
+        assert torch.equal(fake_quantize_weight(weight, rule), wide.dequantize().bfloat16())
+
+
+def test_a_quantized_model_can_be_copied() -> None:
+    model = quantize_(nn.Sequential(linear()), load_plan("a4"), {"0": 3})
+    twin = copy.deepcopy(model)
+    twin[0].activation_bits = 2
+    assert model[0].activation_bits == 3

@@ -1,0 +1,285 @@
+"""`quantize_` over random module trees: a clear refusal, or the function of a float64 reference.
+
+The reference never looks at a `QuantizedLinear`'s code: it takes the original weights, rotates them
+by SciPy's or the constructed Hadamard matrix, decomposes with NumPy and quantizes by the formulas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from robuq_bench.config import Plan, load_plan
+from robuq_bench.errors import UsageError
+from robuq_bench.quantization.convert import quantize_, quantized_layers
+from robuq_bench.quantization.hadamard import hadamard_matrix
+from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.rotations import random_signs
+
+Matrix = NDArray[np.float64]
+WIDTHS = (8, 12, 16)
+PLANS = ("a4", "a2-uniform", "a8", "baseline-a3", "bitnetv2-a4")
+#: Δ_b of Max (1960) as the paper tabulates them.
+STEPS = {2: 0.995687, 3: 0.586019, 4: 0.335201, 8: 0.030762}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.body(x)
+        return result
+
+
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.first = body
+        self.second = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(torch.tanh(self.first(x)))
+        return result
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.module(x)
+        return result
+
+
+class MyLinear(nn.Linear):
+    """A subclass, which is left alone."""
+
+
+def trees(width: int) -> st.SearchStrategy[nn.Module]:
+    """Modules that map [..., width] to [..., width], of every shape that models come in."""
+
+    def leaf(parts: tuple[bool, bool, type[nn.Linear]]) -> nn.Module:
+        bias, frozen, kind = parts
+        return kind(width, width, bias=bias).requires_grad_(not frozen)
+
+    leaves = st.tuples(
+        st.booleans(), st.booleans(), st.sampled_from([nn.Linear, nn.Linear, MyLinear])
+    )
+    return st.recursive(
+        leaves.map(leaf)
+        | st.sampled_from([nn.GELU, nn.Tanh, nn.Identity]).map(lambda kind: kind()),
+        lambda inner: st.one_of(
+            st.lists(inner, min_size=1, max_size=3).map(lambda members: nn.Sequential(*members)),
+            inner.map(Residual),
+            inner.map(Twice),
+            inner.map(Wrapper),
+        ),
+        max_leaves=6,
+    )
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    width: int
+    plan: Plan
+    dtype: torch.dtype
+    tied: bool
+    spoiled: bool
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    seed = draw(st.integers(0, 2**16))
+    torch.manual_seed(seed)
+    width = draw(st.sampled_from(WIDTHS))
+    model = draw(trees(width))
+    linears = list(dict.fromkeys(m for m in model.modules() if isinstance(m, nn.Linear)))
+    for parameter in model.parameters():
+        with torch.no_grad():  # the drawing order of hypothesis must not decide the weights
+            parameter.normal_(generator=torch.Generator().manual_seed(seed + parameter.numel()))
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    for position, linear in enumerate(linears):
+        linear.weight.data *= 1 + position / 7
+    tied = len(linears) > 1 and draw(st.integers(0, 3)) == 0
+    if tied:
+        linears[1].weight = linears[0].weight
+    dtype = draw(st.sampled_from(DTYPES))
+    model = model.to(dtype)
+    spoiled = bool(linears) and draw(st.integers(0, 9)) == 0
+    if spoiled:
+        linears[-1].weight.data[0, 0] = draw(st.sampled_from([float("nan"), float("inf")]))
+    if linears and draw(st.booleans()):
+        linears[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    plan = load_plan(draw(st.sampled_from(PLANS)))
+    rank = min(plan.low_rank.rank, 2)
+    plan = plan.model_copy(update={"low_rank": plan.low_rank.model_copy(update={"rank": rank})})
+    return Case(model, width, plan, dtype, tied, spoiled, seed)
+
+
+def reference_weight(linear: nn.Linear, name: str, plan: Plan) -> tuple[Matrix, Matrix, Matrix]:
+    """Rotation R [in, in], quantized weight and low-rank product, both [out, in] and rotated."""
+    weight = linear.weight.detach().double().numpy()
+    width = weight.shape[1]
+    rotation = np.eye(width)
+    # A lone linear is no BitNet v2 output layer by its name, so that plan rotates nothing here.
+    if plan.rotation.kind != "none" and plan.rotation.layers == ("*",):
+        signs = np.ones(width)
+        if plan.rotation.kind == "randomized-hadamard":
+            signs = random_signs(width, name, 0).double().numpy()
+        rotation = np.diag(signs) @ hadamard_matrix(width).numpy() / np.sqrt(width)
+    rotated = weight @ rotation
+    branch = np.zeros_like(rotated)
+    if plan.low_rank.rank:
+        u, s, vh = np.linalg.svd(rotated, full_matrices=False)
+        rank = plan.low_rank.rank
+        branch = u[:, :rank] * s[:rank] @ vh[:rank]
+    return rotation, ternary(rotated - branch, plan.weights.quantizer), branch
+
+
+def ternary(weight: Matrix, rule: str) -> Matrix:
+    size = np.abs(weight)
+    if rule == "ternary-absmean":
+        scale = size.mean()
+        return np.clip(np.round(weight / (scale + 1e-5)), -1, 1) * scale
+    kept = size >= 0.5 * size.mean(1, keepdims=True)
+    scale = (size * kept).sum(1, keepdims=True) / np.maximum(kept.sum(1, keepdims=True), 1)
+    return np.sign(weight) * kept * scale
+
+
+def tokens_quantized(x: Matrix, rule: str, bits: int) -> Matrix:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if rule == "robust-midtread":
+        mean = x.mean(-1, keepdims=True)
+        step = STEPS[bits] * np.sqrt(np.pi / 2) * np.abs(x - mean).mean(-1, keepdims=True)
+        return mean + step * np.clip(np.round((x - mean) / step), low, high)
+    if rule == "minmax":
+        start = x.min(-1, keepdims=True)
+        step = (x.max(-1, keepdims=True) - start) / (2**bits - 1)
+        return start + step * np.round((x - start) / step)
+    scale = np.abs(x).mean(-1, keepdims=True)
+    return scale / np.sqrt(7) * np.clip(np.round(np.sqrt(7) * x / (scale + 1e-5)), low, high)
+
+
+class ReferenceLinear(nn.Module):
+    """What the layer should compute, in NumPy and float64."""
+
+    def __init__(self, linear: nn.Linear, name: str, plan: Plan) -> None:
+        super().__init__()
+        self.rotation, self.quantized, self.branch = reference_weight(linear, name, plan)
+        self.plan = plan
+        self.offset = 0 if linear.bias is None else linear.bias.detach().double().numpy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rotated = x.double().numpy() @ self.rotation
+        activations = self.plan.activations
+        codes = tokens_quantized(rotated, activations.quantizer, activations.bits)
+        y = codes @ self.quantized.T + rotated @ self.branch.T + self.offset
+        return torch.from_numpy(y)
+
+
+def reference(model: nn.Module, plan: Plan) -> nn.Module:
+    """A float64 copy of the model whose plain linears are `ReferenceLinear`s under all names."""
+    twin = copy.deepcopy(model).double()
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, module in twin.named_modules():
+        if type(module) is nn.Linear:
+            replaced[module] = ReferenceLinear(module, name, plan)
+            replaced[module]._forward_hooks = module._forward_hooks
+    for module in list(twin.modules()):
+        for attribute, child in list(module.named_children()):
+            if child in replaced:
+                setattr(module, attribute, replaced[child])
+    # `named_children` gives a child that is there twice only once.
+    for module in twin.modules():
+        if isinstance(module, Twice):
+            module.second = module.first
+    return replaced.get(twin, twin)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_conversion_is_a_refusal_or_the_reference(case: Case) -> None:
+    plain = [m for m in case.model.modules() if type(m) is nn.Linear]
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    kinds = [type(m) for m in case.model.modules()]
+    expected = None if case.spoiled or case.tied else reference(case.model, case.plan)
+    if not plain or case.tied or case.spoiled:
+        # A tied or spoiled layer may be a subclass, which is left alone.
+        with contextlib.suppress(UsageError):
+            quantize_(case.model, case.plan)
+            return
+        # Nothing was changed.
+        assert [type(m) for m in case.model.modules()] == kinds
+        after = case.model.state_dict()
+        assert all(_same(after[k], v) for k, v in before.items())
+        return
+    model = quantize_(case.model, case.plan)
+    assert len(quantized_layers(model)) == len(plain)
+    assert not any(type(m) is nn.Linear for m in model.modules())
+    assert expected is not None
+    x = torch.randn(4, case.width, generator=torch.Generator().manual_seed(case.seed))
+    if case.dtype == torch.float64:
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(x.double()), expected(x.double()), rtol=1e-6, atol=1e-8
+            )
+    else:
+        check_layers(model, case)
+    model(x.to(case.dtype).requires_grad_()).float().square().mean().backward()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def check_layers(model: nn.Module, case: Case) -> None:
+    """Below float64 a flipped code is a step away, so layers are compared, most tokens to agree."""
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}[case.dtype]
+    x = torch.randn(64, case.width, generator=torch.Generator().manual_seed(case.seed))
+    for layer in quantized_layers(model).values():
+        assert isinstance(layer, QuantizedLinear)
+        assert {p.dtype for p in layer.parameters()} == {case.dtype}
+        with torch.no_grad():
+            # The same layer with its stored values taken as exact.
+            wide = copy.deepcopy(layer).double()
+            wide._forward_hooks.clear()
+            given = x.to(case.dtype)
+            layer_output = copy.deepcopy(layer)
+            layer_output._forward_hooks.clear()
+            found, wanted = layer_output(given).double(), wide(given.double())
+            close = ((found - wanted).abs() <= tolerance * (1 + wanted.abs())).all(-1)
+            assert float(close.double().mean()) > 0.7
+
+
+def test_the_examples_reach_every_kind() -> None:
+    """The fuzz above is worth nothing if it draws no linear layers, ties or shared modules."""
+    seen: dict[str, Any] = dict.fromkeys(("tied", "spoiled", "shared", "root", "converted"), 0)
+
+    @settings(max_examples=150, deadline=None, database=None, derandomize=True)
+    @given(cases())
+    def draw(case: Case) -> None:
+        seen["tied"] += case.tied
+        seen["spoiled"] += case.spoiled
+        seen["shared"] += any(isinstance(m, Twice) for m in case.model.modules())
+        seen["root"] += type(case.model) is nn.Linear
+        seen["converted"] += any(type(m) is nn.Linear for m in case.model.modules())
+
+    draw()
+    assert all(count for count in seen.values()), seen
