@@ -27,6 +27,7 @@ from reports.text import (
     significant,
     spread,
 )
+from robuq_bench.run_lock import status_of
 
 _DAGGER = "†"
 _TYPE_ORDER = ("proj", "qkv", "fc1", "fc2")
@@ -295,7 +296,7 @@ def unfinished_table(runs: Sequence[RunData]) -> Table | None:
     table = Table("Unfinished runs: nothing of theirs is shown as a result", columns)
     for run in waiting:
         sessions = run.manifest.get("sessions", [])
-        status = str(sessions[-1].get("status", "unknown")) if sessions else "not started"
+        status = status_of(run.path, sessions[-1]) if sessions else "not started"
         torn = ", last line cut off" if run.torn else ""
         table.rows.append(
             [

@@ -189,6 +189,7 @@ def runs_show(run: RunArgument, output: OutputFlag = RUNS, as_json: JsonFlag = F
     """Show one run: its state, config, sessions and headline table."""
     from robuq_bench.config import to_toml
     from robuq_bench.context import RunResult
+    from robuq_bench.run_lock import status_of
     from robuq_bench.runs import open_existing
 
     existing = open_existing(find_run(run, output))
@@ -210,7 +211,7 @@ def runs_show(run: RunArgument, output: OutputFlag = RUNS, as_json: JsonFlag = F
         {
             "started": session["start"],
             "ended": session["end"],
-            "status": session["status"],
+            "status": status_of(existing.path, session),
             "device": session["provenance"]["device"],
             "threads": session["provenance"]["threads"],
             "command": " ".join(session["argv"]),

@@ -82,6 +82,12 @@ def is_running(path: Path, session: Mapping[str, Any]) -> bool:
     return session["host"] != platform.node() or process_lives(session)
 
 
+def status_of(path: Path, session: Mapping[str, Any]) -> str:
+    """How the newest session of the run folder `path` ended; a kill wrote no word of its own."""
+    status = str(session.get("status", "unknown"))
+    return "killed" if status == "running" and not is_running(path, session) else status
+
+
 def is_locked(path: Path) -> bool | None:
     """Whether the run folder `path` is locked; None where the file system (or Windows) cannot say.
 

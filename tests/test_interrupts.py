@@ -102,7 +102,10 @@ def test_a_second_sigterm_ends_at_once() -> None:
         time.sleep(0.2)
         assert child.poll() is None
         child.terminate()
-        assert child.wait(10) == -signal.SIGTERM
+        try:
+            assert child.wait(10) == -signal.SIGTERM
+        finally:
+            child.kill()
 
 
 @pytest.mark.parametrize(

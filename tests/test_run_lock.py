@@ -60,9 +60,13 @@ def test_a_run_that_nobody_has_locked_is_stopped(
     host = {} if where == "this machine" else {"host": "elsewhere"}
     rewrite_session(run.path, pid=os.getpid(), **host)
     assert state(tmp_path) == "stopped"
+    assert run_lock.status_of(run.path, run.manifest["sessions"][-1] | {"status": "running"}) == (
+        "killed"
+    )
     run_lock.lock_path(run.path).unlink()  # a copy of the folder has no lock at all
     assert state(tmp_path) == "stopped"
     with Run.open(tmp_path, config, []) as again:
+        assert run_lock.status_of(again.path, again.manifest["sessions"][-1]) == "running"
         statuses = [session["status"] for session in again.manifest["sessions"]]
     assert statuses == ["killed", "running"]
 
