@@ -45,6 +45,10 @@ class EvaluationSection(Protocol):
     def features(self) -> str: ...
     @property
     def inception_weights(self) -> str | None: ...
+    @property
+    def adapt_images(self) -> bool | None: ...
+    @property
+    def features_sha256(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,7 @@ def load_feature_network(
         MissingResourceError: Inception's weights are neither here nor downloadable.
         UsageError: unknown features, or Inception told to adapt images.
     """
-    # Stand-ins for a config need not have the newer fields.
-    adapts = bool(getattr(evaluation, "adapt_images", None))
+    adapts = bool(evaluation.adapt_images)
     if evaluation.features == "inception":
         if adapts:
             raise UsageError("inception takes images of any size; leave out adapt_images")
@@ -141,9 +144,8 @@ def load_feature_network(
     if evaluation.features.endswith(".safetensors"):
         path = asset_path(evaluation.features)
         network = load_classifier(path, device=device, adapts=adapts)
-        expected = getattr(evaluation, "features_sha256", None)
-        if expected is not None:
-            refuse_change(network.sha256, expected, f"evaluation.features {path}")
+        if evaluation.features_sha256 is not None:
+            refuse_change(network.sha256, evaluation.features_sha256, f"evaluation.features {path}")
         return network
     raise UsageError(
         f"unknown evaluation.features {evaluation.features!r}; known: digits, inception, FILE"

@@ -23,6 +23,7 @@ READ_IN_CONFIG = {
     "DiffusionConfig.beta_schedule": "its one value is what `diffusion.py` computes",
     "NormalityConfig.captured_sha256": "identifies an input",
     "NormalityConfig.student_sha256": "identifies an input",
+    "PackedConfig.run_sha256": "identifies an input",
 }
 #: Dependencies that nothing imports, and why they are declared.
 NOT_IMPORTED = {"seaborn": "the figures of issue 12 draw with it; until then it is not needed"}

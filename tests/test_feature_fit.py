@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Workload, load_workload, resolve
+from robuq_bench.config.workload import EvaluationConfig
 from robuq_bench.context import Context
 from robuq_bench.data import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError
@@ -32,6 +32,10 @@ from robuq_bench.fidelity import compute_metrics
 from robuq_bench.files import sha256_file
 from robuq_bench.progress import Progress
 from studies import train_features
+
+
+def evaluation_section(**fields: object) -> EvaluationConfig:
+    return load_workload("digits").evaluation.model_copy(update=fields)
 
 
 def pictures(channels: int, height: int, width: int | None = None, count: int = 60) -> ImageData:
@@ -89,7 +93,7 @@ def test_nothing_is_adapted_without_need(digits: ImageData) -> None:
     with pytest.raises(UsageError, match=r"leave out evaluation\.adapt_images"):
         check_features(load_classifier(adapts=True), (1, 8, 8), digits)
     with pytest.raises(UsageError, match="inception takes images of any size"):
-        load_feature_network(SimpleNamespace(features="inception", adapt_images=True))
+        load_feature_network(evaluation_section(features="inception", adapt_images=True))
 
 
 def test_the_switch_is_on_or_not_written_down() -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from robuq_bench import _compat, feature_networks
+from robuq_bench.config import load_workload
+from robuq_bench.config.workload import EvaluationConfig
 from robuq_bench.errors import CheckpointError, MissingResourceError
 from robuq_bench.feature_networks import (
     load_classifier,
@@ -23,11 +25,15 @@ from robuq_bench.feature_networks import (
 from robuq_bench.features import ASSET, ASSET_SHA256
 
 
+def evaluation_section(**fields: object) -> EvaluationConfig:
+    return load_workload("digits").evaluation.model_copy(update=fields)
+
+
 def test_a_file_of_ones_own_gives_its_name_to_the_metrics(tmp_path: Path) -> None:
     path = tmp_path / "copy.safetensors"
     path.write_bytes(ASSET.read_bytes())
     path.with_name("copy.safetensors.sha256").write_text(f"{ASSET_SHA256}  copy.safetensors\n")
-    loaded = load_feature_network(SimpleNamespace(features=str(path), inception_weights=None))
+    loaded = load_feature_network(evaluation_section(features=str(path)))
     assert (loaded.name, loaded.suffix, loaded.sha256) == ("digits", "_digits", ASSET_SHA256)
 
 
@@ -49,7 +55,7 @@ def test_missing_or_foreign_inception_weights_are_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = str(tmp_path / "absent.pth")
-    section = SimpleNamespace(features="inception", inception_weights=absent)
+    section = evaluation_section(features="inception", inception_weights=str(absent))
     with pytest.raises(MissingResourceError, match=r"absent\.pth.*evaluation\.inception_weights"):
         load_feature_network(section)
 

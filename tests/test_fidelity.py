@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robuq_bench import _compat, fidelity
+from robuq_bench.config import load_workload
 from robuq_bench.data import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import UsageError
 from robuq_bench.feature_networks import (
@@ -42,7 +43,7 @@ def digits() -> ImageData:
 
 @pytest.fixture(scope="module")
 def network() -> FeatureNetwork:
-    return load_feature_network(SimpleNamespace(features="digits", inception_weights=None))
+    return load_feature_network(load_workload("digits").evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -275,4 +276,6 @@ def test_bad_requests_are_explained(network: FeatureNetwork) -> None:
     with pytest.raises(UsageError, match="same feature network"):
         compute_metrics(many, as_features(random_features(40, 9, 0)))
     with pytest.raises(UsageError, match="known: digits, inception"):
-        load_feature_network(SimpleNamespace(features="vgg", inception_weights=None))
+        load_feature_network(
+            load_workload("digits").evaluation.model_copy(update={"features": "vgg"})
+        )
