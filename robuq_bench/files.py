@@ -29,7 +29,10 @@ def expand_user(path: Path | str) -> Path:
 
     Unlike `Path.expanduser`, which raises a RuntimeError then (containers have users without one).
     """
-    return Path(os.path.expanduser(path))
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # a null byte, which no user's name holds: no such file either
+        return Path(path)
 
 
 def cache_folder() -> Path | None:
