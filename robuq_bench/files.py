@@ -31,7 +31,7 @@ def expand_user(path: Path | str) -> Path:
     """
     try:
         return Path(os.path.expanduser(path))
-    except ValueError:  # a null character in the name of a user
+    except ValueError:  # a null byte, which no user's name holds: no such file either
         return Path(path)
 
 

@@ -174,7 +174,8 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert expand_user("~/a") == Path("~/a")
-    assert expand_user("~nobody-here/a") == Path("~nobody-here/a")
+    for odd in ("~nobody-here/a", "~a\0b"):
+        assert expand_user(odd) == Path(odd)
     assert cache_folder() is None
     monkeypatch.setenv("ROBUQ_CACHE", "/scratch")
     assert cache_folder() == Path("/scratch")
