@@ -24,7 +24,7 @@ READ_IN_CONFIG = {
 }
 DIGEST = "_sha256"  # such fields identify an input, which the hash of the config does with them
 #: Dependencies that nothing imports, and why they are declared.
-NOT_IMPORTED = {"seaborn": "the figures of issue 12 draw with it; until then it is not needed"}
+NOT_IMPORTED = {"seaborn": "reports are to draw with it; until they do it is not needed"}
 
 
 @functools.cache
