@@ -16,8 +16,13 @@ from robuq_bench.files import atomic_write_bytes
 from robuq_bench.inference import load_packed, prepare_for_inference
 from robuq_bench.models.checkpoints import check_weights, load_teacher
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import quantize_, set_activation_bits
-from robuq_bench.quantization.linear import BITS_KEY
+from robuq_bench.quantization.bits import BITS_KEY
+from robuq_bench.quantization.convert import (
+    quantize_,
+    quantized_layers,
+    set_activation_bits,
+)
+from robuq_bench.quantization.linear import rename_old_weight
 from robuq_bench.runs import open_existing
 from robuq_bench.sampling import image_grid, sample_images
 
@@ -48,6 +53,8 @@ def load_student(run_path: Path, workload: Workload) -> nn.Module:
     quantize_(model, plan)
     set_activation_bits(model, json.loads(bits))
     # Runs of before kept the bits in the metadata alone.
+    for name in quantized_layers(model):
+        rename_old_weight(tensors, f"{name}.")
     expected = {
         name: value
         for name, value in model.state_dict().items()

@@ -33,7 +33,7 @@ from robuq_bench.inference.packed_header import (
     Storage,
     check_format,
 )
-from robuq_bench.inference.packed_linear import PackedLinear, exchange_layers, packed_layers
+from robuq_bench.inference.packed_linear import PackedLinear, packed_layers
 from robuq_bench.inference.packed_restore import (
     OPTIONAL_PARTS,
     new_model,
@@ -45,7 +45,7 @@ from robuq_bench.inference.stored_tensors import INT8_SCALE, problem_of, stored
 from robuq_bench.quantization.activations import matmul_quantizer
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.quantization.module_tree import names_of
+from robuq_bench.quantization.module_tree import exchange_layers, names_of
 
 
 def export_packed(

@@ -13,10 +13,11 @@ from kernels.hadamard_quantize.reference import Quantized, Rotation
 from kernels.ternary_matmul.layout import pack_planes, unpack_planes
 from robuq_bench.errors import UsageError
 from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.quantization.bits import ActivationBits
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
 from robuq_bench.quantization.linear import QuantizedLinear, linear_product
-from robuq_bench.quantization.module_tree import move_hooks, names_of, replace_modules
+from robuq_bench.quantization.module_tree import exchange_layers, names_of
 from robuq_bench.quantization.weights import quantize_weight
 
 BACKENDS = ("reference", "integer", "triton")
@@ -28,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LIKE = "like"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(ActivationBits):
     """The inference form of a `QuantizedLinear`, same function, same attributes.
 
     Buffers: `planes` uint8 [out, 32 ceil(in / 128)] (kernels.ternary_matmul.layout), `scale`
@@ -152,8 +153,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> GuardedWeight:
         """Shape, dtype and device of the weight it stands in for; arithmetic is a UsageError."""
-        shape = (self.out_features, self.in_features)
-        return guarded_weight(self.like.new_empty(1).expand(shape), self.name)
+        return guarded_weight(self.like, (self.out_features, self.in_features), self.name)
 
     @property
     def rank(self) -> int:
@@ -181,7 +181,11 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scale = self.scale
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)  # half precision would change every product
+        # Half precision would change every product.
+        if scale.is_meta:
+            self.scale = torch.empty_like(self.scale, dtype=scale.dtype)
+        else:
+            self.scale = scale.to(self.scale.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -221,7 +225,7 @@ class PackedLinear(nn.Module):
         dtype = self.like.dtype
         weight = (self.codes().to(self.scale.dtype) * self.scale[:, None]).to(dtype)
         wide = [weight] if self.low_rank_up is None else [weight, self.low_rank_up.to(dtype)]
-        quantizer = activation_quantizer(self.activation_quantizer)
+        bits = self.current_bits()
         return linear_product(
             x,
             torch.cat(wide, 1),
@@ -229,8 +233,8 @@ class PackedLinear(nn.Module):
             None if self.low_rank_down is None else self.low_rank_down.to(dtype),
             None if self.signs is None else self.signs.to(dtype),
             self.rotated,
-            None if self.activation_bits is None else quantizer,
-            self.activation_bits or 0,
+            None if bits is None else activation_quantizer(self.activation_quantizer),
+            0 if bits is None else bits,
         )
 
     def _rotation(self) -> Rotation | None:
@@ -312,17 +316,6 @@ def packed_replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
         UsageError: one cannot be packed.
     """
     return {layer: PackedLinear.from_quantized(layer) for layer in names_of(model, QuantizedLinear)}
-
-
-def exchange_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put every value in the place of its key, under all names and with the key's hooks.
-
-    Returns:
-        `model`, or what replaces it.
-    """
-    for source, target in replacements.items():
-        move_hooks(source, target)
-    return replace_modules(model, replacements)
 
 
 def pack_(model: nn.Module) -> nn.Module:

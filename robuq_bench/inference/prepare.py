@@ -12,13 +12,12 @@ from robuq_bench.errors import MissingResourceError, UsageError
 from robuq_bench.inference.fused_blocks import FusedBlocks
 from robuq_bench.inference.packed_linear import (
     PackedLinear,
-    exchange_layers,
     packed_layers,
     packed_replacements,
 )
 from robuq_bench.models.dit import Blocks
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.quantization.module_tree import move_hooks
+from robuq_bench.quantization.module_tree import exchange_layers, move_hooks
 
 DEFAULT_DTYPE = {
     "reference": None,

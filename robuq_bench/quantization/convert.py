@@ -11,9 +11,10 @@ from torch import nn
 
 from robuq_bench.errors import ConfigError, UsageError, suggest
 from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
+from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.hadamard import UnsupportedHadamardOrder, hadamard_factors
-from robuq_bench.quantization.linear import QuantizedLinear, check_bits
-from robuq_bench.quantization.module_tree import move_hooks, replace_modules
+from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
 from robuq_bench.quantization.selection import (
     LayerFilter,
     Selected,
@@ -72,12 +73,20 @@ def _check(name: str, linear: nn.Linear, settings: dict[str, Any]) -> None:
             f"layer {name!r} is reparametrised ({', '.join(extra)}), which its copy would lose; "
             "remove the reparametrisation first, or add the layer to layers.skip"
         )
+    inside = [*linear._buffers, *linear._modules]
+    if inside:
+        raise UsageError(
+            f"layer {name!r} holds more than a weight and a bias ({', '.join(inside)}), which its "
+            "copy would lose; move it elsewhere, or add the layer to layers.skip"
+        )
     if "forward" in vars(linear):
         raise UsageError(
             f"layer {name!r} has a forward of its own, which its copy would lose (an offloading "
             "hook?); remove it first, or add the layer to layers.skip"
         )
     weight = linear.weight
+    if weight.layout != torch.strided:
+        raise UsageError(f"layer {name!r} has a weight of layout {weight.layout}; make it dense")
     if weight.is_meta:
         raise UsageError(f"layer {name!r} is on the meta device; load its weights first")
     if weight.dtype not in WEIGHT_DTYPES:
@@ -113,24 +122,39 @@ def _check(name: str, linear: nn.Linear, settings: dict[str, Any]) -> None:
         quantizer.check_bits(bits)
 
 
+def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse a layer that something would go on calling after it was replaced."""
+    for place, name in hidden_references(model, set(layers.values())):
+        raise UsageError(
+            f"{place!r} holds layer {name!r} besides registering it (a list, or torch.compile of "
+            "the layer alone?) and would go on calling the old one; register it as a module, "
+            "compile after quantize_, or add the layer to layers.skip"
+        )
+
+
 def _check_ties(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    """Refuse a weight that another module uses too: each use would get its own."""
-    owners: dict[tuple[object, ...], dict[nn.Module, str]] = {}
-    for module_name, module in model.named_modules():
-        for part, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta and parameter.numel():
-                # Two parameters may be one memory, as after `b.weight.data = a.weight.data`.
-                memory = (parameter.data_ptr(), parameter.shape, parameter.device)
-                name = f"{module_name}.{part}" if module_name else part
-                owners.setdefault(memory, {})[module] = name
+    """Refuse a weight whose memory another module uses too: each use would get its own."""
     targets = set(layers.values())
-    for uses in owners.values():
-        if len(uses) > 1 and not targets.isdisjoint(uses):
-            names = " and ".join(map(repr, uses.values()))
-            raise UsageError(
-                f"{names} are one tied parameter, and quantizing would give each its own; untie "
-                "them first (clone one), or add the layers to layers.skip"
-            )
+    memory: dict[tuple[int, torch.device], list[tuple[int, int, str, nn.Module]]] = {}
+    for module_name, module in model.named_modules():
+        for part, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is None or value.is_meta or value.layout != torch.strided or not value.numel():
+                continue
+            # Parts of one memory need not overlap, as those of a flattened model do not.
+            reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
+            start = value.storage_offset() * value.element_size()
+            end = start + reach * value.element_size()
+            name = f"{module_name}.{part}" if module_name else part
+            place = (value.untyped_storage().data_ptr(), value.device)
+            for other_start, other_end, other, owner in memory.setdefault(place, []):
+                overlaps = start < other_end and other_start < end
+                if overlaps and owner is not module and not targets.isdisjoint((owner, module)):
+                    raise UsageError(
+                        f"{other!r} and {name!r} are one tied parameter, and quantizing would give "
+                        "each its own; untie them first (clone one), or add the layers to "
+                        "layers.skip"
+                    )
+            memory[place].append((start, end, name, module))
 
 
 def quantize_(
@@ -185,17 +209,23 @@ def quantize_(
     settings = {name: layer_settings(name, plan, blocks) for name in layers}
     for name, linear in layers.items():
         _check(name, linear, settings[name])
+    _check_references(model, layers)
     _check_ties(model, layers)
     allocated = [name for name in layers if selected[name].kind == "block"]
     if bits_by_layer is not None:
         _check_bits_by_layer(bits_by_layer, allocated, settings)
-    converted: dict[nn.Module, nn.Module] = {
+    converted = {
         linear: QuantizedLinear.from_linear(linear, name=name, seed=seed, **settings[name])
         for name, linear in layers.items()
     }
-    for old, new in converted.items():
-        move_hooks(old, new)
-    model = replace_modules(model, converted)
+    for layer in converted.values():
+        for part, value in layer.named_parameters():
+            if not bool(torch.isfinite(value).all()):  # rotation can exceed half precision's range
+                raise UsageError(
+                    f"{part!r} of layer {layer.name!r} overflows {value.dtype} once rotated; "
+                    "convert the model in float32"
+                )
+    model = exchange_layers(model, converted)
     if plan.attention.matmul_bits is not None:
         for module in model.modules():
             if hasattr(module, "matmul_quantizer"):

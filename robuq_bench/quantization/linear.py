@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,17 @@ from torch.nn import functional as F
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.quantization import compiled, cuda_path
 from robuq_bench.quantization.activations import ActivationQuantizer, activation_quantizer
+from robuq_bench.quantization.bits import ActivationBits
 from robuq_bench.quantization.fused import fused_linear
 from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
 from robuq_bench.quantization.rotations import random_signs, rotate
 from robuq_bench.quantization.weights import fake_quantize_weight
 
-BITS_KEY = "activation_bits"
-"""Of a layer's bits in a state dict: uint8, 0 for activations that are not quantized."""
+
+def rename_old_weight(state: dict[str, Any], prefix: str) -> None:
+    """Call the weight of the layer at `prefix` in a state what it is called now, in place."""
+    if prefix + "weight" in state:
+        state.setdefault(prefix + "master_weight", state.pop(prefix + "weight"))
 
 
 def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -113,28 +117,14 @@ def _compiled_product(
     return _composed_product(operand, tokens, weight, bias, down)
 
 
-def check_bits(bits: object, quantizer: str, layer: str) -> None:
-    """Raise ConfigError unless `bits` is a whole number at which the quantizer is defined."""
-    # bool is an int to Python, and True would mean one bit.
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise ConfigError(f"layer {layer!r}: activation bits must be a whole number, got {bits!r}")
-    found = activation_quantizer(quantizer)
-    if found is None:
-        raise ConfigError(f"layer {layer!r} has no activation quantizer to give bits to")
-    try:
-        found.check_bits(bits)
-    except ConfigError as error:
-        raise ConfigError(f"layer {layer!r}: {error}") from None
-
-
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(ActivationBits):
     """y = Q_a(x D H) Q_w(W)^T + (x D H) down^T up^T + bias.
 
-    `weight` [out, in] is the rotated weight less the low-rank branch up [out, r] @ down [r, in],
-    which reads the rotated activation before quantization. `signs` [in] is the diagonal of D
-    (buffer; None without random signs). The parameter is `master_weight` in code and `weight` in
-    the state; the attribute `weight` tells its shape, dtype and device and refuses arithmetic. The
-    ternary weight is computed in every forward pass, but for a `cached_weights` block.
+    W, the parameter `master_weight` [out, in], is the rotated weight less the low-rank branch
+    up [out, r] @ down [r, in], which reads the rotated activation before quantization. `signs` [in]
+    is the diagonal of D (buffer; None without random signs). The attribute `weight` tells shape,
+    dtype and device and refuses arithmetic. The ternary weight is computed in every forward pass,
+    but for a `cached_weights` block.
 
     Attributes:
         name: layer name in its model, the seed of its signs.
@@ -144,6 +134,7 @@ class QuantizedLinear(nn.Module):
             see `defer_gradient_clamp`.
     """
 
+    master_weight: nn.Parameter
     bias: nn.Parameter | None
     low_rank_up: nn.Parameter | None
     low_rank_down: nn.Parameter | None
@@ -167,11 +158,9 @@ class QuantizedLinear(nn.Module):
         self.name = name
         self.weight_quantizer = weight_quantizer
         self.activation_quantizer = activation_quantizer
-        self._bits: int | None = None
-        self._bits_tensor: Tensor | None = None
         self.activation_bits = activation_bits
         self.rotated = rotated
-        self.register_parameter("weight", nn.Parameter(weight))
+        self.master_weight = nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         up, down = (None, None) if low_rank is None else low_rank
         self.register_parameter("low_rank_up", None if up is None else nn.Parameter(up))
@@ -179,6 +168,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("signs", signs)
         self.clamps_in_backward = True
         self._cache: list[tuple[Any, Tensor]] | None = None
+        self._watched: nn.Parameter | None = None
 
     @classmethod
     @torch.no_grad()
@@ -237,57 +227,17 @@ class QuantizedLinear(nn.Module):
         return layer.train(linear.training)
 
     @property
-    def activation_bits(self) -> int | None:
-        """Bits per activation; None: not quantized."""
-        return self._bits
-
-    @activation_bits.setter
-    def activation_bits(self, bits: int | None) -> None:
-        self.check_activation_bits(bits)
-        self._bits = bits
-        if bits is None:
-            self._bits_tensor = None
-            return
-        with torch.inference_mode(False):
-            if self._bits_tensor is None:
-                self._bits_tensor = torch.zeros((), dtype=torch.int64)
-            self._bits_tensor.fill_(bits)  # in place: a compiled model reads this very tensor
-
-    @property
     def weight(self) -> GuardedWeight:
         """Shape, dtype and device of the weight; arithmetic on it is a UsageError."""
-        return guarded_weight(self.master_weight, self.name)
+        return guarded_weight(self.master_weight, tuple(self.master_weight.shape), self.name)
 
-    @property
-    def master_weight(self) -> nn.Parameter:
-        """The trained full-precision weight [out, in], rotated and less the low-rank branch."""
-        weight = self._parameters.get("weight")
-        if weight is None:
-            raise AttributeError("the weight is not set yet")
-        return weight
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made in a `cached_weights` block would keep the cache for ever.
+        return {**self.__dict__, "_cache": None, "_watched": None}
 
-    def check_activation_bits(self, bits: int | None) -> None:
-        """Raise ConfigError unless this layer's activation quantizer is defined at `bits`."""
-        if bits is not None:
-            check_bits(bits, self.activation_quantizer, self.name)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A tensor, because files of tensors hold nothing else; 0 stands for None.
-        destination[prefix + BITS_KEY] = torch.tensor(self.activation_bits or 0, dtype=torch.uint8)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        stored = state_dict.pop(prefix + BITS_KEY, None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if stored is None:
-            return  # written before the state held them: whoever loads it sets them
-        bits = int(stored) or None
-        self.check_activation_bits(bits)
-        self.activation_bits = bits
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_old_weight(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def quantized_weight(self) -> Tensor:
         """Dequantized ternary weight [out, in], differentiable."""
@@ -327,12 +277,11 @@ class QuantizedLinear(nn.Module):
             raise UsageError(
                 f"layer {self.name!r} takes {self.in_features} features, got {tuple(x.shape)}"
             )
-        if self.clamps_in_backward and self.weight_quantizer == "ternary-twn":
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._clamps():
             self._check_autocast(x)
+            self._watch_accumulation()
         weight = self._cached_wide_weight()
-        bits: int | Tensor | None = self._bits
-        if torch.compiler.is_compiling():
-            bits = self._bits_tensor
+        bits = self.current_bits()
         quantizer = None if bits is None else activation_quantizer(self.activation_quantizer)
         return linear_product(
             x,
@@ -345,20 +294,44 @@ class QuantizedLinear(nn.Module):
             0 if bits is None else bits,
         )
 
+    def _clamps(self) -> bool:
+        """Whether a backward pass would clamp the gradient of the weight."""
+        clamped = self.clamps_in_backward and self.weight_quantizer == "ternary-twn"
+        return clamped and self.master_weight.requires_grad
+
     def _check_autocast(self, x: Tensor) -> None:
         kind = x.device.type
-        if (
-            self.training
-            and torch.is_grad_enabled()
-            and torch.is_autocast_enabled(kind)
-            and torch.get_autocast_dtype(kind) == torch.float16
-        ):
-            raise UsageError(
-                f"layer {self.name!r}: training under float16 autocast scales the loss, and the "
-                "clamp of ternary-twn gradients to [-1, 1] would cut the scaled ones; use "
-                "bfloat16, or defer_gradient_clamp(model) and, after scaler.unscale_(optimizer), "
-                "clamp_gradients_(model)"
-            )
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            self._refuse_clamp("training under float16 autocast scales the loss")
+
+    def _watch_accumulation(self) -> None:
+        """Refuse gradients that are added up over backward passes, or scaled as float16 needs."""
+        weight = self.master_weight
+        if self._watched is weight or not weight.is_leaf:
+            return
+        self._watched, before = weight, (0, -1)
+
+        def check(parameter: Tensor) -> None:
+            nonlocal before
+            grad = parameter.grad
+            if grad is None or not self._clamps():
+                return
+            if grad.dtype == torch.float16:
+                self._refuse_clamp("training in float16 scales the loss")
+            # Added to in place since the last pass, and nothing else: not zeroed, nor replaced.
+            if (grad.data_ptr(), grad._version) == (before[0], before[1] + 1):
+                self._refuse_clamp("gradients are accumulated over several backward passes")
+            before = (grad.data_ptr(), grad._version)
+
+        weight.register_post_accumulate_grad_hook(check)
+
+    def _refuse_clamp(self, situation: str) -> NoReturn:
+        raise UsageError(
+            f"layer {self.name!r}: {situation}, and a clamp of ternary-twn gradients to [-1, 1] "
+            "inside the pass would act on scaled, or on partial, ones. Call "
+            "defer_gradient_clamp(model) once, and clamp_gradients_(model) before every step of "
+            "the optimizer (after scaler.unscale_(optimizer), if there is a scaler)"
+        )
 
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank_up is None else self.low_rank_up.shape[1]

@@ -18,12 +18,12 @@ from robuq_bench.config import Plan, load_plan
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.inference import PackedLinear, export_packed, load_packed, pack_
 from robuq_bench.inference import prepare_for_inference as prepare
-from robuq_bench.inference.packed_linear import exchange_layers, packed_layers
+from robuq_bench.inference.packed_linear import packed_layers
 from robuq_bench.inference.random_weights import pack_random_
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.quantization.module_tree import names_of
+from robuq_bench.quantization.module_tree import exchange_layers, names_of
 
 Student = Callable[..., tuple[DiT, Plan]]
 PLAN = load_plan("a4")
