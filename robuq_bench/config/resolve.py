@@ -417,10 +417,10 @@ def folder_digest(folder: Path) -> str:
     Raises:
         ConfigError: there are none, or a file is not what the checksum beside it says.
     """
-    found = sorted(folder.rglob("*.sha256"))
-    if not found:
-        raise ConfigError(f"{folder}: holds no safetensors files with checksums (*.sha256)")
     try:
+        found = sorted(folder.rglob("*.sha256"))
+        if not found:
+            raise ConfigError(f"{folder}: holds no safetensors files with checksums (*.sha256)")
         texts = [path.read_bytes() for path in found]
         for path in found:
             file = path.with_suffix("")
