@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -309,19 +310,20 @@ class QuantizedLinear(ActivationBits):
         weight = self.master_weight
         if self._watched is weight or not weight.is_leaf:
             return
-        self._watched, before = weight, (0, -1)
+        self._watched = weight
+        last: tuple[weakref.ref[Tensor], int] | None = None
 
         def check(parameter: Tensor) -> None:
-            nonlocal before
+            nonlocal last
             grad = parameter.grad
             if grad is None or not self._clamps():
                 return
             if grad.dtype == torch.float16:
                 self._refuse_clamp("training in float16 scales the loss")
             # Added to in place since the last pass, and nothing else: not zeroed, nor replaced.
-            if (grad.data_ptr(), grad._version) == (before[0], before[1] + 1):
+            if last is not None and last[0]() is grad and grad._version == last[1] + 1:
                 self._refuse_clamp("gradients are accumulated over several backward passes")
-            before = (grad.data_ptr(), grad._version)
+            last = (weakref.ref(grad), grad._version)
 
         weight.register_post_accumulate_grad_hook(check)
 

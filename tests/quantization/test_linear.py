@@ -153,7 +153,7 @@ def test_eval_never_serves_a_stale_weight(change: str) -> None:
             layer.master_weight.mul_(-1)
     elif change == "load":
         state = other.state_dict()
-        state["weight"] = -state["weight"]
+        state["master_weight"] = -state["master_weight"]
         layer.load_state_dict(state)
     else:
         layer.train()
@@ -170,7 +170,7 @@ def test_eval_never_serves_a_stale_weight(change: str) -> None:
 def test_state_dict_keys() -> None:
     layer = QuantizedLinear.from_linear(original(), name="a", rank=2)
     assert set(layer.state_dict()) == {
-        "weight",
+        "master_weight",
         "bias",
         "low_rank_up",
         "low_rank_down",
@@ -178,7 +178,7 @@ def test_state_dict_keys() -> None:
         "activation_bits",
     }
     bare = QuantizedLinear.from_linear(original(bias=False), name="a", rank=0, rotation="hadamard")
-    assert set(bare.state_dict()) == {"weight", "activation_bits"}
+    assert set(bare.state_dict()) == {"master_weight", "activation_bits"}
 
 
 def test_signs_depend_on_name_and_seed_alone() -> None:

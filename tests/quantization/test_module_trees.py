@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from robuq_bench.config import load_plan
+from robuq_bench.config.plan import RotationConfig
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.quantization.convert import quantize_, quantized_layers, set_activation_bits
 from robuq_bench.quantization.linear import (
@@ -109,6 +112,7 @@ def test_hooks_move_and_their_handles_still_remove_them() -> None:
     assert seen == ["pre", "forward", "backward", "state"]
     for handle in handles:
         handle.remove()
+    model.zero_grad()
     model(tokens().requires_grad_()).sum().backward()
     assert len(seen) == 4
 
@@ -125,6 +129,54 @@ def test_frozen_stays_frozen_and_modes_are_kept() -> None:
     assert [m.training for m in model] == [True, True, False]
 
 
+def compiled_alone() -> nn.Module:
+    return nn.Sequential(torch.compile(linear(), backend="eager"), linear())
+
+
+def in_a_list() -> nn.Module:
+    model = nn.Sequential(linear(), linear())
+    model.steps = [model[0]]
+    return model
+
+
+def in_a_partial() -> nn.Module:
+    model = nn.Sequential(linear(), linear())
+    model.first = functools.partial(nn.Module.__call__, model[0])
+    return model
+
+
+def as_a_bound_method() -> nn.Module:
+    model = nn.Sequential(linear(), linear())
+    model.run = {"first": model[0].forward}
+    return model
+
+
+@pytest.mark.parametrize("make", [compiled_alone, in_a_list, in_a_partial, as_a_bound_method])
+def test_a_layer_that_would_still_be_called_is_refused(make: Any) -> None:
+    model = make()
+    with pytest.raises(UsageError, match="besides registering it"):
+        quantize_(model, load_plan("a4"))
+    assert quantized_layers(model) == {}
+
+
+def test_memory_that_overlaps_is_a_tie_and_parts_of_one_are_not() -> None:
+    flat = torch.randn(2 * WIDTH * WIDTH)
+    apart = nn.Sequential(linear(), linear())
+    for position, layer in enumerate(apart):
+        part = flat[position * WIDTH * WIDTH : (position + 1) * WIDTH * WIDTH]
+        layer.weight.data = part.view(WIDTH, WIDTH)
+    quantize_(apart, load_plan("a4"))
+    transposed = nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH))
+    transposed[2].weight.data = transposed[0].weight.data.t()
+    table = nn.ModuleDict({"table": nn.Embedding(64, WIDTH), "out": linear()})
+    table["out"].weight.data = table["table"].weight.data[:WIDTH]
+    buffer = nn.Sequential(linear())
+    buffer.register_buffer("copy", buffer[0].weight.data)
+    for model in (transposed, table, buffer):
+        with pytest.raises(UsageError, match="one tied parameter"):
+            quantize_(model, load_plan("a4"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -134,6 +186,8 @@ def test_frozen_stays_frozen_and_modes_are_kept() -> None:
         (lambda m: nn.utils.spectral_norm(m[1]), "'1' is reparametrised"),
         (lambda m: setattr(m[1], "forward", lambda x: x), "'1' has a forward of its own"),
         (lambda m: m[1].to("meta"), "'1' is on the meta device"),
+        (lambda m: m[1].register_buffer("mask", torch.ones(2)), r"'1' holds more.*\(mask\)"),
+        (lambda m: m[1].add_module("adapter", linear()), r"'1' holds more.*\(adapter\)"),
         (lambda m: m[1].requires_grad_(False).to(torch.complex64), "'1' has a weight of torch.c"),
     ],
 )
@@ -172,15 +226,47 @@ def test_allocated_bits_are_in_the_state() -> None:
     other.load_state_dict(model.state_dict())
     assert [layer.activation_bits for layer in other] == [1, 3]
     assert torch.equal(other(tokens()), model(tokens()))
-    old = {k: v for k, v in model.state_dict().items() if not k.endswith("activation_bits")}
-    other[0].activation_bits = 2
-    other.load_state_dict(old)  # of a version that did not keep them: they stay as they are
-    assert other[0].activation_bits == 2
-    damaged = model.state_dict() | {"0.activation_bits": torch.tensor(99, dtype=torch.uint8)}
-    with pytest.raises(ConfigError, match=r"layer '0'.*99"):
-        other.load_state_dict(damaged)
+    # An average of states, as EMA makes it, holds floats.
+    averaged = {
+        k: 0.9995 * v + (1 - 0.9995) * v if k.endswith("activation_bits") else v
+        for k, v in model.state_dict().items()
+    }
+    other.load_state_dict(averaged)
+    assert [layer.activation_bits for layer in other] == [1, 3]
+    for value, message in ((99.0, "99"), (2.5, "2.5, not a number of bits")):
+        damaged = model.state_dict() | {"0.activation_bits": torch.tensor(value)}
+        with pytest.raises(ConfigError, match=rf"layer '0'.*{message}"):
+            other.load_state_dict(damaged)
 
 
+def test_a_state_of_before_bits_were_kept_loads_and_says_so() -> None:
+    model = quantize_(nn.Sequential(linear(), linear()), load_plan("a4"), {"0": 1, "1": 3})
+    old = {
+        name.replace("master_weight", "weight"): value
+        for name, value in model.state_dict().items()
+        if not name.endswith("activation_bits")
+    }
+    other = quantize_(nn.Sequential(linear(), linear()), load_plan("a4"))
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0\.activation_bits"'):
+        other.load_state_dict(old)
+    missing, unexpected = other.load_state_dict(old, strict=False)
+    assert (missing, unexpected) == (["0.activation_bits", "1.activation_bits"], [])
+    set_activation_bits(other, {"0": 1, "1": 3})
+    assert torch.equal(other(tokens()), model(tokens()))
+
+
+def test_half_precision_that_rotation_overflows_is_refused() -> None:
+    plan = load_plan("a4")
+    plan = plan.model_copy(update={"low_rank": plan.low_rank.model_copy(update={"rank": 0})})
+    plan = plan.model_copy(update={"rotation": RotationConfig(kind="hadamard")})
+    model = nn.Sequential(linear().half())
+    model[0].weight.data.fill_(6e4)
+    with pytest.raises(UsageError, match=r"layer '0' overflows torch\.float16 once rotated"):
+        quantize_(model, plan)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
 def test_reading_a_weight_past_forward_is_refused_by_name() -> None:
     layer = quantize_(nn.Sequential(linear()), load_plan("a4"))[0]
     weight = layer.weight
@@ -192,6 +278,8 @@ def test_reading_a_weight_past_forward_is_refused_by_name() -> None:
     assert (weight.numel(), weight.ndim, len(weight)) == (WIDTH * WIDTH, 2, WIDTH)
     assert weight.is_floating_point()
     assert "GuardedWeight" in repr(weight)
+    assert weight.requires_grad
+    assert not layer.requires_grad_(False).weight.requires_grad
     for misuse in (
         lambda: nn.functional.linear(tokens(), weight),
         lambda: weight @ weight,
@@ -200,6 +288,15 @@ def test_reading_a_weight_past_forward_is_refused_by_name() -> None:
         lambda: weight.mul_(2),
         lambda: torch.linalg.svd(weight),
         lambda: weight.grad,
+        lambda: torch.add(tokens(), 1, out=weight),
+        lambda: torch.stack([weight, weight]),
+        lambda: torch.tensor(weight),
+        lambda: weight.tolist(),
+        lambda: weight.numpy(),
+        lambda: np.asarray(weight),
+        lambda: {weight},
+        lambda: nn.Linear(WIDTH, WIDTH).weight.data.copy_(weight),
+        lambda: nn.init.zeros_(weight),
     ):
         with pytest.raises(UsageError, match=r"layer '0' is quantized.*layers\.skip"):
             misuse()
@@ -234,7 +331,7 @@ class TestCache:
             results = {
                 tuple(
                     torch.func.functional_call(
-                        model, {"0.weight": torch.randn(WIDTH, WIDTH)}, (tokens(),)
+                        model, {"0.master_weight": torch.randn(WIDTH, WIDTH)}, (tokens(),)
                     )[0].tolist()
                 )
                 for _ in range(100)
@@ -250,6 +347,14 @@ class TestCache:
             after = model(tokens())
         assert not torch.equal(after, before)
         assert torch.equal(model(tokens()), after)
+
+    def test_a_copy_made_inside_has_no_cache(self) -> None:
+        model = self.model()
+        with cached_weights(model):
+            before = model(tokens())
+            twin = copy.deepcopy(model)
+        twin[0].master_weight.data.mul_(-1)
+        assert not torch.equal(twin(tokens()), before)
 
     def test_the_weight_is_computed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = self.model()
@@ -297,12 +402,41 @@ class TestGradientClamp:
     def test_training_under_float16_autocast_is_refused_unless_deferred(self) -> None:
         model = quantize_(nn.Sequential(linear()), load_plan("a4"))
         with torch.autocast("cpu", dtype=torch.float16):
-            with pytest.raises(UsageError, match=r"layer '0'.*clamp_gradients_"):
-                model(tokens())
+            for mode in (True, False):
+                with pytest.raises(UsageError, match=r"layer '0'.*clamp_gradients_"):
+                    model.train(mode)(tokens())
             with torch.no_grad():
                 model(tokens())
+            model.requires_grad_(False)(tokens())
+            model.requires_grad_(True)
             defer_gradient_clamp(model)
             model(tokens()).sum().backward()
+
+    def test_training_in_float16_is_refused_unless_deferred(self) -> None:
+        model = quantize_(nn.Sequential(linear()).half(), load_plan("a4"))
+        x = tokens().half()
+        with pytest.raises(UsageError, match=r"layer '0': training in float16 scales"):
+            model(x).sum().backward()
+        model.zero_grad()
+        defer_gradient_clamp(model)
+        model(x).sum().backward()
+
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_accumulation_is_refused_unless_deferred(self, set_to_none: bool) -> None:
+        model = copy.deepcopy(quantize_(nn.Sequential(linear()), load_plan("a4")))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):  # steps of one pass each
+            optimizer.zero_grad(set_to_none=set_to_none)
+            model(tokens()).sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        torch.autograd.grad(model(tokens()).sum(), [model[0].master_weight])
+        optimizer.zero_grad(set_to_none=set_to_none)
+        model(tokens()).sum().backward()
+        with pytest.raises(UsageError, match=r"layer '0': gradients are accumulated"):
+            model(tokens()).sum().backward()
+        defer_gradient_clamp(model)
+        model(tokens()).sum().backward()
 
 
 def test_statistics_of_half_precision_weights_are_taken_in_float32() -> None:

@@ -89,7 +89,8 @@ def test_fisher_matches_a_loop_over_samples(
     expected = {name: {1: 0.0, 3: 0.0} for name in ("first", "second")}
     zero = torch.zeros(1, dtype=torch.int64)
     for sample in x:
-        goal = target(sample[None], zero, zero)[0].float()
+        goal = target(sample[None], zero, zero)[0].float().detach()
+        model.zero_grad()
         a, b = operands(model, sample, quantized=True)
         first = quantizer.fake_quantize(a, 2).detach().requires_grad_()
         hidden = torch.tanh(run(model.first, sample, first))
