@@ -30,7 +30,13 @@ from robuq_bench.fidelity import (
     load_adm_reference,
     reference_features,
 )
-from robuq_bench.sampling import decode_latents, default_labels, image_grid, sample_images
+from robuq_bench.sampling import (
+    decode_latents,
+    default_labels,
+    evaluation_mode,
+    image_grid,
+    sample_images,
+)
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
@@ -233,17 +239,13 @@ def validation_losses(
         stream="validation",
         device=device,
     )
-    was_training = model.training
-    model.eval()
     distillation = denoising = 0.0
-    for step in range(VALIDATION_BATCHES):
-        batch = source.batch(step)
-        output = model(batch.x_t, batch.t, batch.y).float()
-        target = teacher(batch.x_t, batch.t, batch.y).float()
-        distillation += float((output - target).square().mean()) / VALIDATION_BATCHES
-        denoising += (
-            float(diffusion.training_loss(output, batch.x0, batch.x_t, batch.t, batch.noise).mean())
-            / VALIDATION_BATCHES
-        )
-    model.train(was_training)
+    with evaluation_mode(model):
+        for step in range(VALIDATION_BATCHES):
+            batch = source.batch(step)
+            output = model(batch.x_t, batch.t, batch.y).float()
+            target = teacher(batch.x_t, batch.t, batch.y).float()
+            losses = diffusion.training_loss(output, batch.x0, batch.x_t, batch.t, batch.noise)
+            distillation += float((output - target).square().mean()) / VALIDATION_BATCHES
+            denoising += float(losses.mean()) / VALIDATION_BATCHES
     return {"distillation_loss": distillation, "denoising_loss": denoising}

@@ -169,7 +169,7 @@ class QuantizedLinear(ActivationBits):
         self.register_buffer("signs", signs)
         self.clamps_in_backward = True
         self._cache: list[tuple[Any, Tensor]] | None = None
-        self._watched: nn.Parameter | None = None
+        self._watched: weakref.ref[nn.Parameter] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -308,9 +308,9 @@ class QuantizedLinear(ActivationBits):
     def _watch_accumulation(self) -> None:
         """Refuse gradients that are added up over backward passes, or scaled as float16 needs."""
         weight = self.master_weight
-        if self._watched is weight or not weight.is_leaf:
+        if not weight.is_leaf or (self._watched is not None and self._watched() is weight):
             return
-        self._watched = weight
+        self._watched = weakref.ref(weight)  # itself it would become a second parameter
         last: tuple[weakref.ref[Tensor], int] | None = None
 
         def check(parameter: Tensor) -> None:

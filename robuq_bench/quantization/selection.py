@@ -33,7 +33,8 @@ Kind = Literal["block", "adaLN", "kept"]
 
 _EMBEDDER = re.compile(r"(^|_)emb(ed|edder|edders|edding|eddings)?(_|\d|$)")
 _MODULATION = re.compile(
-    r"norm|modulation|ada_?ln|scale_shift|(^|_)(mod|ada|ln)(_|\d|$)", re.IGNORECASE
+    r"(^|_|layer|rms|group)norm(_|\d|s?$)|modulation|ada_?ln|scale_shift|(^|_)(mod|ada|ln)(_|\d|$)",
+    re.IGNORECASE,
 )
 _HEAD = re.compile(r"^(final_layer|proj_out|norm_out|adaln_single|caption_projection)")
 _ADAPTER = re.compile(r"(^|_)lora(_|$)|(^|_)adapter(s|_|$)", re.IGNORECASE)

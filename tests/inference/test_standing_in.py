@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from robuq_bench.config import Plan, load_plan
-from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.errors import CheckpointError, ConfigError, UsageError
 from robuq_bench.inference import PackedLinear, export_packed, load_packed, pack_
 from robuq_bench.inference import prepare_for_inference as prepare
 from robuq_bench.inference.packed_linear import packed_layers
@@ -167,7 +168,7 @@ def test_fused_blocks_refuse_hooks_they_would_drop(student: Student) -> None:
         export_packed(other, Path("never"), plan=PLAN)
 
 
-@pytest.mark.parametrize("part", ["weight", "bias", "low_rank_up"])
+@pytest.mark.parametrize("part", ["master_weight", "bias", "low_rank_up"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_what_is_not_finite_is_not_packed(part: str, value: float) -> None:
     model = quantized(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
@@ -262,12 +263,14 @@ def test_parameters_say_dtype_and_device() -> None:
         assert next(cast.parameters()).dtype == torch.bfloat16
         assert cast.scale.dtype == packed.scale.dtype
         assert next(packed.to("meta").parameters()).device.type == "meta"
+        assert packed.to_empty(device="cpu").scale.dtype == cast.scale.dtype
 
 
 def test_the_state_dict_holds_what_it_held() -> None:
     packed = pack_(quantized(nn.Linear(16, 24)))
     names = {"planes", "scale", "weight_sums", "bias", "low_rank_up", "low_rank_down", "signs"}
-    assert packed.state_dict().keys() == names
+    assert packed.state_dict().keys() == names | {"activation_bits"}
+    packed.activation_bits = 3
     other = pack_(quantized(nn.Linear(16, 24)))
     other.load_state_dict(packed.state_dict())
     x = torch.randn(2, 16)
@@ -458,3 +461,22 @@ def test_reading_a_packed_weight_tells_its_kind_and_refuses_arithmetic() -> None
     )
     with pytest.raises(UsageError, match="layer 'linear1' is quantized"):
         weight @ weight.T
+
+
+@pytest.mark.parametrize("bits", [True, 0, 99, 2.5])
+def test_bits_of_a_packed_layer_are_checked(bits: Any) -> None:
+    packed = pack_(quantized(nn.Sequential(nn.Linear(16, 24))))
+    with pytest.raises(ConfigError, match="layer '0'"):
+        packed[0].activation_bits = bits
+
+
+def test_a_packed_layer_compiles_once_for_all_bits() -> None:
+    packed = pack_(quantized(nn.Sequential(nn.Linear(16, 24)))).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(packed, fullgraph=True, backend=counter)
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        for bits in range(1, 9):
+            packed[0].activation_bits = bits
+            torch.testing.assert_close(compiled(x), packed(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
