@@ -117,6 +117,20 @@ def test_hooks_move_and_their_handles_still_remove_them() -> None:
     assert len(seen) == 4
 
 
+def test_hooks_that_run_always_or_ask_for_their_module_do_so() -> None:
+    model = nn.Sequential(linear())
+    seen: list[str] = []
+    model[0].register_forward_hook(lambda *_: seen.append("always"), always_call=True)
+    model[0].register_load_state_dict_pre_hook(
+        lambda module, *_: seen.append(type(module).__name__)
+    )
+    quantize_(model, load_plan("a4"))
+    with pytest.raises(UsageError, match="takes 32 features"):
+        model(torch.randn(2, 5))
+    model.load_state_dict(model.state_dict())
+    assert seen == ["always", "QuantizedLinear"]
+
+
 def test_frozen_stays_frozen_and_modes_are_kept() -> None:
     model = nn.Sequential(linear(), linear(), linear())
     model[1].weight.requires_grad_(False)
