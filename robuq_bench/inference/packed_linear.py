@@ -192,19 +192,9 @@ class PackedLinear(ActivationBits):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + _LIKE]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        _, prefix, _, _, missing_keys, *_ = args
         if prefix + _LIKE in missing_keys:
             missing_keys.remove(prefix + _LIKE)
 
