@@ -1,4 +1,4 @@
-"""The weight of a quantized layer: cached where its owner says so, clamped gradients, statistics."""
+"""The weight of a quantized layer: cached where its owner says so, its clamp, its statistics."""
 
 from __future__ import annotations
 
