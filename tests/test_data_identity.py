@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from reports.aggregate import group_runs
 from reports.loading import find_runs
 from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Config, config_hash, load_workload, resolve
-from robuq_bench.config.resolve import canonical_json
+from robuq_bench.config.resolve import canonical_json, to_toml
 from robuq_bench.data import load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.evaluation import record_inputs
@@ -198,6 +199,65 @@ def test_what_judges_is_known_by_its_content(
     absent = config(path.with_name("absent.safetensors"))
     assert getattr(absent.workload.evaluation, f"{key}_sha256") == ""
     assert len({config_hash(each) for each in (first, second, absent, make())}) == 4
+
+
+def tensor_file(path: Path, content: int) -> Path:
+    save_tensors(path, {"x": torch.full((1,), content)}, {})
+    return path
+
+
+@pytest.mark.parametrize("word", ["none", "'none'", '""'])
+@pytest.mark.parametrize(
+    ("study", "key", "digest_key"),
+    [
+        ("toy", "data.path", "data.sha256"),
+        ("toy", "teacher.checkpoint", "teacher.sha256"),
+        ("toy", "allocation.path", "allocation.sha256"),
+        ("toy", "evaluation.features", "evaluation.features_sha256"),
+        ("toy", "evaluation.reference", "evaluation.reference_sha256"),
+        ("toy", "evaluation.vae", "evaluation.vae_sha256"),
+        ("normality", "normality.captured", "normality.captured_sha256"),
+        ("normality", "normality.student", "normality.student_sha256"),
+        ("packed", "packed.run", "packed.run_sha256"),
+    ],
+)
+def test_a_digest_that_is_said_to_be_none_is_found_out(
+    tmp_path: Path, study: str, key: str, digest_key: str, word: str
+) -> None:
+    """A dry run prints "none"; copied back, it must not stand for whatever the path holds."""
+    extra = {
+        "data.path": ["data.source=latents"],
+        "allocation.path": ["allocation.method=file", "allocation.mean_bits=none"],
+    }.get(key, [])
+    file = tensor_file(tmp_path / "a.safetensors", 0)
+    path = tmp_path if key in ("data.path", "normality.captured") else file
+
+    def stated(*settings: str) -> Config:
+        return make(*extra, f"{key}={json.dumps(str(path))}", *settings, study=study)
+
+    first = stated(f"{digest_key}={word}")
+    assert config_hash(first) == config_hash(stated())
+    tensor_file(file, 1)
+    assert config_hash(stated(f"{digest_key}={word}")) != config_hash(first)
+
+
+def test_none_in_a_file_is_no_digest_either(tmp_path: Path) -> None:
+    text = to_toml(make(*on("idx", idx(tmp_path / "d"))).workload)
+    digests = re.sub(r'(sha256) = "[0-9a-f]*"', r'\1 = "none"', text)
+    path = tmp_path / "w.toml"
+    path.write_text(digests)
+    assert load_workload(path).teacher.sha256 == ""
+    first = resolve("toy", "1", "a2", path)
+    assert len(first.workload.data.sha256 or "") == 64
+    idx(tmp_path / "d", 1)
+    assert config_hash(resolve("toy", "1", "a2", path)) != config_hash(first)
+
+
+def test_a_file_called_none_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = config_hash(make("normality.student=none", study="normality"))
+    tensor_file(tmp_path / "none", 0)
+    assert config_hash(make("normality.student=none", study="normality")) == before
 
 
 def test_features_that_changed_after_planning_are_refused(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ INPUTS_OF_EVALUATION = ("features", "reference", "vae")
 
 def identify(section: dict[str, Any], path_key: str) -> None:
     """Fill in the SHA-256 of the file a section names, when it is here and none was given."""
-    spec = section[path_key]
-    if not spec or not isinstance(spec, str) or section["sha256"]:
+    spec = none_word(section[path_key])
+    if not spec or not isinstance(spec, str) or none_word(section["sha256"]):
         return
     path = asset_path(spec)
     try:
@@ -49,7 +49,7 @@ def identify_data(workload: dict[str, Any]) -> None:
     invalid = (
         str(source) not in SOURCES or not isinstance(text, str | None) or not isinstance(name, str)
     )
-    if invalid or data["sha256"] or not (text or os.environ.get(data_variable(name))):
+    if invalid or none_word(data["sha256"]) or not (text or os.environ.get(data_variable(name))):
         return
     try:
         data["sha256"] = data_digest(source, data_path(source, text, name))
@@ -61,7 +61,8 @@ def identify_evaluation(evaluation: dict[str, Any]) -> None:
     """The same for the files that samples are judged with."""
     for path_key in INPUTS_OF_EVALUATION:
         spec, digest_key = none_word(evaluation[path_key]), f"{path_key}_sha256"
-        if not spec or not isinstance(spec, str) or evaluation[digest_key] or spec in FEATURES:
+        known = none_word(evaluation[digest_key])
+        if not spec or not isinstance(spec, str) or known or spec in FEATURES:
             continue
         try:
             path = asset_path(spec)
@@ -72,8 +73,8 @@ def identify_evaluation(evaluation: dict[str, Any]) -> None:
 
 def identify_input(settings: dict[str, Any], path_key: str) -> None:
     """The same for the input of a study, which may be a folder."""
-    spec = settings.get(path_key)
-    if not spec or not isinstance(spec, str) or settings[f"{path_key}_sha256"]:
+    spec = none_word(settings.get(path_key))
+    if not spec or not isinstance(spec, str) or none_word(settings[f"{path_key}_sha256"]):
         return
     path = asset_path(spec)
     if os.path.isdir(path):
