@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -305,6 +306,31 @@ def test_the_run_that_study_packed_judges_is_known_by_its_files(tmp_path: Path) 
     sidecar_path(path).write_text("nonsense")
     with pytest.raises(ConfigError, match="is not a SHA-256 file"):
         config()
+
+
+def test_activations_behind_links_are_found_and_known_by_their_content(tmp_path: Path) -> None:
+    def digest(folder: Path) -> str:
+        return make(f"normality.captured={folder}", study="normality").normality.captured_sha256
+
+    for name in ("a", "b"):
+        tensor_file(tmp_path / "plain" / name / "t.safetensors", ord(name))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("a", "b"):
+        (linked / name).symlink_to(tmp_path / "plain" / name)
+    assert digest(linked) == digest(tmp_path / "plain")
+    # As it was when links were not followed: existing runs of folders without any keep their names.
+    texts = [
+        f"{name}/t.safetensors.sha256\n"
+        + (tmp_path / "plain" / name / "t.safetensors.sha256").read_text()
+        for name in ("a", "b")
+    ]
+    assert digest(linked) == hashlib.sha256("".join(texts).encode()).hexdigest()
+    tensor_file(tmp_path / "plain" / "b" / "t.safetensors", 0)
+    assert digest(linked) != hashlib.sha256("".join(texts).encode()).hexdigest()
+    (linked / "c").symlink_to(linked)
+    with pytest.raises(UsageError, match="is a link to a folder that it lies in"):
+        digest(linked)
 
 
 def test_shards_replaced_without_their_checksums_are_other_data(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from robuq_bench.config.base import none_word
 from robuq_bench.config.files import asset_path
 from robuq_bench.config.workload import FEATURES
 from robuq_bench.data_files import SOURCES, data_digest, data_path, data_variable
-from robuq_bench.digests import path_digest
+from robuq_bench.digests import path_digest, walk
 from robuq_bench.errors import CheckpointError, ConfigError, RobuqError
 from robuq_bench.files import read_checksums, sha256_bytes
 from robuq_bench.weight_files import checkpoint_digest
@@ -88,11 +88,14 @@ def identify_input(settings: dict[str, Any], path_key: str) -> None:
 def folder_digest(folder: Path) -> str:
     """SHA-256 over names and contents of every checksum file (*.sha256) below a folder.
 
+    Links are followed, and what is hidden is left out, as `digests.walk` does.
+
     Raises:
         ConfigError: there are none, or a file is not what the checksum beside it says.
+        RobuqError: a link leads nowhere or to a folder above it.
     """
     try:
-        found = sorted(folder.rglob("*.sha256"))
+        found = sorted(path for path in walk(folder) if path.suffix == ".sha256")
         if not found:
             raise ConfigError(f"{folder}: holds no safetensors files with checksums (*.sha256)")
         texts = [path.read_bytes() for path in found]
