@@ -137,7 +137,9 @@ def load_feature_network(
     adapts = bool(evaluation.adapt_images)
     if evaluation.features == "inception":
         if adapts:
-            raise UsageError("inception takes images of any size; leave out adapt_images")
+            raise UsageError(
+                "inception takes images of any size; pass --set evaluation.adapt_images=false"
+            )
         return load_inception(evaluation.inception_weights, device=device)
     if evaluation.features == "digits":
         return load_classifier(ASSET, device=device, adapts=adapts)
