@@ -23,7 +23,7 @@ from robuq_bench.config.resolve import canonical_json, to_toml
 from robuq_bench.data import load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.evaluation import record_inputs
-from robuq_bench.feature_networks import load_classifier
+from robuq_bench.feature_networks import load_classifier, load_feature_network
 from robuq_bench.features import ASSET
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.runs import Run
@@ -202,6 +202,18 @@ def test_what_judges_is_known_by_its_content(
     assert len({config_hash(each) for each in (first, second, absent, make())}) == 4
 
 
+def test_where_inceptions_weights_lie_makes_no_other_run(tmp_path: Path) -> None:
+    """Their content is pinned: `load_inception` refuses any other."""
+    text = f"evaluation.inception_weights={tmp_path / 'w.pth'}"
+    assert config_hash(make(text, "evaluation.features=inception")) == config_hash(
+        make("evaluation.features=inception")
+    )
+    assert str(tmp_path) not in canonical_json(make(text))
+    (tmp_path / "w.pth").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="expected 6726825d"):
+        load_feature_network(make(text, "evaluation.features=inception").workload.evaluation)
+
+
 def tensor_file(path: Path, content: int) -> Path:
     save_tensors(path, {"x": torch.full((1,), content)}, {})
     return path
@@ -238,6 +250,7 @@ def test_a_digest_that_is_said_to_be_none_is_found_out(
 
     first = stated(f"{digest_key}={word}")
     assert config_hash(first) == config_hash(stated())
+    assert str(tmp_path) not in canonical_json(first)
     tensor_file(file, 1)
     assert config_hash(stated(f"{digest_key}={word}")) != config_hash(first)
 
@@ -262,8 +275,6 @@ def test_a_file_called_none_is_no_input(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_features_that_changed_after_planning_are_refused(tmp_path: Path) -> None:
-    from robuq_bench.feature_networks import load_feature_network
-
     path = features(tmp_path / "f", ASSET.read_bytes())
     sidecar_path(path).write_bytes(sidecar_path(ASSET).read_bytes())
     evaluation = make(f"evaluation.features={path}").workload.evaluation

@@ -193,7 +193,8 @@ def sensitivity_steps(config: Config) -> int:
 def canonical_json(config: Config) -> str:
     """Return sorted, compact JSON of everything that decides the result.
 
-    Descriptions decide nothing; nor does the place of a file that is known by its SHA-256.
+    Descriptions decide nothing; nor does the place of a file that is known by its SHA-256, stated
+    or pinned.
     """
     # Leaving out what is not set keeps old runs' names when a new optional field appears.
     values = config.model_dump(
@@ -211,6 +212,7 @@ def canonical_json(config: Config) -> str:
     for path_key in INPUTS_OF_EVALUATION:
         if evaluation.get(f"{path_key}_sha256"):
             evaluation.pop(path_key, None)
+    evaluation.pop("inception_weights", None)  # only one content is accepted: INCEPTION_SHA256
     training = values["workload"]["training"]
     if "low_rank_learning_rate" in training:
         # Runs from before the rate was obeyed must not answer for those that obey it.
