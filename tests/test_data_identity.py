@@ -274,6 +274,14 @@ def test_a_file_called_none_is_no_input(tmp_path: Path, monkeypatch: pytest.Monk
     assert config_hash(make("normality.student=none", study="normality")) == before
 
 
+def test_runs_whose_metrics_do_not_name_their_own_features_are_no_answers(tmp_path: Path) -> None:
+    path = features(tmp_path / "f", b"")
+    own = json.loads(canonical_json(make(f"evaluation.features={path}")))
+    packaged = json.loads(canonical_json(make()))
+    assert own["workload"]["evaluation"]["features_name_metrics"] is True
+    assert "features_name_metrics" not in packaged["workload"]["evaluation"]
+
+
 def test_features_that_changed_after_planning_are_refused(tmp_path: Path) -> None:
     path = features(tmp_path / "f", ASSET.read_bytes())
     sidecar_path(path).write_bytes(sidecar_path(ASSET).read_bytes())

@@ -132,6 +132,13 @@ def test_other_images_of_the_right_shape_are_judged_with_a_warning(
     assert "'digits' was trained on other images (SHA-256 4318f5a27219)" in caplog.text
 
 
+def test_a_copy_of_the_packaged_network_keeps_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(ASSET.read_bytes())
+    sidecar_path(path).write_text(f"{sha256_file(path)}  {path.name}\n")
+    assert load_classifier(path).suffix == load_classifier().suffix == "_digits"
+
+
 def test_inception_takes_grey_and_colour_of_any_size() -> None:
     network = FeatureNetwork("inception", "", "0" * 64, lambda x: (x, x, x), torch.device("cpu"))
     for shape in ((1, 28, 28), (3, 256, 256), (3, 64, 48)):
@@ -163,6 +170,10 @@ def test_features_can_be_trained_for_any_images(
     path = result.path / "checkpoints" / "features.safetensors"
     network = load_classifier(path)
     assert (network.channels, network.size) == ((channels,), size)
+    digest = sha256_file(path)[:8]
+    assert (network.name, network.suffix) == (f"digits-{digest}", f"_digits-{digest}")
+    adapting = load_classifier(path, adapts=True)
+    assert adapting.suffix == f"_digits-{digest}_adapted"
     assert load_features(path)[0].input_size == inner
     with caplog.at_level(logging.WARNING):
         check_features(network, (channels, size, size), data)

@@ -212,6 +212,9 @@ def canonical_json(config: Config) -> str:
     for path_key in INPUTS_OF_EVALUATION:
         if evaluation.get(f"{path_key}_sha256"):
             evaluation.pop(path_key, None)
+    if evaluation.get("features_sha256"):
+        # Runs from when metrics did not say which of several networks they are of.
+        evaluation["features_name_metrics"] = True
     evaluation.pop("inception_weights", None)  # only one content is accepted: INCEPTION_SHA256
     training = values["workload"]["training"]
     if "low_rank_learning_rate" in training:
