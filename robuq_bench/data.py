@@ -56,6 +56,8 @@ class DataSection(Protocol):
     @property
     def path(self) -> str | None: ...
     @property
+    def sha256(self) -> str | None: ...
+    @property
     def image_size(self) -> int: ...
     @property
     def channels(self) -> int: ...
@@ -145,13 +147,12 @@ def load_dataset(data: DataSection, *, name: str | None = None) -> ImageData:
 
 def _check_identity(data: DataSection, name: str | None) -> None:
     """Refuse data that changed between planning and reading, or are not the ones stated."""
-    expected: str | None = getattr(data, "sha256", None)  # stand-ins for a config need not have it
-    if expected is None:
+    if data.sha256 is None:
         return
     if data.source in EMBEDDED:
         raise UsageError(f"data.sha256 is for files; source {data.source!r} has none: leave it out")
     path = data_path(data.source, data.path, name)
-    refuse_change(data_digest(data.source, path), expected, f"the data in {path}")
+    refuse_change(data_digest(data.source, path), data.sha256, f"the data in {path}")
 
 
 def _warn_of_absent_classes(labels: Tensor, num_classes: int, source: str) -> None:

@@ -105,7 +105,8 @@ def check_features(network: FeatureNetwork, shape: tuple[int, ...], data: ImageD
         if network.fits(*shape):
             raise UsageError(
                 f"feature network {network.name!r} fits {shape[0]}x{shape[1]}x{shape[2]} images; "
-                "leave out evaluation.adapt_images, which would only give its metrics another name"
+                "pass --set evaluation.adapt_images=false: adapting nothing would only give its "
+                "metrics another name"
             )
         logger.warning(
             "%s images are adapted to feature network %r (%d channel(s), %sx%s); metrics are "

@@ -20,6 +20,7 @@ from robuq_bench.digests import refuse_change
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.features import (
     ASSET,
+    ASSET_SHA256,
     SPATIAL_CHANNELS,
     SPATIAL_SIDE,
     Features,
@@ -56,7 +57,7 @@ class FeatureNetwork:
     """A feature extractor with its identity.
 
     Attributes:
-        name: "digits", "inception", ...; recorded with every metric.
+        name: "digits", "inception", "mine-1a2b3c4d", ...; recorded with every metric.
         suffix: what metric names end in; "" for Inception.
         sha256: digest of the weight file.
         forward: uint8 [n, C, H, W] on `device` -> (pool, spatial, logits).
@@ -137,7 +138,9 @@ def load_feature_network(
     adapts = bool(evaluation.adapt_images)
     if evaluation.features == "inception":
         if adapts:
-            raise UsageError("inception takes images of any size; leave out adapt_images")
+            raise UsageError(
+                "inception takes images of any size; pass --set evaluation.adapt_images=false"
+            )
         return load_inception(evaluation.inception_weights, device=device)
     if evaluation.features == "digits":
         return load_classifier(ASSET, device=device, adapts=adapts)
@@ -155,10 +158,14 @@ def load_feature_network(
 def load_classifier(
     path: Path = ASSET, *, device: str | torch.device = "cpu", adapts: bool = False
 ) -> FeatureNetwork:
-    """Load a classifier made by `train-features`; see `features.load_features`."""
+    """Load a classifier made by `train-features`; see `features.load_features`.
+
+    Only the packaged one is called by its bare name: training with other images or another seed
+    makes another feature space, whose metrics carry the start of its SHA-256 too.
+    """
     network, metadata, digest = load_features(path)
     network.to(device)
-    name = metadata["name"]
+    name = metadata["name"] if digest == ASSET_SHA256 else f"{metadata['name']}-{digest[:8]}"
     return FeatureNetwork(
         name,
         f"_{name}_adapted" if adapts else f"_{name}",

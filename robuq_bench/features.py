@@ -220,7 +220,8 @@ def save_features(path: Path, trained: TrainedFeatures, *, name: str, command: s
     """Write weights, their `.sha256` and a `.json` card beside them; return the SHA-256.
 
     Args:
-        name: what the features are called in metric names ("digits" gives `fid_digits`).
+        name: what the features are called in metric names, before the start of their SHA-256
+            ("mine" gives `fid_mine-1a2b3c4d`).
         command: the shell command that remakes the file, for the card.
     """
     facts: dict[str, str | int | float] = {

@@ -36,6 +36,7 @@ from robuq_bench.config.studies import MIN_IMAGES, TRANSFORMS
 from robuq_bench.context import Context
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
+from robuq_bench.digests import walk
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.normality import evidence, summaries
@@ -233,7 +234,7 @@ def saved_captures(options: NormalityConfig, run: Run) -> Iterator[Capture]:
             "`study normality --set normality.save_activations=true`"
         )
     found: dict[tuple[str, int], Path] = {}
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(path for path in walk(folder) if path.suffix == ".safetensors"):
         run.add_input(path)
         _, metadata = load_shard(path)
         try:

@@ -131,9 +131,10 @@ def _replace(section: Any, path: tuple[str, ...]) -> Any:
 
 
 @pytest.mark.parametrize("study", ["toy", *STUDY_SETTINGS])
-def test_every_field_but_descriptions_decides_the_hash(study: str) -> None:
+def test_every_field_decides_the_hash_but_what_decides_no_result(study: str) -> None:
     config = make(["teacher.checkpoint=''"], study=study)
-    paths = [path for path in _leaves(config.model_dump()) if path[-1] != "description"]
+    no_result = ("description", "inception_weights")  # the latter's content is pinned
+    paths = [path for path in _leaves(config.model_dump()) if path[-1] not in no_result]
     assert len(paths) > 70
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the changed values need not be valid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import hashlib
 import logging
@@ -17,6 +16,7 @@ from PIL import Image
 
 from robuq_bench._compat import import_torchvision
 from robuq_bench.checkpointing import save_tensors
+from robuq_bench.config import DataConfig, load_workload
 from robuq_bench.data import (
     center_crop,
     content_sha256,
@@ -31,16 +31,12 @@ from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 # Counts of the ten digits in MNIST's test set, as published with the data set.
 MNIST_TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
+DIGITS = load_workload("digits").data
 
-@dataclasses.dataclass
-class Section:
-    """Stands in for `Workload.data`."""
 
-    source: str
-    path: str | None = None
-    image_size: int = 8
-    channels: int = 1
-    num_classes: int = 10
+def section_of(source: str, path: str | None = None, **fields: int) -> DataConfig:
+    """`Workload.data` with these fields, which are not validated."""
+    return DIGITS.model_copy(update={"source": source, "path": path} | fields)
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -62,7 +58,7 @@ def write_idx(folder: Path, split: str, count: int, *, suffix: str = "", size: i
 def test_digits_are_rounded_half_up() -> None:
     from sklearn.datasets import load_digits
 
-    data = load_dataset(Section("digits"))
+    data = load_dataset(section_of("digits"))
     bunch = load_digits()
     table = [
         int((Decimal(255) * v / 16).quantize(Decimal(1), rounding=ROUND_HALF_UP)) for v in range(17)
@@ -79,7 +75,7 @@ def test_digits_are_rounded_half_up() -> None:
 def test_other_digits_than_the_workloads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robuq_bench.data.DIGITS_SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match="install the pinned version"):
-        load_dataset(Section("digits"))
+        load_dataset(section_of("digits"))
 
 
 def test_pixel_ranges_are_inverse() -> None:
@@ -111,7 +107,7 @@ def test_content_hash_covers_dtype_shape_and_values() -> None:
 @pytest.mark.parametrize("sub", ["", "raw", "MNIST/raw"])
 def test_idx_matches_torchvisions_reader(tmp_path: Path, sub: str, suffix: str) -> None:
     _, labels = write_idx(tmp_path / sub, "train", 12, suffix=suffix)
-    data = load_dataset(Section("idx", str(tmp_path), image_size=8))
+    data = load_dataset(section_of("idx", str(tmp_path), image_size=8))
     raw = tmp_path / "plain"
     write_idx(raw, "train", 12)
     reader = import_torchvision().datasets.mnist
@@ -126,13 +122,13 @@ def test_idx_prefers_train_and_says_when_it_takes_the_test_set(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_idx(tmp_path, "t10k", 10)
-    section = Section("idx", str(tmp_path), image_size=4)
+    section = section_of("idx", str(tmp_path), image_size=4)
     with caplog.at_level(logging.WARNING):
         assert load_dataset(section).source == "idx:t10k"
     assert "no training set" in caplog.text
     write_idx(tmp_path, "train", 20)
     assert len(load_dataset(section)) == 20
-    by_file = Section("idx", str(tmp_path / "t10k-images-idx3-ubyte"), image_size=4)
+    by_file = section_of("idx", str(tmp_path / "t10k-images-idx3-ubyte"), image_size=4)
     assert len(load_dataset(by_file)) == 10
 
 
@@ -140,7 +136,7 @@ def test_idx_path_comes_from_the_workloads_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_idx(tmp_path, "train", 10)
-    section = Section("idx", image_size=4)
+    section = section_of("idx", image_size=4)
     with pytest.raises(MissingResourceError, match="ROBUQ_DATA_MNIST32"):
         load_dataset(section, name="mnist32")
     monkeypatch.setenv("ROBUQ_DATA_MNIST32", str(tmp_path))
@@ -157,11 +153,11 @@ def test_truncated_idx_is_named(tmp_path: Path, suffix: str, share: float) -> No
     whole = victim.read_bytes()
     victim.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(CheckpointError, match="train-images-idx3-ubyte"):
-        load_dataset(Section("idx", str(tmp_path), image_size=4))
+        load_dataset(section_of("idx", str(tmp_path), image_size=4))
 
 
 def test_idx_refuses_what_is_not_idx(tmp_path: Path) -> None:
-    section = Section("idx", str(tmp_path), image_size=4)
+    section = section_of("idx", str(tmp_path), image_size=4)
     with pytest.raises(MissingResourceError, match="train-images-idx3-ubyte"):
         load_dataset(section)
     write_idx(tmp_path, "train", 10)
@@ -177,7 +173,7 @@ def test_idx_refuses_what_is_not_idx(tmp_path: Path) -> None:
     with pytest.raises(MissingResourceError, match="train-labels"):
         load_dataset(section)
     with pytest.raises(MissingResourceError, match="does not exist"):
-        load_dataset(Section("idx", str(tmp_path / "absent"), image_size=4))
+        load_dataset(section_of("idx", str(tmp_path / "absent"), image_size=4))
 
 
 def test_padding_is_even_and_never_crops() -> None:
@@ -193,7 +189,7 @@ def test_padding_is_even_and_never_crops() -> None:
 
 
 def test_real_mnist(mnist_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = load_dataset(Section("idx", str(mnist_folder), image_size=32))
+    data = load_dataset(section_of("idx", str(mnist_folder), image_size=32))
     assert torch.bincount(data.labels).tolist()[:10] == MNIST_TEST_COUNTS or len(data) == 60_000
     assert data.images.shape[1:] == (1, 32, 32)
     assert data.images[:, :, :2].sum() == 0
@@ -206,7 +202,7 @@ def test_torchvision_mnist_is_read_but_never_downloaded(
         raise AssertionError("network access")
 
     monkeypatch.setattr("urllib.request.urlopen", forbidden)
-    section = Section("mnist-torchvision", str(tmp_path), image_size=8)
+    section = section_of("mnist-torchvision", str(tmp_path), image_size=8)
     with pytest.raises(MissingResourceError, match="download=True"):
         load_dataset(section)
     images, labels = write_idx(tmp_path / "MNIST" / "raw", "train", 30)
@@ -214,7 +210,7 @@ def test_torchvision_mnist_is_read_but_never_downloaded(
     data = load_dataset(section)
     assert np.array_equal(data.images[:, 0, 2:6, 2:6].numpy(), images)
     assert data.labels.tolist() == labels.tolist()
-    same = load_dataset(Section("idx", str(tmp_path), image_size=8))
+    same = load_dataset(section_of("idx", str(tmp_path), image_size=8))
     assert data.sha256 == same.sha256
 
 
@@ -253,10 +249,10 @@ def test_imagefolder_orders_classes_and_files_by_name(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(tmp_path / folder / name)
     (tmp_path / "b" / "notes.txt").write_text("not an image")
-    data = load_dataset(Section("imagefolder", str(tmp_path), channels=3, num_classes=2))
+    data = load_dataset(section_of("imagefolder", str(tmp_path), channels=3, num_classes=2))
     assert data.images[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert data.labels.tolist() == [0, 1, 1]
-    grey = load_dataset(Section("imagefolder", str(tmp_path / "b"), channels=1, num_classes=1))
+    grey = load_dataset(section_of("imagefolder", str(tmp_path / "b"), channels=1, num_classes=1))
     assert grey.images.shape == (2, 1, 8, 8)
     assert grey.labels.tolist() == [0, 0]
 
@@ -270,27 +266,27 @@ def test_broken_image_is_named(tmp_path: Path, damage: str) -> None:
     content = {"truncated": whole[: len(whole) // 2], "garbage": b"x" * 500, "empty": b""}[damage]
     bad.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"broken\.png.*replace or remove"):
-        load_dataset(Section("imagefolder", str(tmp_path), channels=3, num_classes=1))
+        load_dataset(section_of("imagefolder", str(tmp_path), channels=3, num_classes=1))
 
 
 def test_imagefolder_refuses_what_it_cannot_hold_or_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(MissingResourceError, match="does not exist") as caught:
-        load_dataset(Section("imagefolder", str(tmp_path / "absent"), channels=3))
+        load_dataset(section_of("imagefolder", str(tmp_path / "absent"), channels=3))
     assert caught.value.exit_code == 4
     with pytest.raises(MissingResourceError, match="no images"):
-        load_dataset(Section("imagefolder", str(tmp_path), channels=3))
+        load_dataset(section_of("imagefolder", str(tmp_path), channels=3))
     with pytest.raises(UsageError, match="channels is 2"):
-        load_dataset(Section("imagefolder", str(tmp_path), channels=2))
+        load_dataset(section_of("imagefolder", str(tmp_path), channels=2))
     Image.fromarray(pattern(8, 8)).save(tmp_path / "a.png")
     monkeypatch.setattr("os.sysconf", lambda name: 10)
     with pytest.raises(UsageError, match="source=latents"):
-        load_dataset(Section("imagefolder", str(tmp_path), channels=3))
+        load_dataset(section_of("imagefolder", str(tmp_path), channels=3))
 
 
-def latent_section(path: Path) -> Section:
-    return Section("latents", str(path), image_size=4, channels=2, num_classes=3)
+def latent_section(path: Path) -> DataConfig:
+    return section_of("latents", str(path), image_size=4, channels=2, num_classes=3)
 
 
 def test_latents_are_read_in_shard_order(tmp_path: Path) -> None:
@@ -325,7 +321,7 @@ def test_damaged_latents_are_named(tmp_path: Path) -> None:
 
 
 def test_synthetic_images_are_reproducible_mixtures() -> None:
-    section = Section("synthetic", image_size=16, channels=3, num_classes=4)
+    section = section_of("synthetic", image_size=16, channels=3, num_classes=4)
     data, again = load_dataset(section), load_dataset(section)
     assert data.sha256 == again.sha256
     assert torch.bincount(data.labels).tolist() == [512] * 4
@@ -337,10 +333,10 @@ def test_synthetic_images_are_reproducible_mixtures() -> None:
 
 def test_a_section_that_does_not_fit_is_explained() -> None:
     with pytest.raises(UsageError, match="did you mean 'digits'"):
-        load_dataset(Section("digts"))
+        load_dataset(section_of("digts"))
     with pytest.raises(UsageError, match=r"data\.num_classes=10"):
-        load_dataset(Section("digits", num_classes=9))
+        load_dataset(section_of("digits", num_classes=9))
     with pytest.raises(UsageError, match=r"data\.channels is 3"):
-        load_dataset(Section("digits", channels=3))
+        load_dataset(section_of("digits", channels=3))
     with pytest.raises(UsageError, match=r"8x8 images, but data\.image_size is 16"):
-        load_dataset(Section("digits", image_size=16))
+        load_dataset(section_of("digits", image_size=16))

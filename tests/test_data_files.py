@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from robuq_bench.checkpointing import save_tensors
+from robuq_bench.config import load_workload
 from robuq_bench.data import ImageData, load_dataset
 from robuq_bench.data_files import find_images
 from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError, UsageError
 from robuq_bench.files import sha256_file
 
+SECTION = load_workload("digits").data
+
 
 def load(source: str, path: Path, **fields: Any) -> ImageData:
-    section = {"image_size": 8, "channels": 1, "num_classes": 2, "sha256": None} | fields
-    return load_dataset(SimpleNamespace(source=source, path=str(path), **section))
+    section = {"source": source, "path": str(path), "num_classes": 2} | fields
+    return load_dataset(SECTION.model_copy(update=section))
 
 
 def picture(path: Path, value: int = 9) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from reports.aggregate import group_runs
 from reports.loading import find_runs
 from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Config, config_hash, load_workload, resolve
-from robuq_bench.config.resolve import canonical_json
+from robuq_bench.config.resolve import canonical_json, to_toml
 from robuq_bench.data import load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.evaluation import record_inputs
-from robuq_bench.feature_networks import load_classifier
+from robuq_bench.feature_networks import load_classifier, load_feature_network
 from robuq_bench.features import ASSET
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.runs import Run
@@ -200,9 +202,87 @@ def test_what_judges_is_known_by_its_content(
     assert len({config_hash(each) for each in (first, second, absent, make())}) == 4
 
 
-def test_features_that_changed_after_planning_are_refused(tmp_path: Path) -> None:
-    from robuq_bench.feature_networks import load_feature_network
+def test_where_inceptions_weights_lie_makes_no_other_run(tmp_path: Path) -> None:
+    """Their content is pinned: `load_inception` refuses any other."""
+    text = f"evaluation.inception_weights={tmp_path / 'w.pth'}"
+    assert config_hash(make(text, "evaluation.features=inception")) == config_hash(
+        make("evaluation.features=inception")
+    )
+    assert str(tmp_path) not in canonical_json(make(text))
+    (tmp_path / "w.pth").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="expected 6726825d"):
+        load_feature_network(make(text, "evaluation.features=inception").workload.evaluation)
 
+
+def tensor_file(path: Path, content: int) -> Path:
+    save_tensors(path, {"x": torch.full((1,), content)}, {})
+    return path
+
+
+@pytest.mark.parametrize("word", ["none", "'none'", '""'])
+@pytest.mark.parametrize(
+    ("study", "key", "digest_key"),
+    [
+        ("toy", "data.path", "data.sha256"),
+        ("toy", "teacher.checkpoint", "teacher.sha256"),
+        ("toy", "allocation.path", "allocation.sha256"),
+        ("toy", "evaluation.features", "evaluation.features_sha256"),
+        ("toy", "evaluation.reference", "evaluation.reference_sha256"),
+        ("toy", "evaluation.vae", "evaluation.vae_sha256"),
+        ("normality", "normality.captured", "normality.captured_sha256"),
+        ("normality", "normality.student", "normality.student_sha256"),
+        ("packed", "packed.run", "packed.run_sha256"),
+    ],
+)
+def test_a_digest_that_is_said_to_be_none_is_found_out(
+    tmp_path: Path, study: str, key: str, digest_key: str, word: str
+) -> None:
+    """A dry run prints "none"; copied back, it must not stand for whatever the path holds."""
+    extra = {
+        "data.path": ["data.source=latents"],
+        "allocation.path": ["allocation.method=file", "allocation.mean_bits=none"],
+    }.get(key, [])
+    file = tensor_file(tmp_path / "a.safetensors", 0)
+    path = tmp_path if key in ("data.path", "normality.captured") else file
+
+    def stated(*settings: str) -> Config:
+        return make(*extra, f"{key}={json.dumps(str(path))}", *settings, study=study)
+
+    first = stated(f"{digest_key}={word}")
+    assert config_hash(first) == config_hash(stated())
+    assert str(tmp_path) not in canonical_json(first)
+    tensor_file(file, 1)
+    assert config_hash(stated(f"{digest_key}={word}")) != config_hash(first)
+
+
+def test_none_in_a_file_is_no_digest_either(tmp_path: Path) -> None:
+    text = to_toml(make(*on("idx", idx(tmp_path / "d"))).workload)
+    digests = re.sub(r'(sha256) = "[0-9a-f]*"', r'\1 = "none"', text)
+    path = tmp_path / "w.toml"
+    path.write_text(digests)
+    assert load_workload(path).teacher.sha256 == ""
+    first = resolve("toy", "1", "a2", path)
+    assert len(first.workload.data.sha256 or "") == 64
+    idx(tmp_path / "d", 1)
+    assert config_hash(resolve("toy", "1", "a2", path)) != config_hash(first)
+
+
+def test_a_file_called_none_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = config_hash(make("normality.student=none", study="normality"))
+    tensor_file(tmp_path / "none", 0)
+    assert config_hash(make("normality.student=none", study="normality")) == before
+
+
+def test_runs_whose_metrics_do_not_name_their_own_features_are_no_answers(tmp_path: Path) -> None:
+    path = features(tmp_path / "f", b"")
+    own = json.loads(canonical_json(make(f"evaluation.features={path}")))
+    packaged = json.loads(canonical_json(make()))
+    assert own["workload"]["evaluation"]["features_name_metrics"] is True
+    assert "features_name_metrics" not in packaged["workload"]["evaluation"]
+
+
+def test_features_that_changed_after_planning_are_refused(tmp_path: Path) -> None:
     path = features(tmp_path / "f", ASSET.read_bytes())
     sidecar_path(path).write_bytes(sidecar_path(ASSET).read_bytes())
     evaluation = make(f"evaluation.features={path}").workload.evaluation
@@ -245,6 +325,31 @@ def test_the_run_that_study_packed_judges_is_known_by_its_files(tmp_path: Path) 
     sidecar_path(path).write_text("nonsense")
     with pytest.raises(ConfigError, match="is not a SHA-256 file"):
         config()
+
+
+def test_activations_behind_links_are_found_and_known_by_their_content(tmp_path: Path) -> None:
+    def digest(folder: Path) -> str:
+        return make(f"normality.captured={folder}", study="normality").normality.captured_sha256
+
+    for name in ("a", "b"):
+        tensor_file(tmp_path / "plain" / name / "t.safetensors", ord(name))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("a", "b"):
+        (linked / name).symlink_to(tmp_path / "plain" / name)
+    assert digest(linked) == digest(tmp_path / "plain")
+    # As it was when links were not followed: existing runs of folders without any keep their names.
+    texts = [
+        f"{name}/t.safetensors.sha256\n"
+        + (tmp_path / "plain" / name / "t.safetensors.sha256").read_text()
+        for name in ("a", "b")
+    ]
+    assert digest(linked) == hashlib.sha256("".join(texts).encode()).hexdigest()
+    tensor_file(tmp_path / "plain" / "b" / "t.safetensors", 0)
+    assert digest(linked) != hashlib.sha256("".join(texts).encode()).hexdigest()
+    (linked / "c").symlink_to(linked)
+    with pytest.raises(UsageError, match="is a link to a folder that it lies in"):
+        digest(linked)
 
 
 def test_shards_replaced_without_their_checksums_are_other_data(tmp_path: Path) -> None:

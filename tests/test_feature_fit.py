@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from robuq_bench import feature_networks
 from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Workload, load_workload, resolve
 from robuq_bench.config.workload import EvaluationConfig
@@ -89,11 +91,23 @@ def test_adapted_images_give_metrics_of_another_name_and_a_warning(
     assert not any("_digits_adapted" not in name for name in metrics)
 
 
-def test_nothing_is_adapted_without_need(digits: ImageData) -> None:
-    with pytest.raises(UsageError, match=r"leave out evaluation\.adapt_images"):
-        check_features(load_classifier(adapts=True), (1, 8, 8), digits)
-    with pytest.raises(UsageError, match="inception takes images of any size"):
-        load_feature_network(evaluation_section(features="inception", adapt_images=True))
+@pytest.mark.parametrize("features", ["digits", "inception"])
+def test_what_needs_no_adapting_says_how_to_switch_it_off(
+    digits: ImageData, features: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a workload that sets it, as mnist32 does, where nothing can be left out."""
+
+    def check(*settings: str) -> None:
+        config = resolve("toy", "1", "a2", "mnist32", 0, settings)
+        check_features(load_feature_network(config.workload.evaluation), (1, 8, 8), digits)
+
+    network = load_classifier()
+    monkeypatch.setattr(feature_networks, "load_inception", lambda *args, **kwargs: network)
+    chosen = f"evaluation.features={features}"
+    with pytest.raises(UsageError) as caught:
+        check(chosen)
+    (way_out,) = re.findall(r"--set ([\w.]+=\w+)", str(caught.value))
+    check(chosen, way_out)
 
 
 def test_the_switch_is_on_or_not_written_down() -> None:
@@ -116,6 +130,13 @@ def test_other_images_of_the_right_shape_are_judged_with_a_warning(
     with caplog.at_level(logging.WARNING):
         check_features(network, (1, 8, 8), pictures(1, 8))
     assert "'digits' was trained on other images (SHA-256 4318f5a27219)" in caplog.text
+
+
+def test_a_copy_of_the_packaged_network_keeps_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(ASSET.read_bytes())
+    sidecar_path(path).write_text(f"{sha256_file(path)}  {path.name}\n")
+    assert load_classifier(path).suffix == load_classifier().suffix == "_digits"
 
 
 def test_inception_takes_grey_and_colour_of_any_size() -> None:
@@ -149,6 +170,10 @@ def test_features_can_be_trained_for_any_images(
     path = result.path / "checkpoints" / "features.safetensors"
     network = load_classifier(path)
     assert (network.channels, network.size) == ((channels,), size)
+    digest = sha256_file(path)[:8]
+    assert (network.name, network.suffix) == (f"digits-{digest}", f"_digits-{digest}")
+    adapting = load_classifier(path, adapts=True)
+    assert adapting.suffix == f"_digits-{digest}_adapted"
     assert load_features(path)[0].input_size == inner
     with caplog.at_level(logging.WARNING):
         check_features(network, (channels, size, size), data)

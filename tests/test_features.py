@@ -7,14 +7,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from robuq_bench.checkpointing import save_tensors
-from robuq_bench.config import resolve
+from robuq_bench.config import load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.data import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, UsageError
@@ -34,9 +33,7 @@ from studies import train_features
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    return load_dataset(
-        SimpleNamespace(source="digits", path=None, image_size=8, channels=1, num_classes=10)
-    )
+    return load_dataset(load_workload("digits").data)
 
 
 @pytest.fixture(scope="module")

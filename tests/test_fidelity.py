@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,9 +33,7 @@ from robuq_bench.fidelity import (
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     """The digits in random order: the file is ordered by writer."""
-    data = load_dataset(
-        SimpleNamespace(source="digits", path=None, image_size=8, channels=1, num_classes=10)
-    )
+    data = load_dataset(load_workload("digits").data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return make_image_data(data.images[order], data.labels[order], data.source)
 

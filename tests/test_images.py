@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,100 @@ def test_a_range_that_is_not_known_is_refused(tmp_path: Path, dtype: type, kind:
     path = save(tmp_path / "a.tif", Image.fromarray((RAMP * 9).astype(dtype)))
     with pytest.raises(CheckpointError, match=rf"a\.tif holds {kind}.*convert"):
         read_image(path, 8, 1)
+
+
+def tiff(pixels: bytes, *, bits: int, photometric: int, sample_format: int = 1) -> bytes:
+    """An 8x8 little-endian TIFF of one uncompressed strip; Pillow writes none of these."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 8,
+            279: len(pixels), 339: sample_format}  # fmt: skip
+    fields = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + pixels
+
+
+def png(pixels: bytes, *, bits: int, colour: int = 0, clear: bytes = b"") -> bytes:
+    """An 8x8 PNG of grey (0) or RGB (2) whose colour `clear` is transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    stride = len(pixels) // 8
+    rows = b"".join(b"\0" + pixels[i * stride : (i + 1) * stride] for i in range(8))
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBB3x", 8, 8, bits, colour))]
+    parts += [chunk(b"tRNS", clear)] if clear else []
+    return b"".join([*parts, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_a_tiff_whose_least_value_is_white(tmp_path: Path, bits: int, photometric: int) -> None:
+    factor = 1 if bits == 8 else 257
+    stored = (RAMP * 4 * factor).astype(f"<u{bits // 8}").tobytes()
+    path = written(tmp_path / "a.tif", tiff(stored, bits=bits, photometric=photometric))
+    pixels, _ = read_image(path, 8, 1)
+    assert np.array_equal(pixels[0], RAMP * 4 if photometric else 255 - RAMP * 4)
+
+
+def test_twelve_bits_span_the_same_range_as_eight(tmp_path: Path) -> None:
+    values = np.linspace(0, 4095, 64).astype(int)
+    pairs = [(a << 12) | b for a, b in values.reshape(-1, 2).tolist()]
+    stored = b"".join(pair.to_bytes(3, "big") for pair in pairs)
+    path = written(tmp_path / "a.tif", tiff(stored, bits=12, photometric=1))
+    pixels, _ = read_image(path, 8, 1)
+    assert np.array_equal(pixels.ravel(), np.floor(values * 255 / 4095 + 0.5))
+
+
+def test_signed_sixteen_bits_are_called_so(tmp_path: Path) -> None:
+    stored = RAMP.astype("<i2").tobytes()
+    data = tiff(stored, bits=16, photometric=1, sample_format=2)
+    with pytest.raises(CheckpointError, match=r"a\.tif holds signed 16-bit integers"):
+        read_image(written(tmp_path / "a.tif", data), 8, 1)
+
+
+@pytest.mark.parametrize("most", [15, 255, 1023, 65535])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_pgm_spans_the_range_that_it_states(tmp_path: Path, most: int, plain: bool) -> None:
+    values = (RAMP * most + 31) // 63
+    if plain:
+        data = b"P2 8 8 %d\n%s" % (most, b" ".join(b"%d" % v for v in values.ravel()))
+    else:
+        data = b"P5 8 8 %d\n" % most + values.astype(">u2" if most > 255 else "u1").tobytes()
+    pixels, remarks = read_image(written(tmp_path / "a.pgm", data), 8, 1)
+    assert np.array_equal(pixels[0], np.floor(values * 255 / most + 0.5))
+    assert remarks == []
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_one_grey_that_is_transparent_is_white(tmp_path: Path, bits: int) -> None:
+    """Its value is in the file's bits: 1 of 0..3 is not 1 of 0..255."""
+    most = (1 << bits) - 1
+    values = (RAMP * most // 63).ravel()
+    clear = int(values[40]) if bits > 1 else 0
+    if bits == 16:
+        stored = values.astype(">u2").tobytes()
+    else:
+        digits = np.unpackbits(values.astype(np.uint8)[:, None], axis=1)[:, -bits:]
+        stored = np.packbits(digits).tobytes()
+    data = png(stored, bits=bits, clear=struct.pack(">H", clear))
+    pixels, remarks = read_image(written(tmp_path / "a.png", data), 8, 1)
+    expected = np.floor(values * 255 / most + 0.5)
+    assert np.array_equal(pixels.ravel(), np.where(values == clear, 255, expected))
+    assert remarks == ["with transparency, laid over white"]
+
+
+def test_one_transparent_colour_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
+    """Pillow keeps the upper eight bits of the pixels, so others would be transparent too."""
+    stored = np.repeat(RAMP.astype(">u2"), 3).tobytes()
+    data = png(stored, bits=16, colour=2, clear=bytes(6))
+    with pytest.raises(CheckpointError, match=r"a\.png holds 16-bit colours.*alpha channel"):
+        read_image(written(tmp_path / "a.png", data), 8, 3)
+    opaque = png(stored, bits=16, colour=2)
+    assert read_image(written(tmp_path / "b.png", opaque), 8, 3)[1] == []
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])

@@ -126,6 +126,11 @@ def test_saved_activations_give_the_same_numbers(live: Run, tmp_path: Path) -> N
     folder = json.dumps(str(live.path / "activations"))
     again = perform(tmp_path, configure(f"normality.captured={folder}"))
     assert tables(again) == tables(live)
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "linked").symlink_to(live.path / "activations")
+    linked = perform(tmp_path, configure(f"normality.captured={json.dumps(str(links))}"))
+    assert tables(linked) == tables(live)
 
 
 def test_a_killed_study_continues_to_the_same_tables(

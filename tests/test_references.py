@@ -6,7 +6,6 @@ import dataclasses
 import io
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robuq_bench import fidelity
+from robuq_bench.config import load_workload
 from robuq_bench.data import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.feature_networks import FeatureNetwork, load_classifier
@@ -33,9 +33,7 @@ from robuq_bench.fidelity import (
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     """The digits in random order: the file is ordered by writer."""
-    data = load_dataset(
-        SimpleNamespace(source="digits", path=None, image_size=8, channels=1, num_classes=10)
-    )
+    data = load_dataset(load_workload("digits").data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return make_image_data(data.images[order], data.labels[order], data.source)
 

@@ -31,6 +31,12 @@ OptionalText = Annotated[str | None, BeforeValidator(none_word)]
 # What an input that is named by its path holds: None where it is not known by content, "" where
 # it could not be read when the config was resolved.
 Digest = Annotated[str | None, Field(pattern=r"^([0-9a-f]{64})?$"), BeforeValidator(none_word)]
+# The same where an older format knows only "" for both.
+TextDigest = Annotated[
+    str,
+    Field(pattern=r"^([0-9a-f]{64})?$"),
+    BeforeValidator(lambda value: "" if value == "none" else value),
+]
 
 
 class Section(BaseModel):

@@ -15,6 +15,7 @@ from robuq_bench.config.base import (
     OptionalText,
     Section,
     Strings,
+    TextDigest,
 )
 
 WeightQuantizer = Literal["none", "ternary-twn", "ternary-absmean"]
@@ -81,7 +82,7 @@ class AllocationConfig(Section):
     cost: Literal["macs"] = "macs"
     sensitivity_steps: OptionalInt = Field(default=None, ge=0)
     path: OptionalText = None
-    sha256: str = ""
+    sha256: TextDigest = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> AllocationConfig:

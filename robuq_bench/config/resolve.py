@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
-import os
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +12,22 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field
 
-from robuq_bench.config.base import Name, Section, none_word
+from robuq_bench.config.base import Name, Section
 from robuq_bench.config.files import (
-    asset_path,
     keys_of,
     load_plan,
     load_workload,
     parse_toml,
     sections_of,
     validate,
+)
+from robuq_bench.config.identity import (
+    INPUTS_OF_EVALUATION,
+    INPUTS_OF_STUDIES,
+    identify,
+    identify_data,
+    identify_evaluation,
+    identify_input,
 )
 from robuq_bench.config.plan import Plan
 from robuq_bench.config.studies import (
@@ -34,12 +40,9 @@ from robuq_bench.config.studies import (
     OptionalSensitivity,
     default_settings,
 )
-from robuq_bench.config.workload import FEATURES, Workload
-from robuq_bench.data_files import SOURCES, data_digest, data_path, data_variable
-from robuq_bench.digests import path_digest
-from robuq_bench.errors import CheckpointError, ConfigError, RobuqError, suggest
-from robuq_bench.files import read_checksums, sha256_bytes
-from robuq_bench.weight_files import checkpoint_digest
+from robuq_bench.config.workload import Workload
+from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.files import sha256_bytes
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _STUDIES_WITHOUT_DATA = (
@@ -59,10 +62,6 @@ _STEPS_OF_STUDIES = {
     "normality": "qat_steps",
     "sensitivity": "qat_steps",
 }
-# Fields of study settings that name an input; `<field>_sha256` identifies it.
-_INPUTS_OF_STUDIES = ("captured", "student", "run")
-# The same of `workload.evaluation`.
-_INPUTS_OF_EVALUATION = ("features", "reference", "vae")
 
 Override = tuple[str, list[str], Any]  # "plan", "workload" or the study, key path, value
 
@@ -121,18 +120,18 @@ def resolve(
             target[f"{keys[-1]}_sha256"] = None if part == "workload" else ""
     origin = "--set" if overrides else "config"
     if parts["plan"]["allocation"]["method"] == "file":
-        _identify(parts["plan"]["allocation"], "path")
+        identify(parts["plan"]["allocation"], "path")
     if study in _STUDIES_WITHOUT_TEACHER:
         # What these runs make must not decide which run they are.
         parts["workload"]["teacher"].update(checkpoint="", sha256="")
     elif study not in _STUDIES_WITHOUT_DATA:
-        _identify_evaluation(parts["workload"]["evaluation"])
+        identify_evaluation(parts["workload"]["evaluation"])
     if study not in _STUDIES_WITHOUT_DATA:
-        _identify_data(parts["workload"])
-    _identify(parts["workload"]["teacher"], "checkpoint")
+        identify_data(parts["workload"])
+    identify(parts["workload"]["teacher"], "checkpoint")
     if settings is not None:
-        for path_key in _INPUTS_OF_STUDIES:
-            _identify_input(settings, path_key)
+        for path_key in INPUTS_OF_STUDIES:
+            identify_input(settings, path_key)
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
     sections: dict[str, Any] = {
@@ -194,7 +193,8 @@ def sensitivity_steps(config: Config) -> int:
 def canonical_json(config: Config) -> str:
     """Return sorted, compact JSON of everything that decides the result.
 
-    Descriptions decide nothing; nor does the place of a file that is known by its SHA-256.
+    Descriptions decide nothing; nor does the place of a file that is known by its SHA-256, stated
+    or pinned.
     """
     # Leaving out what is not set keeps old runs' names when a new optional field appears.
     values = config.model_dump(
@@ -209,15 +209,19 @@ def canonical_json(config: Config) -> str:
     data, evaluation = values["workload"]["data"], values["workload"]["evaluation"]
     if data.get("sha256"):
         data.pop("path", None)
-    for path_key in _INPUTS_OF_EVALUATION:
+    for path_key in INPUTS_OF_EVALUATION:
         if evaluation.get(f"{path_key}_sha256"):
             evaluation.pop(path_key, None)
+    if evaluation.get("features_sha256"):
+        # Runs from when metrics did not say which of several networks they are of.
+        evaluation["features_name_metrics"] = True
+    evaluation.pop("inception_weights", None)  # only one content is accepted: INCEPTION_SHA256
     training = values["workload"]["training"]
     if "low_rank_learning_rate" in training:
         # Runs from before the rate was obeyed must not answer for those that obey it.
         training["low_rank_learning_rate_is_used"] = True
     for name in STUDY_SETTINGS.keys() & values.keys():
-        for path_key in _INPUTS_OF_STUDIES:
+        for path_key in INPUTS_OF_STUDIES:
             if values[name].get(f"{path_key}_sha256"):
                 values[name].pop(path_key, None)
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -346,92 +350,6 @@ def quoted(text: str) -> str:
     """`text` as a TOML string: what `--set KEY=...` takes literally, whatever it holds."""
     # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _identify(section: dict[str, Any], path_key: str) -> None:
-    """Fill in the SHA-256 of the file a section names, when it is here and none was given."""
-    spec = section[path_key]
-    if not spec or not isinstance(spec, str) or section["sha256"]:
-        return
-    path = asset_path(spec)
-    try:
-        if path_key == "checkpoint" and path.exists():  # may be a folder or an index of shards
-            section["sha256"] = checkpoint_digest(path)
-        elif path.is_file():
-            section["sha256"] = path_digest(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except RobuqError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _identify_data(workload: dict[str, Any]) -> None:
-    """Fill in the digest of the data files, where any are named; embedded data have none.
-
-    What cannot be read gets "" here, so that it is no finished run's, and an error when it is
-    loaded: commands that need no data must not fail for it.
-    """
-    data = workload["data"]
-    source, text, name = data["source"], none_word(data["path"]), workload["name"]
-    invalid = (
-        str(source) not in SOURCES or not isinstance(text, str | None) or not isinstance(name, str)
-    )
-    if invalid or data["sha256"] or not (text or os.environ.get(data_variable(name))):
-        return
-    try:
-        data["sha256"] = data_digest(source, data_path(source, text, name))
-    except RobuqError:
-        data["sha256"] = ""
-
-
-def _identify_evaluation(evaluation: dict[str, Any]) -> None:
-    """The same for the files that samples are judged with."""
-    for path_key in _INPUTS_OF_EVALUATION:
-        spec, digest_key = none_word(evaluation[path_key]), f"{path_key}_sha256"
-        if not spec or not isinstance(spec, str) or evaluation[digest_key] or spec in FEATURES:
-            continue
-        try:
-            path = asset_path(spec)
-            evaluation[digest_key] = path_digest(path) if os.path.exists(path) else ""
-        except RobuqError:
-            evaluation[digest_key] = ""
-
-
-def _identify_input(settings: dict[str, Any], path_key: str) -> None:
-    """The same for the input of a study, which may be a folder."""
-    spec = settings.get(path_key)
-    if not spec or not isinstance(spec, str) or settings[f"{path_key}_sha256"]:
-        return
-    path = asset_path(spec)
-    if os.path.isdir(path):
-        settings[f"{path_key}_sha256"] = folder_digest(path)
-    elif os.path.isfile(path):
-        holder = {"path": spec, "sha256": ""}
-        _identify(holder, "path")
-        settings[f"{path_key}_sha256"] = holder["sha256"]
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of every checksum file (*.sha256) below a folder.
-
-    Raises:
-        ConfigError: there are none, or a file is not what the checksum beside it says.
-    """
-    try:
-        found = sorted(folder.rglob("*.sha256"))
-        if not found:
-            raise ConfigError(f"{folder}: holds no safetensors files with checksums (*.sha256)")
-        texts = [path.read_bytes() for path in found]
-        for path in found:
-            file = path.with_suffix("")
-            if file.is_file() and path_digest(file) not in read_checksums(path):
-                raise ConfigError(f"{file}: differs from its checksum {path.name}; copy it anew")
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    except (CheckpointError, ValueError) as error:
-        raise ConfigError(f"{folder}: {error}") from None
-    names = [os.fsencode(path.relative_to(folder).as_posix()) for path in found]
-    return sha256_bytes(b"".join(b"%s\n%s" % pair for pair in zip(names, texts, strict=True)))
 
 
 def _write_table(values: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:

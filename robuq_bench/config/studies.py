@@ -13,6 +13,7 @@ from robuq_bench.config.base import (
     OptionalText,
     Section,
     Strings,
+    TextDigest,
     none_word,
 )
 from robuq_bench.errors import suggest
@@ -61,9 +62,9 @@ class NormalityConfig(Section):
     decay_tokens: int = Field(default=4, ge=1)
     save_activations: bool = False
     captured: OptionalText = None
-    captured_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    captured_sha256: TextDigest = ""
     student: OptionalText = None
-    student_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    student_sha256: TextDigest = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> NormalityConfig:

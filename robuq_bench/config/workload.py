@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import Digest, Name, OptionalFloat, OptionalText, Section, none_word
+from robuq_bench.config.base import (
+    Digest,
+    Name,
+    OptionalFloat,
+    OptionalText,
+    Section,
+    TextDigest,
+    none_word,
+)
 from robuq_bench.errors import suggest
 
 FEATURES = ("digits", "inception")
@@ -71,7 +79,7 @@ class TeacherConfig(Section):
     """Where the full-precision weights are; an empty checkpoint must be trained or given."""
 
     checkpoint: str = ""
-    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    sha256: TextDigest = ""
     training: TeacherTraining
 
 
