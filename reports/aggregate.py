@@ -33,8 +33,8 @@ _SHOWN = 16  # hexadecimal digits of a digest that tell protocols apart
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
 # How a metric was computed, not how good the images are.
 _DETAILS = (
-    *("_std", "_splits", "_subset_size", "_class_correction", "_is_rank_deficient"),
-    *("_seconds", "_s"),
+    *("_std", "_splits", "_subset_size", "_torch_fidelity", "_is_stratified"),
+    *("_is_rank_deficient", "_seconds", "_s"),
 )
 
 
