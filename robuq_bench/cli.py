@@ -332,7 +332,9 @@ def report(
     if runs:
         paths = [find_run(text, output) for text in runs]
     else:
-        paths = [summary.path for summary in list_runs(output) if summary.state == "done"]
+        # The report names the damaged ones.
+        known = list_runs(output)
+        paths = [summary.path for summary in known if summary.state in ("done", "damaged")]
     if not paths:
         raise MissingResourceError(
             f"no finished runs in {output}; make one with `python bench.py train-and-eval`"

@@ -15,7 +15,7 @@ from robuq_bench.errors import CheckpointError
 
 
 def groups_of(fabricate):
-    return group_runs(find_runs([fabricate.root]))
+    return group_runs(find_runs([fabricate.root]).runs)
 
 
 def test_mean_and_range_over_training_seeds_and_seed_ranges(fabricate):
@@ -44,7 +44,7 @@ def test_the_teachers_copied_values_count_once(fabricate):
 
 def test_the_teacher_row_cites_the_run_that_measured_it(fabricate):
     a4 = fabricate.run("a4", finish=False)
-    records = [dict(record) for record in find_runs([a4])[0].records]
+    records = [dict(record) for record in find_runs([a4]).runs[0].records]
     teachers = [record for record in records if record.get("subject") == "teacher"]
     measured = fabricate.run("fp", study="teacher-eval", records=teachers)
     for record in teachers:
