@@ -57,7 +57,7 @@ class Fabricator:
         records: list[dict[str, Any]] | None = None,
         argv: Sequence[str] = (),
         fid: float | None = None,
-        version: str = "1",
+        version: str = "2",
     ) -> Path:
         """Write one run; without `records` those of a whole train-and-eval."""
         config = resolve(study, version, plan, "digits", seed, list(overrides))

@@ -104,7 +104,7 @@ def test_a_copy_of_a_run_counts_once_but_other_results_under_its_name_are_refuse
     fabricate.root = tmp_path / "other"
     other = fabricate.run("a4", fid=99.0)
     with pytest.raises(UsageError, match="same run with different results"):
-        find_runs([path, other]).runs
+        find_runs([path, other])
     unfinished = tmp_path / "half" / path.name
     shutil.copytree(other, unfinished)
     (unfinished / "DONE").unlink()
@@ -174,6 +174,6 @@ def test_a_run_whose_sound_records_are_mistyped_is_left_out(
     assert row[0].text == str(wrong)
     assert "of another kind" in row[1].text
     assert [line[0].text for line in page.table("Plans and metrics").rows] == ["teacher", "a4"]
-    with pytest.raises(CheckpointError, match="no run is sound: .* of another kind"):
+    with pytest.raises(CheckpointError, match=r"no run is sound: .* of another kind"):
         build_report([wrong], tmp_path / "alone.html")
     assert not (tmp_path / "alone.html").exists()
