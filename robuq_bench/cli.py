@@ -348,7 +348,7 @@ def report(
     if as_json:
         console.print_json({"command": "report", "dry_run": dry_run, "path": target, "runs": paths})
     else:
-        verb = "would be written from" if dry_run else "written from"
+        verb = "would be written for" if dry_run else "written for"
         print(f"{target} {verb} {len(paths)} run(s)", flush=True)
 
 
