@@ -201,7 +201,15 @@ def metric_records(run: RunData, subject: str) -> list[Record]:
 
 
 def metric_values(record: Record) -> dict[str, float]:
-    """The numbers of one metrics record, without its bookkeeping fields."""
+    """The numbers of one metrics record, without its bookkeeping fields.
+
+    Raises:
+        CheckpointError: a metric is no number.
+    """
+    for name, value in record.items():
+        is_metric = stem(name) in _METRIC_ORDER and not name.endswith(_DETAILS)
+        if is_metric and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise CheckpointError(f"{record.get('key')} has {name} of another kind: {value!r}")
     return {
         name: float(value)
         for name, value in record.items()

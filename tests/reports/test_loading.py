@@ -150,6 +150,9 @@ def rewrite(path, kind, **fields):
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
+        ("metrics", {"fid_digits": "low"}),
+        ("metrics", {"recall_digits": None}),
+        ("validation", {"distillation_loss": [0.1]}),
         ("metrics", {"seed_start": "first"}),
         ("metrics", {"seed_range": [0]}),
         ("metrics", {"num_samples": {}}),
