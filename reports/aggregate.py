@@ -26,6 +26,7 @@ from robuq_bench.errors import CheckpointError
 
 STUDY = "train-and-eval"
 TEACHER = "teacher"
+KID_UNBIASED_SINCE = 2  # version of the study
 
 _METRIC_ORDER = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
 _HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
@@ -33,8 +34,8 @@ _SHOWN = 16  # hexadecimal digits of a digest that tell protocols apart
 _NOT_METRICS = frozenset({"key", "kind", "subject", "seed_range", "seed_start", "num_samples"})
 # How a metric was computed, not how good the images are.
 _DETAILS = (
-    *("_std", "_splits", "_subset_size", "_class_correction", "_is_rank_deficient"),
-    *("_seconds", "_s"),
+    *("_std", "_splits", "_subset_size", "_torch_fidelity", "_is_stratified"),
+    *("_is_rank_deficient", "_seconds", "_s"),
 )
 
 
@@ -104,13 +105,14 @@ class Row:
 
 @dataclass
 class Group:
-    """Rows that share a protocol and may be compared."""
+    """Rows that share a protocol and may be compared; `version` is the study's, 0 if unknown."""
 
     workload: Mapping[str, Any]
     num_samples: int
     seed_starts: list[int]
     rows: list[Row]
     teacher: Row
+    version: int
     differs: str = ""
 
     @property
@@ -180,7 +182,8 @@ def summarize(values: Sequence[Value]) -> Summary | None:
 def group_runs(runs: Iterable[RunData]) -> list[Group]:
     """Sort finished train-and-eval runs into protocols and rows.
 
-    Of other studies, only the runs that measured a teacher are used: the teacher row cites them.
+    Protocols of the newest version of the study come first, then those of the most rows. Of other
+    studies, only the runs that measured a teacher are used: the teacher row cites them.
     """
     by_id = {run.id: run for run in runs if run.finished}
     by_protocol: dict[str, list[RunData]] = {}
@@ -190,7 +193,7 @@ def group_runs(runs: Iterable[RunData]) -> list[Group]:
     groups = [_group(members, by_id) for _, members in sorted(by_protocol.items())]
     for index, differs in enumerate(differences([_protocol_view(group) for group in groups])):
         groups[index].differs = differs.replace("evaluation.", "")
-    return sorted(groups, key=lambda group: (-len(group.rows), group.title))
+    return sorted(groups, key=lambda group: (-group.version, -len(group.rows), group.title))
 
 
 def metric_records(run: RunData, subject: str) -> list[Record]:
@@ -198,7 +201,15 @@ def metric_records(run: RunData, subject: str) -> list[Record]:
 
 
 def metric_values(record: Record) -> dict[str, float]:
-    """The numbers of one metrics record, without its bookkeeping fields."""
+    """The numbers of one metrics record, without its bookkeeping fields.
+
+    Raises:
+        CheckpointError: a metric is no number.
+    """
+    for name, value in record.items():
+        is_metric = stem(name) in _METRIC_ORDER and not name.endswith(_DETAILS)
+        if is_metric and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise CheckpointError(f"{record.get('key')} has {name} of another kind: {value!r}")
     return {
         name: float(value)
         for name, value in record.items()
@@ -232,13 +243,18 @@ def _protocol(run: RunData) -> dict[str, Any]:
         "diffusion": _set_fields(section(workload, "diffusion")),
         "teacher": identity,
         "evaluation": evaluation,
-        # A version is raised where measured numbers change, such as KID's from 1 to 2.
-        "study_version": run.config.get("study_version"),
+        "study_version": _version(run),
     }
 
 
+def _version(run: RunData) -> int:
+    """The study's version, 0 if unknown: raised where numbers change, as KID's did from 1 to 2."""
+    text = str(run.config.get("study_version", ""))
+    return int(text) if text.isdecimal() else 0
+
+
 def _set_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is absent, so that runs from before an optional field had it stay equal."""
+    """Without what is absent: an optional field comes without a new version of the study."""
     return {key: value for key, value in values.items() if value != "none"}
 
 
@@ -287,6 +303,7 @@ def _group(members: list[RunData], by_id: Mapping[str, RunData]) -> Group:
         seed_starts=sorted(starts),
         rows=sorted(rows, key=_row_rank),
         teacher=teacher,
+        version=_version(members[0]),
     )
 
 

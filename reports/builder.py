@@ -7,6 +7,7 @@ from a manifest.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +34,7 @@ from reports.kernels.story import RULE as KERNEL_RULE
 from reports.kernels.story import answer as kernel_answer
 from reports.kernels.story import kernel_claims
 from reports.kernels.tables import target_table
-from reports.loading import RunData, find_runs
+from reports.loading import LeftOut, RunData, find_runs, leave_out
 from reports.normality.claims import RULE, normality_claims
 from reports.normality.data import NormalityRun, normality_runs
 from reports.normality.story import answer
@@ -46,7 +47,7 @@ from reports.settings import flatten, section
 from reports.story import plain_words
 from reports.study_tables import StudyRun
 from reports.text import NOT_RUN, Phrase, bytes_text, plural
-from robuq_bench.errors import UsageError
+from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_text
 from robuq_bench.run_files import MANIFEST
 
@@ -84,14 +85,51 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
             unfinished ones are only listed as such.
         output: the HTML file. `<stem>-*.csv` and `<stem>-summary.tex` are written beside it.
 
+    A run that is damaged, or whose records are not what its study writes, is left out: a warning
+    and the report name it.
+
     Raises:
         UsageError: no runs, a path that does not exist, or an output that is a folder.
-        CheckpointError: a run is damaged; names the file.
+        CheckpointError: no run is sound; names the files.
         RobuqError: the output cannot be written.
     """
     if output.is_dir():
         raise UsageError(f"{output} is a folder; name a file, for example {output / 'report.html'}")
-    runs = find_runs(run_paths)
+    runs, left_out = find_runs(run_paths)
+    if runs:
+        try:
+            _write(runs, left_out, output)
+            return output
+        except _UNREADABLE:
+            unreadable = _unreadable(runs)
+            if not unreadable:
+                raise
+        left_out += [leave_out(run.path, error) for run, error in unreadable]
+        runs = [run for run in runs if all(run is not bad for bad, _ in unreadable)]
+    if not runs:
+        raise CheckpointError(f"no run is sound: {'; '.join(reason for _, reason in left_out)}")
+    _write(runs, left_out, output)
+    return output
+
+
+# What reading records of another kind than expected raises; CheckpointError is a damaged file.
+_UNREADABLE = (CheckpointError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
+    """The runs of which no report can be made even alone, each with what stopped it."""
+    found: list[tuple[RunData, Exception]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for run in runs:
+            try:
+                _write([run], [], Path(folder) / "report.html")
+            except _UNREADABLE as error:
+                found.append((run, error))
+    return found
+
+
+def _write(runs: Sequence[RunData], left_out: Sequence[LeftOut], output: Path) -> None:
+    """Write the report of these runs and its tables."""
     finished = [run for run in runs if run.finished]
     groups = group_runs(runs)
     claims = [(group, group_claims(group)) for group in groups]
@@ -119,13 +157,13 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
             open_claims=tables.claims_table(unclaimed, "Claims that need other studies"),
             sections=build_sections(runs),
             unfinished=tables.unfinished_table(runs),
+            left_out=tables.left_out_table(left_out),
             runs=[_run_card(run, machines) for run in finished],
             machines=list(machines.values()),
-            count=_count(runs),
+            count=_count(runs, left_out),
         )
     )
     page = "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
-    atomic_write_text(output, page)
     listed = [(group.title, claim) for group, found in claims for claim in found]
     listed += [(study.title, claim) for study, found in normal for claim in found]
     listed += [(study.title, claim) for _, study, found in measured for claim in found]
@@ -139,7 +177,7 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     for name in ("claims", "checkpoints", "weights", "end_to_end", "end_to_end_model"):
         write_run_table(output, "efficiency", name, [s for s in efficient if s.tables.get(name)])
     write_tex(output, "efficiency", [factor_table(study) for study in efficient])
-    return output
+    atomic_write_text(output, page)  # last: there is no page whose tables could not be made
 
 
 def _judged(group: Group, claims: Sequence[Claim], *, is_main: bool) -> tables.Table:
@@ -208,9 +246,10 @@ def _stories(
     return [(None, _no_results(runs))]
 
 
-def _count(runs: Sequence[RunData]) -> str:
+def _count(runs: Sequence[RunData], left_out: Sequence[LeftOut]) -> str:
     finished = sum(run.finished for run in runs)
-    return f"{plural(finished, 'finished run')}, {len(runs) - finished} unfinished"
+    text = f"{plural(finished, 'finished run')}, {len(runs) - finished} unfinished"
+    return f"{text}, {len(left_out)} left out" if left_out else text
 
 
 def _no_results(runs: Sequence[RunData]) -> list[Phrase]:

@@ -6,13 +6,14 @@ here against the manifest.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reports.settings import section
 from robuq_bench.errors import CheckpointError, UsageError
@@ -27,6 +28,8 @@ from robuq_bench.run_files import (
     read_manifest,
     read_results,
 )
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
@@ -117,12 +120,27 @@ class RunData:
         return data
 
 
-def find_runs(paths: Iterable[Path]) -> list[RunData]:
+class LeftOut(NamedTuple):
+    """A run folder that is in no result, and why."""
+
+    path: Path
+    reason: str
+
+
+class Found(NamedTuple):
+    """The sound runs of some folders, and those that cannot be read."""
+
+    runs: list[RunData]
+    left_out: list[LeftOut]
+
+
+def find_runs(paths: Iterable[Path]) -> Found:
     """Read every run at or below `paths`, each once, ordered by study, plan, seed and id.
 
+    A damaged run is left out with a warning.
+
     Raises:
-        UsageError: a path does not exist, or no path holds a run.
-        CheckpointError: a run is damaged; the message names the file.
+        UsageError: a path does not exist, no path holds a run, or one run has two results.
     """
     wanted = [Path(path) for path in paths]
     folders: set[Path] = set()
@@ -137,8 +155,13 @@ def find_runs(paths: Iterable[Path]) -> list[RunData]:
             "python bench.py train-and-eval --plan a2"
         )
     runs: dict[str, RunData] = {}
+    left_out = []
     for folder in sorted(folders):
-        run = read_run(folder)
+        try:
+            run = read_run(folder)
+        except CheckpointError as error:
+            left_out.append(leave_out(folder, error))
+            continue
         kept = runs.get(run.id)
         if kept is not None and kept.finished and run.finished and kept.records != run.records:
             raise UsageError(
@@ -147,7 +170,17 @@ def find_runs(paths: Iterable[Path]) -> list[RunData]:
             )
         if kept is None or (run.finished and not kept.finished):
             runs[run.id] = run
-    return sorted(runs.values(), key=lambda run: (run.study, run.plan_name, run.seed, run.id))
+    ordered = sorted(runs.values(), key=lambda run: (run.study, run.plan_name, run.seed, run.id))
+    return Found(ordered, left_out)
+
+
+def leave_out(path: Path, error: Exception) -> LeftOut:
+    """Warn that a run is in no result."""
+    reason = str(error)
+    if not isinstance(error, CheckpointError):
+        reason = f"what it recorded is of another kind ({type(error).__name__}: {error})"
+    logger.warning("%s is left out of the report: %s", path, reason)
+    return LeftOut(path, reason)
 
 
 def read_run(folder: Path) -> RunData:

@@ -24,7 +24,7 @@ from reports import (
     sensitivity,
     tables,
 )
-from reports.aggregate import Group, Row, group_runs
+from reports.aggregate import KID_UNBIASED_SINCE, Group, Row, group_runs, stem
 from reports.loading import RunData
 from reports.pictures import BUDGET_BYTES, sample_grids
 from reports.published import published_table, published_values, rivals_table
@@ -88,11 +88,16 @@ def train_and_eval_section(runs: Sequence[RunData], every: Sequence[RunData]) ->
         ),
         {
             "views": views,
+            "has_low_kid": any(_has_low_kid(group) for group in groups),
             "timing": tables.timing_table(runs),
             "published": published_table(groups),
             "rivals": rivals_table(),
         },
     )
+
+
+def _has_low_kid(group: Group) -> bool:
+    return group.version < KID_UNBIASED_SINCE and "kid" in map(stem, group.metrics)
 
 
 def train_teacher_section(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:

@@ -12,7 +12,7 @@ from typing import Any
 
 from reports.aggregate import Group, Row, Summary, Value, higher_is_better
 from reports.claims import Claim, mean_bits_by_type
-from reports.loading import RunData
+from reports.loading import LeftOut, RunData
 from reports.settings import recipe, section
 from reports.text import (
     NOT_RUN,
@@ -306,6 +306,16 @@ def unfinished_table(runs: Sequence[RunData]) -> Table | None:
                 text_cell(f"unfinished ({status}{torn})"),
             ]
         )
+    return table
+
+
+def left_out_table(left_out: Sequence[LeftOut]) -> Table | None:
+    if not left_out:
+        return None
+    columns = [Column("folder", False), Column("why", False)]
+    table = Table("Runs left out: nothing of theirs is in this report", columns)
+    for path, reason in left_out:
+        table.rows.append([header_cell(str(path)), text_cell(reason)])
     return table
 
 

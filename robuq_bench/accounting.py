@@ -77,11 +77,14 @@ PUBLISHED_DIT_XL_2: dict[str, dict[str, object]] = {
 def packing_table(model_config: ModelConfig, plan: Plan) -> list[dict[str, Any]]:
     """Return one row per way of storing the quantized model, with bytes by part.
 
-    Ternary codes are packed per tensor; scales are one per output channel (`ternary-twn`) or per
-    tensor (`ternary-absmean`); values of the low-rank branch, biases, embeddings and layers kept
-    full precision are floats. `size_reduction` is against every parameter in FP32 (position table
-    included). The last rows are readings that reproduce or bound the published 13.2x and 15.2x;
-    their `published` is set for DiT-XL/2 only.
+    `reading` says how a row stores ternary codes, scales, the low-rank branch and everything else;
+    scales are one per output channel (`ternary-twn`) or per tensor (`ternary-absmean`).
+    `size_reduction` is against every parameter in FP32 (position table included). For a plan with
+    ternary weights the last rows are readings that on DiT-XL/2 at rank 16 reproduce or bound the
+    published 13.2x and 15.2x; their `published` is set for DiT-XL/2 only.
+
+    Raises:
+        UsageError: a weight quantizer that no packing stores.
     """
     return _packing_table(dit_structure(model_config, plan), plan, _is_dit_xl_2(model_config))
 

@@ -332,7 +332,9 @@ def report(
     if runs:
         paths = [find_run(text, output) for text in runs]
     else:
-        paths = [summary.path for summary in list_runs(output) if summary.state == "done"]
+        # The report names the damaged ones.
+        known = list_runs(output)
+        paths = [summary.path for summary in known if summary.state in ("done", "damaged")]
     if not paths:
         raise MissingResourceError(
             f"no finished runs in {output}; make one with `python bench.py train-and-eval`"
@@ -346,7 +348,7 @@ def report(
     if as_json:
         console.print_json({"command": "report", "dry_run": dry_run, "path": target, "runs": paths})
     else:
-        verb = "would be written from" if dry_run else "written from"
+        verb = "would be written for" if dry_run else "written for"
         print(f"{target} {verb} {len(paths)} run(s)", flush=True)
 
 

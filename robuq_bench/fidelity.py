@@ -1,9 +1,9 @@
 """FID, sFID, KID, Inception Score, precision and recall, by torch-fidelity's own functions.
 
-KID gets a correction where labels are not random (`kernel_distance`). Only its metric functions and
-extractors are used: its cache is keyed by name alone, so another data set under the same name would
-be answered with the first one's features, and its class-conditional generators call the removed
-`np.int`. Statistics are accumulated in float64.
+KID is our own where labels are not random (`kernel_distance`). Only torch-fidelity's metric
+functions and extractors are used: its cache is keyed by name alone, so another data set under the
+same name would be answered with the first one's features, and its class-conditional generators call
+the removed `np.int`. Statistics are accumulated in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError
 from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.features import Features
 from robuq_bench.files import cache_folder, expand_user, sha256_bytes
-from robuq_bench.kernel_distance import class_correction
+from robuq_bench.kernel_distance import stratified_kid
 
 __all__ = [
     "FeatureNetwork",
     "Features",
     "Reference",
     "Statistics",
+    "compute_fid",
     "compute_metrics",
     "feature_statistics",
     "frechet_distance",
@@ -79,6 +80,21 @@ class Reference:
     labels: Tensor | None = None
 
 
+def compute_fid(
+    samples: Features, reference: Features | Reference, suffix: str = ""
+) -> dict[str, float]:
+    """FID alone and whether it is rank-deficient, under the keys of `compute_metrics`.
+
+    Raises:
+        UsageError: fewer than 2 images, or features of different networks.
+    """
+    known = as_reference(reference)
+    metrics = {"fid": frechet_distance(feature_statistics(samples.pool), known.pool)}
+    smaller = min(len(samples), known.num_images or len(samples))
+    metrics["fid_is_rank_deficient"] = _rank_flag("FID", smaller, samples.pool)
+    return {_with_suffix(key, suffix): value for key, value in metrics.items()}
+
+
 def compute_metrics(
     samples: Features,
     reference: Features | Reference,
@@ -91,31 +107,33 @@ def compute_metrics(
     `sampling.default_labels` fixes them; None says that every class was drawn at random.
 
     Keys for suffix "_digits" (or "digits"): fid_digits, sfid_digits, kid_digits, is_digits,
-    precision_digits, recall_digits. Beside them: kid_std, kid_subset_size (at most 1,000 and N; 10
-    subsets, seed 2020), kid_class_correction (`kernel_distance`, part of kid; 0 without labels on
-    either side), is_std, is_splits (one per 5,000 images, so equal to both ADM's chunks and
-    torch-fidelity's 10 splits at N = 50,000), and fid_is_rank_deficient, sfid_is_rank_deficient:
-    1 when N <= d, where a covariance has no full rank and the distance is biased most.
-    Precision and recall use 3 neighbours (Kynkaanniemi et al. 2019). What cannot be had is absent,
-    never 0: KID, precision and recall without reference features, and KID where labels give a class
-    a single image, which leaves it without an unbiased estimate.
+    precision_digits, recall_digits. Beside them: is_std, is_splits (one per 5,000 images, so equal
+    to both ADM's chunks and torch-fidelity's 10 splits at N = 50,000), and fid_is_rank_deficient,
+    sfid_is_rank_deficient: 1 when N <= d, where a covariance has no full rank and the distance is
+    biased most. Precision and recall use 3 neighbours (Kynkaanniemi et al. 2019).
+
+    Where the labels of a side are known (kid_is_stratified = 1), KID is `stratified_kid` of all
+    images, which has no subsets and hence no kid_std; torch-fidelity's stands beside it as
+    kid_torch_fidelity and kid_torch_fidelity_std. Elsewhere it is torch-fidelity's, with kid_std:
+    the standard deviation over its 10 subsets (seed 2020) of kid_subset_size (at most 1,000 and N).
+
+    What cannot be had is absent, never 0: KID, precision and recall without reference features, and
+    KID where labels give a class a single image, which leaves it without an unbiased estimate.
 
     Raises:
         UsageError: fewer than 5 images, labels that do not fit, or features of different networks.
     """
     import_torch_fidelity()
     from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     known = as_reference(reference)
     sizes = [len(samples), *([len(known.features)] if known.features else [])]
     if min(sizes) < NEIGHBOURS + 2:
         raise UsageError(f"metrics need at least {NEIGHBOURS + 2} images a side, got {min(sizes)}")
-    metrics = {"fid": frechet_distance(feature_statistics(samples.pool), known.pool)}
-    smaller = min(len(samples), known.num_images or len(samples))
-    metrics["fid_is_rank_deficient"] = _rank_flag("FID", smaller, samples.pool)
+    metrics = compute_fid(samples, known)
     if known.spatial is not None:
+        smaller = min(len(samples), known.num_images or len(samples))
         metrics["sfid"] = frechet_distance(feature_statistics(samples.spatial), known.spatial)
         metrics["sfid_is_rank_deficient"] = _rank_flag("sFID", smaller, samples.spatial)
 
@@ -125,19 +143,7 @@ def compute_metrics(
     metrics["is_std"], metrics["is_splits"] = score["inception_score_std"], splits
     if known.features is not None:
         pools = samples.pool.double(), known.features.pool.double()
-        size = min(KID_SUBSET_SIZE, *sizes)
-        correction = _kid_correction(zip(pools, (labels, known.labels), strict=True))
-        if correction is not None:
-            kid = kid_features_to_metric(
-                *pools,
-                kid_subsets=KID_SUBSETS,
-                kid_subset_size=size,
-                rng_seed=METRIC_SEED,
-                verbose=False,
-            )
-            metrics["kid"] = kid["kernel_inception_distance_mean"] + correction
-            metrics["kid_std"] = kid["kernel_inception_distance_std"]
-            metrics["kid_subset_size"], metrics["kid_class_correction"] = size, correction
+        metrics |= _kid(*pools, labels, known.labels)
         manifold = prc_features_to_metric(
             *pools,
             prc_neighborhood=NEIGHBOURS,
@@ -149,17 +155,49 @@ def compute_metrics(
     return {_with_suffix(key, suffix): value for key, value in metrics.items()}
 
 
-def _kid_correction(sides: Iterable[tuple[Tensor, Tensor | None]]) -> float | None:
-    """Sum over the sides that have labels; None, with a warning, where a class is too small."""
-    total = 0.0
-    for features, labels in sides:
-        if labels is not None:
-            correction = class_correction(features, labels)
-            if correction is None:
-                logger.warning("KID is left out: a class with a single image has no unbiased KID")
-                return None
-            total += correction
-    return total
+def _kid(
+    samples: Tensor,
+    reference: Tensor,
+    sample_labels: Tensor | None,
+    reference_labels: Tensor | None,
+) -> dict[str, float]:
+    """KID and its details by pooled features [N, d] and [M, d]; empty where a class is too small.
+
+    Raises:
+        UsageError: labels that do not fit.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    is_stratified = sample_labels is not None or reference_labels is not None
+    stratified = None
+    if is_stratified:
+        stratified = stratified_kid(samples, reference, sample_labels, reference_labels)
+        if stratified is None:
+            logger.warning(
+                "KID is left out: a class with a single image has no unbiased KID; it takes "
+                "num_samples of at least 2 x classes, and 2 reference images of every class"
+            )
+            return {}
+    size = min(KID_SUBSET_SIZE, len(samples), len(reference))
+    subsets = kid_features_to_metric(
+        samples,
+        reference,
+        kid_subsets=KID_SUBSETS,
+        kid_subset_size=size,
+        rng_seed=METRIC_SEED,
+        verbose=False,
+    )
+    mean = subsets["kernel_inception_distance_mean"]
+    std = subsets["kernel_inception_distance_std"]
+    details = {"kid_subset_size": size, "kid_is_stratified": int(is_stratified)}
+    if stratified is None:
+        return {"kid": mean, "kid_std": std, **details}
+    return {
+        "kid": stratified,
+        "kid_torch_fidelity": mean,
+        "kid_torch_fidelity_std": std,
+        **details,
+    }
 
 
 def _with_suffix(key: str, suffix: str) -> str:

@@ -21,7 +21,7 @@ class WeightCost:
     """What a weight quantizer costs.
 
     Attributes:
-        bits: of one weight in a bit operation and, but for what packing adds, in a file.
+        bits: of one weight in a bit operation; a file takes what its packing says.
         scale_per_row: one scale for each output channel; False is one for the tensor.
     """
 
@@ -57,7 +57,8 @@ class Packing:
 
     Attributes:
         name: row name.
-        bits_per_code: bits of one ternary code; whole bytes per tensor.
+        bits_per_code: bits of one ternary code, in whole bytes per tensor ("2bit": in blocks of 128
+            codes per row).
         low_rank_bytes: bytes of each low-rank value; 0 leaves the branch out.
         rest_bytes: bytes of each other value (biases, embeddings, layers kept full precision). 1
             is int8 for matrices, with a float32 scale per slice of their shorter side, and fp16

@@ -81,8 +81,12 @@ def truth_differences(run: Run) -> dict[str, dict[str, dict[int, list[float]]]]:
 
 
 def metric_key(record: dict[str, Any], target: str) -> str | None:
-    """The field of a record that holds the target: "fid" may be "fid_digits"; None if absent."""
+    """The field of a record that holds the target; None if absent.
+
+    "fid" is called after the workload's features ("fid_digits"). `compute_fid` writes its
+    `..._is_rank_deficient` beside it, which tells it from every other field.
+    """
     if target != "fid":
         return target if target in record else None
-    names = [name for name in record if name.startswith("fid") and "deficient" not in name]
-    return names[0] if names else None
+    names = [name for name in record if f"{name}_is_rank_deficient" in record]
+    return next((name for name in names if name.split("_")[0] == "fid"), None)

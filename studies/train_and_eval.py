@@ -322,7 +322,7 @@ def metric_names(records: list[dict[str, Any]]) -> list[str]:
         for name, value in records[0].items()
         if isinstance(value, float)
         and name.split("_")[0] in prefixes
-        and not name.endswith(("_std", "_class_correction"))  # details of a metric
+        and not name.endswith(("_std", "_torch_fidelity"))  # details of a metric
     ]
 
 

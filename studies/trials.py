@@ -19,7 +19,7 @@ from robuq_bench.data import ImageData, load_dataset, to_uint8
 from robuq_bench.evaluation import load_reference, record_inputs, validation_losses
 from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.features import Features
-from robuq_bench.fidelity import Reference, compute_metrics
+from robuq_bench.fidelity import Reference, compute_fid
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import set_activation_bits
 from robuq_bench.run_files import list_runs
@@ -94,8 +94,7 @@ def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[st
         values = sample_values(student, judge.workload, seeds=range(count), device=context.device)
         result["sample_mse"] = float((values - judge.teacher_values).square().mean())
         features = judge.network.extract(to_uint8(values), judge.workload.evaluation.batch_size)
-        metrics = compute_metrics(features, judge.reference, judge.network.suffix)
-        result |= {name: value for name, value in metrics.items() if name.startswith("fid")}
+        result |= compute_fid(features, judge.reference, judge.network.suffix)
     return result
 
 

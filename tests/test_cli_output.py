@@ -121,6 +121,27 @@ def test_report_takes_finished_runs_only(
     assert bench("report", "nothing").code == 2
 
 
+def test_report_names_damaged_runs_also_when_none_is_asked_for(
+    bench: Any, toy: list[str], tmp_path: Path
+) -> None:
+    sound, damaged = (
+        Path(bench("study", "toy-study", "--seed", str(seed), "--json").document["path"])
+        for seed in (0, 1)
+    )
+    (damaged / "DONE").write_text("nothing")
+    (sound / "config.toml").rename(sound / "elsewhere")
+    outcome = bench("report")
+    assert outcome.code == 4
+    assert f"{damaged}/DONE" in outcome.err
+    assert f"{sound}/config.toml" in outcome.err
+    (sound / "elsewhere").rename(sound / "config.toml")
+    outcome = bench("report")
+    assert outcome.code == 0
+    assert f"{damaged} is left out of the report" in outcome.err
+    html = Path("runs/report.html").read_text()
+    assert "1 finished run, 0 unfinished, 1 left out" in html
+
+
 def test_export_of_a_finished_teacher_copies_it_with_its_checksum(
     bench: Any, tmp_path: Path
 ) -> None:

@@ -430,7 +430,7 @@ def test_changed_images_are_trained_on_judged_and_reported_anew(
     teachers = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("teacher-eval/*/man*")]
     assert len({teacher["inputs"]["data"]["sha256"] for teacher in teachers}) == 2
     assert all(len(teacher["inputs"]["features"]["sha256"]) == 64 for teacher in teachers)
-    groups = group_runs(find_runs([tmp_path / "runs"]))
+    groups = group_runs(find_runs([tmp_path / "runs"]).runs)
     assert sorted(len(group.rows) for group in groups) == [1, 2]
     assert len({group.title for group in groups}) == 2
 

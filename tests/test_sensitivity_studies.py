@@ -289,3 +289,12 @@ def test_allocation_speed_compares_before_it_reports(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(allocation_speed, "ALLOWED", -1.0)
     with pytest.raises(CheckError, match="differs from HiGHS"):
         allocation_speed.row(12, seed=0)
+
+
+@pytest.mark.parametrize("suffix", ["", "_digits", "_rank_deficient", "_digits_adapted"])
+def test_the_fid_of_a_trial_is_found_whatever_its_features_are_called(suffix: str) -> None:
+    details = {f"fid{suffix}_is_rank_deficient": 1, "fidelity": 0.0, f"sfid{suffix}": 3.0}
+    record = {**details, f"sfid{suffix}_is_rank_deficient": 1, f"fid{suffix}": 2.0}
+    assert ground_truth.metric_key(record, "fid") == f"fid{suffix}"
+    assert ground_truth.metric_key(details, "distillation_loss") is None
+    assert ground_truth.metric_key({"denoising_loss": 1.0}, "fid") is None

@@ -22,7 +22,7 @@ from robuq_bench.context import Context, RunResult
 from robuq_bench.data import load_dataset
 from robuq_bench.errors import CheckpointError
 from robuq_bench.feature_networks import load_feature_network
-from robuq_bench.kernel_distance import class_correction
+from robuq_bench.kernel_distance import stratified_kid
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
 from robuq_bench.runs import Run, open_existing, verify_run
@@ -118,17 +118,15 @@ def test_kid_knows_the_classes_of_samples_and_of_the_data(finished: RunResult) -
     workload = open_existing(finished.path).config.workload
     network = load_feature_network(workload.evaluation)
     data = load_dataset(workload.data)
-    of_the_data = class_correction(network.extract(data.images).pool, data.labels)
+    real = network.extract(data.images).pool
     for record in open_existing(finished.path).results():
         if record["kind"] == "metrics" and record["subject"] == "student":
             with np.load(finished.path / f"samples/student-{record['seed_range']}.npz") as file:
                 images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
             labels = torch.arange(record["seed_start"], record["seed_start"] + len(images)) % 10
-            of_the_samples = class_correction(network.extract(images).pool, labels)
-            assert of_the_samples is not None
-            assert of_the_data is not None
-            expected = of_the_samples + of_the_data
-            assert record["kid_digits_class_correction"] == pytest.approx(expected, rel=1e-6)
+            expected = stratified_kid(network.extract(images).pool, real, labels, data.labels)
+            assert record["kid_digits"] == pytest.approx(expected, rel=1e-6)
+            assert record["kid_digits_is_stratified"] == 1
 
 
 def test_the_allocation_is_optimal_for_the_measured_sensitivities(finished: RunResult) -> None:

@@ -57,7 +57,7 @@ class Fabricator:
         records: list[dict[str, Any]] | None = None,
         argv: Sequence[str] = (),
         fid: float | None = None,
-        version: str = "1",
+        version: str = "2",
     ) -> Path:
         """Write one run; without `records` those of a whole train-and-eval."""
         config = resolve(study, version, plan, "digits", seed, list(overrides))
@@ -133,7 +133,9 @@ def metrics(config: Config, subject: str, level: float, rng: random.Random) -> l
             "sfid_digits_is_rank_deficient": int(count < 112),
             "is_digits": 9.6 - math.log(level) * rng.uniform(0.5, 0.6),
             "kid_digits": level / 3000 * rng.uniform(0.9, 1.1),
-            "kid_digits_std": 0.001,
+            "kid_digits_torch_fidelity": level / 4000,
+            "kid_digits_torch_fidelity_std": 0.001,
+            "kid_digits_is_stratified": 1,
             "precision_digits": 0.92 - math.log(level) / 20 + rng.uniform(-0.01, 0.01),
             "recall_digits": 0.88 - math.log(level) / 9 + rng.uniform(-0.01, 0.01),
         }

@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+from reports import build_report
 from reports.aggregate import group_runs
 from reports.loading import find_runs
 from reports.settings import AMPN, PARTIAL, UNIFORM, UNROTATED, differences
@@ -15,7 +16,7 @@ from robuq_bench.errors import CheckpointError
 
 
 def groups_of(fabricate):
-    return group_runs(find_runs([fabricate.root]))
+    return group_runs(find_runs([fabricate.root]).runs)
 
 
 def test_mean_and_range_over_training_seeds_and_seed_ranges(fabricate):
@@ -44,7 +45,7 @@ def test_the_teachers_copied_values_count_once(fabricate):
 
 def test_the_teacher_row_cites_the_run_that_measured_it(fabricate):
     a4 = fabricate.run("a4", finish=False)
-    records = [dict(record) for record in find_runs([a4])[0].records]
+    records = [dict(record) for record in find_runs([a4]).runs[0].records]
     teachers = [record for record in records if record.get("subject") == "teacher"]
     measured = fabricate.run("fp", study="teacher-eval", records=teachers)
     for record in teachers:
@@ -93,12 +94,24 @@ def test_runs_of_different_protocols_are_never_in_one_table(fabricate, override)
 
 
 def test_runs_of_two_versions_of_the_study_are_never_in_one_table(fabricate):
-    """Version 2 corrects KID, so its values cannot stand beside those of version 1."""
-    fabricate.run("a4")
-    fabricate.run("a4", 1, version="0")
+    """KID of version 1 is biased low: it neither stands beside version 2 nor leads."""
+    for seed, plan in enumerate(("a8", "a4", "a3")):
+        fabricate.run(plan, seed, version="1")
+    fabricate.run("a4", 1, version="2")
+    fabricate.run("a4", 2, version="10")
     groups = groups_of(fabricate)
-    assert [len(group.rows) for group in groups] == [1, 1]
-    assert all("study_version" in group.title for group in groups)
+    assert [(group.version, len(group.rows)) for group in groups] == [(10, 1), (2, 1), (1, 3)]
+    assert all(f"study_version = {group.version}" in group.title for group in groups)
+
+
+@pytest.mark.parametrize(("version", "notes"), [("1", 1), ("2", 0)])
+def test_a_low_kid_of_version_1_is_said_once(fabricate, tmp_path, version, notes):
+    fabricate.pictures = False
+    fabricate.run("a4", version=version)
+    fabricate.run("a4", version=version, overrides=["evaluation.num_samples=500"])
+    fabricate.run("a3")
+    html = build_report([fabricate.root], tmp_path / "report.html").read_text()
+    assert html.count("KID of version 1 of the study is biased low") == notes
 
 
 @pytest.mark.parametrize("override", ["evaluation.batch_size=10", "evaluation.grid_images=20"])
@@ -169,13 +182,17 @@ def test_runs_on_other_inputs_are_never_compared(fabricate, name):
     assert "bbbbbbbb" in groups[1].differs
 
 
-def test_a_run_of_before_the_digests_stands_beside_later_ones(fabricate):
-    """What a run recorded of its data counts, whether or not its config names it."""
+def test_a_run_of_before_the_digests_stands_beside_later_ones_of_its_version(fabricate):
+    """What a run recorded of its data counts, whether or not its config names it.
+
+    An optional field comes without a new version; of another version, nothing may stand beside.
+    """
     known = {"data": "a" * 64, "features": "b" * 64}
     stated = f"data.sha256={'a' * 64}"
-    with_inputs(fabricate.run("a4"), **known)
-    with_inputs(fabricate.run("a3", overrides=[stated]), **known)
-    old = fabricate.run("a2")
+    with_inputs(fabricate.run("a4", version="1"), **known)
+    with_inputs(fabricate.run("a3", version="1", overrides=[stated]), **known)
+    with_inputs(fabricate.run("a8", version="2", overrides=[stated]), **known)
+    old = fabricate.run("a2", version="1")
     lines = (old / "config.toml").read_text().splitlines()
     newer = ('sha256 = "none"', "features_sha256", "adapt_images", "reference_s", "vae_s")
     text = "\n".join(line for line in lines if not line.startswith(newer)) + "\n"
@@ -186,5 +203,6 @@ def test_a_run_of_before_the_digests_stands_beside_later_ones(fabricate):
     manifest["outputs"]["config.toml"] = {"sha256": digest, "bytes": len(text)}
     (old / "manifest.json").write_text(json.dumps(manifest))
     with_inputs(old, **known)
-    (group,) = groups_of(fabricate)
-    assert [row.name for row in group.rows] == ["a4", "a3", "a2"]
+    newest, first = groups_of(fabricate)
+    assert [row.name for row in newest.rows] == ["a8"]
+    assert [row.name for row in first.rows] == ["a4", "a3", "a2"]

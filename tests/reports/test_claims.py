@@ -20,7 +20,7 @@ from reports.text import plain
 
 
 def judged(fabricate):
-    (group,) = group_runs(find_runs([fabricate.root]))
+    (group,) = group_runs(find_runs([fabricate.root]).runs)
     return group, {claim.claim: claim for claim in group_claims(group)}
 
 
@@ -132,7 +132,7 @@ def test_claims_about_the_allocation(fabricate):
 
 def test_a_broken_budget_and_a_diverged_training_do_not_hold(fabricate):
     source = fabricate.run("a2", finish=False)
-    records = [dict(record) for record in find_runs([source])[0].records]
+    records = [dict(record) for record in find_runs([source]).runs[0].records]
     for record in records:
         if record["kind"] == "allocation":
             record["mean_bits"] = 2.01

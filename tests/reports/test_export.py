@@ -137,7 +137,7 @@ def test_long_curves_are_thinned_and_keep_their_last_point(fabricate):
         for step in range(1, 1001)
     ]
     fabricate.run("a4", records=records, finish=False)
-    curve = loss_curve(find_runs([fabricate.root])[0])
+    curve = loss_curve(find_runs([fabricate.root]).runs[0])
     assert curve[0] == (1, 1)
     assert curve[-1] == (1000, 1 / 1000)
     assert len(curve) <= MAX_CURVE_POINTS + 1

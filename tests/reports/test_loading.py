@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -14,9 +18,9 @@ from robuq_bench.errors import CheckpointError, UsageError
 
 def test_a_folder_of_runs_and_its_run_folders_give_the_same_runs(fabricate):
     paths = [fabricate.run("a4"), fabricate.run("a2")]
-    from_root = find_runs([fabricate.root])
+    from_root = find_runs([fabricate.root]).runs
     assert [run.plan_name for run in from_root] == ["a2", "a4"]
-    assert find_runs([*paths, fabricate.root]) == from_root
+    assert find_runs([*paths, fabricate.root]).runs == from_root
     assert {run.id for run in from_root} == {f"train-and-eval/{path.name}" for path in paths}
 
 
@@ -58,19 +62,20 @@ def test_a_missing_file_of_a_finished_run_is_an_error_that_names_it(fabricate, t
         build_report([fabricate.root], tmp_path / "report.html")
 
 
-def test_a_damaged_line_of_an_unfinished_run_is_an_error_with_its_number(fabricate):
+def test_a_damaged_line_of_an_unfinished_run_is_named_with_its_number(fabricate):
     file = fabricate.run("a4", finish=False) / "results.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join([lines[0], lines[1][:-8] + "\n", *lines[2:]]))
-    with pytest.raises(CheckpointError, match=r"results\.jsonl.*line 2"):
-        find_runs([fabricate.root])
+    found = find_runs([fabricate.root])
+    assert not found.runs
+    assert re.search(r"results\.jsonl.*line 2", found.left_out[0].reason)
 
 
 def test_a_torn_last_line_of_an_unfinished_run_is_left_out_and_said(fabricate):
     file = fabricate.run("a4", finish=False) / "results.jsonl"
-    whole = len(find_runs([fabricate.root])[0].records)
+    whole = len(find_runs([fabricate.root]).runs[0].records)
     file.write_bytes(file.read_bytes()[:-9])
-    run = find_runs([fabricate.root])[0]
+    run = find_runs([fabricate.root]).runs[0]
     assert run.torn
     assert len(run.records) == whole - 1
 
@@ -79,7 +84,7 @@ def test_a_picture_that_is_no_png_is_refused(fabricate, tmp_path):
     path = fabricate.run("a4", finish=False)
     (path / "samples").mkdir()
     (path / "samples/grid-student.png").write_bytes(b"GIF89a")
-    run = find_runs([path])[0]
+    run = find_runs([path]).runs[0]
     with pytest.raises(CheckpointError, match=r"grid-student\.png is not a PNG"):
         run.read_png("samples/grid-student.png")
 
@@ -87,7 +92,7 @@ def test_a_picture_that_is_no_png_is_refused(fabricate, tmp_path):
 def test_runs_that_were_moved_aside_are_not_read(fabricate):
     path = fabricate.run("a4")
     shutil.copytree(path, path.with_name(path.name + ".replaced-1"))
-    assert len(find_runs([fabricate.root])) == 1
+    assert len(find_runs([fabricate.root]).runs) == 1
 
 
 def test_a_copy_of_a_run_counts_once_but_other_results_under_its_name_are_refused(
@@ -95,7 +100,7 @@ def test_a_copy_of_a_run_counts_once_but_other_results_under_its_name_are_refuse
 ):
     path = fabricate.run("a4")
     copy = shutil.copytree(path, tmp_path / "elsewhere" / path.name)
-    assert len(find_runs([path, copy])) == 1
+    assert len(find_runs([path, copy]).runs) == 1
     fabricate.root = tmp_path / "other"
     other = fabricate.run("a4", fid=99.0)
     with pytest.raises(UsageError, match="same run with different results"):
@@ -103,4 +108,75 @@ def test_a_copy_of_a_run_counts_once_but_other_results_under_its_name_are_refuse
     unfinished = tmp_path / "half" / path.name
     shutil.copytree(other, unfinished)
     (unfinished / "DONE").unlink()
-    assert find_runs([unfinished, path])[0].finished
+    assert find_runs([unfinished, path]).runs[0].finished
+
+
+@pytest.mark.parametrize(
+    "name", ["config.toml", "manifest.json", "results.jsonl", "samples/grid-student.png"]
+)
+def test_a_damaged_run_is_left_out_and_named_and_the_others_are_shown(
+    fabricate, parse_page, tmp_path, caplog, name
+):
+    fabricate.run("a4")
+    damaged = fabricate.run("a2")
+    if name == "config.toml":
+        (damaged / name).unlink()
+    else:
+        (damaged / name).write_bytes(b"{}")
+    with caplog.at_level(logging.WARNING):
+        page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    (row,) = page.table("Runs left out").rows
+    assert row[0].text == str(damaged)
+    assert Path(name).name in row[1].text
+    assert f"{damaged} is left out of the report" in caplog.text
+    assert [line[0].text for line in page.table("Plans and metrics").rows] == ["teacher", "a4"]
+    assert "1 finished run, 0 unfinished, 1 left out" in page.text
+    assert all("a2" not in path.read_text() for path in tmp_path.glob("report-*.csv"))
+
+
+def rewrite(path, kind, **fields):
+    """Change every record of a kind in a finished run, with checksums that agree."""
+    lines = map(json.loads, (path / "results.jsonl").read_text().splitlines())
+    changed = [{**line, **fields} if line["kind"] == kind else line for line in lines]
+    text = "".join(json.dumps(line) + "\n" for line in changed)
+    (path / "results.jsonl").write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["outputs"]["results.jsonl"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    sealed = json.dumps(manifest)
+    (path / "manifest.json").write_text(sealed)
+    (path / "DONE").write_text(f"{hashlib.sha256(sealed.encode()).hexdigest()}  manifest.json\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("metrics", {"fid_digits": "low"}),
+        ("metrics", {"recall_digits": None}),
+        ("validation", {"distillation_loss": [0.1]}),
+        ("metrics", {"seed_start": "first"}),
+        ("metrics", {"seed_range": [0]}),
+        ("metrics", {"num_samples": {}}),
+        ("sensitivity", {"bits": None}),
+        ("sensitivity", {"mse": "small"}),
+        ("allocation", {"bits_by_layer": ["qkv"]}),
+        ("allocation", {"bits_by_layer": {"blocks.0.attn.qkv": "two"}}),
+        ("train", {"loss": "low"}),
+        ("accounting", {"packing_table": [{"packing": "base3", "total_bytes": "many"}]}),
+        ("accounting", {"packing_table": [7]}),
+    ],
+)
+def test_a_run_whose_sound_records_are_mistyped_is_left_out(
+    fabricate, parse_page, tmp_path, kind, fields
+):
+    fabricate.pictures = False
+    fabricate.run("a4")
+    wrong = fabricate.run("a2")
+    rewrite(wrong, kind, **fields)
+    page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    (row,) = page.table("Runs left out").rows
+    assert row[0].text == str(wrong)
+    assert "of another kind" in row[1].text
+    assert [line[0].text for line in page.table("Plans and metrics").rows] == ["teacher", "a4"]
+    with pytest.raises(CheckpointError, match=r"no run is sound: .* of another kind"):
+        build_report([wrong], tmp_path / "alone.html")
+    assert not (tmp_path / "alone.html").exists()

@@ -18,7 +18,7 @@ from robuq_bench.normality import analysis, consequence, summaries
 
 
 def read(study):
-    (found,) = normality_runs(find_runs([study.root]))
+    (found,) = normality_runs(find_runs([study.root]).runs)
     return found
 
 
