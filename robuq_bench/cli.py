@@ -357,7 +357,7 @@ app.add_typer(runs_app, name="runs")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is one clear message on stderr."""
-    with interrupts.handled():
+    with interrupts.handled(until_exit=argv is None):
         return _run(argv)
 
 
