@@ -359,7 +359,7 @@ app.add_typer(runs_app, name="runs")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is one clear message on stderr."""
-    with interrupts.handled():
+    with interrupts.handled(until_exit=argv is None):
         return _run(argv)
 
 
@@ -367,6 +367,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     as_json = "--json" in arguments
     try:
+        _check_text(arguments)
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
         if code == _INTERRUPTED:  # what Typer makes of Ctrl-C
@@ -392,7 +393,21 @@ def _run(argv: Sequence[str] | None) -> int:
             traceback.print_exc()
         return console.print_error(str(error), 1, as_json=as_json)
     except Exception as error:
+        sentence = console.out_of_memory(error)
+        if sentence is not None:
+            return console.print_error(sentence, MissingResourceError.exit_code, as_json=as_json)
         return _fail(error, as_json)
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """UsageError for an argument that no manifest and no terminal could hold."""
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"argument {word!r} is not UTF-8 text; rename the file or folder it names"
+            ) from None
 
 
 def _interrupted(as_json: bool) -> int:

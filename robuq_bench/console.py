@@ -141,6 +141,19 @@ def unreadable(error: OSError) -> str | None:
     return f"{shown}: {error.strerror}; make it readable, or name another place"
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """A sentence for an allocation that failed (numpy's, torch's on CPU and GPU); else None."""
+    # PyTorch's CPU allocator raises a bare RuntimeError; on CUDA it is a subclass of it.
+    bare = type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
+    if not (bare or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+        return None
+    reason = str(error).partition("\n")[0] or "out of memory"
+    return (
+        f"not enough memory: {reason}; lower what the request makes large, such as "
+        "training.batch_size, evaluation.batch_size or the size of the model"
+    )
+
+
 def is_disk_error(error: OSError) -> bool:
     """Whether an OSError is about the disk or its permissions, not about a bug."""
     return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

@@ -288,7 +288,7 @@ def main(
     2 unknown piece or flag · 4 no CUDA device, or the data of a piece is missing · 130 interrupted,
     143 ended by SIGTERM.
     """
-    with handled():
+    with handled(until_exit=argv is None):
         return _main(argv, offered=offered, root=root)
 
 

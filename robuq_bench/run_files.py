@@ -25,8 +25,19 @@ REPLACED = ".replaced-"
 Record = dict[str, Any]
 State = Literal["done", "running", "stopped", "damaged"]
 
-_MANIFEST_FIELDS = ("config_sha256", "inputs", "outputs", "sessions")
-_SESSION_FIELDS = frozenset({"argv", "start", "end", "status", "host", "pid", "provenance"})
+_WAY_OUT = "restore it, or begin that run anew with --force"
+# What is read from a manifest without looking twice, by type; some runs lack
+# those that may be None.
+_MANIFEST_FIELDS: dict[str, Any] = {
+    "config_sha256": str, "inputs": dict, "outputs": dict, "sessions": list,
+    "plan": str | None, "workload": str | None, "seed": int | None,
+}  # fmt: skip
+_SESSION_FIELDS: dict[str, Any] = {
+    "argv": list, "start": str, "end": str | None, "status": str, "host": str, "pid": int,
+    "pid_started": str | None, "provenance": dict,
+}  # fmt: skip
+_PROVENANCE_FIELDS: dict[str, Any] = {"device": str, "threads": int}
+_INPUT_FIELDS: dict[str, Any] = {"sha256": str, "path": str | None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,27 +68,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"no run in {path}: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} is damaged: {error}; begin anew with --force") from error
+        raise CheckpointError(f"{source} is damaged: {error}; {_WAY_OUT}") from error
     if not _is_manifest(manifest):
         raise CheckpointError(
-            f"{source} is damaged: fields are missing or of another kind; begin anew with --force"
+            f"{source} is damaged: fields are missing or of another kind; {_WAY_OUT}"
         )
     return dict(manifest)
 
 
 def _is_manifest(value: Any) -> bool:
     """Whether `value` has what the suite reads from a manifest without looking twice."""
-    if not isinstance(value, dict) or any(name not in value for name in _MANIFEST_FIELDS):
-        return False
-    files = [value["inputs"], value["outputs"]]
-    if not isinstance(value["sessions"], list) or not all(isinstance(f, dict) for f in files):
-        return False
-    entries = [entry for named in files for entry in named.values()]
-    return all(
-        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in entries
-    ) and all(
-        isinstance(session, dict) and session.keys() >= _SESSION_FIELDS
-        for session in value["sessions"]
+    return (
+        _has(value, _MANIFEST_FIELDS)
+        and all(_has(entry, _INPUT_FIELDS) for entry in value["inputs"].values())
+        and all(_has(entry, {"sha256": str}) for entry in value["outputs"].values())
+        and all(
+            _has(session, _SESSION_FIELDS)
+            and all(isinstance(word, str) for word in session["argv"])
+            and _has(session["provenance"], _PROVENANCE_FIELDS)
+            for session in value["sessions"]
+        )
+    )
+
+
+def _has(value: Any, fields: dict[str, Any]) -> bool:
+    """Whether `value` is a JSON object whose `fields` are of these types."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in fields.items()
     )
 
 
@@ -211,7 +228,8 @@ def _input_problems(inputs: dict[str, dict[str, str]]) -> list[str]:
     return [
         f"input {name}: changed since the run"
         for name, entry in inputs.items()
-        if Path(entry.get("path", "")).is_file() and sha256_file(entry["path"]) != entry["sha256"]
+        if (source := Path(entry.get("path") or "")).is_file()
+        and sha256_file(source) != entry["sha256"]
     ]
 
 
@@ -234,8 +252,13 @@ def _unfinished_problems(path: Path) -> list[str]:
 
 def list_runs(root: Path) -> list[RunSummary]:
     """Return the runs under `root`, sorted by id; runs that `--force` moved aside are left out."""
+    return [_summary(folder) for folder in run_folders(root)]
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Return the folders of `list_runs`, damaged ones too."""
     folders = sorted(manifest.parent for manifest in root.glob(f"*/*/{MANIFEST}"))
-    return [_summary(folder) for folder in folders if REPLACED not in folder.name]
+    return [folder for folder in folders if REPLACED not in folder.name]
 
 
 def _summary(path: Path) -> RunSummary:
@@ -253,8 +276,8 @@ def _summary(path: Path) -> RunSummary:
         id=run_id,
         path=path,
         state=state,
-        plan=manifest.get("plan", ""),
-        workload=manifest.get("workload", ""),
+        plan=manifest.get("plan") or "",
+        workload=manifest.get("workload") or "",
         seed=manifest.get("seed"),
         started=sessions[0]["start"] if sessions else None,
         ended=sessions[-1]["end"] if sessions else None,

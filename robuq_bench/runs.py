@@ -353,8 +353,9 @@ class Run:
 
     def _write_manifest(self, **changes: Any) -> None:
         manifest = {**self.manifest, **changes}
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        atomic_write_text(self.path / MANIFEST, text + "\n")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        # Half a surrogate stands for a byte of a path that is not UTF-8; JSON escapes it alike.
+        atomic_write_bytes(self.path / MANIFEST, text.encode("utf-8", "backslashreplace"))
         self.manifest = manifest
 
     def _check_writable(self) -> None:

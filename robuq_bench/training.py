@@ -209,6 +209,14 @@ class Trainer:
         if not on_gpu and (recipe.precision != "fp32" or recipe.compile):
             # bf16 and inductor are slower than eager fp32 on CPUs without AMX.
             logger.warning("training in eager fp32: precision and compile apply to CUDA only")
+        if 0 < recipe.steps <= recipe.warmup_steps:
+            logger.warning(
+                "the learning rate rises until training ends, to %.0f%% of its peak: "
+                "warmup_steps = %d of steps = %d; lower training.warmup_steps",
+                100 * recipe.steps / recipe.warmup_steps,
+                recipe.warmup_steps,
+                recipe.steps,
+            )
         self.use_bf16 = on_gpu and recipe.precision == "bf16"
         self.forward_model: nn.Module = model
         if on_gpu and recipe.compile:

@@ -13,11 +13,12 @@ from torch import nn
 from robuq_bench.config import Config, TrainingConfig, load_plan
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import ImageData
+from robuq_bench.errors import CheckpointError
 from robuq_bench.evaluation import evaluate_samples, record_inputs
 from robuq_bench.feature_networks import FeatureNetwork
 from robuq_bench.features import Features
 from robuq_bench.fidelity import Reference
-from robuq_bench.runs import Run, open_existing
+from robuq_bench.runs import Run, open_existing, run_folder
 
 VERSION = "2"
 SUMMARY = "Sample and measure a workload's full-precision teacher."
@@ -52,14 +53,21 @@ def run_teacher_eval(
             "study_version": VERSION,
         }
     )
-    with Run.open(
-        root,
-        own,
-        context.argv,
-        wait_s=LOCK_WAIT_S,
-        device=context.device,
-        threads=context.threads,
-    ) as run:
+    try:
+        opened = Run.open(
+            root,
+            own,
+            context.argv,
+            wait_s=LOCK_WAIT_S,
+            device=context.device,
+            threads=context.threads,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. It is the teacher's own run, which --force of this command leaves alone: "
+            f"remove {run_folder(root, own)} to have it made anew"
+        ) from error
+    with opened as run:
         record_inputs(run, config.workload, data, network)
         if not run.is_done:
             rows = evaluate_samples(

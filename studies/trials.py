@@ -7,6 +7,7 @@ one seed see the same batches, so their differences are paired.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,16 +17,19 @@ from torch import nn
 from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
 from robuq_bench.data import ImageData, load_dataset, to_uint8
+from robuq_bench.errors import RobuqError
 from robuq_bench.evaluation import load_reference, record_inputs, validation_losses
 from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.features import Features
 from robuq_bench.fidelity import Reference, compute_fid
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import set_activation_bits
-from robuq_bench.run_files import list_runs
+from robuq_bench.run_files import run_folders
 from robuq_bench.runs import Run, open_existing
 from robuq_bench.sampling import sample_values
 from studies.train_and_eval import prepare_training
+
+_LOG = logging.getLogger(__name__)
 
 
 class Judge(NamedTuple):
@@ -99,14 +103,22 @@ def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[st
 
 
 def adopt_shards(run: Run, config: Config, kind: str) -> None:
-    """Take over the records of `kind` from runs that differ from this one in their shard alone."""
-    own = getattr(config, config.study)
-    for summary in list_runs(run.path.parents[1]):
-        if summary.path == run.path or summary.path.parent.name != config.study:
+    """Take over the records of `kind` from runs that differ from this one in their shard alone.
+
+    A run that cannot be read is left out with a warning: what it holds is computed again.
+    """
+    if getattr(config, config.study).shard is not None:
+        return
+    for path in run_folders(run.path.parents[1]):
+        if path == run.path or path.parent.name != config.study:
             continue
-        other = open_existing(summary.path)
-        theirs = getattr(other.config, config.study)
-        if theirs is None or theirs.shard is None or own.shard is not None:
+        try:
+            other = open_existing(path)
+            theirs = getattr(other.config, config.study)
+        except RobuqError as error:
+            _LOG.warning("run %s is left out, what it holds is computed again: %s", path, error)
+            continue
+        if theirs is None or theirs.shard is None:
             continue
         whole = other.config.model_copy(
             update={config.study: theirs.model_copy(update={"shard": None})}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,3 +158,48 @@ def test_a_reader_that_leaves_is_no_crash() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["runs", "list", "-o", "\udcff"], ["train-and-eval", "--plan", "\udcff", "--json"]],
+)
+def test_an_argument_that_is_not_utf8_is_refused(bench: Any, arguments: list[str]) -> None:
+    outcome = bench(*arguments)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: argument '\\udcff' is not UTF-8 text; rename")
+
+
+def _too_large_for_torch() -> None:
+    torch.empty(2**50)
+
+
+def _too_large_for_numpy() -> None:
+    np.empty(2**50)
+
+
+def _too_large_for_cuda() -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+
+@pytest.mark.parametrize(
+    "allocate", [_too_large_for_torch, _too_large_for_numpy, _too_large_for_cuda]
+)
+def test_what_needs_more_memory_ends_in_a_sentence(
+    bench: Any, toy: list[str], fail_with: Any, allocate: Any
+) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    fail_with(caught.value)
+    outcome = bench("study", "toy-study")
+    assert outcome.code == 4
+    assert outcome.err.splitlines()[-1].startswith("error: not enough memory: ")
+    assert "training.batch_size" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_other_runtime_errors_are_crashes(bench: Any, toy: list[str], fail_with: Any) -> None:
+    fail_with(RuntimeError("shapes differ"))
+    outcome = bench("study", "toy-study")
+    assert outcome.code == 1
+    assert "crash: RuntimeError: shapes differ" in outcome.err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +247,21 @@ def test_any_plan_file_loads_or_is_a_config_error(
     except ConfigError as error:
         message = str(error)
     assert message.startswith(f"{path}: ")
+
+
+def test_a_folder_that_changes_while_it_is_searched_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `/proc` does: processes end between the listing of a folder and the look inside."""
+    gone = tmp_path / "1234"
+    gone.mkdir()
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if Path(os.fsdecode(path)) == gone:
+            raise ProcessLookupError(errno.ESRCH, "No such process", str(gone))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=f"{gone}:? cannot be read: No such process"):
+        make(f"normality.captured={quoted(str(tmp_path))}", study="normality")

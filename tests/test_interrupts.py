@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from robuq_bench.runs import Run, list_runs, open_existing
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    "training.steps=70",
+    "training.steps=21",
     "training.log_every_steps=7",
     "training.checkpoint_every_steps=1000",
-    "evaluation.num_samples=20",
+    "evaluation.num_samples=10",
     "evaluation.seed_ranges=1",
     "evaluation.grid_images=0",
 )
@@ -89,23 +90,75 @@ def test_other_threads_leave_signals_alone() -> None:
     assert seen == [before]
 
 
-def test_a_second_sigterm_ends_at_once() -> None:
+@contextmanager
+def at_the_same_time() -> Iterator[None]:
+    """What is sent in the block arrives at once when it is left."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+
+
+def test_copies_of_a_signal_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    unraisable: list[Any] = []  # "Signal 15 ignored due to race condition" would be one
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    steps = []
+
+    def loop() -> None:
+        with interrupts.handled(), interrupts.at_step_boundary() as asked:
+            for step in range(9):
+                if step in (2, 3):
+                    with at_the_same_time():
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        os.kill(os.getpid(), signal.SIGHUP)
+                steps.append(step)
+                if asked() and step == 4:
+                    break
+
+    with pytest.raises(interrupts.Terminated, match="SIGHUP"):  # the lower number comes first
+        loop()
+    assert steps == [0, 1, 2, 3, 4]
+
+    def both() -> None:
+        with interrupts.handled(), at_the_same_time():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(interrupts.Terminated):
+        both()
+    assert unraisable == []
+
+
+def test_a_later_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def loop() -> None:
+        with interrupts.handled(), interrupts.at_step_boundary():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert codes == []
+            monkeypatch.setattr(interrupts, "GRACE_S", 0.0)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert codes == [129]
+
+    with pytest.raises(interrupts.Terminated):
+        loop()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_the_exit_code_is_that_of_the_first(second: signal.Signals) -> None:
     code = (
-        "import time\nfrom robuq_bench.interrupts import *\n"
-        "with handled(), at_step_boundary():\n    print('in', flush=True)\n    time.sleep(60)\n"
-        "    while True:\n        time.sleep(60)\n"
+        "import os, sys, time\nfrom robuq_bench.interrupts import *\n"
+        "def end(number):\n    os.kill(os.getpid(), number)\n    time.sleep(0.05)\n"
+        "try:\n    with handled(until_exit=True), at_step_boundary():\n        end(15)\n"
+        f"except Terminated as error:\n    end({int(second)})\n    sys.exit(error.exit_code)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"in\n"
-        child.terminate()
-        time.sleep(0.2)
-        assert child.poll() is None
-        child.terminate()
-        try:
-            assert child.wait(10) == -signal.SIGTERM
-        finally:
-            child.kill()
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (child.returncode, child.stderr) == (143, "")
 
 
 @pytest.mark.parametrize(
@@ -155,28 +208,24 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 
 def test_sigterm_in_training_then_the_same_command(
-    bench: Any, tiny_workload: Path, tmp_path: Path
+    bench: Any, tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [sys.executable, str(ROOT / "bench.py"), *command(tiny_workload, tmp_path / "stopped")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ROBUQ_CACHE": str(tmp_path / "cache")}
-    with subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        deadline = time.monotonic() + 60
-        while "train/00000014" not in "".join(
-            path.read_text() for path in tmp_path.glob("stopped/train-and-eval/*/results.jsonl")
-        ):
-            assert child.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        child.terminate()
-        out, err = child.communicate(timeout=30)
-    assert child.returncode == 143, err
-    assert "Traceback" not in err
-    assert json.loads(out.splitlines()[-1])["exit_code"] == 143
+    append = Run.append
+
+    def append_and_end(run: Run, key: str, **fields: Any) -> None:
+        append(run, key, **fields)
+        if key.startswith("train/") and key.endswith("14"):
+            for _ in range(3):  # a wrapper passes on what the whole process group got
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "append", append_and_end)
+        outcome = bench(*command(tiny_workload, tmp_path / "stopped"))
+    assert outcome.code == outcome.document["exit_code"] == 143, outcome.err
+    assert "Traceback" not in outcome.err
     (path,) = tmp_path.glob("stopped/train-and-eval/a4-*")
     (step,) = CheckpointStore(path / "checkpoints" / "training").steps()
-    assert 14 <= step < 70  # no regular checkpoint is due before the last step
+    assert 14 <= step < 21  # no regular checkpoint is due before the last step
     assert open_existing(path).manifest["sessions"][-1]["status"] == "stopped"
     (state,) = [s.state for s in list_runs(tmp_path / "stopped") if s.path == path]
     assert state == "stopped"

@@ -143,7 +143,8 @@ def test_runs_are_listed(tmp_path: Path, config: Config) -> None:
     [
         ("inputs", None), ("inputs", {"data": "abc"}), ("inputs", {"data": {}}), ("outputs", []),
         ("outputs", {"a": {"sha256": 3}}), ("sessions", {}), ("sessions", [None]),
-        ("sessions", [{"status": "running"}]),
+        ("sessions", [{"status": "running"}]), ("config_sha256", 1), ("plan", 1), ("seed", "0"),
+        ("workload", []), ("inputs", {"data": {"sha256": "", "path": 1}}),
     ],
 )  # fmt: skip
 def test_a_manifest_of_another_shape_is_damaged(
@@ -151,10 +152,37 @@ def test_a_manifest_of_another_shape_is_damaged(
 ) -> None:
     with Run.open(tmp_path, config, ARGV) as run:
         pass
-    manifest = json.loads((run.path / "manifest.json").read_text()) | {field: value}
-    (run.path / "manifest.json").write_text(json.dumps(manifest))
-    for opening in (lambda: open_existing(run.path), lambda: Run.open(tmp_path, config, ARGV)):
+    change_manifest(run.path, field, value)
+    check_refused(tmp_path, config, run.path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("start", 1), ("end", 1), ("status", None), ("host", 1), ("pid", "1"), ("argv", "bench.py"),
+        ("argv", [1]), ("pid_started", 1), ("provenance", []), ("provenance", {"device": "cpu"}),
+    ],
+)  # fmt: skip
+def test_a_session_of_another_shape_is_damage(
+    tmp_path: Path, config: Config, field: str, value: object
+) -> None:
+    with Run.open(tmp_path, config, ARGV) as run:
+        pass
+    (session,) = run.manifest["sessions"]
+    change_manifest(run.path, "sessions", [session])
+    assert open_existing(run.path).manifest == run.manifest
+    change_manifest(run.path, "sessions", [session | {field: value}])
+    check_refused(tmp_path, config, run.path)
+
+
+def change_manifest(path: Path, field: str, value: object) -> None:
+    manifest = json.loads((path / "manifest.json").read_text()) | {field: value}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def check_refused(root: Path, config: Config, path: Path) -> None:
+    for opening in (lambda: open_existing(path), lambda: Run.open(root, config, ARGV)):
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: fields are missing"):
             opening()
-    assert [summary.state for summary in list_runs(tmp_path)] == ["damaged"]
-    assert "manifest.json is damaged" in verify_run(run.path)[0]
+    assert [summary.state for summary in list_runs(root)] == ["damaged"]
+    assert "manifest.json is damaged" in verify_run(path)[0]

@@ -261,3 +261,12 @@ def test_existing_run_opens_fast_and_without_torch(tmp_path: Path, config: Confi
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=True)
+
+
+def test_a_path_that_is_not_utf8_can_be_recorded(tmp_path: Path, config: Config) -> None:
+    with Run.open(tmp_path, config, ["bench.py", "\udcff", "é"]) as run:
+        run.add_input_digest("data", "0" * 64, path="/d\udcff")
+    text = (run.path / "manifest.json").read_text("utf-8")
+    assert "\\udcff" in text
+    assert "é" in text
+    assert open_existing(run.path).manifest == run.manifest

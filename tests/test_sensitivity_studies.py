@@ -87,7 +87,10 @@ def tables(run: Run) -> dict[str, str]:
 
 
 def test_sensitivity_in_shards_equals_sensitivity_alone(
-    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_workload: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole = configure(sensitivity, "sensitivity", tiny_workload)
     alone = perform(sensitivity, whole, tmp_path / "alone")
@@ -107,8 +110,14 @@ def test_sensitivity_in_shards_equals_sensitivity_alone(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(ground_truth, "train_trial", counting)
+    for name in ("sensitivity/a4-damaged", "allocation/a4-damaged"):
+        damaged = tmp_path / "shards" / name / "manifest.json"
+        damaged.parent.mkdir(parents=True)
+        damaged.write_text("{")
     merged = perform(sensitivity, whole, tmp_path / "shards")
     assert trained == []  # all of it comes from the shards
+    assert f"{tmp_path / 'shards' / 'sensitivity' / 'a4-damaged'} is left out" in caplog.text
+    assert "allocation" not in caplog.text  # no run of this study
     assert tables(merged) == tables(alone)
 
     truth = table(alone, "truth")

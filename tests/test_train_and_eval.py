@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,16 @@ def test_full_precision_plan_is_the_teacher(workload: Path, finished: RunResult)
         k: v for k, v in student.items() if k != "subject"
     }
     assert open_existing(result.path).get("validation")["distillation_loss"] == 0
+
+
+def test_a_damaged_run_of_the_teacher_is_named(
+    finished: RunResult, workload: Path, tmp_path: Path
+) -> None:
+    (folder,) = (finished.path.parents[1] / "teacher-eval").glob("fp-*")
+    copy = shutil.copytree(folder, tmp_path / "teacher-eval" / folder.name)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=f"remove {copy}"):  # --force is no way out here
+        run_job(config_for(workload), tmp_path)
 
 
 def test_unreachable_budget_fails_before_training(workload: Path, tmp_path: Path) -> None:

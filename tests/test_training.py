@@ -242,3 +242,13 @@ def test_label_dropout_rate() -> None:
     y = model.drop_labels(torch.zeros(10_000, dtype=torch.int64), torch.rand(10_000))
     share = (y == model.null_label).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.015)
+
+
+@pytest.mark.parametrize(("steps", "rises"), [(4, True), (5, True), (6, False)])
+def test_a_warm_up_that_never_ends_is_told(
+    steps: int, rises: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = dataclasses.replace(TinyRecipe(), warmup_steps=5, steps=steps)
+    Trainer(tiny_model(), recipe, "cpu")
+    assert (f"to {20 * steps}% of its peak: warmup_steps = 5" in caplog.text) == rises
+    assert ("warmup_steps" in caplog.text) == rises
