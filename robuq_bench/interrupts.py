@@ -55,10 +55,14 @@ def handled(*, until_exit: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if _first_at is None or not until_exit:
+        if not (until_exit and _was_asked()):
             _first_at = time.monotonic()  # the command is over: nothing is left to be ended
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _was_asked() -> bool:
+    return _first_at is not None
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
