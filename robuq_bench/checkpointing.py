@@ -51,6 +51,7 @@ _STATE_KEYS = (
     "module",
     "net",
     "params",
+    "student",
 )
 _MAX_NESTING = 4
 

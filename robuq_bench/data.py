@@ -269,6 +269,14 @@ def _load_imagefolder(data: DataSection, name: str | None) -> tuple[Tensor, Tens
     _require_memory(len(found.items) * data.channels * data.image_size**2, path)
     images = torch.empty(len(found.items), data.channels, data.image_size, data.image_size).byte()
     remarks: dict[str, list[Path]] = {}
+    deep = [c for c in found.classes if not any(file.parent.name == c for file, _ in found.items)]
+    if deep and len(deep) == len(found.classes):
+        logger.warning(
+            "%s: no class folder holds images itself, only in folders of its own (%s), each of "
+            "which becomes part of that class; is data.path one level too high?",
+            path,
+            ", ".join(deep[:5]),
+        )
     if found.left_out:
         remarks["not read, being hidden or no images by their names"] = found.left_out
     for row, (file, _) in enumerate(found.items):

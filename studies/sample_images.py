@@ -41,6 +41,12 @@ def load_student(run_path: Path, workload: Workload) -> nn.Module:
     path = run.path / STUDENT_FILE
     if run.config.plan.is_full_precision:
         raise UsageError(f"{run.id} trained no student; leave out --checkpoint for the teacher")
+    own = run.config.workload
+    if own.model != workload.model:
+        raise UsageError(
+            f"{run.id} was trained on workload {own.name!r}, whose model is not that of "
+            f"{workload.name!r}; name its workload with --on"
+        )
     tensors, metadata = load_tensors(path)
     try:
         plan, bits = Plan.model_validate_json(metadata["plan"]), metadata["bits_by_layer"]

@@ -363,3 +363,14 @@ def test_seeds_out_of_range_are_refused() -> None:
         make(seed=-1)
     with pytest.raises(ConfigError, match="seed must be between 0"):
         make(seed=2**63)
+
+
+def test_a_digest_is_not_inherited_by_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "digits"\n[teacher]\ncheckpoint = "mine.safetensors"\n')
+    assert load_workload(path).teacher.sha256 == ""
+    digest = "a" * 64
+    path.write_text(path.read_text() + f'sha256 = "{digest}"\n')
+    assert load_workload(path).teacher.sha256 == digest
+    path.write_text('extends = "digits"\n[training]\nsteps = 600\n')
+    assert load_workload(path).teacher.sha256 == load_workload("digits").teacher.sha256 != ""

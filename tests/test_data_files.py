@@ -49,6 +49,15 @@ def two(tmp_path: Path) -> Path:
 # image folders
 
 
+def test_a_path_one_level_too_high_is_told(two: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load("imagefolder", two)
+    assert "level too high" not in caplog.text
+    load("imagefolder", two.parent, num_classes=1)
+    assert (
+        "(d), each of which becomes part of that class; is data.path one level too" in caplog.text
+    )
+
+
 def test_linked_images_folders_and_classes_count(two: Path, tmp_path: Path) -> None:
     (two / "cat" / "linked").symlink_to(picture(tmp_path / "store" / "x" / "b.png", 3).parent)
     (two / "cat" / "c.png").symlink_to(tmp_path / "store" / "x" / "b.png")

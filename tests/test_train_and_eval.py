@@ -21,7 +21,7 @@ from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data import load_dataset
-from robuq_bench.errors import CheckpointError
+from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.feature_networks import load_feature_network
 from robuq_bench.kernel_distance import stratified_kid
 from robuq_bench.models.checkpoints import load_teacher
@@ -223,7 +223,7 @@ def test_the_student_can_be_loaded_and_samples_as_recorded(
     # A model of the same layers and other widths.
     classes = config.workload.model.num_classes + 1
     model = config.workload.model.model_copy(update={"num_classes": classes})
-    with pytest.raises(CheckpointError, match=r"of another shape: y_embedder.*than --on names"):
+    with pytest.raises(UsageError, match=r"trained on workload 'tiny'.*with --on"):
         load_student(finished.path, config.workload.model_copy(update={"model": model}))
 
 

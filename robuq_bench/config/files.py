@@ -215,8 +215,13 @@ def _load(model: type[ModelT], kind: str, name_or_path: str | Path) -> ModelT:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
-    """Return `base` updated by `over`, section by section and key by key."""
-    merged = dict(base)
+    """Return `base` updated by `over`, section by section and key by key.
+
+    A digest belongs to the file it was given for: where `over` names another, `base`'s is dropped.
+    """
+    stale = {f"{key}_sha256" for key in over}
+    stale |= {"sha256"} if over.keys() & {"path", "checkpoint", "source"} else set()
+    merged = {key: value for key, value in base.items() if key not in stale or key in over}
     for key, value in over.items():
         below = merged.get(key)
         both = isinstance(value, Mapping) and isinstance(below, Mapping)

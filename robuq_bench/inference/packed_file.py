@@ -73,8 +73,9 @@ def export_packed(
         `size_table(path)`: every byte of the file by what it holds.
 
     Raises:
-        UsageError: unknown storage, no packed layer, one that is not packed yet, fused blocks, or
-            a value that cannot be stored: not finite, of an unknown dtype, or beyond fp16.
+        UsageError: unknown storage, no packed layer, one that is not packed yet or of another
+            activation quantizer than the plan's, fused blocks, or a value that cannot be stored:
+            not finite, of an unknown dtype, or beyond fp16.
             Nothing was written.
         RobuqError: the file cannot be written.
     """
@@ -88,6 +89,12 @@ def export_packed(
         raise UsageError("the blocks are fused; export the model before prepare_for_inference")
     content = _Content()
     for name, layer in layers.items():
+        quantizer = plan.activations.quantizer
+        if layer.activation_bits is not None and layer.activation_quantizer != quantizer:
+            raise UsageError(
+                f"layer {name!r} quantizes activations by {layer.activation_quantizer!r}, plan "
+                f"{plan.name!r} by {quantizer!r}; pass the plan that the model was made with"
+            )
         content.add_layer(name, layer, chosen)
     for names in names_of(model, PackedLinear).values():
         content.tied |= dict.fromkeys(names[1:], names[0])
@@ -210,7 +217,8 @@ def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, d
         path: a file of `export_packed`.
         into: an instance of the model with unquantized `nn.Linear`s of the same shapes, which share
             and tie what the exported model did, changed in place; needed for models that are not
-            our DiT, whose file says how to build it. Hooks of its layers are kept.
+            our DiT, whose file says how to build it. Hooks of its layers are kept. Where all that
+            was exported has one dtype, buffers outside the state are cast to it, too.
 
     Returns:
         The model (`into`, or what replaces it when it is itself a layer) and, by name, its `plan`,
@@ -234,6 +242,10 @@ def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, d
         rest = rest_of(model, header, tensors)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit its model: {error}") from error
+    dtypes = {value.dtype for value in rest.values() if value.is_floating_point()}
+    dtypes |= {layer.like.dtype for layer in layers.values()}
+    if into is not None and len(dtypes) == 1:
+        model = model.to(dtypes.pop())
     model = exchange_layers(model, replacements)
     model.load_state_dict(rest, strict=False, assign=True)
     if header.plan.attention.matmul_bits is not None:

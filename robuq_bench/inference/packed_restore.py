@@ -23,6 +23,7 @@ from robuq_bench.inference.stored_tensors import (
     problem_of,
     restored,
 )
+from robuq_bench.models.checkpoints import WRAPPERS
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.hadamard import hadamard_factors
 from robuq_bench.quantization.module_tree import names_of
@@ -90,6 +91,11 @@ def restored_layer(name: str, header: Header, tensors: Mapping[str, Tensor]) -> 
     )
 
 
+def _bare(name: str) -> str:
+    """A name without what torch's wrappers (DDP, torch.compile) put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def replacements_of(
     model: nn.Module, header: Header, layers: Mapping[str, PackedLinear]
 ) -> dict[nn.Module, nn.Module]:
@@ -99,7 +105,9 @@ def replacements_of(
     found: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         if name not in modules:
-            raise ValueError(f"it has no layer {name!r}")
+            bare = [each for each in modules if each and _bare(each) == _bare(name)]
+            hint = f"; a wrapper calls it {bare[0]!r} there: pass the module inside" if bare else ""
+            raise ValueError(f"it has no layer {name!r}{hint}")
         linear = modules[name]
         if type(linear) is not nn.Linear:
             raise ValueError(f"{name!r} is a {type(linear).__name__} there, not an nn.Linear")

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE = (torch.int64, torch.int32, torch.uint8)
 
 #: What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: A tensor that every DiT has, in either layout: what precedes its name precedes all names.
 _ANCHORS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
 
@@ -119,7 +119,7 @@ def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if short in plain:
             raise CheckpointError(f"{short} is there twice, with and without a wrapper's prefix")
         plain[short] = tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,6 +206,7 @@ def quantize_(
             f"{_why_none(selected)}; see layers.skip, layers.include and filter_fn"
         )
     blocks = blocks_of(model)
+    _warn_of_idle_patterns(plan, selected)
     settings = {name: layer_settings(name, plan, blocks) for name in layers}
     for name, linear in layers.items():
         _check(name, linear, settings[name])
@@ -234,6 +235,26 @@ def quantize_(
         set_activation_bits(model, bits_by_layer)
     logger.info("plan %s on %s: %s", plan.name, type(model).__name__, summary(selected))
     return model
+
+
+def _warn_of_idle_patterns(plan: Plan, selected: Mapping[str, Selected]) -> None:
+    """Name the plan's patterns that match no layer: a slip of the pen leaves no other trace."""
+    names = [name for layer in selected.values() for name in (layer.name, *layer.aliases)]
+
+    def idle(patterns: Iterable[str]) -> list[str]:
+        return [each for each in patterns if not any(matches(name, (each,)) for name in names)]
+
+    for field in ("skip", "include", "adaln"):
+        unused = idle(getattr(plan.layers, field) or ())
+        if unused:
+            logger.warning("layers.%s matches no layer with %s", field, ", ".join(unused))
+    for field, patterns, is_on in (
+        ("rotation.layers", plan.rotation.layers, plan.rotation.kind != "none"),
+        ("low_rank.layers", plan.low_rank.layers or ("*",), plan.low_rank.rank > 0),
+    ):
+        # One that is for several families of models has patterns of the others.
+        if is_on and len(idle(patterns)) == len(patterns):
+            logger.warning("%s matches no layer with %s", field, ", ".join(patterns))
 
 
 def summary(selected: Mapping[str, Selected]) -> str:

@@ -49,8 +49,8 @@ class GuardedWeight(Tensor):
         raise UsageError(
             f"layer {self.layer!r} is quantized: its weight is stored rotated, without its "
             f"low-rank branch, or packed, and cannot be used outside the layer ({operation}). Call "
-            "the layer; keep it in full precision with layers.skip; or train it through "
-            "parameters()"
+            "the layer; keep it in full precision with layers.skip; its parameter is "
+            "`master_weight`"
         )
 
     @classmethod
@@ -64,7 +64,8 @@ class GuardedWeight(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        _first(args, kwargs)._refuse(getattr(func, "__name__", func))
+        owner = getattr(func, "__self__", None)  # of a property: its descriptor
+        _first(args, kwargs)._refuse(getattr(owner, "__name__", getattr(func, "__name__", func)))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

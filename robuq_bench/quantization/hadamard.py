@@ -202,5 +202,7 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
     """
     if not x.is_floating_point():
         raise UsageError(f"hadamard_transform takes floating-point tensors, got {x.dtype}")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return _apply_factors(x, inverse)  # the tracer loses cached tensors within a Function
     result: Tensor = _HadamardTransform.apply(x, inverse)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ from robuq_bench.quantization.fused import fused_linear
 from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
 from robuq_bench.quantization.rotations import random_signs, rotate
 from robuq_bench.quantization.weights import fake_quantize_weight
+
+logger = logging.getLogger(__name__)
+
+MANY_CLAMPED = 0.05
+"""Share of clamped gradients past which a scaled loss is more likely than a large one."""
 
 
 def rename_old_weight(state: dict[str, Any], prefix: str) -> None:
@@ -313,8 +319,10 @@ class QuantizedLinear(ActivationBits):
         self._watched = weakref.ref(weight)  # itself it would become a second parameter
         last: tuple[weakref.ref[Tensor], int] | None = None
 
+        looks = 3  # the first passes show a scaled loss; looking at all of them costs time
+
         def check(parameter: Tensor) -> None:
-            nonlocal last
+            nonlocal last, looks
             grad = parameter.grad
             if grad is None or not self._clamps():
                 return
@@ -324,6 +332,17 @@ class QuantizedLinear(ActivationBits):
             if last is not None and last[0]() is grad and grad._version == last[1] + 1:
                 self._refuse_clamp("gradients are accumulated over several backward passes")
             last = (weakref.ref(grad), grad._version)
+            if looks > 0:
+                looks -= 1
+                clamped = float((grad.abs() >= 1).float().mean())
+                if clamped > MANY_CLAMPED:
+                    looks = 0
+                    logger.warning(
+                        "layer %r: %.0f %% of its gradients were clamped to [-1, 1]; if the loss "
+                        "is scaled (a GradScaler), they are wrong: see defer_gradient_clamp",
+                        self.name,
+                        100 * clamped,
+                    )
 
         weight.register_post_accumulate_grad_hook(check)
 

@@ -480,3 +480,42 @@ def test_a_packed_layer_compiles_once_for_all_bits() -> None:
             packed[0].activation_bits = bits
             torch.testing.assert_close(compiled(x), packed(x), rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+class Offset(nn.Module):
+    """A linear layer and a buffer that no state holds, such as a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(16, 16)
+        self.register_buffer("table", torch.randn(16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x + self.table)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_buffers_outside_the_state_take_the_dtype_of_the_file(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "m.safetensors", pack_(quantized(Offset().to(dtype)))
+    export_packed(model, path, plan=PLAN)
+    loaded, _ = load_packed(path, into=Offset())
+    x = torch.randn(3, 16).to(dtype)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_a_file_of_a_wrapped_model_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    wrapped = nn.ModuleDict({"module": nn.Sequential(nn.Linear(16, 16))})
+    export_packed(pack_(quantized(wrapped)), path, plan=PLAN)
+    with pytest.raises(CheckpointError, match=r"'module\.0'; a wrapper calls it '0' there"):
+        load_packed(path, into=nn.Sequential(nn.Linear(16, 16)))
+
+
+def test_the_plan_of_a_file_is_that_of_its_layers(tmp_path: Path) -> None:
+    model = pack_(quantized(nn.Sequential(nn.Linear(16, 16))))
+    with pytest.raises(UsageError, match="layer '0' quantizes activations by 'robust-midtread'"):
+        export_packed(model, tmp_path / "m.safetensors", plan=load_plan("bitnetv2-a4"))

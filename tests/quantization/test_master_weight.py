@@ -144,6 +144,16 @@ class TestGradientClamp:
         defer_gradient_clamp(model)
         model(x).sum().backward()
 
+    def test_many_clamped_gradients_are_told_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        for scale, count in ((1e-4, 0), (65536.0, 1)):
+            caplog.clear()
+            model = quantize_(nn.Sequential(linear()), load_plan("a4"))
+            for _ in range(3):
+                model.zero_grad()
+                (model(tokens()).sum() * scale).backward()
+            told = [r.getMessage() for r in caplog.records if "GradScaler" in r.getMessage()]
+            assert len(told) == count
+
     @pytest.mark.parametrize("set_to_none", [True, False])
     def test_accumulation_is_refused_unless_deferred(self, set_to_none: bool) -> None:
         model = copy.deepcopy(quantize_(nn.Sequential(linear()), load_plan("a4")))

@@ -430,3 +430,24 @@ def test_the_log_says_what_is_quantized_and_what_is_kept_for_which_reason(
         "1 kept, blocks.1.attn.proj: each is kept by filter_fn; "
         "2 kept, blocks.1.mlp.fc1, blocks.1.mlp.fc2: each matches layers.skip"
     )
+
+
+def test_patterns_that_match_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    plan = load_plan("a4")
+    plan = plan.model_copy(
+        update={
+            "layers": plan.layers.model_copy(
+                update={"skip": ("block.0.*", "0"), "include": ("final",), "adaln": ("ada",)}
+            ),
+            "rotation": plan.rotation.model_copy(update={"layers": ("nosuch",)}),
+            "low_rank": plan.low_rank.model_copy(update={"layers": ("*nor*this", "1")}),
+        }
+    )
+    quantize_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), plan)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert told == [
+        "layers.skip matches no layer with block.0.*",
+        "layers.include matches no layer with final",
+        "layers.adaln matches no layer with ada",
+        "rotation.layers matches no layer with nosuch",
+    ]
