@@ -265,3 +265,9 @@ def test_a_folder_that_changes_while_it_is_searched_is_named(
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(ConfigError, match=f"{gone}:? cannot be read: No such process"):
         make(f"normality.captured={quoted(str(tmp_path))}", study="normality")
+
+
+@pytest.mark.parametrize("field", ["training.batch_size", "training.steps", "data.image_size"])
+def test_numbers_beyond_64_bits_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field}.*must be a number of 64 bits"):
+        resolve("train-and-eval", "1", "a4", "digits", 0, [f"{field}={10**30}"])
