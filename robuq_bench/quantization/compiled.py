@@ -1,8 +1,8 @@
 """Operators that `torch.compile` leaves whole: what it could not trace, or would trace for ever.
 
 The bits of a layer are a tensor here, so that a new allocation is no new graph; a compiled model
-would otherwise meet the recompile limit at its ninth. Eager code calls the functions behind the
-operators.
+would otherwise meet the recompile limit at its ninth. And torch 2.11 traces the autograd functions
+behind them to gradients of zero. Eager code calls those functions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from robuq_bench.errors import ConfigError
 from robuq_bench.quantization.activations import ActivationQuantizer, activation_quantizer
 from robuq_bench.quantization.hadamard import hadamard_transform
+from robuq_bench.quantization.weights import fake_quantize_weight, weight_gradient
 
 
 @torch.library.custom_op("robuq_bench::hadamard_transform", mutates_args=())
@@ -85,4 +86,30 @@ def _tokens_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_autograd(
     "robuq_bench::fake_quantize_tokens", _tokens_gradient, setup_context=_remember_tokens
+)
+
+
+@torch.library.custom_op("robuq_bench::fake_quantize_weight", mutates_args=())
+def ternary(weight: Tensor, rule: str, dtype: torch.dtype, clamp: bool) -> Tensor:
+    """`fake_quantize_weight(weight, rule, dtype, clamp)` for a quantizer other than "none"."""
+    return fake_quantize_weight(weight, rule, dtype, clamp)
+
+
+@ternary.register_fake
+def _(weight: Tensor, rule: str, dtype: torch.dtype, clamp: bool) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _remember_rule(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, ctx.rule, _, ctx.clamp = inputs
+    ctx.dtype = weight.dtype
+
+
+def _ternary_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    grad = grad.to(ctx.dtype)
+    return (weight_gradient(grad, ctx.rule) if ctx.clamp else grad), None, None, None
+
+
+torch.library.register_autograd(
+    "robuq_bench::fake_quantize_weight", _ternary_gradient, setup_context=_remember_rule
 )

@@ -204,5 +204,9 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
         raise UsageError(f"hadamard_transform takes floating-point tensors, got {x.dtype}")
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return _apply_factors(x, inverse)  # the tracer loses cached tensors within a Function
+    if torch.compiler.is_compiling():
+        from robuq_bench.quantization import compiled
+
+        return compiled.transform(x, inverse)
     result: Tensor = _HadamardTransform.apply(x, inverse)
     return result

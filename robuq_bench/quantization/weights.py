@@ -108,5 +108,9 @@ def fake_quantize_weight(
     _codes_of(name)
     if clamp and cuda_path.weight_reason(weight, name) is None:
         return cuda_path.ternary_weight(weight, name, dtype)
+    if torch.compiler.is_compiling():
+        from robuq_bench.quantization import compiled
+
+        return compiled.ternary(weight, name, dtype, clamp)
     result: Tensor = _TernaryFakeQuantize.apply(weight, name, dtype, clamp)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from robuq_bench.config import load_plan
 from robuq_bench.models.dit import DiT
+from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
 from robuq_bench.quantization.convert import quantize_, quantized_layers
+from robuq_bench.quantization.hadamard import hadamard_transform
+from robuq_bench.quantization.rotations import rotate
+from robuq_bench.quantization.weights import fake_quantize_weight
 
+robust, minmax = activation_quantizer("robust-midtread"), activation_quantizer("minmax")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PLANS = ("a4", "baseline-a4", "bitnetv2-a4")
 
@@ -56,18 +62,28 @@ def assert_same(eager: nn.Module, compiled: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_whole_dit_compiles_without_a_break() -> None:
+def test_a_whole_dit_compiles_without_a_break_and_trains() -> None:
     torch.manual_seed(0)
     dit = DiT(
         input_size=4, in_channels=1, hidden_size=48, depth=2, num_heads=2, num_classes=3
     ).eval()
-    quantize_(dit, load_plan("a2-uniform"))
+    for parameter in dit.parameters():  # gates that start at zero would pass no gradient
+        nn.init.normal_(parameter, std=0.1)
+    quantize_(dit, load_plan("a8"))
     inputs = (torch.randn(2, 1, 4, 4), torch.tensor([1, 900]), torch.tensor([0, 2]))
     explained = torch._dynamo.explain(dit)(*inputs)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
     compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs), dit(*inputs), rtol=1e-4, atol=1e-4)
+    results = []
+    for run in (dit, compiled):
+        dit.zero_grad()
+        y = run(*inputs)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in dit.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        assert bool(a.any())
+        # A code that flips moves a few entries by a step of 8 bits.
+        assert float((a - b).norm() / a.norm()) < 0.02
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -81,3 +97,26 @@ def test_a_trace_ends_and_serves_other_batch_sizes(plan: str) -> None:
         for tokens in (5, 1, 4200):
             x = torch.randn(tokens, 144)
             torch.testing.assert_close(traced(x), layers(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: hadamard_transform(x),
+        lambda x: rotate(x, torch.ones(48)),
+        lambda x: fake_quantize_weight(x, "ternary-twn"),
+        lambda x: fake_quantize_weight(x, "ternary-absmean"),
+        lambda x: robust.fake_quantize(x, 3),
+        lambda x: minmax.fake_quantize(x, 3),
+        lambda x: matmul_quantizer(8)(x),
+    ],
+)
+def test_compiled_functions_keep_their_gradients(function: Callable[[Tensor], Tensor]) -> None:
+    """torch 2.11 traces some of PyTorch's own autograd functions to gradients of zero."""
+    x = torch.randn(6, 48, requires_grad=True)
+    upstream = torch.randn(6, 48) / 3
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(function(x), x, upstream)
+    (found,) = torch.autograd.grad(compiled(x), x, upstream)
+    assert bool(expected.any())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
