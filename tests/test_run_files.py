@@ -153,7 +153,7 @@ def test_a_manifest_of_another_shape_is_damaged(
     with Run.open(tmp_path, config, ARGV) as run:
         pass
     change_manifest(run.path, field, value)
-    check_refused(tmp_path, config, run.path)
+    assert_refused(tmp_path, config, run.path)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_session_of_another_shape_is_damage(
     change_manifest(run.path, "sessions", [session])
     assert open_existing(run.path).manifest == run.manifest
     change_manifest(run.path, "sessions", [session | {field: value}])
-    check_refused(tmp_path, config, run.path)
+    assert_refused(tmp_path, config, run.path)
 
 
 def change_manifest(path: Path, field: str, value: object) -> None:
@@ -180,7 +180,7 @@ def change_manifest(path: Path, field: str, value: object) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def check_refused(root: Path, config: Config, path: Path) -> None:
+def assert_refused(root: Path, config: Config, path: Path) -> None:
     for opening in (lambda: open_existing(path), lambda: Run.open(root, config, ARGV)):
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: fields are missing"):
             opening()

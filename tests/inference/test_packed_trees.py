@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robuq_bench.config import Plan, load_plan
+from robuq_bench.config import load_plan
 from robuq_bench.inference import PackedLinear, export_packed, load_packed, pack_
-from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, names_of
 
-Student = Callable[..., tuple[DiT, Plan]]
 PLAN = load_plan("a4")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def quantized(model: nn.Module, **changes: Any) -> nn.Module:
-    """Every linear layer quantized under all its names, with its hooks."""
-    settings = {"rank": 4, **changes}
-    layers: dict[nn.Module, nn.Module] = {
-        linear: QuantizedLinear.from_linear(linear, name=names[0], **settings)
-        for linear, names in names_of(model, nn.Linear).items()
-    }
-    return exchange_layers(model.eval(), layers)
+def quantized(model: nn.Module) -> nn.Module:
+    layers = names_of(model, nn.Linear).items()
+    make = QuantizedLinear.from_linear
+    found = {layer: make(layer, name=names[0], rank=4) for layer, names in layers}
+    return exchange_layers(model.eval(), found)
 
 
 class Tree(nn.Module):
