@@ -58,4 +58,4 @@ lint: $(READY)
 	$(BIN)lint-imports --no-logo
 
 gpu: $(READY)
-	$(RUN) -m robuq_bench.gpu_suite $(ARGS)
+	$(RUN) -m robuq_bench.measuring.gpu_suite $(ARGS)

@@ -2,7 +2,7 @@
 
 import sys
 
-from robuq_bench.cli import main
+from robuq_bench.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -49,7 +49,7 @@ from reports.study_tables import StudyRun
 from reports.text import NOT_RUN, Phrase, bytes_text, plural
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_text
-from robuq_bench.run_files import MANIFEST
+from robuq_bench.runs.run_files import MANIFEST
 
 _STANDARD_MANIFEST = frozenset(
     {

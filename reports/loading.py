@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from reports.settings import section
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import sha256_bytes, sha256_file
-from robuq_bench.run_files import (
+from robuq_bench.runs.run_files import (
     CONFIG,
     DONE,
     MANIFEST,

@@ -27,7 +27,7 @@ from reports.text import (
     significant,
     spread,
 )
-from robuq_bench.run_lock import status_of
+from robuq_bench.runs.lock import status_of
 
 _DAGGER = "†"
 _TYPE_ORDER = ("proj", "qkv", "fc1", "fc2")

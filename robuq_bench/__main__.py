@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from robuq_bench.cli import main
+from robuq_bench.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

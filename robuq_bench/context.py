@@ -12,7 +12,7 @@ from robuq_bench.errors import MissingResourceError, UsageError, suggest
 from robuq_bench.progress import Progress
 
 if TYPE_CHECKING:
-    from robuq_bench.runs import Run
+    from robuq_bench.runs.run import Run
 
 SUMMARY_KEY = "summary"
 

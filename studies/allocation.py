@@ -25,15 +25,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from robuq_bench.accounting.structure import dit_layer_macs
 from robuq_bench.allocation import Allocation, allocation_problem, mac_cost, mean_bits, solve
 from robuq_bench.allocation.solvers import SOLVERS
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, UsageError
-from robuq_bench.model_structure import dit_layer_macs
+from robuq_bench.judging.sampling import shard
 from robuq_bench.quantization.convert import allocatable_layers, set_activation_bits
-from robuq_bench.runs import Run
-from robuq_bench.sampling import shard
+from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, MetricOptions, by_timestep, distillation_loss
 from studies.allocation_tables import (
     SOURCES,

@@ -16,7 +16,7 @@ from robuq_bench.allocation import allocation_problem, allocation_table, mac_cos
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 
 VERSION = "1"
 SUMMARY = "Cost of the exact allocation at every budget, for 112 and 1,000 layers."

@@ -24,7 +24,7 @@ from robuq_bench.config.studies import CANDIDATES
 from robuq_bench.files import make_folder
 from robuq_bench.normality.summaries import block_of
 from robuq_bench.quantization.convert import layer_type
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies.ground_truth import TARGETS, metric_key
 
 #: Candidate -> (metric, whether it is measured after the warm-up).

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.accounting import packing_table
+from robuq_bench.accounting.account import packing_table
+from robuq_bench.accounting.structure import converted_layers, dit_structure
 from robuq_bench.config import Config, Plan
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
@@ -47,9 +48,8 @@ from robuq_bench.measuring.timing import (
     capture,
     time_interleaved,
 )
-from robuq_bench.model_structure import converted_layers, dit_structure
 from robuq_bench.quantization.convert import layer_settings
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies.efficiency_claims import Item, claims, shown
 from studies.efficiency_variants import (
     NotRunError,

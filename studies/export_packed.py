@@ -15,7 +15,7 @@ from robuq_bench.inference.random_weights import pack_random_
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import allocatable_layers, quantize_, set_activation_bits
-from robuq_bench.runs import open_existing
+from robuq_bench.runs.run import open_existing
 from studies.sample_images import load_student
 
 

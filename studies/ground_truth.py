@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context
-from robuq_bench.runs import Run
-from robuq_bench.sampling import shard
+from robuq_bench.judging.sampling import shard
+from robuq_bench.runs.run import Run
 from studies.trials import Judge, adopt_shards, train_trial
 
 BASELINE = "none"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robuq_bench.quantization.hadamard import hadamard_matrix
+from robuq_bench.hadamard.transform import hadamard_matrix
 from studies.kernel_cases import QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"

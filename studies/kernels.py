@@ -51,7 +51,7 @@ from robuq_bench.measuring.timing import (
     copies_beyond_cache,
     time_interleaved,
 )
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies.kernel_cases import (
     KERNELS,
     Case,

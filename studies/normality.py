@@ -30,13 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from robuq_bench.checkpointing import CheckpointStore, load_tensors, save_tensors
 from robuq_bench.config import Config, NormalityConfig
 from robuq_bench.config.studies import MIN_IMAGES, TRANSFORMS
 from robuq_bench.context import Context
-from robuq_bench.data import ImageData, load_dataset
+from robuq_bench.data.datasets import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.digests import walk
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.normality import evidence, summaries
@@ -50,7 +48,9 @@ from robuq_bench.normality.capture import Captured, load_shard, record, save_sha
 from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.normality.transforms import NotApplicable, Transform, make_transform
 from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
-from robuq_bench.runs import Run
+from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors, save_tensors
+from robuq_bench.runs.digests import walk
+from robuq_bench.runs.run import Run
 from robuq_bench.training import seeded_generator
 from studies.sample_images import load_student
 from studies.train_and_eval import prepare_training, resume, train_with_checkpoints

@@ -23,7 +23,7 @@ from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError
 from robuq_bench.normality.statistics import shapiro_wilk, token_statistics
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 
 VERSION = "1"
 SUMMARY = "Cost of all normality statistics of a token beside scipy's Shapiro-Wilk test."

@@ -25,18 +25,18 @@ from torch import nn
 
 from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
-from robuq_bench.data import load_dataset
+from robuq_bench.data.datasets import load_dataset
 from robuq_bench.errors import CheckError, UsageError
-from robuq_bench.evaluation import (
+from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
+from robuq_bench.judging.evaluation import (
     evaluate_samples,
     load_reference,
     record_inputs,
     validation_losses,
 )
-from robuq_bench.feature_networks import load_feature_network
-from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
+from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.models.checkpoints import load_teacher
-from robuq_bench.runs import Run, open_existing
+from robuq_bench.runs.run import Run, open_existing
 from studies.sample_images import load_student
 from studies.train_and_eval import metric_summary
 

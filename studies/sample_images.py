@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, Plan, Workload
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_bytes
 from robuq_bench.inference import load_packed, prepare_for_inference
+from robuq_bench.judging.sampling import image_grid, sample_images
 from robuq_bench.models.checkpoints import check_weights, load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.bits import BITS_KEY
@@ -23,8 +23,8 @@ from robuq_bench.quantization.convert import (
     set_activation_bits,
 )
 from robuq_bench.quantization.linear import rename_old_weight
-from robuq_bench.runs import open_existing
-from robuq_bench.sampling import image_grid, sample_images
+from robuq_bench.runs.checkpoints import load_tensors
+from robuq_bench.runs.run import open_existing
 
 GRID_COLUMNS = 10
 GRID_SCALE = 4

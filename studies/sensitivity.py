@@ -30,20 +30,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from robuq_bench.accounting.structure import dit_layer_macs
 from robuq_bench.allocation import mean_bits
-from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError
-from robuq_bench.model_structure import dit_layer_macs
+from robuq_bench.judging.sampling import evaluation_mode
 from robuq_bench.quantization.convert import (
     allocatable_layers,
     quantized_layers,
     set_activation_bits,
 )
-from robuq_bench.runs import Run
-from robuq_bench.sampling import evaluation_mode
+from robuq_bench.runs.checkpoints import CheckpointStore
+from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import (
     METRICS,
     MetricOptions,

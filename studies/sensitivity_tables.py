@@ -9,7 +9,7 @@ import numpy as np
 
 from robuq_bench.config import Config
 from robuq_bench.quantization.convert import layer_type
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, agreement_gain, rank_agreement, recovered_layers
 from studies.ground_truth import truth_differences
 

@@ -20,7 +20,7 @@ from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, Trainer, denoising_loss
 
 VERSION = "1"

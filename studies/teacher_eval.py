@@ -12,13 +12,13 @@ from torch import nn
 
 from robuq_bench.config import Config, TrainingConfig, load_plan
 from robuq_bench.context import Context, RunResult
-from robuq_bench.data import ImageData
+from robuq_bench.data.datasets import ImageData
 from robuq_bench.errors import CheckpointError
-from robuq_bench.evaluation import evaluate_samples, record_inputs
-from robuq_bench.feature_networks import FeatureNetwork
-from robuq_bench.features import Features
-from robuq_bench.fidelity import Reference
-from robuq_bench.runs import Run, open_existing, run_folder
+from robuq_bench.judging.evaluation import evaluate_samples, record_inputs
+from robuq_bench.judging.feature_networks import FeatureNetwork
+from robuq_bench.judging.features import Features
+from robuq_bench.judging.fidelity import Reference
+from robuq_bench.runs.run import Run, open_existing, run_folder
 
 VERSION = "2"
 SUMMARY = "Sample and measure a workload's full-precision teacher."

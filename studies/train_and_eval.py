@@ -17,21 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from robuq_bench import accounting, sensitivity
+from robuq_bench import sensitivity
+from robuq_bench.accounting import account as accounting
 from robuq_bench.allocation import mean_bits, mean_bits_by_type, solve_ampn
-from robuq_bench.checkpointing import CheckpointStore, save_tensors
 from robuq_bench.config import Config, Workload, load_allocation_file, sensitivity_steps
 from robuq_bench.context import Context, RunResult
-from robuq_bench.data import ImageData, load_dataset
+from robuq_bench.data.datasets import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.evaluation import (
+from robuq_bench.judging.evaluation import (
     evaluate_samples,
     load_reference,
     record_inputs,
     validation_losses,
 )
-from robuq_bench.feature_networks import load_feature_network
-from robuq_bench.interrupts import at_step_boundary
+from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import (
     allocatable_layers,
@@ -39,7 +38,9 @@ from robuq_bench.quantization.convert import (
     quantize_,
     set_activation_bits,
 )
-from robuq_bench.runs import Run
+from robuq_bench.runs.checkpoints import CheckpointStore, save_tensors
+from robuq_bench.runs.interrupts import at_step_boundary
+from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, LossFunction, Trainer, qat_loss
 from studies import teacher_eval
 from studies.figures import plot_allocation, plot_losses

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context, RunResult
-from robuq_bench.data import load_dataset
-from robuq_bench.features import save_features, train_digits_features
-from robuq_bench.runs import Run
+from robuq_bench.data.datasets import load_dataset
+from robuq_bench.judging.features import save_features, train_digits_features
+from robuq_bench.runs.run import Run
 
 VERSION = "2"
 SUMMARY = "Train a workload's feature network."

@@ -16,17 +16,17 @@ from torch import nn
 
 from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
-from robuq_bench.data import ImageData, load_dataset, to_uint8
+from robuq_bench.data.datasets import ImageData, load_dataset, to_uint8
 from robuq_bench.errors import RobuqError
-from robuq_bench.evaluation import load_reference, record_inputs, validation_losses
-from robuq_bench.feature_networks import FeatureNetwork, load_feature_network
-from robuq_bench.features import Features
-from robuq_bench.fidelity import Reference, compute_fid
+from robuq_bench.judging.evaluation import load_reference, record_inputs, validation_losses
+from robuq_bench.judging.feature_networks import FeatureNetwork, load_feature_network
+from robuq_bench.judging.features import Features
+from robuq_bench.judging.fidelity import Reference, compute_fid
+from robuq_bench.judging.sampling import sample_values
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import set_activation_bits
-from robuq_bench.run_files import run_folders
-from robuq_bench.runs import Run, open_existing
-from robuq_bench.sampling import sample_values
+from robuq_bench.runs.run import Run, open_existing
+from robuq_bench.runs.run_files import run_folders
 from studies.train_and_eval import prepare_training
 
 _LOG = logging.getLogger(__name__)

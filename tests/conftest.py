@@ -20,7 +20,7 @@ import torch
 
 if TYPE_CHECKING:
     from robuq_bench.context import Context
-    from robuq_bench.runs import Run
+    from robuq_bench.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
@@ -86,9 +86,9 @@ def mnist_folder() -> Path:
 @pytest.fixture(scope="session")
 def tiny_workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DiT of two blocks of width 48 with open gates, as a workload file with its teacher."""
-    from robuq_bench.checkpointing import save_tensors
     from robuq_bench.config import load_workload
     from robuq_bench.models.dit import DiT
+    from robuq_bench.runs.checkpoints import save_tensors
 
     folder = tmp_path_factory.mktemp("workload")
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def bench(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     """Run a command in this process, in an empty folder."""
-    from robuq_bench.cli import main
+    from robuq_bench.cli.app import main
 
     monkeypatch.chdir(tmp_path)
 

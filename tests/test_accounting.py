@@ -12,15 +12,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from robuq_bench.accounting import account, dit_layer_macs, layer_macs, packing_table
+from robuq_bench.accounting.account import account, dit_layer_macs, layer_macs, packing_table
+from robuq_bench.accounting.packings import WEIGHT_COSTS, WeightCost, weight_cost
 from robuq_bench.allocation import mean_bits, mean_bits_by_type
 from robuq_bench.config import ModelConfig, Plan, load_plan, load_workload
 from robuq_bench.config.plan import WeightQuantizer
 from robuq_bench.errors import UsageError
+from robuq_bench.hadamard.transform import UnsupportedHadamardOrder
 from robuq_bench.models.dit import SIZES, DiT
-from robuq_bench.packings import WEIGHT_COSTS, WeightCost, weight_cost
 from robuq_bench.quantization.convert import allocatable_layers, quantize_, quantized_layers
-from robuq_bench.quantization.hadamard import UnsupportedHadamardOrder
 
 LINEAR_UNITS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4, "mlp.fc2": 4}
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 import typer.main
 
-from robuq_bench import cli
+from robuq_bench.cli import app as cli
 from robuq_bench.config import resolve
 from robuq_bench.context import RunResult
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from robuq_bench.study_index import command_version
 
-ROOT = Path(cli.__file__).resolve().parents[1]
+ROOT = Path(cli.__file__).resolve().parents[2]
 COMMON = ["--device", "--dry-run", "--force", "--json", "--on", "--output", "--quiet", "--seed",
           "--set", "--threads", "--workload", "-o"]  # fmt: skip
 # A flag is a promise: changing this table needs a line in the changelog.
@@ -53,7 +53,7 @@ def fresh(*arguments: str, limit_s: float) -> tuple[types.SimpleNamespace, float
     CPU time, not wall time: neighbours on a busy machine do not slow it down.
     """
     code = (
-        "import sys; from robuq_bench.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from robuq_bench.cli.app import main; code = main(sys.argv[1:]);"
         "sys.stderr.write('LOADED ' + ' '.join({'torch', 'numpy', 'scipy'} & set(sys.modules)));"
         "sys.exit(code)"
     )

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from robuq_bench import cli
+from robuq_bench.cli import app as cli
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, CheckpointError, MissingResourceError
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 
 ROOT = Path(cli.__file__).resolve().parents[1]
 
@@ -149,7 +149,7 @@ def test_an_interrupted_study_continues_where_it_was(
 
 
 def test_a_reader_that_leaves_is_no_crash() -> None:
-    code = "from robuq_bench.cli import main; import sys; sys.exit(main(['plans']))"
+    code = "from robuq_bench.cli.app import main; import sys; sys.exit(main(['plans']))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

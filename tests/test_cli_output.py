@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from robuq_bench import cli, cli_job
+from robuq_bench.cli import app as cli
+from robuq_bench.cli import job as cli_job
 from robuq_bench.config import load_plan, load_workload, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.progress import Progress
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from robuq_bench.study_index import command_version
 
 ROOT = Path(cli.__file__).resolve().parents[1]
@@ -145,7 +146,7 @@ def test_report_names_damaged_runs_also_when_none_is_asked_for(
 def test_export_of_a_finished_teacher_copies_it_with_its_checksum(
     bench: Any, tmp_path: Path
 ) -> None:
-    from robuq_bench.checkpointing import load_tensors, save_tensors
+    from robuq_bench.runs.checkpoints import load_tensors, save_tensors
 
     config = resolve("train-teacher", command_version("train_teacher"), "fp", "digits")
     with Run.open(Path("runs"), config, ["test"]) as run:

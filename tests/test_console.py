@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robuq_bench.console import format_table, plain, print_json, print_table, set_up_logging
+from robuq_bench.cli.console import format_table, plain, print_json, print_table, set_up_logging
 
 
 def test_tables_align_numbers_right_and_say_not_run() -> None:

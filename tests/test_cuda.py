@@ -10,10 +10,10 @@ from torch import Tensor
 
 from robuq_bench.config import load_plan, load_workload
 from robuq_bench.diffusion import Diffusion
+from robuq_bench.hadamard.transform import hadamard_transform
+from robuq_bench.judging.sampling import sample_images
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
-from robuq_bench.quantization.hadamard import hadamard_transform
-from robuq_bench.sampling import sample_images
 from robuq_bench.training import BatchSource, Trainer, qat_loss
 
 pytestmark = pytest.mark.gpu

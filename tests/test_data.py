@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from robuq_bench._compat import import_torchvision
-from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import DataConfig, load_workload
-from robuq_bench.data import (
+from robuq_bench.data.datasets import (
     center_crop,
     content_sha256,
     load_dataset,
@@ -27,6 +26,7 @@ from robuq_bench.data import (
     to_uint8,
 )
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.runs.checkpoints import save_tensors
 
 # Counts of the ten digits in MNIST's test set, as published with the data set.
 MNIST_TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
@@ -73,7 +73,7 @@ def test_digits_are_rounded_half_up() -> None:
 
 
 def test_other_digits_than_the_workloads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robuq_bench.data.DIGITS_SHA256", "0" * 64)
+    monkeypatch.setattr("robuq_bench.data.datasets.DIGITS_SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match="install the pinned version"):
         load_dataset(section_of("digits"))
 

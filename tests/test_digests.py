@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robuq_bench import digests
-from robuq_bench.digests import files_digest, path_digest, refuse_change, require_digest, walk
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.runs import digests
+from robuq_bench.runs.digests import files_digest, path_digest, refuse_change, require_digest, walk
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from robuq_bench import cli
+from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckError, ConfigError, UsageError
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies import efficiency, efficiency_variants
 from studies.efficiency import packed_bytes
 from studies.efficiency_claims import speed_factor

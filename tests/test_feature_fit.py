@@ -14,25 +14,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from robuq_bench import feature_networks
-from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Workload, load_workload, resolve
 from robuq_bench.config.workload import EvaluationConfig
 from robuq_bench.context import Context
-from robuq_bench.data import ImageData, load_dataset, make_image_data
+from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError
-from robuq_bench.evaluation import check_features, load_reference
-from robuq_bench.feature_networks import FeatureNetwork, load_classifier, load_feature_network
-from robuq_bench.features import (
+from robuq_bench.files import sha256_file
+from robuq_bench.judging import feature_networks
+from robuq_bench.judging.evaluation import check_features, load_reference
+from robuq_bench.judging.feature_networks import (
+    FeatureNetwork,
+    load_classifier,
+    load_feature_network,
+)
+from robuq_bench.judging.features import (
     ARCHITECTURE,
     ASSET,
     load_features,
     save_features,
     train_digits_features,
 )
-from robuq_bench.fidelity import compute_metrics
-from robuq_bench.files import sha256_file
+from robuq_bench.judging.fidelity import compute_metrics
 from robuq_bench.progress import Progress
+from robuq_bench.runs.checkpoints import save_tensors, sidecar_path
 from studies import train_features
 
 
@@ -163,7 +167,7 @@ def test_features_can_be_trained_for_any_images(
     ]
     fields += [f"model.input_size={size}", f"model.in_channels={channels}"]
     config = resolve("train-features", train_features.VERSION, "fp", "digits", 0, fields)
-    monkeypatch.setattr("robuq_bench.features.IMAGES_SEEN", 100)
+    monkeypatch.setattr("robuq_bench.judging.features.IMAGES_SEEN", 100)
     monkeypatch.setattr(train_features, "load_dataset", lambda *_, **__: data)
     context = Context.create(device="cpu", progress=Progress(quiet=True))
     result = train_features.run_train_features(config, tmp_path, context)

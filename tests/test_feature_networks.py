@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from robuq_bench import _compat, feature_networks
+from robuq_bench import _compat
 from robuq_bench.config import load_workload
 from robuq_bench.config.workload import EvaluationConfig
 from robuq_bench.errors import CheckpointError, MissingResourceError
-from robuq_bench.feature_networks import (
+from robuq_bench.judging import feature_networks
+from robuq_bench.judging.feature_networks import (
     load_classifier,
     load_feature_network,
     load_inception,
     register_extractor,
 )
-from robuq_bench.features import ASSET, ASSET_SHA256
+from robuq_bench.judging.features import ASSET, ASSET_SHA256
 
 
 def evaluation_section(**fields: object) -> EvaluationConfig:

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import load_workload, resolve
 from robuq_bench.context import Context
-from robuq_bench.data import ImageData, load_dataset, make_image_data
+from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, UsageError
-from robuq_bench.features import (
+from robuq_bench.judging.features import (
     ASSET,
     ASSET_SHA256,
     DigitsCNN,
@@ -28,6 +27,7 @@ from robuq_bench.features import (
     train_digits_features,
 )
 from robuq_bench.progress import Progress
+from robuq_bench.runs.checkpoints import save_tensors
 from studies import train_features
 
 

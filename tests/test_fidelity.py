@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from robuq_bench import _compat, fidelity
+from robuq_bench import _compat
 from robuq_bench.config import load_workload
-from robuq_bench.data import ImageData, load_dataset, make_image_data
+from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import UsageError
-from robuq_bench.feature_networks import (
+from robuq_bench.judging import fidelity
+from robuq_bench.judging.feature_networks import (
     load_feature_network,
     register_extractor,
 )
-from robuq_bench.fidelity import (
+from robuq_bench.judging.fidelity import (
     FeatureNetwork,
     Features,
     Statistics,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from robuq_bench import gpu_suite
 from robuq_bench.errors import CheckpointError
-from robuq_bench.gpu_suite import Piece, load_state, main, pieces
+from robuq_bench.measuring import gpu_suite
+from robuq_bench.measuring.gpu_suite import Piece, load_state, main, pieces
 
 COUNT = "from pathlib import Path; p = Path('n'); n = int(p.read_text()) + 1 if p.exists() else 1; "
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from robuq_bench.data.images import read_image
 from robuq_bench.errors import CheckpointError
-from robuq_bench.images import read_image
 
 RAMP = np.arange(64).reshape(8, 8)
 RGB = np.stack([RAMP * 4, 255 - RAMP * 4, RAMP * 2], -1).astype(np.uint8)

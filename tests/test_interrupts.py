@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from robuq_bench import interrupts
-from robuq_bench.checkpointing import CheckpointStore, load_tensors
-from robuq_bench.runs import Run, list_runs, open_existing
+from robuq_bench.runs import interrupts
+from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors
+from robuq_bench.runs.run import Run, list_runs, open_existing
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -155,7 +155,7 @@ def test_a_later_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_the_exit_code_is_that_of_the_first(second: signal.Signals) -> None:
     code = (
-        "import os, sys, time\nfrom robuq_bench.interrupts import *\n"
+        "import os, sys, time\nfrom robuq_bench.runs.interrupts import *\n"
         "def end(number):\n    os.kill(os.getpid(), number)\n    time.sleep(0.05)\n"
         "try:\n    with handled(until_exit=True), at_step_boundary():\n        end(15)\n"
         f"except Terminated as error:\n    end({int(second)})\n    sys.exit(error.exit_code)\n"

@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robuq_bench import fidelity, kernel_distance
 from robuq_bench._compat import import_torch_fidelity
 from robuq_bench.errors import UsageError
-from robuq_bench.fidelity import (
+from robuq_bench.judging import fidelity, kernel_distance
+from robuq_bench.judging.fidelity import (
     Features,
     Reference,
     as_reference,
     compute_fid,
     compute_metrics,
 )
-from robuq_bench.kernel_distance import mean_kernel_of_draws, stratified_kid
-from robuq_bench.sampling import default_labels
+from robuq_bench.judging.kernel_distance import mean_kernel_of_draws, stratified_kid
+from robuq_bench.judging.sampling import default_labels
 
 
 def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from robuq_bench import cli
+from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, ConfigError
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.progress import Progress
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies import kernel_checks, kernels
 from studies.kernel_cases import (
     FAKE,

@@ -26,7 +26,7 @@ from robuq_bench.measuring.timing import (
     copies_beyond_cache,
     time_interleaved,
 )
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 
 
 def timing(*rounds: list[float]) -> Timing:
@@ -157,7 +157,7 @@ def test_shared_weights_count_once() -> None:
 
 
 def make_run(root: Path, gpu: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from robuq_bench import provenance
+    from robuq_bench.runs import provenance
 
     real = provenance.collect
     monkeypatch.setattr(provenance, "collect", lambda *a: {**real(*a), "gpu": gpu})

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from robuq_bench import cli
+from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, resolve
 from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.normality.capture import CapturedTokens, save_shard
 from robuq_bench.progress import Progress
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies import normality
 
 TINY = (

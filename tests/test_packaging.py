@@ -229,7 +229,7 @@ def test_readme_shows_the_two_commands_and_the_main_job() -> None:
 def test_readme_bench_command_parses(arguments: list[str]) -> None:
     import typer.main
 
-    from robuq_bench.cli import app
+    from robuq_bench.cli.app import app
 
     command = typer.main.get_command(app)
     words = [word for word in arguments if word not in {"--help", "--version"}]

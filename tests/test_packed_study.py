@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robuq_bench.cli import main
-from robuq_bench.data import ImageData, load_dataset, make_image_data
+from robuq_bench.cli.app import main
+from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
 from studies import packed
 
 

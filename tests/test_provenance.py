@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import robuq_bench
-from robuq_bench import provenance
+from robuq_bench.runs import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,7 +133,8 @@ def test_threads_follow_torch_or_the_environment(monkeypatch: pytest.MonkeyPatch
 def test_without_torch_nothing_imports_it() -> None:
     code = (
         "import sys\n"
-        "from robuq_bench import checkpointing, files, provenance, runs\n"
+        "from robuq_bench import files\n"
+        "from robuq_bench.runs import checkpoints, provenance, run\n"
         "facts = provenance.collect('cpu', 1)\n"
         "assert facts['torch'] is None, facts['torch']\n"
         "provenance.code_version()\n"

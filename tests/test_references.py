@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robuq_bench import fidelity
 from robuq_bench.config import load_workload
-from robuq_bench.data import ImageData, load_dataset, make_image_data
+from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.feature_networks import FeatureNetwork, load_classifier
-from robuq_bench.features import Features
-from robuq_bench.fidelity import (
+from robuq_bench.judging import fidelity
+from robuq_bench.judging.feature_networks import FeatureNetwork, load_classifier
+from robuq_bench.judging.features import Features
+from robuq_bench.judging.fidelity import (
     Reference,
     as_reference,
     compute_metrics,

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from robuq_bench import run_lock
 from robuq_bench.config import Config, resolve
 from robuq_bench.errors import UsageError
-from robuq_bench.runs import Run, list_runs
+from robuq_bench.runs import lock as run_lock
+from robuq_bench.runs.run import Run, list_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSING = [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP]

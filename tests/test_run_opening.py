@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config, resolve
 from robuq_bench.errors import CheckpointError, RobuqError, UsageError
-from robuq_bench.runs import Run, list_runs, open_existing, run_folder, verify_run
+from robuq_bench.runs.checkpoints import CheckpointStore
+from robuq_bench.runs.run import Run, list_runs, open_existing, run_folder, verify_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGV = ["bench.py", "train-and-eval", "--plan", "a2"]
@@ -25,7 +25,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from robuq_bench.config import resolve
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 run = Run.open(Path(sys.argv[1]), resolve("train-and-eval", "1", "a2", "digits"), ["holder"])
 run.append("first", value=1)
 print("open", flush=True)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robuq_bench import runs
-from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config, config_from_toml, config_hash, resolve
 from robuq_bench.errors import CheckpointError, ConfigError, RobuqError
 from robuq_bench.files import sha256_file
-from robuq_bench.runs import Run, open_existing, run_folder, verify_run
+from robuq_bench.runs import run as runs
+from robuq_bench.runs.checkpoints import CheckpointStore
+from robuq_bench.runs.run import Run, open_existing, run_folder, verify_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGV = ["bench.py", "train-and-eval", "--plan", "a2"]
@@ -253,7 +253,7 @@ def test_existing_run_opens_fast_and_without_torch(tmp_path: Path, config: Confi
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from robuq_bench.runs import list_runs, open_existing, verify_run\n"
+        "from robuq_bench.runs.run import list_runs, open_existing, verify_run\n"
         "start = time.process_time()\n"
         "run = open_existing(Path(sys.argv[1]))\n"
         "assert run.is_done and run.config.plan.name == 'a2' and not verify_run(run.path)\n"

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from robuq_bench.config import Workload, load_plan, load_workload
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError
-from robuq_bench.models.checkpoints import load_teacher
-from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import quantize_
-from robuq_bench.sampling import (
+from robuq_bench.judging.sampling import (
     default_labels,
     sample_images,
     sample_values,
     shard,
 )
+from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.models.dit import DiT
+from robuq_bench.quantization.convert import quantize_
 
 SEEDS = [3, 1000, 17, 4, 0, 2**40 + 1, 12, 255, 256, 31, 8, 90]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.sampling import decode_latents, image_grid, shard
+from robuq_bench.judging.sampling import decode_latents, image_grid, shard
 
 
 @given(length=st.integers(0, 60), count=st.integers(1, 70))

@@ -13,12 +13,13 @@ import pytest
 import torch
 from scipy import stats
 
-from robuq_bench import cli, evaluation
+from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, load_allocation_file, load_plan, resolve
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, ConfigError
+from robuq_bench.judging import evaluation
 from robuq_bench.progress import Progress
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies import (
     allocation,
     allocation_speed,

@@ -17,17 +17,17 @@ import pytest
 import torch
 
 from robuq_bench import allocation
-from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
-from robuq_bench.data import load_dataset
+from robuq_bench.data.datasets import load_dataset
 from robuq_bench.errors import CheckpointError, UsageError
-from robuq_bench.feature_networks import load_feature_network
-from robuq_bench.kernel_distance import stratified_kid
+from robuq_bench.judging.feature_networks import load_feature_network
+from robuq_bench.judging.kernel_distance import stratified_kid
+from robuq_bench.judging.sampling import sample_images
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
-from robuq_bench.runs import Run, open_existing, verify_run
-from robuq_bench.sampling import sample_images
+from robuq_bench.runs.checkpoints import load_tensors
+from robuq_bench.runs.run import Run, open_existing, verify_run
 from robuq_bench.training import Trainer
 from studies import normality, train_and_eval
 from studies.sample_images import load_student

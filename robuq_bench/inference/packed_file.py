@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.checkpointing import read_safetensors, save_tensors
 from robuq_bench.config import Plan
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, UsageError
@@ -46,6 +45,7 @@ from robuq_bench.quantization.activations import matmul_quantizer
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, names_of
+from robuq_bench.runs.checkpoints import read_safetensors, save_tensors
 
 
 def export_packed(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.ternary_matmul.layout import unpack_planes
 from robuq_bench.errors import UsageError
+from robuq_bench.hadamard.transform import hadamard_factors
 from robuq_bench.inference import codecs
 from robuq_bench.inference.packed_header import Header
 from robuq_bench.inference.packed_linear import PackedLinear
@@ -25,7 +26,6 @@ from robuq_bench.inference.stored_tensors import (
 )
 from robuq_bench.models.checkpoints import WRAPPERS
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.hadamard import hadamard_factors
 from robuq_bench.quantization.module_tree import names_of
 
 OPTIONAL_PARTS = ("bias", "low_rank_up", "low_rank_down")

@@ -18,7 +18,7 @@ from typing import Any
 
 from robuq_bench.errors import MissingResourceError, RobuqError
 from robuq_bench.files import atomic_write_text
-from robuq_bench.runs import list_runs, open_existing
+from robuq_bench.runs.run import list_runs, open_existing
 
 STUDIES = ("kernels", "efficiency", "step-time")
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from robuq_bench.errors import UsageError
-from robuq_bench.quantization.hadamard import hadamard_transform
+from robuq_bench.hadamard.transform import hadamard_transform
 
 SHEVTSOVA_2010 = 0.5600
 """C0 for summands that need not be identically distributed: the one that a token needs."""

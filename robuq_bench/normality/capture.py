@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.checkpointing import load_tensors, save_tensors
 from robuq_bench.errors import CheckpointError, UsageError, suggest
+from robuq_bench.runs.checkpoints import load_tensors, save_tensors
 
 FORMAT = "robuq-bench activations 1"
 

@@ -14,6 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from robuq_bench.config.studies import TRANSFORMS
+from robuq_bench.hadamard.transform import is_supported
 from robuq_bench.normality.analysis import TESTS, analyse
 from robuq_bench.normality.berry_esseen import (
     best_multivariate_bound,
@@ -35,7 +36,6 @@ from robuq_bench.normality.summaries import Row, effect_sizes
 from robuq_bench.normality.transforms import NotApplicable, make_transform
 from robuq_bench.progress import Progress
 from robuq_bench.quantization.convert import layer_type
-from robuq_bench.quantization.hadamard import is_supported
 
 DECAY_CONTROLS = ("gaussian", "laplace", "lognormal", "student-t3")
 DECAY_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4608)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from robuq_bench.errors import ConfigError
+from robuq_bench.hadamard.transform import hadamard_transform
 from robuq_bench.quantization.activations import ActivationQuantizer, activation_quantizer
-from robuq_bench.quantization.hadamard import hadamard_transform
 from robuq_bench.quantization.weights import fake_quantize_weight, weight_gradient
 
 

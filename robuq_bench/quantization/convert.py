@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from robuq_bench.errors import ConfigError, UsageError, suggest
+from robuq_bench.hadamard.transform import UnsupportedHadamardOrder, hadamard_factors
 from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
-from robuq_bench.quantization.hadamard import UnsupportedHadamardOrder, hadamard_factors
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
 from robuq_bench.quantization.selection import (

@@ -9,6 +9,7 @@ import torch
 
 from kernels.hadamard_quantize.reference import Grid, Rotation
 from robuq_bench.errors import UsageError
+from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
 from robuq_bench.quantization.activations import (
     BITNET_EPS,
     MAD_TO_SIGMA,
@@ -16,7 +17,6 @@ from robuq_bench.quantization.activations import (
     RobustMidtread,
     activation_quantizer,
 )
-from robuq_bench.quantization.hadamard import hadamard_factors, hadamard_matrix
 
 
 def grid_of(name: str, bits: int) -> Grid:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robuq_bench.quantization.hadamard import hadamard_transform, transform_factors
+from robuq_bench.hadamard.transform import hadamard_transform, transform_factors
 
 
 def random_signs(n: int, name: str, seed: int) -> Tensor:

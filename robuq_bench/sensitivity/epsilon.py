@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.errors import RobuqError
+from robuq_bench.judging.sampling import evaluation_mode
 from robuq_bench.quantization.convert import quantized_layers
-from robuq_bench.sampling import evaluation_mode
 from robuq_bench.sensitivity.calibration import ModelInputs
 from robuq_bench.sensitivity.probing import (
     Done,

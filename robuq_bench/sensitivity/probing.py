@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robuq_bench.errors import RobuqError, UsageError, suggest
+from robuq_bench.judging.sampling import evaluation_mode
 from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.rotations import rotate
-from robuq_bench.sampling import evaluation_mode
 from robuq_bench.sensitivity.calibration import ModelInputs
 
 #: {layer: {activation bits: sensitivity}}.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robuq_bench import accounting
+from robuq_bench.accounting import account as accounting
 from robuq_bench.allocation import (
     Allocation,
     save_allocation,

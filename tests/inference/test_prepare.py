@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kernels.hadamard_quantize.reference import hadamard_quantize
 from robuq_bench.config import Plan, load_plan
 from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.inference import PackedLinear, pack_, prepare_for_inference
 from robuq_bench.inference.fused_blocks import FusedBlocks
 from robuq_bench.inference.packed_linear import packed_layers
@@ -20,7 +21,6 @@ from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
-from robuq_bench.quantization.hadamard import hadamard_matrix
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Student = Callable[..., tuple[DiT, Plan]]
@@ -75,7 +75,7 @@ def test_widths_of_two_paley_factors_are_refused() -> None:
 
 
 def _paley_factors(n: int) -> int:
-    from robuq_bench.quantization.hadamard import hadamard_factors, is_supported
+    from robuq_bench.hadamard.transform import hadamard_factors, is_supported
 
     return sum(f & (f - 1) != 0 for f in hadamard_factors(n)) if is_supported(n) else 0
 

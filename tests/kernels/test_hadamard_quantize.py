@@ -21,7 +21,7 @@ from kernels.hadamard_quantize.reference import (
 from kernels.hadamard_quantize.reference import hadamard_quantize as reference
 from kernels.hadamard_quantize.triton import hadamard_quantize
 from kernels.launch import KernelInputError
-from robuq_bench.quantization.hadamard import hadamard_factors, hadamard_matrix
+from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
 
 A8 = Grid("mean-mad", 0.0388, -128, 127)
 A4 = Grid("mean-mad", 0.42, -8, 7)

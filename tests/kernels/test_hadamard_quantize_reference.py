@@ -17,6 +17,7 @@ from kernels.hadamard_quantize.reference import (
     hadamard_quantize,
 )
 from kernels.launch import KernelInputError
+from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
 from robuq_bench.quantization.activations import (
     BITNET_EPS,
     MAD_TO_SIGMA,
@@ -24,7 +25,6 @@ from robuq_bench.quantization.activations import (
     RobustMidtread,
     activation_quantizer,
 )
-from robuq_bench.quantization.hadamard import hadamard_factors, hadamard_matrix
 from robuq_bench.quantization.rotations import random_signs, rotate
 
 QUANTIZERS = [

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from robuq_bench.errors import UsageError
+from robuq_bench.hadamard.transform import UnsupportedHadamardOrder, hadamard_matrix
 from robuq_bench.normality import sign_sums
 from robuq_bench.normality.berry_esseen import (
     ESSEEN_1956,
@@ -30,7 +31,6 @@ from robuq_bench.normality.berry_esseen import (
 )
 from robuq_bench.normality.controls import CONTROL_NAMES, control_tokens
 from robuq_bench.normality.sign_sums import distance_of_signs, exact_distance
-from robuq_bench.quantization.hadamard import UnsupportedHadamardOrder, hadamard_matrix
 
 ENTRIES = st.floats(-1e3, 1e3, allow_nan=False, allow_subnormal=False)
 

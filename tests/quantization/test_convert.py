@@ -11,6 +11,7 @@ from torch import nn
 from robuq_bench._compat import import_torchvision
 from robuq_bench.config import Plan, load_plan
 from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.hadamard.transform import UnsupportedHadamardOrder
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import (
     allocatable_layers,
@@ -19,7 +20,6 @@ from robuq_bench.quantization.convert import (
     quantized_layers,
     set_activation_bits,
 )
-from robuq_bench.quantization.hadamard import UnsupportedHadamardOrder
 from robuq_bench.quantization.linear import QuantizedLinear
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
 from robuq_bench.errors import ConfigError, UsageError
-from robuq_bench.quantization.goethals_seidel import goethals_seidel
-from robuq_bench.quantization.hadamard import (
-    UnsupportedHadamardOrder,
-    hadamard_factors,
-    hadamard_matrix,
-    hadamard_transform,
-    is_supported,
-)
-from robuq_bench.quantization.paley import (
+from robuq_bench.hadamard.goethals_seidel import goethals_seidel
+from robuq_bench.hadamard.paley import (
     paley_1,
     paley_2,
     paley_construction,
     prime_power,
     quadratic_residue_matrix,
+)
+from robuq_bench.hadamard.transform import (
+    UnsupportedHadamardOrder,
+    hadamard_factors,
+    hadamard_matrix,
+    hadamard_transform,
+    is_supported,
 )
 
 #: Multiples of 4 up to 256 that no Sylvester, Paley or Kronecker construction reaches: the

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robuq_bench.errors import ConfigError
+from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.quantization.activations import activation_quantizer
-from robuq_bench.quantization.hadamard import hadamard_matrix
 from robuq_bench.quantization.linear import QuantizedLinear, low_rank_factors
 from robuq_bench.quantization.weights import fake_quantize_weight
 

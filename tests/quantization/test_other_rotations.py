@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.quantization.hadamard import hadamard_matrix
+from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.quantization.other_rotations import (
     read_hadamard_table,
     rebase_weight,

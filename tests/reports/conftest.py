@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from robuq_bench.config import Config, resolve
-from robuq_bench.run_files import RESULTS
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
+from robuq_bench.runs.run_files import RESULTS
 
 TYPES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 LAYERS = [f"blocks.{block}.{kind}" for block in range(4) for kind in TYPES]
@@ -182,7 +182,7 @@ def allocation(config: Config, rng: random.Random) -> dict[str, Any]:
 
 
 def accounting(config: Config) -> dict[str, Any]:
-    from robuq_bench.accounting import account
+    from robuq_bench.accounting.account import account
 
     return {
         "key": "accounting",

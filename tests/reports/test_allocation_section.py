@@ -11,7 +11,7 @@ import pytest
 
 from reports import build_report
 from robuq_bench.config import resolve
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 
 KINDS = {"qkv": "attn", "proj": "attn", "fc1": "mlp", "fc2": "mlp"}
 LAYERS = [f"blocks.{b}.{part}.{kind}" for b in range(2) for kind, part in KINDS.items()]

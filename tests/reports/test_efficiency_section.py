@@ -15,12 +15,12 @@ from reports.efficiency.data import aims
 from reports.efficiency.story import efficiency_claims
 from reports.efficiency.tables import time_table
 from reports.loading import read_run
-from robuq_bench.accounting import packing_table
+from robuq_bench.accounting.account import packing_table
 from robuq_bench.config import resolve
 from robuq_bench.measuring.memory import split_peak
 from robuq_bench.measuring.roofline import Transformer, end_to_end_rows
 from robuq_bench.measuring.statistics import Timing
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies.efficiency import columns, weight_rows
 from studies.efficiency_claims import claims
 from studies.efficiency_variants import VARIANTS, packed_plan

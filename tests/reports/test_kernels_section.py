@@ -16,7 +16,7 @@ from reports.loading import read_run
 from robuq_bench.config import resolve
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.measuring.statistics import Timing
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 from studies.kernel_cases import GROUPED, MATMUL, QUANTIZE, cases_of, weight_cases_of
 from studies.kernel_checks import Check
 from studies.kernel_peers import BASELINE, peers_of

@@ -8,13 +8,13 @@ import json
 import pytest
 
 from reports import build_report, recorded_gpu
-from robuq_bench import provenance
 from robuq_bench.config import resolve
 from robuq_bench.errors import CheckpointError
 from robuq_bench.measuring import record
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.measuring.statistics import Timing
-from robuq_bench.runs import Run
+from robuq_bench.runs import provenance
+from robuq_bench.runs.run import Run
 from studies.kernel_cases import QUANTIZE, cases_of
 from studies.kernel_checks import Check
 from studies.kernel_tables import OURS, roofline_rows, rows_of

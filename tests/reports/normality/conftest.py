@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from robuq_bench.config import resolve
-from robuq_bench.runs import Run
+from robuq_bench.runs.run import Run
 
 REFERENCE = "robust-midrise"
 Tables = dict[str, list[dict[str, Any]]]

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench._compat import import_torch_fidelity
-from robuq_bench.checkpointing import load_untrusted_checkpoint
 from robuq_bench.config import asset_path
-from robuq_bench.digests import refuse_change
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.features import (
+from robuq_bench.files import make_folder, sha256_file
+from robuq_bench.judging.features import (
     ASSET,
     ASSET_SHA256,
     SPATIAL_CHANNELS,
@@ -26,7 +25,8 @@ from robuq_bench.features import (
     Features,
     load_features,
 )
-from robuq_bench.files import make_folder, sha256_file
+from robuq_bench.runs.checkpoints import load_untrusted_checkpoint
+from robuq_bench.runs.digests import refuse_change
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robuq_bench.accounting.packings import TERNARY_BITS, weight_cost
 from robuq_bench.errors import UsageError
 from robuq_bench.models.dit import DiT
-from robuq_bench.packings import TERNARY_BITS, weight_cost
 from robuq_bench.quantization.convert import low_rank_of
 from robuq_bench.quantization.selection import (
     ADALN_NOT_QUANTIZED,

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robuq_bench import __version__, console, interrupts
-from robuq_bench.cli_inspect import inspect_app, runs_app
-from robuq_bench.cli_job import (
+from robuq_bench import __version__
+from robuq_bench.cli import console
+from robuq_bench.cli.inspect import inspect_app, runs_app
+from robuq_bench.cli.job import (
     RUNS,
     ActivationsFlag,
     DeviceFlag,
@@ -46,8 +47,9 @@ from robuq_bench.cli_job import (
     show_rows,
     study_inputs,
 )
-from robuq_bench.cli_packed import packed_app
+from robuq_bench.cli.packed import packed_app
 from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
+from robuq_bench.runs import interrupts
 
 if TYPE_CHECKING:
     from robuq_bench.config import Config
@@ -179,8 +181,8 @@ def train_features(
 
 def _export(source: Path, target: Path) -> None:
     """Copy trained weights out of their run with checksum and card, verified on the way."""
-    from robuq_bench.checkpointing import sidecar_path, verify_tensors
     from robuq_bench.files import atomic_write_bytes
+    from robuq_bench.runs.checkpoints import sidecar_path, verify_tensors
 
     console.check_writable(target.parent)
     verify_tensors(source)
@@ -289,7 +291,7 @@ def study(
 
     def work(config: Config, context: Context) -> RunResult:
         from robuq_bench.context import RunResult
-        from robuq_bench.runs import Run
+        from robuq_bench.runs.run import Run
 
         module = importlib.import_module(info.module)
         with Run.open(
@@ -326,7 +328,7 @@ def report(
     quiet: QuietFlag = False,
 ) -> None:
     """Build one self-contained HTML file from runs alone."""
-    from robuq_bench.runs import list_runs
+    from robuq_bench.runs.run import list_runs
 
     target = output / "report.html" if html is None else html
     if runs:

@@ -28,7 +28,7 @@ from robuq_bench.errors import (
     suggest,
 )
 from robuq_bench.files import atomic_write_bytes
-from robuq_bench.interrupts import Terminated, handled
+from robuq_bench.runs.interrupts import Terminated, handled
 
 TIME_LIMIT_S = 540.0  # with the grace period, safely under ten minutes
 GRACE_S = 20.0  # from SIGINT to SIGKILL, enough to finish writing a checkpoint
@@ -293,7 +293,9 @@ def main(
 
 
 def _main(argv: Sequence[str] | None, *, offered: Sequence[Piece] | None, root: Path | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m robuq_bench.gpu_suite", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m robuq_bench.measuring.gpu_suite", description=__doc__
+    )
     parser.add_argument("--list", action="store_true", help="show the pieces and stop")
     parser.add_argument(
         "--piece",
@@ -306,7 +308,7 @@ def _main(argv: Sequence[str] | None, *, offered: Sequence[Piece] | None, root: 
     parser.add_argument("--time-limit-s", type=float, default=TIME_LIMIT_S, metavar="S")
     options = parser.parse_args(argv)
     offered = pieces() if offered is None else offered
-    root = Path(__file__).resolve().parents[1] if root is None else root
+    root = Path(__file__).resolve().parents[2] if root is None else root
     state_path = root / "runs" / "gpu" / "state.json"
     try:
         chosen = _chosen(options.piece, offered)

@@ -9,9 +9,9 @@ import json
 import zipfile
 from pathlib import Path
 
-from robuq_bench.digests import path_digest
 from robuq_bench.errors import CheckpointError
 from robuq_bench.files import sha256_bytes
+from robuq_bench.runs.digests import path_digest
 
 INDEX = ".index.json"
 #: Names under which diffusers and transformers save weights, in their order of preference.

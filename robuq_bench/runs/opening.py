@@ -11,7 +11,8 @@ import filelock
 from robuq_bench.config import Config, config_hash
 from robuq_bench.errors import CheckpointError, RobuqError, UsageError
 from robuq_bench.files import append_durably, output_error, sync_file, truncate_durably
-from robuq_bench.run_files import (
+from robuq_bench.runs.lock import lock_path, take_lock
+from robuq_bench.runs.run_files import (
     CHECKPOINTS,
     MANIFEST,
     REPLACED,
@@ -20,7 +21,6 @@ from robuq_bench.run_files import (
     read_manifest,
     read_results,
 )
-from robuq_bench.run_lock import lock_path, take_lock
 
 _LOG = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from robuq_bench.digests import NamedFile, files_digest, is_dangling, walk
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user
+from robuq_bench.runs.digests import NamedFile, files_digest, is_dangling, walk
 
 EMBEDDED = ("digits", "synthetic")  # made by the code, which pins their content
 IMAGE_SUFFIXES = frozenset(

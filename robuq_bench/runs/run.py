@@ -22,7 +22,6 @@ from typing import Any
 
 import filelock
 
-from robuq_bench import provenance
 from robuq_bench.config import Config, config_from_toml, config_hash, to_toml
 from robuq_bench.errors import CheckpointError, RobuqError
 from robuq_bench.files import (
@@ -33,8 +32,17 @@ from robuq_bench.files import (
     remove_temporaries,
     sha256_file,
 )
-from robuq_bench.interrupts import Terminated
-from robuq_bench.run_files import (
+from robuq_bench.runs import provenance
+from robuq_bench.runs.interrupts import Terminated
+from robuq_bench.runs.lock import process_started
+from robuq_bench.runs.opening import (
+    acquire_lock,
+    load_or_create_manifest,
+    move_aside,
+    other_config,
+    recover_results,
+)
+from robuq_bench.runs.run_files import (
     CHECKPOINTS,
     CONFIG,
     DONE,
@@ -49,14 +57,6 @@ from robuq_bench.run_files import (
     read_results,
     to_csv,
     verify_run,
-)
-from robuq_bench.run_lock import process_started
-from robuq_bench.run_opening import (
-    acquire_lock,
-    load_or_create_manifest,
-    move_aside,
-    other_config,
-    recover_results,
 )
 
 __all__ = ["Run", "RunSummary", "list_runs", "open_existing", "run_folder", "verify_run"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robuq_bench import console
+from robuq_bench.cli import console
 from robuq_bench.errors import MissingResourceError, UsageError, suggest
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ class Job:
 def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult | None:
     """Resolve, then show (`--dry-run`), look up (finished) or do the work; None after a dry run."""
     from robuq_bench.context import RunResult
-    from robuq_bench.run_files import DONE
-    from robuq_bench.runs import open_existing, run_folder
+    from robuq_bench.runs.run import open_existing, run_folder
+    from robuq_bench.runs.run_files import DONE
 
     config = job.resolve()
     folder = run_folder(job.output, config)
@@ -193,7 +193,7 @@ def find_run(text: str, root: Path) -> Path:
     Raises:
         UsageError: none or several; names the nearest.
     """
-    from robuq_bench.runs import list_runs
+    from robuq_bench.runs.run import list_runs
 
     for path in (Path(text), root / text):
         if (path / "manifest.json").is_file():

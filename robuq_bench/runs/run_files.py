@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from robuq_bench.checkpointing import sidecar_path, verify_tensors
 from robuq_bench.errors import CheckpointError, RobuqError, UsageError
 from robuq_bench.files import read_checksums, sha256_file
-from robuq_bench.run_lock import is_running
+from robuq_bench.runs.checkpoints import sidecar_path, verify_tensors
+from robuq_bench.runs.lock import is_running
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"

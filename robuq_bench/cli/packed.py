@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from robuq_bench import console
-from robuq_bench.cli_job import (
+from robuq_bench.cli import console
+from robuq_bench.cli.job import (
     RUNS,
     DeviceFlag,
     DryRunFlag,
@@ -122,7 +122,7 @@ def _run_or_plan(what: str, root: Path) -> tuple[Path | None, str]:
     try:
         return find_run(what, root), "fp"
     except UsageError:
-        from robuq_bench.runs import list_runs
+        from robuq_bench.runs.run import list_runs
 
         known = [*plan_names(), *(summary.id for summary in list_runs(root))]
         raise UsageError(f"{what!r} is neither a run nor a plan{suggest(what, known)}") from None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robuq_bench._compat import import_torchvision
 from robuq_bench.config.studies import check_shard
-from robuq_bench.data import to_uint8
+from robuq_bench.data.datasets import to_uint8
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from robuq_bench.data_files import (
+from robuq_bench.data.files import (
     EMBEDDED,
     data_digest,
     data_path,
@@ -32,9 +32,9 @@ from robuq_bench.data_files import (
     listing,
     mnist_folder,
 )
-from robuq_bench.digests import refuse_change
+from robuq_bench.data.images import center_crop, read_image
 from robuq_bench.errors import CheckpointError, UsageError, suggest
-from robuq_bench.images import center_crop, read_image
+from robuq_bench.runs.digests import refuse_change
 
 __all__ = ["ImageData", "center_crop", "load_dataset", "make_image_data", "to_model_range"]
 
@@ -314,7 +314,7 @@ def _load_latents(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, 
 
 def _read_shard(shard: Path) -> tuple[Tensor, Tensor]:
     """Latents float32 [n,C,H,W] and labels int64 [n] of one shard, all finite."""
-    from robuq_bench.checkpointing import load_tensors, sidecar_path
+    from robuq_bench.runs.checkpoints import load_tensors, sidecar_path
 
     sidecar = sidecar_path(shard)
     if not sidecar.is_file():

@@ -22,9 +22,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from robuq_bench.allocation import mean_bits, mean_bits_by_type
-from robuq_bench.errors import UsageError, suggest
-from robuq_bench.model_structure import (
+from robuq_bench.accounting.packings import (
+    DEFAULT_PACKING,
+    FULL_PRECISION_BITS,
+    FULL_PRECISION_PACKINGS,
+    INT8_PACKINGS,
+    PACKINGS,
+    PUBLISHED_RANK,
+    READINGS,
+    Packing,
+    weight_cost,
+)
+from robuq_bench.accounting.structure import (
     LinearLayer,
     Structure,
     converted_layers,
@@ -36,19 +45,10 @@ from robuq_bench.model_structure import (
     ternary_layers,
     weight_quantizer,
 )
-from robuq_bench.packings import (
-    DEFAULT_PACKING,
-    FULL_PRECISION_BITS,
-    FULL_PRECISION_PACKINGS,
-    INT8_PACKINGS,
-    PACKINGS,
-    PUBLISHED_RANK,
-    READINGS,
-    Packing,
-    weight_cost,
-)
+from robuq_bench.allocation import mean_bits, mean_bits_by_type
+from robuq_bench.errors import UsageError, suggest
+from robuq_bench.hadamard.transform import hadamard_factors
 from robuq_bench.quantization.convert import low_rank_of
-from robuq_bench.quantization.hadamard import hadamard_factors
 
 if TYPE_CHECKING:
     from robuq_bench.config import Plan

@@ -17,32 +17,32 @@ import torch
 from torch import nn
 
 from robuq_bench.config import asset_path
-from robuq_bench.data import ImageData
+from robuq_bench.data.datasets import ImageData
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.digests import require_digest
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.feature_networks import FeatureNetwork
-from robuq_bench.features import Features
-from robuq_bench.fidelity import (
+from robuq_bench.judging.feature_networks import FeatureNetwork
+from robuq_bench.judging.features import Features
+from robuq_bench.judging.fidelity import (
     Reference,
     as_reference,
     compute_metrics,
     load_adm_reference,
     reference_features,
 )
-from robuq_bench.sampling import (
+from robuq_bench.judging.sampling import (
     decode_latents,
     default_labels,
     evaluation_mode,
     image_grid,
     sample_images,
 )
+from robuq_bench.runs.digests import require_digest
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
     from robuq_bench.config import Workload
     from robuq_bench.context import Context
-    from robuq_bench.runs import Run
+    from robuq_bench.runs.run import Run
 
 logger = logging.getLogger(__name__)
 

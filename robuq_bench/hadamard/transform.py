@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robuq_bench.errors import ConfigError, UsageError
-from robuq_bench.quantization.goethals_seidel import GOETHALS_SEIDEL_ORDERS, goethals_seidel
-from robuq_bench.quantization.paley import paley_construction, prime_power
+from robuq_bench.hadamard.goethals_seidel import GOETHALS_SEIDEL_ORDERS, goethals_seidel
+from robuq_bench.hadamard.paley import paley_construction, prime_power
 
 MAX_PALEY_ORDER = 1024
 """Largest Paley factor: past it a factor would cost as much as the dense product it replaces."""

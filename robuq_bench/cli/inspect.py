@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robuq_bench import console
-from robuq_bench.cli_job import (
+from robuq_bench.cli import console
+from robuq_bench.cli.job import (
     RUNS,
     JsonFlag,
     NameArgument,
@@ -129,7 +129,7 @@ def account(
 
 
 def _account(config: Config) -> dict[str, Any]:
-    from robuq_bench import accounting
+    from robuq_bench.accounting import account as accounting
     from robuq_bench.config import load_allocation_file
 
     model, plan = config.workload.model, config.plan
@@ -144,7 +144,7 @@ def _account(config: Config) -> dict[str, Any]:
 @inspect_app.command()
 def env(as_json: JsonFlag = False) -> None:
     """Say what this machine is and what it can run."""
-    from robuq_bench.provenance import environment_report
+    from robuq_bench.runs.provenance import environment_report
 
     facts = environment_report()
     if as_json:
@@ -165,7 +165,7 @@ def env(as_json: JsonFlag = False) -> None:
 @runs_app.command("list")
 def runs_list(output: OutputFlag = RUNS, as_json: JsonFlag = False) -> None:
     """List the runs below the output folder."""
-    from robuq_bench.runs import list_runs
+    from robuq_bench.runs.run import list_runs
 
     rows = [
         {
@@ -189,8 +189,8 @@ def runs_show(run: RunArgument, output: OutputFlag = RUNS, as_json: JsonFlag = F
     """Show one run: its state, config, sessions and headline table."""
     from robuq_bench.config import to_toml
     from robuq_bench.context import RunResult
-    from robuq_bench.run_lock import status_of
-    from robuq_bench.runs import open_existing
+    from robuq_bench.runs.lock import status_of
+    from robuq_bench.runs.run import open_existing
 
     existing = open_existing(find_run(run, output))
     result = RunResult.from_run(existing)
@@ -235,7 +235,7 @@ def runs_verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Recompute every checksum; exit 3 when a file is missing or changed."""
-    from robuq_bench.runs import list_runs, verify_run
+    from robuq_bench.runs.run import list_runs, verify_run
 
     if runs:
         paths = [find_run(text, output) for text in runs]

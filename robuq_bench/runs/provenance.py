@@ -20,7 +20,7 @@ from robuq_bench.files import cache_folder, expand_user, sha256_file
 
 __all__ = ["code_version", "collect", "default_threads", "environment_report", "sha256_file"]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What decides a result: everything the checkout imports or reads, but no tests or documents.
 _SOURCES = ("bench.py", "robuq_bench", "studies", "kernels", "pyproject.toml", "constraints.txt")
 _VARIABLES = re.compile(

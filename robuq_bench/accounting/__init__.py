@@ -1,0 +1,1 @@
+"""Bits, operations and bytes of a plan."""

@@ -1,0 +1,1 @@
+"""Hadamard matrices and transforms of any order that has a construction."""

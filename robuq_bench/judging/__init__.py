@@ -1,0 +1,1 @@
+"""Samples, feature networks, fidelity metrics and the evaluation protocol."""
