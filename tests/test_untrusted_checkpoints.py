@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from robuq_bench.errors import CheckpointError
 from robuq_bench.files import sha256_file
-from robuq_bench.models.weight_files import checkpoint_digest
+from robuq_bench.runs.weight_files import checkpoint_digest
 from robuq_bench.runs.checkpoints import (
     load_untrusted_checkpoint,
     read_safetensors,

@@ -13,7 +13,7 @@ from robuq_bench.inference.packed_linear import PackedLinear
 from robuq_bench.quantization.activations import matmul_quantizer
 from robuq_bench.quantization.convert import layer_settings, target_layers
 from robuq_bench.quantization.module_tree import exchange_layers
-from robuq_bench.quantization.rotations import random_signs
+from robuq_bench.hadamard.rotation import random_signs
 from robuq_bench.quantization.selection import blocks_of
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robuq_bench.quantization.activations import ActivationQuantizer, Normalised
-from robuq_bench.quantization.rotations import (
+from robuq_bench.hadamard.rotation import (
     ColumnRotation,
     column_rotation,
     rotate_from_columns,

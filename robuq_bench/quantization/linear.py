@@ -18,7 +18,7 @@ from robuq_bench.quantization.activations import ActivationQuantizer, activation
 from robuq_bench.quantization.bits import ActivationBits
 from robuq_bench.quantization.fused import fused_linear
 from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
-from robuq_bench.quantization.rotations import random_signs, rotate
+from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.quantization.weights import fake_quantize_weight
 
 logger = logging.getLogger(__name__)

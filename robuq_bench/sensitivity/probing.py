@@ -21,7 +21,7 @@ from robuq_bench.judging.sampling import evaluation_mode
 from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.quantization.rotations import rotate
+from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.sensitivity.calibration import ModelInputs
 
 #: {layer: {activation bits: sensitivity}}.

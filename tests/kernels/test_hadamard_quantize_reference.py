@@ -25,7 +25,7 @@ from robuq_bench.quantization.activations import (
     RobustMidtread,
     activation_quantizer,
 )
-from robuq_bench.quantization.rotations import random_signs, rotate
+from robuq_bench.hadamard.rotation import random_signs, rotate
 
 QUANTIZERS = [
     (name, bits)

@@ -9,7 +9,7 @@ from scipy.linalg import hadamard
 
 from robuq_bench.errors import UsageError
 from robuq_bench.normality.transforms import TRANSFORMS, NotApplicable, make_transform
-from robuq_bench.quantization.rotations import random_signs
+from robuq_bench.hadamard.rotation import random_signs
 
 CALIBRATION = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
 

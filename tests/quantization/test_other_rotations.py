@@ -22,7 +22,7 @@ from robuq_bench.quantization.other_rotations import (
     table_rotation,
     unrotate_weight,
 )
-from robuq_bench.quantization.rotations import random_signs, rotate
+from robuq_bench.hadamard.rotation import random_signs, rotate
 
 
 def other_table(order: int, seed: int = 0) -> Tensor:

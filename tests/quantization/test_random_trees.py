@@ -23,7 +23,7 @@ from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.quantization.convert import quantize_, quantized_layers
 from robuq_bench.quantization.linear import defer_gradient_clamp
-from robuq_bench.quantization.rotations import random_signs
+from robuq_bench.hadamard.rotation import random_signs
 
 Matrix = NDArray[np.float64]
 WIDTHS = (8, 12, 16)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robuq_bench.errors import RobuqError, UsageError
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.quantization.rotations import rotate
+from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.sensitivity import (
     CalibrationBatch,
     LinearFit,

@@ -1,0 +1,174 @@
+"""Methods by name: files of this package, registered classes, and "module:Class" from anywhere.
+
+A file `methods/<slot>s/<name>.py` is the method <name>, with dashes for underscores; it is imported
+when a plan names it. Adding one takes no other edit. A name that starts with an underscore is
+shared code and no method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.files import sha256_file
+from robuq_bench.methods.base import (
+    SLOTS,
+    ActivationMethod,
+    BranchMethod,
+    Method,
+    RotationMethod,
+    ScalingMethod,
+    Slot,
+    WeightMethod,
+)
+
+__all__ = [
+    "SLOTS",
+    "ActivationMethod",
+    "BranchMethod",
+    "Method",
+    "RotationMethod",
+    "ScalingMethod",
+    "Slot",
+    "WeightMethod",
+    "method_class",
+    "method_names",
+    "read_method",
+    "register_method",
+]
+
+BASES: dict[Slot, type[Method]] = {
+    "scaling": ScalingMethod,
+    "rotation": RotationMethod,
+    "branch": BranchMethod,
+    "weight": WeightMethod,
+    "activation": ActivationMethod,
+}
+_FOLDERS: dict[Slot, str] = {slot: "branches" if slot == "branch" else f"{slot}s" for slot in SLOTS}
+_registered: dict[tuple[Slot, str], type[Method]] = {}
+
+MethodT = TypeVar("MethodT", bound=type[Method])
+
+
+def register_method(name: str, method: MethodT) -> MethodT:
+    """Let plans of this process call the class `method` by `name`; returns the class.
+
+    A name registered again takes the new class, as a notebook's cell that is run again would.
+
+    Raises:
+        ConfigError: not a class of methods, or the name of one of this package.
+    """
+    _check_class(method, f"register_method({name!r})")
+    if name in _packaged(method.slot):
+        raise ConfigError(f"{name!r} is a {method.slot} method of the suite; choose another name")
+    if not name or ":" in name or name == "none":
+        raise ConfigError(f"a method cannot be called {name!r}")
+    _registered[method.slot, name] = method
+    return method
+
+
+def method_names(slot: Slot) -> list[str]:
+    """Names that a plan may give `slot`, sorted, "none" left out."""
+    return sorted({*_packaged(slot), *(name for kind, name in _registered if kind == slot)})
+
+
+def method_class(slot: Slot, name: str) -> type[Method]:
+    """The class that a plan calls `name` in `slot`; its file is imported.
+
+    Raises:
+        ConfigError: no such method; one that cannot be imported; one of another slot.
+    """
+    if (slot, name) in _registered:
+        return _registered[slot, name]
+    if ":" in name:
+        return _imported(slot, name)
+    if name not in _packaged(slot):
+        elsewhere = [other for other in SLOTS if name in method_names(other)]
+        hint = f"; it is a method for {' and '.join(elsewhere)}" if elsewhere else ""
+        raise ConfigError(
+            f"unknown {slot} method {name!r}{hint or suggest(name, method_names(slot))}"
+        )
+    stem = name.replace("-", "_")
+    module = importlib.import_module(f"robuq_bench.methods.{_FOLDERS[slot]}.{stem}")
+    for value in vars(module).values():
+        if inspect.isclass(value) and value.__module__ == module.__name__ and _is_method(value):
+            return value
+    raise ConfigError(f"{module.__file__} defines no method")
+
+
+def read_method(slot: Slot, values: Any) -> Method | None:
+    """The method that a plan's table, name or "none" means; None for "none".
+
+    Raises:
+        ConfigError: unknown method, or not a table; parameters are checked by its class
+            (pydantic.ValidationError).
+    """
+    if isinstance(values, Method):
+        if values.slot != slot:
+            raise ConfigError(f"{values.method!r} is a method for {values.slot}, not {slot}")
+        return values
+    if values is None or values == "none":
+        return None
+    if isinstance(values, str):
+        values = {"method": values}
+    if not isinstance(values, Mapping) or not isinstance(values.get("method"), str):
+        raise ConfigError(
+            f'a {slot} is "none", or a table with a method: {slot} = '
+            f'{{ method = "{method_names(slot)[0]}" }}'
+        )
+    if values["method"] == "none":
+        if len(values) > 1:
+            raise ConfigError(f'{slot} method "none" has no parameters')
+        return None
+    found = method_class(slot, values["method"])
+    if ":" in values["method"] and not values.get("sha256"):
+        source = inspect.getsourcefile(found)
+        values = {**values, "sha256": sha256_file(Path(source)) if source else ""}
+    return found.model_validate(dict(values))
+
+
+def _packaged(slot: Slot) -> list[str]:
+    folder = Path(__file__).parent / _FOLDERS[slot]
+    stems = (path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return [stem.replace("_", "-") for stem in stems]
+
+
+def _imported(slot: Slot, name: str) -> type[Method]:
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's file raises, with its name
+        raise ConfigError(
+            f"{slot} method {name!r}: module {module_name!r} cannot be imported "
+            f"({type(error).__name__}: {error}); it must be importable from where you are, or "
+            "installed"
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [key for key, value in vars(module).items() if _is_method(value)]
+        raise ConfigError(
+            f"{slot} method {name!r}: {module_name} has no {class_name!r}"
+            f"{suggest(class_name, classes)}"
+        )
+    _check_class(found, f"{slot} method {name!r}")
+    if found.slot != slot:
+        raise ConfigError(f"method {name!r} is for {found.slot}, not {slot}")
+    method: type[Method] = found
+    return method
+
+
+def _is_method(value: Any) -> bool:
+    bases = tuple(BASES.values())
+    return inspect.isclass(value) and issubclass(value, bases) and value not in bases
+
+
+def _check_class(method: Any, origin: str) -> None:
+    if not _is_method(method):
+        raise ConfigError(
+            f"{origin}: {method!r} is not a subclass of "
+            f"{', '.join(base.__name__ for base in BASES.values())}"
+        )

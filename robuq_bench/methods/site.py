@@ -1,0 +1,67 @@
+"""Where a method is fitted: a layer's name and seed, and what was seen at its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from robuq_bench.errors import UsageError
+
+if TYPE_CHECKING:
+    from robuq_bench.methods.base import Need
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that a method is fitted to.
+
+    Attributes:
+        name: the layer's first name in its model.
+        seed: of everything that is drawn, together with the name.
+        tokens: [T, in] float32, a sample of the inputs; None when calibration saw none.
+        absmax: [in] float32, largest magnitude of each channel over all inputs seen.
+        gram: [in, in] float64, sum of x^T x over all inputs seen, and `count` their number.
+
+    All of them are in the basis of the slots that were fitted before: divided by the scaling,
+    rotated by the rotation. After a rotation `absmax` is that of the sample, because the one
+    of all inputs cannot be had from it.
+    """
+
+    name: str = ""
+    seed: int = 0
+    tokens: Tensor | None = None
+    absmax: Tensor | None = None
+    gram: Tensor | None = None
+    count: int = 0
+
+    @classmethod
+    def blank(cls, name: str, in_features: int, seed: int = 0) -> Site:
+        """A site that saw unit inputs: for layers whose fitted values are loaded afterwards."""
+        eye = torch.eye(in_features, dtype=torch.float64)
+        return cls(name, seed, eye.float(), torch.ones(in_features), eye, in_features)
+
+    def need(self, what: Need) -> Tensor:
+        """`tokens`, `absmax` or `gram`; UsageError naming the layer if calibration saw none."""
+        value = getattr(self, what)
+        if value is None:
+            raise UsageError(
+                f"layer {self.name!r}: its plan needs {what} of its inputs, and none were "
+                "observed; give quantize_ a calibration set"
+            )
+        found: Tensor = value
+        return found
+
+    def through(self, module: nn.Module, *, diagonal: bool = False) -> Site:
+        """The same inputs after a fitted scaling (`diagonal`) or rotation."""
+        with torch.no_grad():
+            tokens = None if self.tokens is None else module(self.tokens)
+            absmax = self.absmax
+            if absmax is not None and diagonal:
+                absmax = module(absmax).abs()
+            elif absmax is not None:
+                absmax = None if tokens is None else tokens.abs().amax(0)
+            gram = None if self.gram is None else module(module(self.gram).T)
+        return replace(self, tokens=tokens, absmax=absmax, gram=gram)

@@ -1,0 +1,1 @@
+"""Methods of the slot `weight`: a file is a method, called what the file is called."""
