@@ -9,7 +9,7 @@ and memory is bounded by images x tokens per image x the sum of the layers' widt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.errors import CheckpointError, UsageError, suggest
+from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.quantization.watching import find_layers, watching
 from robuq_bench.runs.checkpoints import load_tensors, save_tensors
 
 FORMAT = "robuq-bench activations 1"
@@ -93,21 +94,9 @@ def record(
     Raises:
         UsageError: a name that is not a module of the model.
     """
-    modules = dict(model.named_modules())
-    for layer in layers:
-        if layer not in modules:
-            raise UsageError(f"no layer {layer!r} to capture{suggest(layer, modules)}")
     recorder = Recorder(tokens_per_image, seed, stream)
-
-    def hook_of(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: recorder.add(layer, args[0])
-
-    hooks = [modules[name].register_forward_pre_hook(hook_of(name)) for name in layers]
-    try:
+    with watching(find_layers(model, layers), recorder.add):
         yield recorder
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def save_shard(path: Path, captured: Captured, metadata: Mapping[str, str]) -> str:

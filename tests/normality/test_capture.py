@@ -75,7 +75,7 @@ def test_hooks_see_what_the_layers_see_and_are_removed() -> None:
 
 def test_wrong_layers_and_wrong_batches_are_named() -> None:
     model = Toy()
-    with pytest.raises(UsageError, match="'pool' to capture; did you mean 'pooled'"):
+    with pytest.raises(UsageError, match="'pool' to observe; did you mean 'pooled'"):
         record(model, ["pool"], 1, seed=0).__enter__()
     with record(model, ["tokens"], 1, seed=0) as recorder:
         recorder.images = [0, 1]
