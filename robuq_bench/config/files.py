@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import logging
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from robuq_bench.config.plan import AllocationConfig, Plan
+from robuq_bench.config.older import NEW_NAMES, is_old, modern_plan, old_keys
+from robuq_bench.config.plan import BitsConfig, Plan
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import expand_user, read_text, sha256_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ASSET_PREFIX = "asset:"
+
+_LOG = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 Table = dict[str, Any]
@@ -55,8 +59,8 @@ def load_workload(name_or_path: str | Path) -> Workload:
     return _load(Workload, "workload", name_or_path)
 
 
-def load_allocation_file(allocation: AllocationConfig, layers: Iterable[str]) -> dict[str, int]:
-    """Read bits per layer from `allocation.path`, for exactly the layers named in `layers`.
+def load_allocation_file(allocation: BitsConfig, layers: Iterable[str]) -> dict[str, int]:
+    """Read bits per layer from `bits.path`, for exactly the layers named in `layers`.
 
     The file is JSON or TOML, {layer: bits} or that as `bits_by_layer` among other entries (as
     `save_allocation` writes), or a CSV with columns `layer` and `bits`, such as a run's
@@ -139,7 +143,7 @@ def keys_of(model: type[BaseModel]) -> list[str]:
     """Dotted names of every leaf field of a model, e.g. 'activations.bits'."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
+        section = section_of(field.annotation)
         keys += [name] if section is None else [f"{name}.{key}" for key in keys_of(section)]
     return keys
 
@@ -148,7 +152,7 @@ def sections_of(model: type[BaseModel]) -> list[str]:
     """Dotted names of every section of a model, e.g. 'teacher.training'."""
     names: list[str] = []
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
+        section = section_of(field.annotation)
         if section is not None:
             names += [name, *(f"{name}.{inner}" for inner in sections_of(section))]
     return names
@@ -183,9 +187,25 @@ def _read(path: Path) -> Table:
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     try:
-        return parse_toml(text)
+        values = parse_toml(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    return _in_todays_schema(path, values) if is_old(values) else values
+
+
+def _in_todays_schema(path: Path, values: Table) -> Table:
+    """A plan file in the schema before [[layers]]; one that overrides another cannot be read so."""
+    if "extends" in values:
+        lines = [f"{key} is now {NEW_NAMES.get(key, 'in [[layers]]')}" for key in old_keys(values)]
+        raise ConfigError(
+            f"{path}: is in the schema before [[layers]], and extends another plan; write it "
+            f"anew (see docs/plans.md):\n  " + "\n  ".join(lines)
+        )
+    _LOG.warning("%s: is in the schema before [[layers]]; read as what `plans` shows", path)
+    try:
+        return modern_plan(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: in the schema before [[layers]]: {error}") from None
 
 
 def _load(model: type[ModelT], kind: str, name_or_path: str | Path) -> ModelT:
@@ -217,21 +237,40 @@ def _load(model: type[ModelT], kind: str, name_or_path: str | Path) -> ModelT:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     """Return `base` updated by `over`, section by section and key by key.
 
-    A digest belongs to the file it was given for: where `over` names another, `base`'s is dropped.
+    Rules of `layers` are merged by their names; new ones go in front, where they come first. A
+    digest belongs to the file it was given for, and parameters to their method: where `over` names
+    another, `base`'s are dropped.
     """
+    if isinstance(over.get("method"), str) and over["method"] != base.get("method"):
+        return dict(over)
     stale = {f"{key}_sha256" for key in over}
     stale |= {"sha256"} if over.keys() & {"path", "checkpoint", "source"} else set()
     merged = {key: value for key, value in base.items() if key not in stale or key in over}
     for key, value in over.items():
         below = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = merge(below, value) if both else value  # type: ignore[arg-type]
+        if key == "layers" and isinstance(below, list) and isinstance(value, list):
+            merged[key] = _merge_rules(below, value)
+        elif isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+def _merge_rules(base: list[Any], over: list[Any]) -> list[Any]:
+    named = {rule.get("name"): rule for rule in over if isinstance(rule, Mapping)}
+    known = {rule.get("name") for rule in base}
+    return [
+        *(rule for rule in over if not isinstance(rule, Mapping) or rule.get("name") not in known),
+        *(merge(rule, named.get(rule.get("name"), {})) for rule in base),
+    ]
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also one that may be absent; None for other fields."""
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
     return None
 
 
@@ -269,7 +308,7 @@ def nearest_key(model: type[BaseModel], location: list[str]) -> str:
     scope: type[BaseModel] = model
     for part in location[:-1]:
         field = scope.model_fields.get(part)
-        section = None if field is None else _section(field.annotation)
+        section = None if field is None else section_of(field.annotation)
         if section is None:
             break
         scope = section

@@ -1,65 +1,139 @@
-"""`Plan`: how a model is quantized. Frozen, strict, and free of heavy imports."""
+"""`Plan`: how a model is quantized, as ordered rules. Frozen, strict, and free of heavy imports.
+
+A plan's `[[layers]]` are rules; the first whose kind and patterns fit a layer says what fills the
+slots of that layer (see `robuq_bench.methods.base`). A layer that no rule fits, or whose rule fills
+no slot, stays in full precision.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from robuq_bench.config.base import (
     Ints,
     Name,
     OptionalFloat,
     OptionalInt,
-    OptionalStrings,
     OptionalText,
     Section,
     Strings,
     TextDigest,
+    none_word,
+)
+from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.methods import (
+    SLOTS,
+    ActivationMethod,
+    BranchMethod,
+    Method,
+    RotationMethod,
+    ScalingMethod,
+    WeightMethod,
+    read_method,
 )
 
-WeightQuantizer = Literal["none", "ternary-twn", "ternary-absmean"]
-ActivationQuantizer = Literal[
-    "none", "robust-midtread", "robust-midrise", "lloyd-max", "minmax", "bitnet"
-]
-RotationKind = Literal["none", "hadamard", "randomized-hadamard"]
+Kind = Literal["block", "adaLN", "other"]
+"""Where a layer stands by the model's structure: in a block; in a norm or modulation there; or
+elsewhere (embedders, heads, adapters, routers). See `quantization/selection.py`."""
+
+METRICS = (
+    "epsilon_mse",
+    "epsilon_mse_teacher",
+    "output_mse",
+    "output_nsr",
+    "fisher",
+    "hessian_trace",
+    "higgs",
+)
+SOLVERS = (
+    "exact",
+    "milp",
+    "lagrangian",
+    "greedy",
+    "evolutionary",
+    "random",
+    "random-best-of-1000",
+    "uniform",
+)
 
 
-class WeightConfig(Section):
-    """Weights: `ternary-twn` is per channel (RobuQ), `ternary-absmean` per tensor (BitNet)."""
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether an fnmatch pattern matches `name` or what follows one of its dots.
 
-    quantizer: WeightQuantizer = "none"
-
-
-class ActivationConfig(Section):
-    """Per-token activation quantizer; `bits` is also the warm-up width when bits are allocated."""
-
-    quantizer: ActivationQuantizer = "none"
-    bits: int = Field(default=8, ge=1, le=8)
+    So a wrapper ("module.", "_orig_mod.", "dit.") changes nothing.
+    """
+    parts = name.split(".")
+    suffixes = [".".join(parts[start:]) for start in range(len(parts))]
+    return any(fnmatchcase(suffix, pattern) for pattern in patterns for suffix in suffixes)
 
 
-class RotationConfig(Section):
-    """Hadamard rotation of the input dimension, for layers whose name matches a pattern."""
+class Rule(Section):
+    """What fills the slots of the layers that it fits; "none" or no entry leaves a slot empty.
 
-    kind: RotationKind = "none"
-    layers: Strings = ("*",)
-
-
-class LowRankConfig(Section):
-    """Full-precision branch A(Bx) from the SVD of the rotated weight; rank 0 means no branch.
-
-    `layers` are fnmatch patterns of the layers that have one; None: every quantized layer.
+    `name` is what `extends` and `--set layers.NAME...` call the rule by. `match` are fnmatch
+    patterns, each matching a layer's name from any of its components on. `fixed_bits` keeps the
+    layers out of the allocation of `[bits]`.
     """
 
-    rank: int = Field(default=0, ge=0)
-    layers: OptionalStrings = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=32)] = "layers"
+    match: Strings = ("*",)
+    kind: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("block",)
+    fixed_bits: bool = False
+    scaling: SerializeAsAny[ScalingMethod] | None = None
+    rotation: SerializeAsAny[RotationMethod] | None = None
+    branch: SerializeAsAny[BranchMethod] | None = None
+    weight: SerializeAsAny[WeightMethod] | None = None
+    activation: SerializeAsAny[ActivationMethod] | None = None
+
+    @field_validator("kind", "match", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value)
+
+    @field_validator(*SLOTS, mode="before")
+    @classmethod
+    def _methods_by_name(cls, value: Any, info: Any) -> Any:
+        try:
+            return read_method(info.field_name, value)
+        except ValidationError as error:
+            raise ValueError(_why_invalid(info.field_name, value, error)) from None
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    def slots(self) -> dict[str, Method]:
+        """The methods of the slots that are filled, in the order in which they are fitted."""
+        found = {slot: getattr(self, slot) for slot in SLOTS}
+        return {slot: method for slot, method in found.items() if method is not None}
+
+    def fits(self, name: str, kind: Kind) -> bool:
+        """Whether this rule is for the layer."""
+        return kind in self.kind and matches(name, self.match)
 
 
-class AdaLNConfig(Section):
-    """The modulation linears, kept at fixed bits outside the allocation; None = not quantized."""
+def _why_invalid(slot: str, values: Mapping[str, Any], error: ValidationError) -> str:
+    found = read_class(slot, values)
+    fields = [key for key in found.model_fields if key not in ("method", "sha256")]
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"method {values['method']!r} has no {key!r}{suggest(key, fields)}")
+        elif item["type"] == "value_error":
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return "; ".join(lines)
 
-    weight_quantizer: WeightQuantizer = "none"
-    activation_bits: OptionalInt = Field(default=None, ge=1, le=8)
+
+def read_class(slot: str, values: Mapping[str, Any]) -> type[Method]:
+    """The class of a slot's table, which is known to name one."""
+    from robuq_bench.methods import method_class
+
+    return method_class(slot, values["method"])  # type: ignore[arg-type]
 
 
 class AttentionConfig(Section):
@@ -68,71 +142,82 @@ class AttentionConfig(Section):
     matmul_bits: OptionalInt = Field(default=None, ge=2, le=8)
 
 
-class AllocationConfig(Section):
-    """Bits per layer: the same everywhere, AMPN at a MAC-weighted mean, or read from a file.
+class BitsConfig(Section):
+    """Bits per layer, decided by a metric and a solver under a mean, or read from a file.
 
-    `sensitivity_steps` are the QAT steps before sensitivity is measured; None takes the
-    workload's. `sha256` is filled in from `path` when a config is resolved, so that a changed
-    file is a different run.
+    Without this section every layer has the bits that its rule says. `of` says whose bits; `mean`
+    is over MACs for "macs", over weights for "weights" and over input elements for "inputs".
+    `steps` are the QAT steps before the metric is measured; None takes the workload's.
+    `sha256` is filled in from `path` when a config is resolved, so that a changed file is a
+    different run.
     """
 
-    method: Literal["uniform", "ampn", "file"] = "uniform"
-    mean_bits: OptionalFloat = Field(default=None, gt=0, le=8)
-    bit_choices: Ints = (1, 2, 3, 4)
-    cost: Literal["macs"] = "macs"
-    sensitivity_steps: OptionalInt = Field(default=None, ge=0)
+    of: Literal["activation", "weight"] = "activation"
+    mean: OptionalFloat = Field(default=None, gt=0, le=16)
+    choices: Ints = (1, 2, 3, 4)
+    metric: str = "epsilon_mse"
+    solver: str = "exact"
+    cost: Literal["macs", "weights", "inputs"] = "macs"
+    steps: OptionalInt = Field(default=None, ge=0)
     path: OptionalText = None
     sha256: TextDigest = ""
 
     @model_validator(mode="after")
-    def _consistent(self) -> AllocationConfig:
-        choices = self.bit_choices
-        if not choices or any(not 1 <= bits <= 8 for bits in choices):
-            raise ValueError(f"bit_choices must be between 1 and 8, got {list(choices)}")
+    def _consistent(self) -> BitsConfig:
+        for key, known in (("metric", METRICS), ("solver", SOLVERS)):
+            value = getattr(self, key)
+            if value not in known:
+                raise ValueError(f"unknown {key} {value!r}{suggest(value, known)}")
+        choices = self.choices
+        if not choices or any(not 1 <= bits <= 16 for bits in choices):
+            raise ValueError(f"choices must be between 1 and 16, got {list(choices)}")
         if list(choices) != sorted(set(choices)):
-            raise ValueError(f"bit_choices must ascend without repeats, got {list(choices)}")
-        if self.method == "ampn":
-            if self.mean_bits is None:
-                raise ValueError("method 'ampn' needs mean_bits")
-            if not choices[0] <= self.mean_bits <= choices[-1]:
-                raise ValueError(
-                    f"mean_bits {self.mean_bits:g} cannot be reached with bit_choices "
-                    f"{list(choices)}; choose between {choices[0]} and {choices[-1]}"
-                )
-        elif self.mean_bits is not None:
+            raise ValueError(f"choices must ascend without repeats, got {list(choices)}")
+        if (self.mean is None) == (self.path is None):
+            raise ValueError("give a mean to allocate bits, or a path to read them from")
+        if self.mean is not None and not choices[0] <= self.mean <= choices[-1]:
             raise ValueError(
-                f"mean_bits is only used by method 'ampn', but method is {self.method!r}; "
-                "set method to 'ampn', or mean_bits to 'none'"
+                f"mean {self.mean:g} cannot be reached with choices {list(choices)}; choose "
+                f"between {choices[0]} and {choices[-1]}"
             )
-        if (self.method == "file") != (self.path is not None):
-            raise ValueError("method 'file' and path go together: give both or neither")
+        if self.of == "weight" and self.metric not in ("epsilon_mse", "epsilon_mse_teacher"):
+            raise ValueError(
+                f"metric {self.metric!r} perturbs activations; bits of weights are measured by "
+                "epsilon_mse or epsilon_mse_teacher"
+            )
         return self
 
 
-class QATConfig(Section):
-    """Loss = distillation_weight·||eps_student − eps_teacher||² + denoising_weight·eps-loss."""
+class CalibrationConfig(Section):
+    """What is observed before methods that need it are fitted; read where one does.
 
+    `samples` training images, each at one timestep drawn uniformly. Of every layer at most `tokens`
+    tokens are kept. The layers go block by block; with `quantized_predecessors` a block sees the
+    outputs of the quantized blocks before it, without it those of the full-precision model.
+    """
+
+    samples: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    tokens: int = Field(default=4096, ge=1)
+    quantized_predecessors: bool = True
+
+
+class TrainConfig(Section):
+    """QAT: loss = distillation_weight·||eps_student − eps_teacher||² + denoising_weight·eps-loss.
+
+    `steps` None takes the workload's; 0 is post-training quantization.
+    """
+
+    steps: OptionalInt = Field(default=None, ge=0)
     distillation_weight: float = Field(default=1.0, ge=0)
     denoising_weight: float = Field(default=0.1, ge=0)
 
     @model_validator(mode="after")
-    def _some_loss(self) -> QATConfig:
+    def _some_loss(self) -> TrainConfig:
         if self.distillation_weight == 0 and self.denoising_weight == 0:
             raise ValueError("one of distillation_weight and denoising_weight must be positive")
         return self
 
-
-class LayersConfig(Section):
-    """Which layers are quantized, beyond the rule by structure (`quantization/selection.py`).
-
-    fnmatch patterns, each matching a layer's name from any of its components on. `skip` keeps
-    layers in full precision; `include` quantizes layers that the rule keeps (embedders, heads);
-    `adaln` replaces the rule that tells modulation layers, None is the rule.
-    """
-
-    skip: Strings = ()
-    include: Strings = ()
-    adaln: OptionalStrings = None
 
 
 class Plan(Section):
@@ -140,41 +225,69 @@ class Plan(Section):
 
     name: Name
     description: str = ""
-    weights: WeightConfig = WeightConfig()
-    activations: ActivationConfig = ActivationConfig()
-    rotation: RotationConfig = RotationConfig()
-    low_rank: LowRankConfig = LowRankConfig()
-    adaln: AdaLNConfig = AdaLNConfig()
+    layers: tuple[Rule, ...] = ()
     attention: AttentionConfig = AttentionConfig()
-    allocation: AllocationConfig = AllocationConfig()
-    qat: QATConfig = QATConfig()
-    layers: LayersConfig = LayersConfig()
+    bits: BitsConfig | None = None
+    calibration: CalibrationConfig = CalibrationConfig()
+    train: TrainConfig = TrainConfig()
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return none_word(value)
+
+    def rule_for(self, name: str, kind: Kind) -> Rule | None:
+        """The first rule that fits the layer `name`; None keeps it in full precision."""
+        return next((rule for rule in self.layers if rule.fits(name, kind)), None)
+
+    def methods(self) -> list[Method]:
+        """Every method that some rule names."""
+        return [method for rule in self.layers for method in rule.slots().values()]
 
     @property
     def is_full_precision(self) -> bool:
-        """True when neither weights nor activations are quantized: the teacher itself."""
-        return self.weights.quantizer == "none" and self.activations.quantizer == "none"
+        """True when no rule fills a slot: the teacher itself."""
+        return not self.methods()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its methods read of calibration inputs."""
+        return frozenset().union(*(method.needs for method in self.methods()))
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
+        names = [rule.name for rule in self.layers]
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two rules of layers are called {repeated!r}; give each a name")
         if self.is_full_precision:
-            quantized = {
-                "rotation.kind": self.rotation.kind != "none",
-                "low_rank.rank": self.low_rank.rank > 0,
-                "adaln.weight_quantizer": self.adaln.weight_quantizer != "none",
-                "adaln.activation_bits": self.adaln.activation_bits is not None,
-                "attention.matmul_bits": self.attention.matmul_bits is not None,
-            }
-            extra = [key for key, is_set in quantized.items() if is_set]
+            extra = [
+                key
+                for key, is_set in (
+                    ("attention.matmul_bits", self.attention.matmul_bits is not None),
+                    ("bits", self.bits is not None),
+                )
+                if is_set
+            ]
             if extra:
                 raise ValueError(
-                    f"weights and activations are full precision, so {', '.join(extra)} would "
-                    "be ignored; leave it out, or choose a quantizer"
+                    f"no rule of layers quantizes anything, so {', '.join(extra)} would be "
+                    "ignored; leave it out, or choose a method"
                 )
-        if self.activations.quantizer == "none" and self.allocation.method != "uniform":
+        if self.bits is not None:
+            slot = self.bits.of
+            if not any(getattr(r, slot) is not None and not r.fixed_bits for r in self.layers):
+                raise ValueError(f"bits of {slot}s need a rule of layers with a {slot} method")
+        if self.train.steps == 0 and self.bits is not None and self.bits.steps:
             raise ValueError(
-                f"allocation.method {self.allocation.method!r} needs an activations.quantizer"
+                f"bits.steps = {self.bits.steps} QAT steps cannot come before the metric when "
+                "train.steps = 0; set bits.steps = 0"
             )
-        if self.activations.quantizer == "none" and self.adaln.activation_bits is not None:
-            raise ValueError("adaln.activation_bits needs an activations.quantizer")
         return self
+
+

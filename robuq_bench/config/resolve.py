@@ -12,12 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field
 
-from robuq_bench.config.base import Name, Section
+from robuq_bench.config.base import Name, Section, none_word
 from robuq_bench.config.files import (
     keys_of,
     load_plan,
     load_workload,
     parse_toml,
+    section_of,
     sections_of,
     validate,
 )
@@ -29,6 +30,7 @@ from robuq_bench.config.identity import (
     identify_evaluation,
     identify_input,
 )
+from robuq_bench.config.older import NEW_NAMES, modern_plan
 from robuq_bench.config.plan import Plan
 from robuq_bench.config.studies import (
     STUDY_SETTINGS,
@@ -43,6 +45,7 @@ from robuq_bench.config.studies import (
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import sha256_bytes
+from robuq_bench.methods import SLOTS
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _STUDIES_WITHOUT_DATA = (
@@ -108,19 +111,18 @@ def resolve(
     settings = default_settings(study)
     if settings is not None:
         parts[study] = settings
-    for part, keys, value in _digests_last([_parse_override(text, study) for text in overrides]):
-        target = parts[part]
-        for key in keys[:-1]:
-            target = target[key]
-        target[keys[-1]] = value
-        # A digest belongs to the file it was given for.
-        if keys[-1] in ("path", "checkpoint", "source") and "sha256" in target:
-            target["sha256"] = None if keys[:-1] == ["data"] else ""
-        if f"{keys[-1]}_sha256" in target:
-            target[f"{keys[-1]}_sha256"] = None if part == "workload" else ""
+    for text in overrides:
+        # Digests last, whatever the order they are given in.
+        if text.partition("=")[0].strip().endswith("sha256"):
+            continue
+        _override(parts, _parse_override(text, study, parts["plan"]))
+    for text in overrides:
+        if text.partition("=")[0].strip().endswith("sha256"):
+            _override(parts, _parse_override(text, study, parts["plan"]))
     origin = "--set" if overrides else "config"
-    if parts["plan"]["allocation"]["method"] == "file":
-        identify(parts["plan"]["allocation"], "path")
+    bits = parts["plan"]["bits"]
+    if isinstance(bits, dict) and none_word(bits.get("path")):
+        identify(bits, "path")
     if study in _STUDIES_WITHOUT_TEACHER:
         # What these runs make must not decide which run they are.
         parts["workload"]["teacher"].update(checkpoint="", sha256="")
@@ -153,6 +155,27 @@ def resolve(
     return config
 
 
+def _override(parts: dict[str, dict[str, Any]], override: Override) -> None:
+    """Set one key of the parts of a config, in place."""
+    part, keys, value = override
+    target: Any = parts[part]
+    for key in keys[:-1]:
+        inner = target.get(key) if isinstance(target, dict) else rule_named(target, key)
+        if inner is None:  # a section that may be absent begins with its first key
+            inner = target[key] = {}
+        target = inner
+    target[keys[-1]] = value
+    # A digest belongs to the file it was given for.
+    if keys[-1] in ("path", "checkpoint", "source") and "sha256" in target:
+        target["sha256"] = None if keys[:-1] == ["data"] else ""
+    if f"{keys[-1]}_sha256" in target:
+        target[f"{keys[-1]}_sha256"] = None if part == "workload" else ""
+    if part == "plan" and keys[-1] == "method" and len(keys) == 4:
+        # Parameters belong to their method.
+        target.clear()
+        target["method"] = value
+
+
 def _check_steps(config: Config) -> None:
     """ConfigError when a study asks for more steps than the training's learning rate lasts."""
     key, most = _STEPS_OF_STUDIES.get(config.study), 0
@@ -168,24 +191,32 @@ def _check_steps(config: Config) -> None:
         )
 
 
+def training_steps(config: Config) -> int:
+    """QAT steps of the main job: the plan's, or the workload's; 0 is post-training quantization."""
+    own = config.plan.train.steps
+    return config.workload.training.steps if own is None else own
+
+
 def sensitivity_steps(config: Config) -> int:
-    """Training steps at the warm-up bits, before an allocated plan measures sensitivity.
+    """Training steps at the bits of the rules, before an allocated plan measures sensitivity.
 
     Raises:
         ConfigError: they leave no step of the training for the allocated bits.
     """
-    allocation, training = config.plan.allocation, config.workload.training
-    if allocation.method != "ampn":
+    bits, training = config.plan.bits, config.workload.training
+    steps_in_all = training_steps(config)
+    if bits is None or bits.path is not None or steps_in_all == 0:
         return 0
-    own = allocation.sensitivity_steps is not None
-    steps = allocation.sensitivity_steps or 0 if own else training.sensitivity_steps
-    key = "allocation.sensitivity_steps" if own else "training.sensitivity_steps"
-    if steps >= training.steps and steps > 0:
+    own = bits.steps is not None
+    steps = bits.steps or 0 if own else training.sensitivity_steps
+    key = "bits.steps" if own else "training.sensitivity_steps"
+    total = "training.steps" if config.plan.train.steps is None else "train.steps"
+    if steps >= steps_in_all and steps > 0:
         # A quarter is what the packaged workloads spend at most.
         raise ConfigError(
-            f"training.steps is {training.steps}, but bits are allocated after {key} = {steps} "
+            f"{total} is {steps_in_all}, but bits are allocated after {key} = {steps} "
             "steps, so nothing would be trained at the allocated bits; lower the latter, e.g. "
-            f"--set {key}={training.steps // 4}, or raise training.steps above {steps}"
+            f"--set {key}={steps_in_all // 4}, or raise {total} above {steps}"
         )
     return steps
 
@@ -202,10 +233,12 @@ def canonical_json(config: Config) -> str:
         exclude={"plan": {"description"}, "workload": {"description"}},
         exclude_none=True,
     )
-    allocation, teacher = values["plan"]["allocation"], values["workload"]["teacher"]
-    for section, path_key in ((allocation, "path"), (teacher, "checkpoint")):
-        if section["sha256"]:
+    teacher = values["workload"]["teacher"]
+    for section, path_key in ((values["plan"].get("bits", {}), "path"), (teacher, "checkpoint")):
+        if section.get("sha256"):
             section.pop(path_key, None)
+    if not config.plan.needs:
+        values["plan"].pop("calibration")  # it is read by no method
     data, evaluation = values["workload"]["data"], values["workload"]["evaluation"]
     if data.get("sha256"):
         data.pop("path", None)
@@ -249,6 +282,11 @@ def config_from_toml(text: str, origin: str) -> Config:
         values = parse_toml(text)
     except ValueError as error:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from None
+    if isinstance(values.get("plan"), dict):
+        try:
+            values["plan"] = modern_plan(values["plan"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{origin}: plan of older code: {error}") from None
     return validate(Config, values, origin)
 
 
@@ -256,7 +294,7 @@ def _dump(part: Plan | Workload) -> dict[str, Any]:
     return part.model_dump(mode="json")
 
 
-def _parse_override(text: str, study: str) -> Override:
+def _parse_override(text: str, study: str, plan: dict[str, Any]) -> Override:
     if text.encode("utf-8", "ignore").decode() != text:
         # Bytes of a file name; neither config.toml nor the manifest could hold them.
         raise ConfigError(f"--set {text!a}: is not UTF-8 text; rename that file or folder")
@@ -267,6 +305,7 @@ def _parse_override(text: str, study: str) -> Override:
     part, _, inner = key.partition(".")
     models = _overridable(study)
     known = {name: keys_of(model) for name, model in models.items()}
+    known["plan"] = [key for key in known["plan"] if key != "layers"] + rule_keys(plan)
     if part in known and inner in known[part]:
         return part, inner.split("."), _parse_value(value, models[part], inner)
     owners = [owner for owner, keys in known.items() if key in keys]
@@ -275,7 +314,27 @@ def _parse_override(text: str, study: str) -> Override:
         raise ConfigError(f"--set {key}: is a key of both; write {full}")
     if owners:
         return owners[0], key.split("."), _parse_value(value, models[owners[0]], key)
+    if key.removeprefix("plan.") in NEW_NAMES:
+        raise ConfigError(f"--set {key}: is now {NEW_NAMES[key.removeprefix('plan.')]}")
     raise ConfigError(f"--set {key}: {_why_unknown(key, known, models)}")
+
+
+def rule_named(rules: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The rule of a plan's `layers` that has this name."""
+    return next(rule for rule in rules if rule["name"] == name)
+
+
+def rule_keys(plan: dict[str, Any]) -> list[str]:
+    """What `--set` can set of a plan's rules: layers.RULE.KEY and layers.RULE.SLOT.PARAMETER."""
+    keys: list[str] = []
+    for rule in plan["layers"]:
+        for key, value in rule.items():
+            keys.append(f"layers.{rule['name']}.{key}")
+            if isinstance(value, dict):
+                keys += [f"layers.{rule['name']}.{key}.{inner}" for inner in value]
+            elif key in SLOTS:
+                keys.append(f"layers.{rule['name']}.{key}.method")
+    return keys
 
 
 def _overridable(study: str) -> dict[str, type[Section]]:
@@ -283,10 +342,6 @@ def _overridable(study: str) -> dict[str, type[Section]]:
     if study in STUDY_SETTINGS:
         models[study] = STUDY_SETTINGS[study]
     return models
-
-
-def _digests_last(overrides: list[Override]) -> list[Override]:
-    return sorted(overrides, key=lambda override: override[1][-1].endswith("sha256"))
 
 
 def _why_unknown(key: str, known: dict[str, list[str]], models: dict[str, type[Section]]) -> str:
@@ -334,8 +389,10 @@ def _parse_value(text: str, model: type[Section], key: str) -> Any:
 def _is_text(model: type[Section], key: str) -> bool:
     """Whether the field `key` of a model holds text (or nothing) and nothing else."""
     *sections, last = key.split(".")
+    if sections[:1] == ["layers"] and model is Plan:
+        return last in ("name", "method")
     for name in sections:
-        model = model.model_fields[name].annotation  # type: ignore[assignment]
+        model = section_of(model.model_fields[name].annotation) or model
     annotation = model.model_fields[last].annotation
     is_union = get_origin(annotation) in (Union, types.UnionType)
     options = get_args(annotation) if is_union else (annotation,)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,8 +206,33 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return _apply_factors(x, inverse)  # the tracer loses cached tensors within a Function
     if torch.compiler.is_compiling():
-        from robuq_bench.quantization import compiled
-
-        return compiled.transform(x, inverse)
+        return _compiled_transform(x, inverse)
     result: Tensor = _HadamardTransform.apply(x, inverse)
     return result
+
+
+# An operator that `torch.compile` leaves whole: torch 2.11 traces the function above to a gradient
+# of zero.
+
+
+@torch.library.custom_op("robuq_bench::hadamard_transform", mutates_args=())
+def _compiled_transform(x: Tensor, inverse: bool) -> Tensor:
+    return hadamard_transform(x, inverse)
+
+
+@_compiled_transform.register_fake
+def _(x: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _remember_direction(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.inverse = inputs[1]
+
+
+def _transform_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _compiled_transform(grad, not ctx.inverse), None
+
+
+torch.library.register_autograd(
+    "robuq_bench::hadamard_transform", _transform_gradient, setup_context=_remember_direction
+)

@@ -7,6 +7,7 @@ shared code and no method.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -92,6 +93,11 @@ def method_class(slot: Slot, name: str) -> type[Method]:
         raise ConfigError(
             f"unknown {slot} method {name!r}{hint or suggest(name, method_names(slot))}"
         )
+    return _packaged_class(slot, name)
+
+
+@functools.cache
+def _packaged_class(slot: Slot, name: str) -> type[Method]:
     stem = name.replace("-", "_")
     module = importlib.import_module(f"robuq_bench.methods.{_FOLDERS[slot]}.{stem}")
     for value in vars(module).values():
@@ -131,6 +137,7 @@ def read_method(slot: Slot, values: Any) -> Method | None:
     return found.model_validate(dict(values))
 
 
+@functools.cache
 def _packaged(slot: Slot) -> list[str]:
     folder = Path(__file__).parent / _FOLDERS[slot]
     stems = (path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))

@@ -1,4 +1,7 @@
-"""Activation bits of a layer: an attribute, part of its state, and a tensor for compiled graphs."""
+"""What quantized and packed layers share: the slots of the input, and activation bits.
+
+Bits are an attribute, part of the state, and a tensor for compiled graphs.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,38 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.errors import ConfigError
-from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.methods.activations._token_grid import GridQuantizer
 
 BITS_KEY = "activation_bits"
 """Of a layer's bits in a state dict: uint8, 0 for activations that are not quantized."""
 
 
-def check_bits(bits: object, quantizer: str, layer: str) -> None:
-    """Raise ConfigError unless `bits` is a whole number at which the quantizer is defined."""
+def check_bits(bits: object, quantizer: Any, layer: str) -> None:
+    """Raise ConfigError unless `bits` is a whole number that the quantizer's `check_bits` takes."""
     # bool is an int to Python, and True would mean one bit.
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise ConfigError(f"layer {layer!r}: activation bits must be a whole number, got {bits!r}")
-    found = activation_quantizer(quantizer)
-    if found is None:
+    if quantizer is None:
         raise ConfigError(f"layer {layer!r} has no activation quantizer to give bits to")
     try:
-        found.check_bits(bits)
+        quantizer.check_bits(bits)
     except ConfigError as error:
         raise ConfigError(f"layer {layer!r}: {error}") from None
 
 
-class ActivationBits(nn.Module):
-    """Base of layers with an `activation_bits` that may be changed at any time."""
+class QuantizedInput(nn.Module):
+    """Base of layers with slots for their input, and `activation_bits` to change at any time."""
 
     name: str
-    activation_quantizer: str
+    scaling: nn.Module | None
+    rotation: nn.Module | None
+    branch: nn.Module | None
+    activation_quantizer: nn.Module | None
+    methods: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
+        self.scaling = self.rotation = self.branch = self.activation_quantizer = None
         self._bits: int | None = None
         self._bits_tensor: Tensor | None = None
 
@@ -59,11 +66,22 @@ class ActivationBits(nn.Module):
     def check_activation_bits(self, bits: int | None) -> None:
         """Raise ConfigError unless this layer's activation quantizer is defined at `bits`."""
         if bits is not None:
-            check_bits(bits, self.activation_quantizer, self.name)
+            quantizer: Any = self.activation_quantizer
+            if quantizer is not None and not hasattr(quantizer, "check_bits"):
+                quantizer = self.methods["activation"]
+            check_bits(bits, quantizer, self.name)
 
     def current_bits(self) -> int | Tensor | None:
-        """The bits; a tensor under `torch.compile`, where every int would be a new graph."""
-        return self._bits_tensor if torch.compiler.is_compiling() else self._bits
+        """The bits; a tensor for a grid in a compiled graph, where every int would be a new one."""
+        if torch.compiler.is_compiling() and isinstance(self.activation_quantizer, GridQuantizer):
+            return self._bits_tensor
+        return self._bits
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """x' = R(x / s) [..., in]: what the branch and the activation quantizer read."""
+        if self.scaling is not None:
+            x = self.scaling(x)
+        return x if self.rotation is None else self.rotation(x)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robuq_bench.errors import ConfigError, UsageError, suggest
-from robuq_bench.hadamard.transform import UnsupportedHadamardOrder, hadamard_factors
-from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
+from robuq_bench.methods.site import Site
+from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
+from robuq_bench.quantization.observing import blocks_in_order, observe
 from robuq_bench.quantization.selection import (
     LayerFilter,
     Selected,
-    blocks_of,
-    is_adaln,
     is_modulation,
-    matches,
     select_layers,
 )
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Plan
+    from robuq_bench.config import Plan, Rule
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def low_rank_of(name: str, plan: Plan) -> int:
-    """Rank of the branch that the plan gives the layer `name`; 0 for none."""
-    patterns = plan.low_rank.layers
-    return plan.low_rank.rank if patterns is None or matches(name, patterns) else 0
+@dataclass
+class Calibration:
+    """What a plan's methods are fitted on, and how far that has come.
+
+    Attributes:
+        batches: inputs of the model, each a tensor, a tuple of arguments or a dict of keywords;
+            gone through once for every block.
+        tokens: at most so many are kept of each layer's input.
+        quantized_predecessors: whether a block sees the outputs of the quantized blocks before
+            it; otherwise those of the full-precision model.
+        done: states of blocks that are fitted already, by the first name in the block; what is
+            found there is not fitted again, and every block that is fitted is put there.
+        on_block: called with (blocks done, blocks in all).
+    """
+
+    batches: Sequence[Any]
+    tokens: int = 4096
+    quantized_predecessors: bool = True
+    done: MutableMapping[str, dict[str, Tensor]] | None = None
+    on_block: Callable[[int, int], None] | None = None
 
 
 def target_layers(
@@ -44,45 +59,27 @@ def target_layers(
 ) -> dict[str, nn.Linear]:
     """The layers of an unquantized model that `quantize_` would replace, by first name."""
     selected = select_layers(model, plan, keep)
-    return {name: layer.module for name, layer in selected.items() if layer.kind != "kept"}
+    return {name: layer.module for name, layer in selected.items() if layer.rule is not None}
 
 
-def layer_settings(name: str, plan: Plan, blocks: Collection[str] = ()) -> dict[str, Any]:
-    """What `plan` says of the layer `name`, as arguments of `QuantizedLinear.from_linear`.
-
-    `blocks` are those of the layer's model, for `is_adaln`.
-    """
-    adaln = is_adaln(name, plan, blocks)
-    bits = plan.adaln.activation_bits if adaln else plan.activations.bits
-    if plan.activations.quantizer == "none":
-        bits = None
-    return {
-        "weight_quantizer": plan.adaln.weight_quantizer if adaln else plan.weights.quantizer,
-        "activation_quantizer": plan.activations.quantizer,
-        "activation_bits": bits,
-        "rotation": plan.rotation.kind if matches(name, plan.rotation.layers) else "none",
-        "rank": low_rank_of(name, plan),
-    }
-
-
-def _check(name: str, linear: nn.Linear, settings: dict[str, Any]) -> None:
+def _check(name: str, linear: nn.Linear, rule: Rule) -> None:
     """Everything that can be known to fail, before the first layer is replaced."""
     extra = sorted(set(linear._parameters) - {"weight", "bias"})
     if extra:
         raise UsageError(
             f"layer {name!r} is reparametrised ({', '.join(extra)}), which its copy would lose; "
-            "remove the reparametrisation first, or add the layer to layers.skip"
+            "remove the reparametrisation first, or keep the layer by a rule without methods in [[layers]]"
         )
     inside = [*linear._buffers, *linear._modules]
     if inside:
         raise UsageError(
             f"layer {name!r} holds more than a weight and a bias ({', '.join(inside)}), which its "
-            "copy would lose; move it elsewhere, or add the layer to layers.skip"
+            "copy would lose; move it elsewhere, or keep the layer by a rule without methods in [[layers]]"
         )
     if "forward" in vars(linear):
         raise UsageError(
             f"layer {name!r} has a forward of its own, which its copy would lose (an offloading "
-            "hook?); remove it first, or add the layer to layers.skip"
+            "hook?); remove it first, or keep the layer by a rule without methods in [[layers]]"
         )
     weight = linear.weight
     if weight.layout != torch.strided:
@@ -100,26 +97,11 @@ def _check(name: str, linear: nn.Linear, settings: dict[str, Any]) -> None:
                 f"layer {name!r} has {int((~torch.isfinite(value)).sum())} values in its {part} "
                 "that are NaN or infinite; find where the checkpoint was damaged"
             )
-    rank = settings["rank"]
-    if isinstance(rank, int) and rank > min(linear.weight.shape):
-        out_features, in_features = linear.weight.shape
-        raise ConfigError(
-            f"layer {name!r} is {out_features} x {in_features}: low_rank.rank {rank} exceeds its "
-            f"smaller side; lower low_rank.rank, leave the layer out of low_rank.layers, or add it "
-            "to layers.skip"
-        )
-    if settings["rotation"] != "none":
+    for slot, method in rule.slots().items():
         try:
-            hadamard_factors(linear.in_features)
-        except UnsupportedHadamardOrder as error:
-            raise UnsupportedHadamardOrder(
-                f"layer {name!r}: {error}. For this layer alone: leave it out of rotation.layers, "
-                "or add it to layers.skip"
-            ) from None
-    quantizer = activation_quantizer(str(settings["activation_quantizer"]))
-    bits = settings["activation_bits"]
-    if quantizer is not None and isinstance(bits, int):
-        quantizer.check_bits(bits)
+            method.check(*weight.shape)
+        except (ConfigError, UsageError) as error:
+            raise type(error)(f"layer {name!r}: {slot}: {error}") from None
 
 
 def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
@@ -128,7 +110,7 @@ def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None
         raise UsageError(
             f"{place!r} holds layer {name!r} besides registering it (a list, or torch.compile of "
             "the layer alone?) and would go on calling the old one; register it as a module, "
-            "compile after quantize_, or add the layer to layers.skip"
+            "compile after quantize_, or keep the layer by a rule without methods in [[layers]]"
         )
 
 
@@ -151,8 +133,8 @@ def _check_ties(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
                 if overlaps and owner is not module and not targets.isdisjoint((owner, module)):
                     raise UsageError(
                         f"{other!r} and {name!r} are one tied parameter, and quantizing would give "
-                        "each its own; untie them first (clone one), or add the layers to "
-                        "layers.skip"
+                        "each its own; untie them first (clone one), or keep the layers by a "
+                        "rule without methods in [[layers]]"
                     )
             memory[place].append((start, end, name, module))
 
@@ -163,23 +145,30 @@ def quantize_(
     bits_by_layer: Mapping[str, int] | None = None,
     filter_fn: LayerFilter | None = None,
     seed: int = 0,
+    *,
+    calibration: Calibration | Sequence[Any] | None = None,
+    weight_bits_by_layer: Mapping[str, int] | None = None,
+    blank: bool = False,
 ) -> nn.Module:
     """Replace the linear layers of `model` by `QuantizedLinear`s as `plan` says, in place.
 
     Which layers: see `quantization/selection.py`; `select_layers(model, plan)` tells beforehand
-    and the logger `robuq_bench` (INFO) while converting. Modulation layers follow `plan.adaln` and
-    are not part of the bit allocation. Modules with a `matmul_quantizer` attribute get the
-    quantizer of `plan.attention.matmul_bits`. A full-precision plan changes nothing. A layer that
-    the model holds under several names stays one layer; hooks, `requires_grad` and the training
-    mode of a layer pass to its replacement.
+    and the logger `robuq_bench` (INFO) while converting. Modules with a `matmul_quantizer`
+    attribute get the quantizer of `plan.attention.matmul_bits`. A full-precision plan changes
+    nothing. A layer that the model holds under several names stays one layer; hooks,
+    `requires_grad` and the training mode of a layer pass to its replacement.
 
     Args:
         model: any module; subclasses of `nn.Linear` are left alone.
         plan: what to do.
-        bits_by_layer: activation bits of every layer in `allocatable_layers`; default
-            `plan.activations.bits` everywhere.
-        filter_fn: (module, name) -> False keeps a layer as it is, after the plan's patterns.
-        seed: of the random signs, together with each layer's name.
+        bits_by_layer: activation bits of every layer in `allocatable_layers`; default what the
+            layers' rules say.
+        filter_fn: (module, name) -> False keeps a layer as it is, after the plan's rules.
+        seed: of what methods draw, together with each layer's name.
+        calibration: inputs of the model, for methods that need to see those of their layers; the
+            layers are then fitted block by block.
+        weight_bits_by_layer: weight bits of layers whose weight method has bits to choose.
+        blank: fit to unit inputs, for a model whose state is loaded afterwards.
 
     Returns:
         `model` itself; of a model that is an `nn.Linear`, its replacement.
@@ -187,46 +176,52 @@ def quantize_(
     Raises:
         UnsupportedHadamardOrder, ConfigError: the plan does not fit a layer.
         UsageError: the model is quantized already, no layer matches, `bits_by_layer` names other
-            layers than the model's, or a layer cannot be replaced: its weight is not finite, tied
-            to another module, of an integer dtype or reparametrised. Nothing was changed.
+            layers than the model's, a method needs calibration, or a layer cannot be replaced: its
+            weight is not finite, tied to another module, of an integer dtype or reparametrised.
+            Nothing was changed.
     """
     if not hasattr(plan, "is_full_precision"):
         raise UsageError(f"quantize_ takes a Plan, not {plan!r}; see load_plan(name)")
     if plan.is_full_precision:
-        if bits_by_layer:
+        if bits_by_layer or weight_bits_by_layer:
             raise UsageError(f"plan {plan.name!r} is full precision; it takes no bits_by_layer")
         return model
     if quantized_layers(model):
         raise UsageError("the model is quantized already; convert a fresh copy of the teacher")
     selected = select_layers(model, plan, filter_fn)
-    layers = {name: layer.module for name, layer in selected.items() if layer.kind != "kept"}
+    rules = {name: layer.rule for name, layer in selected.items() if layer.rule is not None}
+    layers = {name: selected[name].module for name in rules}
     if not layers:
         raise UsageError(
             f"plan {plan.name!r} matches no nn.Linear of {type(model).__name__}"
-            f"{_why_none(selected)}; see layers.skip, layers.include and filter_fn"
+            f"{_why_none(selected)}; see the rules in [[layers]], and filter_fn"
         )
-    blocks = blocks_of(model)
-    _warn_of_idle_patterns(plan, selected)
-    settings = {name: layer_settings(name, plan, blocks) for name in layers}
+    _warn_of_idle_rules(plan, selected)
+    rules |= _at_weight_bits(rules, weight_bits_by_layer or {})
     for name, linear in layers.items():
-        _check(name, linear, settings[name])
+        _check(name, linear, rules[name])
     _check_references(model, layers)
     _check_ties(model, layers)
-    allocated = [name for name in layers if selected[name].kind == "block"]
     if bits_by_layer is not None:
-        _check_bits_by_layer(bits_by_layer, allocated, settings)
-    converted = {
-        linear: QuantizedLinear.from_linear(linear, name=name, seed=seed, **settings[name])
-        for name, linear in layers.items()
-    }
-    for layer in converted.values():
-        for part, value in layer.named_parameters():
-            if not bool(torch.isfinite(value).all()):  # rotation can exceed half precision's range
-                raise UsageError(
-                    f"{part!r} of layer {layer.name!r} overflows {value.dtype} once rotated; "
-                    "convert the model in float32"
-                )
-    model = exchange_layers(model, converted)
+        _check_bits_by_layer(bits_by_layer, rules)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    needs = {name: set[str]().union(*(m.needs for m in r.slots().values())) for name, r in rules.items()}
+    if any(needs.values()) and not blank:
+        if calibration is None or not len(calibration.batches):
+            name = next(name for name, found in needs.items() if found)
+            asking = [m.method for m in rules[name].slots().values() if m.needs]
+            raise UsageError(
+                f"plan {plan.name!r}: {', '.join(map(repr, asking))} of layer {name!r} needs to "
+                "see inputs of the layer; give quantize_(calibration=...) inputs of the model"
+            )
+        model = _fit_by_blocks(model, layers, rules, needs, calibration, seed)
+    else:
+        site = (lambda name: Site.blank(name, layers[name].in_features, seed)) if blank else (
+            lambda name: Site(name, seed)
+        )
+        fitted = {linear: _fit(linear, rules[name], site(name)) for name, linear in layers.items()}
+        model = exchange_layers(model, fitted)
     if plan.attention.matmul_bits is not None:
         for module in model.modules():
             if hasattr(module, "matmul_quantizer"):
@@ -237,34 +232,135 @@ def quantize_(
     return model
 
 
-def _warn_of_idle_patterns(plan: Plan, selected: Mapping[str, Selected]) -> None:
-    """Name the plan's patterns that match no layer: a slip of the pen leaves no other trace."""
-    names = [name for layer in selected.values() for name in (layer.name, *layer.aliases)]
+def _fit(linear: nn.Linear, rule: Rule, site: Site) -> QuantizedLinear:
+    layer = QuantizedLinear.from_linear(linear, rule.slots(), site)
+    layer.fixed_bits = rule.fixed_bits
+    for part, value in layer.named_parameters():
+        if not bool(torch.isfinite(value).all()):  # rotation can exceed half precision's range
+            raise UsageError(
+                f"{part!r} of layer {layer.name!r} overflows {value.dtype} once it is converted; "
+                "convert the model in float32"
+            )
+    return layer
 
-    def idle(patterns: Iterable[str]) -> list[str]:
-        return [each for each in patterns if not any(matches(name, (each,)) for name in names)]
 
-    for field in ("skip", "include", "adaln"):
-        unused = idle(getattr(plan.layers, field) or ())
-        if unused:
-            logger.warning("layers.%s matches no layer with %s", field, ", ".join(unused))
-    for field, patterns, is_on in (
-        ("rotation.layers", plan.rotation.layers, plan.rotation.kind != "none"),
-        ("low_rank.layers", plan.low_rank.layers or ("*",), plan.low_rank.rank > 0),
-    ):
-        # One that is for several families of models has patterns of the others.
-        if is_on and len(idle(patterns)) == len(patterns):
-            logger.warning("%s matches no layer with %s", field, ", ".join(patterns))
+def _fit_by_blocks(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    rules: Mapping[str, Rule],
+    needs: Mapping[str, set[str]],
+    calibration: Calibration,
+    seed: int,
+) -> nn.Module:
+    """Observe, fit and replace the layers of one block after another; the model or its stand-in."""
+    blocks = blocks_in_order(model, list(layers))
+    fitted: dict[nn.Module, nn.Module] = {}
+    try:
+        for count, names in enumerate(blocks, 1):
+            now: dict[nn.Module, nn.Module] = {}
+            for name, layer in _fitted_block(
+                model, names, layers, rules, needs, calibration, seed
+            ):
+                now[layers[name]] = layer
+            fitted |= now
+            if calibration.quantized_predecessors:
+                model = exchange_layers(model, now)
+            if calibration.on_block is not None:
+                calibration.on_block(count, len(blocks))
+    except BaseException:
+        if calibration.quantized_predecessors:  # leave the model as it was given
+            exchange_layers(model, {new: old for old, new in fitted.items()})
+        raise
+    return model if calibration.quantized_predecessors else exchange_layers(model, fitted)
+
+
+def _fitted_block(
+    model: nn.Module,
+    names: Sequence[str],
+    layers: Mapping[str, nn.Linear],
+    rules: Mapping[str, Rule],
+    needs: Mapping[str, set[str]],
+    calibration: Calibration,
+    seed: int,
+) -> Iterator[tuple[str, QuantizedLinear]]:
+    done = calibration.done
+    known = None if done is None else done.get(names[0])
+    if known is not None:
+        for name in names:
+            layer = _fit(layers[name], rules[name], Site.blank(name, layers[name].in_features, seed))
+            prefix = f"{name}/"
+            state = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
+            layer.load_state_dict(state)
+            yield name, layer
+        return
+    watched = {name: layers[name] for name in names if needs[name]}
+    wanted = frozenset().union(*(needs[name] for name in names))
+    sites = (
+        observe(
+            model,
+            watched,
+            calibration.batches,
+            wanted,
+            tokens_per_layer=calibration.tokens,
+            seed=seed,
+        )
+        if watched
+        else {}
+    )
+    state: dict[str, Tensor] = {}
+    for name in names:
+        layer = _fit(layers[name], rules[name], sites.pop(name, Site(name, seed)))
+        state |= {f"{name}/{key}": value for key, value in layer.state_dict().items()}
+        yield name, layer
+    if done is not None:
+        done[names[0]] = state
+
+
+def _at_weight_bits(
+    rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int]
+) -> dict[str, Rule]:
+    """The rules of the named layers with their weight methods at other bits."""
+    changed = {}
+    for name, bits in bits_by_layer.items():
+        if name not in rules:
+            raise UsageError(f"weight_bits names {name!r}, no such layer{suggest(name, rules)}")
+        method = rules[name].weight
+        if method is None:
+            raise UsageError(f"layer {name!r} has no weight method to give bits to")
+        weight = method.with_bits(bits)
+        changed[name] = rules[name].model_copy(update={"weight": weight})
+    return changed
+
+
+def _warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
+    """Name the rules that fit no layer: a slip of the pen leaves no other trace."""
+    for rule in plan.layers:
+        if rule.kind == ("adaLN",) and rule.match == ("*",):
+            continue  # a model without modulation has none
+        used = any(
+            plan.rule_for(name, layer.kind) is rule
+            for layer in selected.values()
+            for name in (layer.name, *layer.aliases)
+        )
+        if not used:
+            logger.warning(
+                "rule %r of [[layers]] (match %s, kind %s) fits no layer",
+                rule.name,
+                ", ".join(rule.match),
+                ", ".join(rule.kind),
+            )
 
 
 def summary(selected: Mapping[str, Selected]) -> str:
     """One line: how many layers are quantized, and which are kept for which reason."""
-    count = {kind: sum(s.kind == kind for s in selected.values()) for kind in ("block", "adaLN")}
+    count: dict[str, int] = {"block": 0, "adaLN": 0}
     kept: dict[str, list[str]] = {}
     for layer in selected.values():
-        if layer.kind == "kept":
+        if layer.rule is None:
             kept.setdefault(layer.reason, []).append(layer.name)
-    parts = [f"{count['block']} block and {count['adaLN']} adaLN layers quantized"]
+        else:
+            count[layer.kind] = count.get(layer.kind, 0) + 1
+    parts = [" and ".join(f"{n} {kind}" for kind, n in count.items()) + " layers quantized"]
     for reason, names in kept.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         parts.append(f"{len(names)} kept, {', '.join(names[:3])}{more}: each {reason}")
@@ -283,23 +379,27 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-def allocatable_layers(model: nn.Module, plan: Plan) -> list[str]:
-    """Names of the quantized layers whose activation bits an allocation decides (not adaLN)."""
-    blocks = blocks_of(model)
+def allocatable_layers(model: nn.Module, of: str = "activation") -> list[str]:
+    """Names of the quantized layers whose bits an allocation decides (`of` activations, weights).
+
+    Those with a method in that slot, for weights one that has bits to choose, and whose rule does
+    not say `fixed_bits`.
+    """
     return [
         name
         for name, layer in quantized_layers(model).items()
-        if not is_adaln(name, plan, blocks) and layer.activation_bits is not None
+        if not layer.fixed_bits
+        and of in layer.methods
+        and (of == "activation" or "bits" in type(layer.methods[of]).model_fields)
     ]
 
 
-def _check_bits_by_layer(
-    bits_by_layer: Mapping[str, int], names: list[str], settings: Mapping[str, dict[str, Any]]
-) -> None:
+def _check_bits_by_layer(bits_by_layer: Mapping[str, int], rules: Mapping[str, Rule]) -> None:
+    names = [n for n, rule in rules.items() if rule.activation is not None and not rule.fixed_bits]
     for name, bits in bits_by_layer.items():
         if name not in names:
             raise UsageError(f"bits_by_layer names {name!r}, no such layer{suggest(name, names)}")
-        check_bits(bits, str(settings[name]["activation_quantizer"]), name)
+        check_bits(bits, rules[name].activation, name)
     missing = [name for name in names if name not in bits_by_layer]
     if missing:
         raise UsageError(f"bits_by_layer lacks {len(missing)} layers: {', '.join(missing[:5])}")

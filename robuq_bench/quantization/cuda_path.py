@@ -5,7 +5,7 @@ asked; `kernel_support(layer)` says why a layer does not. `ROBUQ_KERNELS=off` in
 read when this module is imported, turns them off everywhere. On the CPU they run in Triton's
 interpreter and only inside `forced()`, for tests.
 
-Against the composition in `linear.py` a layer reads its activations in the dtype they come in,
+Against the plain lines of `fast_paths.py` a layer reads its activations in the dtype they come in,
 takes statistics in float32, and hands values of the product's dtype to the product; under autocast
 no float32 copy of activations or weights is made. Operators are opaque to `torch.compile` and have
 no second derivative. What they keep for the backward pass is one byte per rotated entry, nothing
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from robuq_bench.errors import RobuqError, UsageError
-from robuq_bench.quantization.activations import ActivationQuantizer
+from robuq_bench.methods.activations._token_grid import TokenGrid, token_grid
 
 if TYPE_CHECKING:
     from kernels.hadamard_quantize.reference import Grid, Rotation
@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 VARIABLE = "ROBUQ_KERNELS"
 SWITCHED_OFF = os.environ.get(VARIABLE, "").lower() == "off"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of activations and products; float64 keeps the composition."""
+"""Of activations and products; float64 keeps the plain lines."""
+KNOWN_METHODS = {
+    "scaling": (),
+    "rotation": ("hadamard", "randomized-hadamard"),
+    "branch": ("svd",),
+    "activation": ("robust-midtread", "robust-midrise", "lloyd-max", "minmax", "bitnet"),
+}
 WEIGHT_RULES = ("ternary-twn", "ternary-absmean")
 MIN_CAPABILITY = (8, 0)
 """First CUDA compute capability with bfloat16."""
@@ -68,17 +74,22 @@ def forced() -> Iterator[None]:
 def kernel_support(layer: QuantizedLinear) -> str | None:
     """Why a layer does not use all kernels that serve it; None if it does."""
     weight = layer.master_weight
-    width, dtype = layer.in_features, weight.dtype
     reason = _device_reason(weight.device)
     if reason is not None:
         return reason
     if layer.activation_bits is None:
         return "its activations are not quantized"
-    if dtype not in DTYPES:
-        return f"it computes in {dtype}"
-    reason = _tokens_reason(width, layer.rotated, layer.activation_quantizer, layer.activation_bits)
-    if reason is None and layer.weight_quantizer != "none":
-        reason = weight_reason(weight, layer.weight_quantizer)
+    if weight.dtype not in DTYPES:
+        return f"it computes in {weight.dtype}"
+    for slot, known in KNOWN_METHODS.items():
+        method = layer.methods.get(slot)
+        if method is not None and method.method not in known:
+            return f"there is no kernel for {slot} {method.method!r}"
+    activation = layer.methods["activation"].method
+    rotated = layer.rotation is not None
+    reason = _tokens_reason(layer.in_features, rotated, activation, layer.activation_bits)
+    if reason is None and "weight" in layer.methods:
+        reason = weight_reason(weight, layer.methods["weight"].method)
     return reason
 
 
@@ -86,7 +97,7 @@ def takes_tokens(
     x: Tensor,
     weight: Tensor,
     rotated: bool,
-    quantizer: ActivationQuantizer | None,
+    quantizer: TokenGrid | None,
     bits: int | Tensor,
 ) -> bool:
     """Whether `fake_quantize` serves a product of x [..., n] with weight [out, n or more]."""
@@ -107,7 +118,7 @@ def weight_reason(weight: Tensor, rule: str) -> str | None:
     if reason is not None:
         return reason
     if rule not in WEIGHT_RULES:
-        return f"there is no kernel for weights.quantizer {rule!r}"
+        return f"there is no kernel for weight {rule!r}"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}; kernels take float32"
     return _weight_width_reason(weight.shape[1])
@@ -129,7 +140,7 @@ def fake_quantize(
     x: Tensor,
     signs: Tensor | None,
     rotated: bool,
-    quantizer: ActivationQuantizer,
+    quantizer: TokenGrid,
     bits: int | Tensor,
     dtype: torch.dtype,
     want_rotated: bool,
@@ -285,10 +296,7 @@ def _(
 
 
 def _has_state(quantizer: str) -> bool:
-    from robuq_bench.quantization.activations import activation_quantizer
-
-    found = activation_quantizer(quantizer)
-    return found is not None and found.needs_state
+    return token_grid(quantizer).needs_state
 
 
 @torch.library.custom_op(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robuq_bench.quantization.activations import ActivationQuantizer, Normalised
+from robuq_bench.methods.activations._token_grid import Normalised, TokenGrid
 from robuq_bench.hadamard.rotation import (
     ColumnRotation,
     column_rotation,
@@ -47,7 +47,7 @@ class _FusedLinear(torch.autograd.Function):
         down: Tensor | None,
         signs: Tensor | None,
         rotated: bool,
-        quantizer: ActivationQuantizer | None,
+        quantizer: TokenGrid | None,
         bits: int,
     ) -> Tensor:
         n = x.shape[-1]
@@ -131,7 +131,7 @@ def fused_linear(
     down: Tensor | None,
     signs: Tensor | None,
     rotated: bool,
-    quantizer: ActivationQuantizer | None,
+    quantizer: TokenGrid | None,
     bits: int,
 ) -> Tensor:
     """[Q_a(x R) | x R down^T] weight^T + bias for R = diag(signs) H, or the identity.

@@ -10,13 +10,11 @@ import torch
 from kernels.hadamard_quantize.reference import Grid, Rotation
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
-from robuq_bench.quantization.activations import (
-    BITNET_EPS,
-    MAD_TO_SIGMA,
-    RobustMidrise,
-    RobustMidtread,
-    activation_quantizer,
-)
+from robuq_bench.methods.activations._robust import MAD_TO_SIGMA
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.activations.bitnet import BITNET_EPS
+from robuq_bench.methods.activations.robust_midrise import MidriseGrid
+from robuq_bench.methods.activations.robust_midtread import MidtreadGrid
 
 
 def grid_of(name: str, bits: int) -> Grid:
@@ -26,14 +24,14 @@ def grid_of(name: str, bits: int) -> Grid:
         UsageError: its levels are not uniform (Lloyd-Max), so integer products cannot use them.
         ConfigError: the quantizer is not defined at these bits.
     """
-    quantizer = activation_quantizer(name)
-    if quantizer is None:
+    if name == "none":
         raise UsageError("activations are not quantized, so there are no integer products")
+    quantizer = token_grid(name)
     quantizer.check_bits(bits)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    if isinstance(quantizer, RobustMidrise):
+    if isinstance(quantizer, MidriseGrid):
         # One bit has no level at zero, so mid-tread is mid-rise there.
-        floor = not isinstance(quantizer, RobustMidtread) or bits == 1
+        floor = not isinstance(quantizer, MidtreadGrid) or bits == 1
         return Grid("mean-mad", quantizer.step(bits) * MAD_TO_SIGMA, low, high, floor=floor)
     if name == "minmax":
         return Grid("min-max", 1 / (2**bits - 1), low, high)
@@ -43,7 +41,7 @@ def grid_of(name: str, bits: int) -> Grid:
         factor = 1 / math.sqrt(2 ** (bits - 1) - 1)
         return Grid("absmean", factor, low, high, epsilon=BITNET_EPS)
     raise UsageError(
-        f"activations.quantizer {name!r} has levels that are not evenly spaced, which integer "
+        f"activation method {name!r} has levels that are not evenly spaced, which integer "
         'products cannot use; run it with backend "reference"'
     )
 

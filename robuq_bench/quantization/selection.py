@@ -1,24 +1,22 @@
 """Which layers a plan quantizes, told by where they stand in the model rather than by its names.
 
-A transformer is a list of blocks between embedders and a head. What stands outside the blocks, and
-every embedder, stays in full precision. Inside a block, a linear within a normalisation or a
-modulation module sees one row per image: it is a modulation (adaLN) layer, and all others are
-block layers, less adapters and routers of experts. A model without such a list (a single block, an
-MLP) is taken for one block, less what is called like an embedder or a head.
+A transformer is a list of blocks between embedders and a head. Inside a block, a linear within a
+normalisation or a modulation module sees one row per image: its kind is "adaLN"; what is called
+like an embedder, and routers of experts, is "other", and all else is "block". What stands outside
+the blocks is "other" too. A model without such a list (a single block, an MLP) is taken for one
+block, less what is called like an embedder or a head.
 
-`layers.skip` adds to what is kept, `layers.include` takes layers in, `layers.adaln` replaces the
-rule for modulation layers. Their patterns (fnmatch) match a name from any of its components on, so
-that a wrapper ("module.", "_orig_mod.", "dit.") changes nothing.
+A plan's rule names the kinds it is for, and patterns of names. Adapters and subclasses of
+`nn.Linear` are left alone whatever a plan says.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -26,10 +24,10 @@ from robuq_bench.errors import UsageError
 from robuq_bench.quantization.module_tree import names_of
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Plan
+    from robuq_bench.config import Plan, Rule
+    from robuq_bench.config.plan import Kind
 
 LayerFilter = Callable[[nn.Module, str], bool]
-Kind = Literal["block", "adaLN", "kept"]
 
 _EMBEDDER = re.compile(r"(^|_)emb(ed|edder|edders|edding|eddings)?(_|\d|$)")
 _MODULATION = re.compile(
@@ -45,40 +43,37 @@ _ATTENTION = re.compile(
 )
 _EXPERTS = re.compile(r"(^|_)experts$")
 
-ADALN_NOT_QUANTIZED = "is a modulation layer, and plan.adaln quantizes none"
-
 
 @dataclass(frozen=True)
 class Selected:
-    """What becomes of one linear layer, and why; `aliases` are its further names."""
+    """What becomes of one linear layer, and why.
+
+    Attributes:
+        name: the first of its names; `aliases` are the others.
+        kind: where it stands.
+        rule: what quantizes it; None keeps it in full precision, and `reason` says why.
+        module: the layer.
+    """
 
     name: str
     kind: Kind
+    rule: Rule | None
     reason: str
     module: nn.Linear
     aliases: tuple[str, ...] = ()
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern matches `name` or what follows one of its dots."""
-    parts = name.split(".")
-    suffixes = [".".join(parts[start:]) for start in range(len(parts))]
-    return any(fnmatchcase(suffix, pattern) for pattern in patterns for suffix in suffixes)
-
-
-def is_adaln(name: str, plan: Plan, blocks: Collection[str] = ()) -> bool:
-    """Whether the block layer `name` is a modulation linear, which follows `plan.adaln`.
+def rule_of(name: str, plan: Plan, blocks: Collection[str] = ()) -> Rule | None:
+    """The rule for the block layer `name`, of a model that is not at hand.
 
     `blocks` are those of its model (`blocks_of`); without them, a block is taken to begin at the
     first index in the name.
     """
-    if plan.layers.adaln is not None:
-        return matches(name, plan.layers.adaln)
-    return is_modulation(name, blocks)
+    return plan.rule_for(name, "adaLN" if is_modulation(name, blocks) else "block")
 
 
 def is_modulation(name: str, blocks: Collection[str] = ()) -> bool:
-    """The rule of `is_adaln`: within its block, a layer is or stands in a norm or modulation."""
+    """Whether a layer, within its block, is or stands in a norm or modulation."""
     parts = _locate(name, blocks)[1] if blocks else _after_index(name)
     return any(map(_MODULATION.search, parts))
 
@@ -204,46 +199,35 @@ def _routers(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _reason_to_keep(
-    name: str,
-    module: nn.Linear,
-    plan: Plan,
-    keep: LayerFilter | None,
-    blocks: Mapping[str, str | None],
-    is_router: bool,
-) -> str | None:
+def _where(
+    name: str, blocks: Mapping[str, str | None], is_router: bool
+) -> tuple[Kind, str]:
+    """The kind of a layer, and for "other" what makes it so."""
+    is_inside, parts = _locate(name, blocks)
+    if not is_inside:
+        return "other", f"is outside the blocks ({_few(blocks.values())})"
+    if is_router:
+        return "other", "is a router of experts"
+    if any(map(_EMBEDDER.search, parts)):
+        return "other", "is an embedder by its name"
+    if None in blocks.values() and any(map(_HEAD.search, parts)):
+        return "other", "is a head by its name"
+    return ("adaLN" if is_modulation(name, blocks) else "block"), ""
+
+
+def _untouchable(name: str, module: nn.Linear, blocks: Collection[str]) -> str | None:
+    """Why no plan may quantize a layer; None if one may."""
     if type(module) is not nn.Linear:
         # Its owner may read it through the weight, bypassing forward (nn.MultiheadAttention does).
         return f"is a {type(module).__name__}, a subclass of nn.Linear"
-    is_inside, parts = _locate(name, blocks)
-    if any(map(_ADAPTER.search, parts)):
+    if any(map(_ADAPTER.search, _locate(name, blocks)[1])):
         return "is part of an adapter"
-    if matches(name, plan.layers.skip):
-        return "matches layers.skip"
-    if not matches(name, plan.layers.include):
-        if not is_inside:
-            return f"is outside the blocks ({_few(blocks.values())})"
-        if is_router:
-            return "is a router of experts"
-        if any(map(_EMBEDDER.search, parts)):
-            return "is an embedder by its name"
-        if None in blocks.values() and any(map(_HEAD.search, parts)):
-            return "is a head by its name"
-    if is_adaln(name, plan, blocks) and not quantizes_adaln(plan):
-        return ADALN_NOT_QUANTIZED
-    if keep is not None and not keep(module, name):
-        return "is kept by filter_fn"
     return None
 
 
 def _few(holders: Iterable[str | None]) -> str:
     names = list(dict.fromkeys(holder or "the model" for holder in holders))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def quantizes_adaln(plan: Plan) -> bool:
-    """Whether the plan quantizes weights or inputs of modulation layers."""
-    return plan.adaln.weight_quantizer != "none" or plan.adaln.activation_bits is not None
 
 
 def select_layers(
@@ -253,7 +237,7 @@ def select_layers(
 
     Args:
         model: any module; the name of a model that is a linear layer itself is ''.
-        plan: `plan.layers` and `plan.adaln` are read.
+        plan: its rules are read.
         keep: (module, name) -> False keeps a layer in full precision, after the plan's rules.
 
     Raises:
@@ -262,22 +246,45 @@ def select_layers(
     blocks = blocks_of(model)
     routers = _routers(model)
     selected: dict[str, Selected] = {}
-    for module, (name, *aliases) in names_of(model, nn.Linear).items():
-        said: dict[str, tuple[Kind, str]] = {}
-        for each in (name, *aliases):
-            reason = _reason_to_keep(each, module, plan, keep, blocks, module in routers)
-            kind: Kind = "adaLN" if is_adaln(each, plan, blocks) else "block"
-            said[each] = (kind, "") if reason is None else ("kept", reason)
-        for alias in aliases:
-            if said[alias][0] != said[name][0]:
+    for module, names in names_of(model, nn.Linear).items():
+        first, *others = (
+            _select(name, module, plan, keep, blocks, module in routers) for name in names
+        )
+        for other in others:
+            if other.rule != first.rule:
                 raise UsageError(
-                    f"{name!r} and {alias!r} are one layer, but the plan makes the first "
-                    f"{_in_words(*said[name])} and the second {_in_words(*said[alias])}; name both "
-                    "in layers.skip or layers.include"
+                    f"{first.name!r} and {other.name!r} are one layer, but the plan makes the "
+                    f"first {_in_words(first)} and the second {_in_words(other)}; name both in "
+                    "one rule of [[layers]]"
                 )
-        selected[name] = Selected(name, *said[name], module, tuple(aliases))
+        selected[first.name] = replace(first, aliases=tuple(names[1:]))
     return selected
 
 
-def _in_words(kind: Kind, reason: str) -> str:
-    return f"full precision (it {reason})" if kind == "kept" else f"a quantized {kind} layer"
+def _select(
+    name: str,
+    module: nn.Linear,
+    plan: Plan,
+    keep: LayerFilter | None,
+    blocks: Mapping[str, str | None],
+    is_router: bool,
+) -> Selected:
+    kind, why = _where(name, blocks, is_router)
+    untouchable = _untouchable(name, module, blocks)
+    rule = plan.rule_for(name, kind)
+    reason = ""
+    if untouchable is not None:
+        reason = untouchable
+    elif rule is None:
+        reason = why or f"is of kind {kind}, and no rule of the plan fits it"
+    elif not rule.slots():
+        reason = f"is kept by rule {rule.name!r}"
+    elif keep is not None and not keep(module, name):
+        reason = "is kept by filter_fn"
+    return Selected(name, kind, None if reason else rule, reason, module)
+
+
+def _in_words(layer: Selected) -> str:
+    if layer.rule is None:
+        return f"full precision (it {layer.reason})"
+    return f"quantized by rule {layer.rule.name!r}"

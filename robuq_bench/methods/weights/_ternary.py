@@ -1,0 +1,145 @@
+"""What the ternary methods share: codes and scale, and fake quantization for training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robuq_bench.methods import WeightMethod, method_class
+from robuq_bench.methods.base import SCALE_BITS
+
+if TYPE_CHECKING:
+    from robuq_bench.methods.site import Site
+
+TERNARY_BITS = math.log2(3)
+
+
+class QuantizedWeight(NamedTuple):
+    """Ternary `codes` [out, in] int8 in {-1, 0, 1} and `scale` [out, 1] or [1, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        """`scale * codes` in the dtype of the scale, [out, in]."""
+        return self.codes.to(self.scale.dtype).mul_(self.scale)
+
+
+class TernaryMethod(WeightMethod):
+    """Base of the ternary rules, which are computed from the weight in every pass.
+
+    Subclasses give `codes_and_scale`; `clamps` says whether the straight-through gradient is
+    clamped element-wise to [-1, 1], and `scale_per_row` whether each output channel has a scale.
+    """
+
+    clamps: ClassVar[bool] = False
+    scale_per_row: ClassVar[bool] = False
+
+    @staticmethod
+    def codes_and_scale(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (as floats) and scale of a weight [out, in], float32 or float64."""
+        raise NotImplementedError
+
+    def fit(self, weight: Tensor, site: Site) -> nn.Module:
+        """Nothing to fit: the rule reads the weight as it is trained."""
+        return TernaryWeight(type(self), self.method)
+
+    def nominal_bits(self) -> float:
+        """log2(3)."""
+        return TERNARY_BITS
+
+    def storage_bits(self, out_features: int, in_features: int) -> float:
+        """Codes at log2(3) bits, and a scale per row or tensor."""
+        scales = out_features if self.scale_per_row else 1
+        return TERNARY_BITS * out_features * in_features + SCALE_BITS * scales
+
+
+class TernaryWeight(nn.Module):
+    """Fills the slot `weight` with a ternary rule; the fast paths know it by `rule`.
+
+    Attributes:
+        clamps_in_backward: whether a clamp that the rule asks for acts inside the backward pass;
+            False leaves it to `clamp_gradients_`.
+    """
+
+    def __init__(self, method: type[TernaryMethod], rule: str) -> None:
+        super().__init__()
+        self.method, self.rule = method, rule
+        self.clamps_in_backward = True
+
+    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Differentiable `codes(weight).dequantize()` in `dtype`, by default the weight's."""
+        dtype = dtype or weight.dtype
+        clamp = self.clamps_in_backward and self.method.clamps
+        if torch.compiler.is_compiling():
+            return _compiled_ternary(weight, self.rule, dtype, clamp)
+        result: Tensor = _TernaryFakeQuantize.apply(
+            weight, self.method.codes_and_scale, dtype, clamp
+        )
+        return result
+
+    def codes(self, weight: Tensor) -> QuantizedWeight:
+        """Codes and scale, which is float32, or float64 for float64 weights."""
+        codes, scale = self.method.codes_and_scale(working(weight.detach()))
+        return QuantizedWeight(codes.to(torch.int8), scale)
+
+    def extra_repr(self) -> str:
+        return self.rule
+
+
+class _TernaryFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        rule: Callable[[Tensor], tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+        clamp: bool,
+    ) -> Tensor:
+        ctx.dtype, ctx.clamp = weight.dtype, clamp
+        codes, scale = rule(working(weight))
+        return codes.mul_(scale).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.to(ctx.dtype)
+        return (grad.clamp(-1, 1) if ctx.clamp else grad), None, None, None
+
+
+def working(weight: Tensor) -> Tensor:
+    """Statistics of half-precision weights are taken in float32."""
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+# An operator that `torch.compile` leaves whole: torch 2.11 traces the function above to a gradient
+# of zero.
+
+
+@torch.library.custom_op("robuq_bench::fake_quantize_weight", mutates_args=())
+def _compiled_ternary(weight: Tensor, rule: str, dtype: torch.dtype, clamp: bool) -> Tensor:
+    method: Any = method_class("weight", rule)
+    result: Tensor = _TernaryFakeQuantize.apply(weight, method.codes_and_scale, dtype, clamp)
+    return result
+
+
+@_compiled_ternary.register_fake
+def _(weight: Tensor, rule: str, dtype: torch.dtype, clamp: bool) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _remember_rule(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dtype, ctx.clamp = inputs[0].dtype, inputs[3]
+
+
+def _ternary_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    grad = grad.to(ctx.dtype)
+    return (grad.clamp(-1, 1) if ctx.clamp else grad), None, None, None
+
+
+torch.library.register_autograd(
+    "robuq_bench::fake_quantize_weight", _ternary_gradient, setup_context=_remember_rule
+)
