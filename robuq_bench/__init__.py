@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from robuq_bench._compat import import_torchvision
     from robuq_bench.config import Plan, Workload, load_plan, load_workload
     from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
-    from robuq_bench.quantization.convert import quantize_
-    from robuq_bench.quantization.linear import (
-        cached_weights,
-        clamp_gradients_,
-        defer_gradient_clamp,
-    )
+    from robuq_bench.methods import Method, register_method
+    from robuq_bench.quantization.convert import Calibration, quantize_
+    from robuq_bench.quantization.gradient_clamp import clamp_gradients_, defer_gradient_clamp
+    from robuq_bench.quantization.linear import cached_weights
     from robuq_bench.quantization.selection import select_layers
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Method",
     "Plan",
     "Workload",
     "__version__",
@@ -40,15 +40,19 @@ __all__ = [
     "pack_",
     "prepare_for_inference",
     "quantize_",
+    "register_method",
     "select_layers",
 ]
 
 _HOME = {
+    "Calibration": "robuq_bench.quantization.convert",
+    "Method": "robuq_bench.methods",
+    "register_method": "robuq_bench.methods",
     "Plan": "robuq_bench.config",
     "Workload": "robuq_bench.config",
     "cached_weights": "robuq_bench.quantization.linear",
-    "clamp_gradients_": "robuq_bench.quantization.linear",
-    "defer_gradient_clamp": "robuq_bench.quantization.linear",
+    "clamp_gradients_": "robuq_bench.quantization.gradient_clamp",
+    "defer_gradient_clamp": "robuq_bench.quantization.gradient_clamp",
     "export_packed": "robuq_bench.inference",
     "import_torchvision": "robuq_bench._compat",
     "load_packed": "robuq_bench.inference",

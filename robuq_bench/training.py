@@ -24,7 +24,7 @@ from robuq_bench.errors import CheckpointError, RobuqError
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
-LOW_RANK_PARAMETERS = ("low_rank_up", "low_rank_down")
+LOW_RANK_PARAMETERS = (".branch.up", ".branch.down")
 
 
 class Recipe(Protocol):
@@ -167,7 +167,7 @@ def _parameter_groups(
     """AdamW's groups; `rate_ratio` is what multiplies the scheduled learning rate."""
     if low_rank_learning_rate is None:
         return [{"params": list(parameters.values()), "rate_ratio": 1.0}]
-    branch = {n for n in parameters if n.rpartition(".")[2] in LOW_RANK_PARAMETERS}
+    branch = {n for n in parameters if f".{n}".endswith(LOW_RANK_PARAMETERS)}
     groups = [
         {"params": [p for n, p in parameters.items() if n not in branch], "rate_ratio": 1.0},
         {

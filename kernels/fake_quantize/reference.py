@@ -4,7 +4,7 @@ Forward: a token x [K] is rotated, z = (x * signs) @ H / sqrt(K), and put on its
 x̂ = scale * level + offset. Backward, for a grid by mean and mean absolute deviation, with
 t = (z - shift) / scale, its level q and m = 1 inside the clip:
 d x̂ = (1 - m) d shift + m dz + (q - m t) d scale, exactly as
-`robuq_bench.quantization.activations.RobustQuantizer`; other grids pass the gradient through.
+`robuq_bench.methods.activations._robust`; other grids pass the gradient through.
 
 That gradient reads of every entry the sign of t, whether and on which side it was clipped, and
 where not the residual q - t. The forward pass packs them into one signed byte, so that the state

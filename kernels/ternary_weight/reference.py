@@ -1,6 +1,6 @@
 """What the fake quantization of a ternary weight computes, in plain PyTorch.
 
-Rules as in `robuq_bench.quantization.weights`: "ternary-twn" per output channel, τ = 0.5 mean|w|,
+Rules as in `robuq_bench.methods.weights`: "ternary-twn" per output channel, τ = 0.5 mean|w|,
 code = sign(w) where |w| >= τ, scale = mean of |w| over those; "ternary-absmean" for the whole
 weight, α = mean|w|, code = sign(w) where |w| > (α + 1e-5) / 2, scale = α.
 """

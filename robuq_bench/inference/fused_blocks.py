@@ -86,7 +86,7 @@ class GroupedModulation(nn.Module):
         first = layers[0]
         self.in_features, self.rotated = first.in_features, first.rotated
         self.backend = first.backend
-        self.grid = grid_of(first.activation_quantizer, first.activation_bits or 0)
+        self.grid = grid_of(first.activation_method, first.activation_bits or 0)
         for name in self.BUFFERS:
             values = [getattr(layer, name) for layer in layers]
             self.register_buffer(name, None if values[0] is None else torch.stack(values))
@@ -101,7 +101,7 @@ class GroupedModulation(nn.Module):
             return False
         alike = {
             (
-                layer.activation_quantizer,
+                layer.activation_method,
                 layer.activation_bits,
                 layer.rotated,
                 layer.rank,

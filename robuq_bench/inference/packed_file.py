@@ -41,7 +41,7 @@ from robuq_bench.inference.packed_restore import (
     restored_layer,
 )
 from robuq_bench.inference.stored_tensors import INT8_SCALE, problem_of, stored
-from robuq_bench.quantization.activations import matmul_quantizer
+from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, names_of
@@ -89,11 +89,12 @@ def export_packed(
         raise UsageError("the blocks are fused; export the model before prepare_for_inference")
     content = _Content()
     for name, layer in layers.items():
-        quantizer = plan.activations.quantizer
-        if layer.activation_bits is not None and layer.activation_quantizer != quantizer:
+        known = {method.method for method in plan.methods() if method.slot == "activation"}
+        if layer.activation_bits is not None and layer.activation_method not in known:
             raise UsageError(
-                f"layer {name!r} quantizes activations by {layer.activation_quantizer!r}, plan "
-                f"{plan.name!r} by {quantizer!r}; pass the plan that the model was made with"
+                f"layer {name!r} quantizes activations by {layer.activation_method!r}, plan "
+                f"{plan.name!r} by {', '.join(map(repr, sorted(known))) or 'nothing'}; pass the "
+                "plan that the model was made with"
             )
         content.add_layer(name, layer, chosen)
     for names in names_of(model, PackedLinear).values():
@@ -107,7 +108,7 @@ def export_packed(
         layers={
             name: LayerFacts(
                 shape=(layer.out_features, layer.in_features),
-                activation_quantizer=layer.activation_quantizer,  # type: ignore[arg-type]
+                activation_quantizer=layer.activation_method,
                 activation_bits=layer.activation_bits,
                 rotated=layer.rotated,
             )
@@ -164,13 +165,19 @@ class _Content:
             self.dtypes[name] = str(dtype).removeprefix("torch.")
 
 
+def _is_below(name: str, layers: Collection[str]) -> bool:
+    """Whether a tensor belongs to one of the layers, or to a module in one of its slots."""
+    holder = name.rpartition(".")[0]
+    return holder in layers or holder.rpartition(".")[0] in layers
+
+
 def _add_rest(model: nn.Module, content: _Content, kind: str) -> None:
     """Everything outside the packed layers; a tensor under several names once."""
     packed = {name for names in names_of(model, PackedLinear).values() for name in names}
     first_names: dict[int, str] = {}
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     for name, value in state.items():
-        if name.rpartition(".")[0] in packed:
+        if _is_below(name, packed):
             continue
         if not isinstance(value, Tensor):
             raise UsageError(f"{name} is a {type(value).__name__}, a packed file holds tensors")

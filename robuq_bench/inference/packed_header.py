@@ -13,11 +13,10 @@ from pydantic import model_validator
 from robuq_bench.config import Plan
 from robuq_bench.config.base import Ints, Section
 from robuq_bench.config.files import validate
-from robuq_bench.config.plan import ActivationQuantizer
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError, suggest
 from robuq_bench.inference.stored_tensors import FLOATS
-from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.methods.activations._token_grid import token_grid
 
 FORMAT = "robuq-bench packed model"
 FORMAT_VERSIONS = ("1", "2")
@@ -67,7 +66,7 @@ class LayerFacts(Section):
     """What the file says of a packed layer beside its tensors."""
 
     shape: Ints
-    activation_quantizer: Literal["none"] | ActivationQuantizer
+    activation_quantizer: str
     activation_bits: int | None
     rotated: bool
 
@@ -75,12 +74,14 @@ class LayerFacts(Section):
     def _consistent(self) -> LayerFacts:
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(f"shape must be [out, in], got {list(self.shape)}")
-        quantizer = activation_quantizer(self.activation_quantizer)
-        if self.activation_bits is None:
-            return self
-        if quantizer is None:
-            raise ValueError(f"activation_bits {self.activation_bits} without a quantizer")
         try:
+            quantizer = None
+            if self.activation_quantizer != "none":
+                quantizer = token_grid(self.activation_quantizer)
+            if self.activation_bits is None:
+                return self
+            if quantizer is None:
+                raise ValueError(f"activation_bits {self.activation_bits} without a quantizer")
             quantizer.check_bits(self.activation_bits)
         except ConfigError as error:
             raise ValueError(f"activation_bits: {error}") from None

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from kernels.hadamard_quantize.reference import Quantized, Rotation
 from kernels.ternary_matmul.layout import pack_planes, unpack_planes
 from robuq_bench.errors import UsageError
-from robuq_bench.quantization.activations import activation_quantizer
-from robuq_bench.quantization.bits import ActivationBits
+from robuq_bench.methods.activations._token_grid import GridQuantizer, token_grid
+from robuq_bench.methods.branches.svd import LowRankBranch
+from robuq_bench.methods.rotations._hadamard import HadamardRotation
+from robuq_bench.methods.weights._ternary import TernaryWeight
+from robuq_bench.quantization import fast_paths
+from robuq_bench.quantization.bits import QuantizedInput
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
-from robuq_bench.quantization.linear import QuantizedLinear, linear_product
+from robuq_bench.quantization.linear import QuantizedLinear, rename_old_state
 from robuq_bench.quantization.module_tree import exchange_layers, names_of
-from robuq_bench.quantization.weights import quantize_weight
 
 BACKENDS = ("reference", "integer", "triton")
 """reference: dequantized floats, bit for bit what training evaluates · integer: the kernels'
@@ -29,14 +32,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LIKE = "like"
 
 
-class PackedLinear(ActivationBits):
+class PackedLinear(QuantizedInput):
     """The inference form of a `QuantizedLinear`, same function, same attributes.
 
     Buffers: `planes` uint8 [out, 32 ceil(in / 128)] (kernels.ternary_matmul.layout), `scale`
     float32 [out] (float64 for a float64 layer), `weight_sums` int32 [out] (sum of the ternary
-    codes of a channel), `signs` [in] (±1) or None. `scale` keeps its dtype when the model is cast.
-    Frozen parameters: `like` [0], `bias` [out], `low_rank_up` [out, r], `low_rank_down` [r, in];
-    the last three may be None.
+    codes of a channel). `scale` keeps its dtype when the model is cast. Frozen parameters: `like`
+    [0] and `bias` [out] or None. Rotation, branch and activation quantizer are modules as in
+    `QuantizedLinear`; `signs`, `low_rank_up` and `low_rank_down` are theirs.
 
     Attributes:
         like: carries the dtype and device of the layer this one stands in for, because models
@@ -50,9 +53,6 @@ class PackedLinear(ActivationBits):
     weight_sums: Tensor
     like: nn.Parameter
     bias: nn.Parameter | None
-    low_rank_up: nn.Parameter | None
-    low_rank_down: nn.Parameter | None
-    signs: Tensor | None
 
     def __init__(
         self,
@@ -78,9 +78,10 @@ class PackedLinear(ActivationBits):
         super().__init__()
         self.out_features, self.in_features = codes.shape
         self.name = name
-        self.activation_quantizer = activation_quantizer
+        self.activation_method = activation_quantizer
+        if activation_quantizer != "none":
+            self.activation_quantizer = GridQuantizer(token_grid(activation_quantizer))
         self.activation_bits = activation_bits
-        self.rotated = rotated
         self.backend = "reference"
         up, down = (None, None) if low_rank is None else low_rank
         scale = scale.detach().reshape(-1)
@@ -101,12 +102,13 @@ class PackedLinear(ActivationBits):
         self.register_buffer("planes", pack_planes(codes))
         self.register_buffer("scale", _own(scale))
         self.register_buffer("weight_sums", codes.sum(1, dtype=torch.int32))
-        self.register_buffer("signs", _own(signs))
         # First, so that it is what `next(module.parameters())` gives.
         self.register_parameter(_LIKE, _frozen(codes.new_empty(0, dtype=dtype)))
         self.register_parameter("bias", _frozen(bias))
-        self.register_parameter("low_rank_up", _frozen(up))
-        self.register_parameter("low_rank_down", _frozen(down))
+        if rotated:
+            self.rotation = HadamardRotation(_own(signs))
+        if up is not None and down is not None:
+            self.branch = LowRankBranch(_own(up), _own(down)).requires_grad_(False)
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLinear) -> PackedLinear:
@@ -116,11 +118,7 @@ class PackedLinear(ActivationBits):
             UsageError: its weight is not ternary, of another dtype than `DTYPES`, or one of its
                 tensors has NaN or infinite values.
         """
-        if layer.weight_quantizer == "none":
-            raise UsageError(
-                f"layer {layer.name!r} quantizes its activations but not its weight; packing takes "
-                "ternary weights (weights.quantizer, adaln.weight_quantizer)"
-            )
+        _check_packable(layer)
         dtype = layer.master_weight.dtype
         if dtype not in DTYPES:
             raise UsageError(
@@ -133,20 +131,21 @@ class PackedLinear(ActivationBits):
                     f"{part!r} of layer {layer.name!r} has NaN or infinite values; such a model "
                     "cannot be packed. Go back to a checkpoint from before they arose"
                 )
-        codes, scale = quantize_weight(layer.master_weight, layer.weight_quantizer)
-        low_rank = None
-        if layer.low_rank_up is not None and layer.low_rank_down is not None:
-            low_rank = (layer.low_rank_up, layer.low_rank_down)
+        quantizer: Any = layer.weight_quantizer
+        codes, scale = quantizer.codes(layer.master_weight)
+        rotation: Any = layer.rotation
+        branch: Any = layer.branch
+        activation = layer.methods.get("activation")
         return cls(
             codes,
             scale,
             layer.bias,
             name=layer.name,
-            activation_quantizer=layer.activation_quantizer,
+            activation_quantizer="none" if activation is None else activation.method,
             activation_bits=layer.activation_bits,
-            rotated=layer.rotated,
-            signs=layer.signs,
-            low_rank=low_rank,
+            rotated=rotation is not None,
+            signs=None if rotation is None else rotation.signs,
+            low_rank=None if branch is None else (branch.up, branch.down),
             dtype=dtype,
         ).train(layer.training)
 
@@ -154,6 +153,26 @@ class PackedLinear(ActivationBits):
     def weight(self) -> GuardedWeight:
         """Shape, dtype and device of the weight it stands in for; arithmetic is a UsageError."""
         return guarded_weight(self.like, (self.out_features, self.in_features), self.name)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the input is rotated."""
+        return self.rotation is not None
+
+    @property
+    def signs(self) -> Tensor | None:
+        """Random signs [in] of the rotation."""
+        return None if self.rotation is None else self.rotation.signs  # type: ignore[return-value]
+
+    @property
+    def low_rank_up(self) -> Tensor | None:
+        """[out, r] of the branch."""
+        return None if self.branch is None else self.branch.up  # type: ignore[return-value]
+
+    @property
+    def low_rank_down(self) -> Tensor | None:
+        """[r, in] of the branch."""
+        return None if self.branch is None else self.branch.down  # type: ignore[return-value]
 
     @property
     def rank(self) -> int:
@@ -173,7 +192,7 @@ class PackedLinear(ActivationBits):
         try:
             if self.activation_bits is None:
                 raise UsageError("activations are not quantized, so there are no integer products")
-            grid_of(self.activation_quantizer, self.activation_bits)
+            grid_of(self.activation_method, self.activation_bits)
             self._rotation()
         except UsageError as error:
             raise UsageError(f"layer {self.name!r}, backend {backend!r}: {error}") from None
@@ -192,7 +211,9 @@ class PackedLinear(ActivationBits):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + _LIKE]
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_old_state(state_dict, prefix)
+        args = (state_dict, prefix, *args)
         super()._load_from_state_dict(*args)
         _, prefix, _, _, missing_keys, *_ = args
         if prefix + _LIKE in missing_keys:
@@ -212,20 +233,13 @@ class PackedLinear(ActivationBits):
 
     def _reference(self, x: Tensor) -> Tensor:
         """Exactly what `QuantizedLinear` computes in eval mode; unpacks the weight every time."""
-        dtype = self.like.dtype
-        weight = (self.codes().to(self.scale.dtype) * self.scale[:, None]).to(dtype)
-        wide = [weight] if self.low_rank_up is None else [weight, self.low_rank_up.to(dtype)]
-        bits = self.current_bits()
-        return linear_product(
-            x,
-            torch.cat(wide, 1),
-            None if self.bias is None else self.bias.to(dtype),
-            None if self.low_rank_down is None else self.low_rank_down.to(dtype),
-            None if self.signs is None else self.signs.to(dtype),
-            self.rotated,
-            None if bits is None else activation_quantizer(self.activation_quantizer),
-            0 if bits is None else bits,
-        )
+        path = fast_paths.path_for(self, x)
+        return path.product(self, x, path.weight(self))  # type: ignore[no-any-return]
+
+    def product_weight(self, dtype: torch.dtype | None) -> Tensor:
+        """The dequantized weight [out, in] in `dtype`; None is the layer's."""
+        weight = self.codes().to(self.scale.dtype) * self.scale[:, None]
+        return weight.to(dtype or self.like.dtype)
 
     def _rotation(self) -> Rotation | None:
         return kernel_rotation(self.in_features, self.planes.device) if self.rotated else None
@@ -235,7 +249,7 @@ class PackedLinear(ActivationBits):
         module = kernel_module("hadamard_quantize", self.backend)
         result: Quantized = module.hadamard_quantize(
             x,
-            grid_of(self.activation_quantizer, self.activation_bits or 0),
+            grid_of(self.activation_method, self.activation_bits or 0),
             rotation=self._rotation(),
             signs=self.signs if self.rotated else None,
             down=self.low_rank_down,
@@ -253,9 +267,33 @@ class PackedLinear(ActivationBits):
         bits = "fp" if self.activation_bits is None else f"{self.activation_bits} bits"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, ternary, "
-            f"activations={self.activation_quantizer} {bits}, rotated={self.rotated}, "
+            f"activations={self.activation_method} {bits}, rotated={self.rotated}, "
             f"rank={self.rank}, backend={self.backend}"
         )
+
+
+def _check_packable(layer: QuantizedLinear) -> None:
+    """Raise UsageError, naming the method, for a layer that has no packed form."""
+    if layer.weight_quantizer is None:
+        raise UsageError(
+            f"layer {layer.name!r} quantizes its activations but not its weight; packing takes "
+            "quantized weights"
+        )
+    packable: dict[str, tuple[type, ...]] = {
+        "rotation": (HadamardRotation,),
+        "branch": (LowRankBranch,),
+        "activation_quantizer": (GridQuantizer,),
+        "weight_quantizer": (TernaryWeight,),
+        "scaling": (),
+    }
+    for slot, kinds in packable.items():
+        module = getattr(layer, slot)
+        if module is not None and not isinstance(module, kinds):
+            method = layer.methods[slot.removesuffix("_quantizer")]
+            raise UsageError(
+                f"layer {layer.name!r}: {method.slot} method {method.method!r} has no packed form; "
+                "such a model cannot be packed"
+            )
 
 
 def product_operands(tokens: Quantized, weights: Any) -> dict[str, Tensor | None]:

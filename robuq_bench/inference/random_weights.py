@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
 from robuq_bench.inference.packed_linear import PackedLinear
-from robuq_bench.quantization.activations import matmul_quantizer
-from robuq_bench.quantization.convert import layer_settings, target_layers
+from robuq_bench.methods.weights._ternary import TernaryMethod
+from robuq_bench.quantization.attention import matmul_quantizer
+from robuq_bench.quantization.convert import target_layers
 from robuq_bench.quantization.module_tree import exchange_layers
 from robuq_bench.hadamard.rotation import random_signs
-from robuq_bench.quantization.selection import blocks_of
+from robuq_bench.quantization.selection import select_layers
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
 
     Args:
         model: unquantized; codes are drawn on its device. The layers that stay keep their weights.
-        plan: with ternary weights; an allocation is taken at its uniform `activations.bits`.
+        plan: with ternary weights; an allocation is taken at the bits that its rules say.
         seed: of codes and factors.
 
     Raises:
@@ -41,37 +43,41 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
     layers = target_layers(model, plan)
     if plan.is_full_precision or not layers:
         raise UsageError(f"plan {plan.name!r} quantizes no layer of {type(model).__name__}")
-    blocks = blocks_of(model)
+    selected = select_layers(model, plan)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, linear in layers.items():
-        settings = layer_settings(name, plan, blocks)
-        if settings["weight_quantizer"] == "none":
-            raise UsageError(f"plan {plan.name!r} keeps the weight of {name!r} in full precision")
+        methods = selected[name].rule.slots()  # type: ignore[union-attr]
+        weight, rotation = methods.get("weight"), methods.get("rotation")
+        if not isinstance(weight, TernaryMethod):
+            raise UsageError(
+                f"plan {plan.name!r} does not make the weight of {name!r} ternary; random packed "
+                "models are ternary"
+            )
         out_features, in_features = linear.out_features, linear.in_features
         codes = torch.randint(
             -1, 2, (out_features, in_features), generator=generator, device=device
         )
-        per_channel = settings["weight_quantizer"] == "ternary-twn"
-        count = out_features if per_channel else 1
+        count = out_features if weight.scale_per_row else 1
         scale = 1 + 0.1 * torch.rand(count, generator=generator, device=device)
         scale /= math.sqrt(in_features)
-        rank = int(settings["rank"])
+        rank = getattr(methods.get("branch"), "rank", 0)
         low_rank = None
         if rank:
             up = normal(out_features, rank) / math.sqrt(rank)
             down = normal(rank, in_features) / math.sqrt(in_features)
             low_rank = (up, down)
-        bits = settings["activation_bits"]
-        rotation = settings["rotation"]
-        signs = random_signs(in_features, name, seed) if rotation == "randomized-hadamard" else None
+        signs = None
+        if rotation is not None and rotation.method == "randomized-hadamard":
+            signs = random_signs(in_features, name, seed)
+        activation: Any = methods.get("activation")
         replacements[linear] = PackedLinear(
             codes.to(torch.int8),
             scale,
             linear.bias,
             name=name,
-            activation_quantizer=str(settings["activation_quantizer"]),
-            activation_bits=None if bits is None else int(bits),
-            rotated=rotation != "none",
+            activation_quantizer="none" if activation is None else activation.method,
+            activation_bits=None if activation is None else activation.bits,
+            rotated=rotation is not None,
             signs=signs,
             low_rank=low_rank,
             dtype=linear.weight.dtype,

@@ -20,13 +20,10 @@ from scipy.stats import norm
 from torch import Tensor
 
 from robuq_bench.errors import UsageError
-from robuq_bench.quantization.activations import (
-    ONE_BIT_LEVEL,
-    ROBUST_STEPS,
-    activation_quantizer,
-    matmul_quantizer,
-)
-from robuq_bench.quantization.lloyd_max import lloyd_max_codebook
+from robuq_bench.methods.activations._lloyd_max_levels import lloyd_max_codebook
+from robuq_bench.methods.activations._robust import ONE_BIT_LEVEL, ROBUST_STEPS
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.quantization.attention import matmul_quantizer
 
 BITS = (1, 2, 3, 4, 8)
 QUANTIZERS = ("robust-midrise", "robust-midtread", "lloyd-max", "minmax", "absmax")
@@ -110,7 +107,5 @@ def _block_ratios(
 def _fake_quantizer(setting: Setting) -> Callable[[Tensor], Tensor]:
     if setting.quantizer == "absmax":
         return matmul_quantizer(setting.bits)
-    quantizer = activation_quantizer(setting.quantizer)
-    if quantizer is None:
-        raise UsageError("no quantizer, no error")
+    quantizer = token_grid(setting.quantizer)
     return lambda x: quantizer.fake_quantize(x, setting.bits)

@@ -77,7 +77,7 @@ class QuantizedInput(nn.Module):
             return self._bits_tensor
         return self._bits
 
-    def rotated(self, x: Tensor) -> Tensor:
+    def rotate_input(self, x: Tensor) -> Tensor:
         """x' = R(x / s) [..., in]: what the branch and the activation quantizer read."""
         if self.scaling is not None:
             x = self.scaling(x)

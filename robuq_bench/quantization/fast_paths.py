@@ -38,7 +38,7 @@ class Layer(Protocol):
     def like(self) -> Tensor:
         """Any tensor of the dtype and on the device of the product."""
     def current_bits(self) -> int | Tensor | None: ...
-    def rotated(self, x: Tensor) -> Tensor: ...
+    def rotate_input(self, x: Tensor) -> Tensor: ...
     def product_weight(self, dtype: torch.dtype | None) -> Tensor: ...
 
 
@@ -85,7 +85,7 @@ def quantized_weight(
 
 
 def _plain_product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    tokens = layer.rotated(x if x.dtype == torch.float64 else x.float())
+    tokens = layer.rotate_input(x if x.dtype == torch.float64 else x.float())
     quantizer, bits = layer.activation_quantizer, layer.current_bits()
     operand = tokens if quantizer is None or bits is None else quantizer(tokens, bits)
     y = F.linear(operand.to(weight.dtype), weight, layer.bias)

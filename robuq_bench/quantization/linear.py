@@ -59,6 +59,7 @@ class QuantizedLinear(QuantizedInput):
         self.out_features, self.in_features = weight.shape
         self.name = name
         self.methods: dict[str, Method] = {}
+        self.fixed_bits = False
         self.master_weight = nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.weight_quantizer = None

@@ -18,10 +18,8 @@ from torch.nn import functional as F
 
 from robuq_bench.errors import RobuqError, UsageError, suggest
 from robuq_bench.judging.sampling import evaluation_mode
-from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.sensitivity.calibration import ModelInputs
 
 #: {layer: {activation bits: sensitivity}}.
@@ -155,19 +153,17 @@ def squared_sum(tensor: Tensor) -> float:
 
 
 def rotated_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    """The layer's a = x D H [..., in], float32 (float64 for float64 input)."""
-    tokens = x if x.dtype == torch.float64 else x.float()
-    if layer.rotated:
-        tokens = rotate(tokens, None if layer.signs is None else layer.signs.to(tokens.dtype))
-    return tokens
+    """The layer's a = R(x / s) [..., in], float32 (float64 for float64 input)."""
+    return layer.rotate_input(x if x.dtype == torch.float64 else x.float())
 
 
 def activation_error(layer: QuantizedLinear, a: Tensor, bits: int) -> Tensor:
     """Q_b(a) - a [..., in], without gradient."""
-    quantizer = activation_quantizer(layer.activation_quantizer)
-    if quantizer is None:
+    if layer.activation_quantizer is None:
         raise UsageError(f"layer {layer.name!r} has no activation quantizer")
-    return quantizer.fake_quantize(a.detach(), bits) - a.detach()
+    with torch.no_grad():
+        error: Tensor = layer.activation_quantizer(a.detach(), bits) - a.detach()
+    return error
 
 
 def product_weight(layer: QuantizedLinear, like: Tensor) -> Tensor:
@@ -178,7 +174,6 @@ def product_weight(layer: QuantizedLinear, like: Tensor) -> Tensor:
 def layer_output(layer: QuantizedLinear, a: Tensor, operand: Tensor) -> Tensor:
     """operand W^T + branch(a) + bias from plain operations, which differentiate any order."""
     y = F.linear(operand, product_weight(layer, a))
-    if layer.low_rank_up is not None and layer.low_rank_down is not None:
-        down, up = layer.low_rank_down.to(a.dtype), layer.low_rank_up.to(a.dtype)
-        y = y + F.linear(F.linear(a, down), up)
+    if layer.branch is not None:
+        y = y + layer.branch(a.to(layer.master_weight.dtype)).to(a.dtype)
     return y if layer.bias is None else y + layer.bias.to(a.dtype)
