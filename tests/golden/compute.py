@@ -127,9 +127,7 @@ def of_plan(
     return record, {f"{name}/{mode}": value.clone() for mode, value in outputs.items()}
 
 
-def packed_tensors(
-    model: nn.Module, plan: Any, storage: str, layers: set[str]
-) -> dict[str, str]:
+def packed_tensors(model: nn.Module, plan: Any, storage: str, layers: set[str]) -> dict[str, str]:
     """Prints of all tensors of the packed file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-
-import compute
-import library
-import torch
-from safetensors.torch import save_file
 
 
 def main() -> None:
     """Write assets/golden.json and assets/golden.safetensors."""
+    sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+    import compute
+    import library
+    import torch
+    from safetensors.torch import save_file
+
     torch.set_num_threads(1)
     inputs = compute.fixed_inputs()
     teacher = library.teacher()

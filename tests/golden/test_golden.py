@@ -8,6 +8,7 @@ compared within tolerances, which ATEN_CPU_CAPABILITY=default exercises on any m
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -22,11 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
-#: Elsewhere than on the recorded machine: relative deviation of a norm, of an output in L2, of the
-#: loss of a step. Measured between two instruction sets: 2e-3, 2e-2 and 4e-3 at most.
-NORM_TOLERANCE = 2e-2
-OUTPUT_TOLERANCE = 0.1
-LOSS_TOLERANCE = 5e-2
+#: Relative, for other machines than the recorded one. Measured between AVX-512 and no vectors at
+#: all: norms 1e-5 where nothing ran through the network and 2e-2 where something did, outputs 7e-3
+#: in L2, losses of single steps 0.14 (codes that flip are noise, and QAT amplifies it).
+NORM_TOLERANCE = {"gradients": 5e-2, "averaged": 5e-2, "other": 1e-4}
+OUTPUT_TOLERANCE = 1.5e-2
+STEP_LOSS_TOLERANCE, MEAN_LOSS_TOLERANCE = 0.3, 0.08
 RECORD: dict[str, Any] = json.loads((HERE / "assets" / "golden.json").read_text())
 PLANS = list(RECORD["plans"])
 
@@ -65,17 +67,17 @@ def computed(compute: Any, recorded: dict[str, Tensor]) -> Any:
     return cache(lambda plan: compute.of_plan(plan, teacher, inputs))
 
 
-def differing(found: Any, expected: Any, exactly: bool, where: str = "") -> list[str]:
-    """Where two records differ, with both values."""
+def differing(found: Any, expected: Any, tolerance: float, where: str = "") -> list[str]:
+    """Where two records differ, with both values; without a tolerance in any bit."""
     if isinstance(expected, dict):
         if not isinstance(found, dict) or found.keys() != expected.keys():
             names = sorted(set(found) ^ set(expected))
             return [f"{where}: only on one side: {', '.join(names[:5])}"]
-        inner = [differing(found[k], expected[k], exactly, f"{where}/{k}") for k in expected]
+        inner = [differing(found[k], expected[k], tolerance, f"{where}/{k}") for k in expected]
         return [line for lines in inner for line in lines]
-    if isinstance(expected, str) and not exactly:
+    if isinstance(expected, str) and tolerance:
         norms = float(found.split()[1]), float(expected.split()[1])
-        is_same = math.isclose(*norms, rel_tol=NORM_TOLERANCE, abs_tol=1e-6)
+        is_same = math.isclose(*norms, rel_tol=tolerance, abs_tol=1e-6)
     else:
         is_same = found == expected
     return [] if is_same else [f"{where}: {found} was {expected}"]
@@ -90,7 +92,8 @@ def test_a_plan_gives_the_recorded_tensors(
 ) -> None:
     found, expected = computed(plan)[0][part], RECORD["plans"][plan][part]
     assert expected
-    lines = differing(found, expected, is_recorded_machine)
+    tolerance = NORM_TOLERANCE.get(part, NORM_TOLERANCE["other"])
+    lines = differing(found, expected, 0.0 if is_recorded_machine else tolerance)
     assert not lines, "\n".join([f"{len(lines)} differ", *lines[:10]])
 
 
@@ -117,20 +120,20 @@ def test_qat_follows_the_recorded_losses(
     if is_recorded_machine:
         assert found == expected
     else:
-        values = [float.fromhex(loss) for loss in found]
-        assert values == pytest.approx(
-            [float.fromhex(loss) for loss in expected], rel=LOSS_TOLERANCE
-        )
+        ours = [float.fromhex(loss) for loss in found]
+        theirs = [float.fromhex(loss) for loss in expected]
+        assert ours == pytest.approx(theirs, rel=STEP_LOSS_TOLERANCE)
+        assert sum(ours) == pytest.approx(sum(theirs), rel=MEAN_LOSS_TOLERANCE)
 
 
 def test_every_method_gives_the_recorded_tensors(compute: Any, is_recorded_machine: bool) -> None:
-    lines = differing(compute.of_methods(), RECORD["methods"], is_recorded_machine)
+    tolerance = 0.0 if is_recorded_machine else NORM_TOLERANCE["other"]
+    lines = differing(compute.of_methods(), RECORD["methods"], tolerance)
     assert not lines, "\n".join(lines)
 
 
 def test_the_recordings_tell_the_plans_apart(recorded: dict[str, Tensor]) -> None:
-    """What is within the tolerances of one plan is not within those of another."""
-    for plan in PLANS:
-        for other in PLANS[: PLANS.index(plan)]:
-            ours, theirs = recorded[f"{plan}/eval"], recorded[f"{other}/eval"]
-            assert float((ours - theirs).norm() / theirs.norm()) > OUTPUT_TOLERANCE, (plan, other)
+    """What is within the tolerance of one plan is not within that of another."""
+    for plan, other in itertools.combinations(PLANS, 2):
+        ours, theirs = recorded[f"{plan}/eval"], recorded[f"{other}/eval"]
+        assert float((ours - theirs).norm() / theirs.norm()) > OUTPUT_TOLERANCE, (plan, other)
