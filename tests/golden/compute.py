@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import library
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+library: Any = import_module("library")  # beside this file, which is no package
 
 ASSETS = Path(__file__).parent / "assets"
 PLANS = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -16,14 +17,13 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Write assets/golden.json and assets/golden.safetensors."""
     sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-    import compute
-    import library
     import torch
     from safetensors.torch import save_file
 
+    compute = import_module("compute")
     torch.set_num_threads(1)
     inputs = compute.fixed_inputs()
-    teacher = library.teacher()
+    teacher = compute.library.teacher()
     tensors = {f"inputs/{name}": value for name, value in inputs.items()}
     plans = {}
     for name in compute.PLANS:
