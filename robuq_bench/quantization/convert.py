@@ -16,7 +16,8 @@ from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
-from robuq_bench.quantization.observing import blocks_in_order, observe
+from robuq_bench.quantization.blocks import blocks_in_order
+from robuq_bench.quantization.observing import observe
 from robuq_bench.quantization.selection import (
     LayerFilter,
     Selected,
