@@ -47,13 +47,14 @@ from robuq_bench.normality.analysis import (
 from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
 from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.normality.transforms import NotApplicable, Transform, make_transform
+from robuq_bench.qat import prepare_training
 from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
 from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors, save_tensors
 from robuq_bench.runs.digests import walk
 from robuq_bench.runs.run import Run
 from robuq_bench.training import seeded_generator
 from studies.sample_images import load_student
-from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
+from studies.train_and_eval import resume, train_with_checkpoints
 
 VERSION = "2"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"

@@ -191,8 +191,7 @@ def _is_same(a: Any, b: Any) -> bool:
         a[:2] == b[:2]
         and len(a[2]) == len(b[2])
         and all(
-            p is q and version == other
-            for (p, version), (q, other) in zip(a[2], b[2], strict=True)
+            p is q and version == other for (p, version), (q, other) in zip(a[2], b[2], strict=True)
         )
     )
 

@@ -199,9 +199,7 @@ def _routers(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _where(
-    name: str, blocks: Mapping[str, str | None], is_router: bool
-) -> tuple[Kind, str]:
+def _where(name: str, blocks: Mapping[str, str | None], is_router: bool) -> tuple[Kind, str]:
     """The kind of a layer, and for "other" what makes it so."""
     is_inside, parts = _locate(name, blocks)
     if not is_inside:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
+from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.quantization.other_rotations import (
     read_hadamard_table,
@@ -22,7 +23,6 @@ from robuq_bench.quantization.other_rotations import (
     table_rotation,
     unrotate_weight,
 )
-from robuq_bench.hadamard.rotation import random_signs, rotate
 
 
 def other_table(order: int, seed: int = 0) -> Tensor:

@@ -39,7 +39,7 @@ class HadamardMethod(RotationMethod):
             hadamard_factors(in_features)
         except UnsupportedHadamardOrder as error:
             raise UnsupportedHadamardOrder(
-                f"{error}. For this layer alone: give it a rule without {self.method!r} in [[layers]]"
+                f"{error}. For this layer alone: a rule in [[layers]] without {self.method!r}"
             ) from None
 
     def additions(self, in_features: int) -> int:
