@@ -303,24 +303,22 @@ def measure(
     facts = {"subject": capture.subject, "timestep": str(capture.timestep)}
     narrow: dict[tuple[str, int], list[str]] = {}
     label = f"{capture.subject}, timestep {capture.timestep}"
-    with context.progress.task(label, len(capture.layers)) as task:
-        for done, (layer, part) in enumerate(capture.layers.items(), start=1):
-            width = part.tokens.shape[1]
-            if width < MIN_N or not len(part.tokens):
-                narrow.setdefault((layer_type(layer), width), []).append(layer)
+    for layer, part in context.progress.track(capture.layers.items(), label):
+        width = part.tokens.shape[1]
+        if width < MIN_N or not len(part.tokens):
+            narrow.setdefault((layer_type(layer), width), []).append(layer)
+            continue
+        for name, transform in rotations.of(capture.subject, layer, width, probes).items():
+            if isinstance(transform, str):
+                facts[f"skipped|{name}|{layer_type(layer)}|{width}"] = transform
                 continue
-            for name, transform in rotations.of(capture.subject, layer, width, probes).items():
-                if isinstance(transform, str):
-                    facts[f"skipped|{name}|{layer_type(layer)}|{width}"] = transform
-                    continue
-                table = analyse(part.tokens, part.images, transform, rotations.seed)
-                tensors[f"{name}|{layer}"] = torch.from_numpy(table.values).float()
-                tensors[f"{name}|{layer}|images"] = torch.from_numpy(table.images)
-                if name == "randomized-hadamard":
-                    draws = sign_draw_ratios(part.tokens, layer, rotations.seed, sign_draws)
-                    tensors[f"{name}|{layer}|draws"] = torch.from_numpy(draws).float()
-                facts[f"{name}|{layer}"] = f"{width} {table.n} {' '.join(table.columns)}"
-            task.advance(done)
+            table = analyse(part.tokens, part.images, transform, rotations.seed)
+            tensors[f"{name}|{layer}"] = torch.from_numpy(table.values).float()
+            tensors[f"{name}|{layer}|images"] = torch.from_numpy(table.images)
+            if name == "randomized-hadamard":
+                draws = sign_draw_ratios(part.tokens, layer, rotations.seed, sign_draws)
+                tensors[f"{name}|{layer}|draws"] = torch.from_numpy(draws).float()
+            facts[f"{name}|{layer}"] = f"{width} {table.n} {' '.join(table.columns)}"
     for (kind, width), layers in narrow.items():
         facts[f"skipped|{EVERY_TRANSFORM}|{kind}|{width}"] = (
             f"{', '.join(layers)}: no tokens of at least {MIN_N} inputs, which a test needs"

@@ -80,10 +80,10 @@ def evidence_tables(
     }
     tables = {}
     with progress.task("evidence", len(steps)) as task:
-        for done, (name, make) in enumerate(steps.items(), start=1):
+        for name, make in steps.items():
             task.update(name)
             tables[name] = make()
-            task.advance(done)
+            task.advance()
     slopes = slope_rows(tables["decay"])
     return {**tables, "decay_slopes": slopes}
 
