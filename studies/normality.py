@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from robuq_bench import seeds
 from robuq_bench.config import Config, NormalityConfig
 from robuq_bench.config.studies import MIN_IMAGES, TRANSFORMS
 from robuq_bench.context import Context
@@ -51,11 +52,10 @@ from robuq_bench.quantization.convert import layer_type, quantized_layers, targe
 from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors, save_tensors
 from robuq_bench.runs.digests import walk
 from robuq_bench.runs.run import Run
-from robuq_bench.training import seeded_generator
 from studies.sample_images import load_student
 from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
 
-VERSION = "2"
+VERSION = "3"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
 CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16
@@ -137,7 +137,7 @@ def live(config: Config, run: Run, context: Context) -> Iterator[Capture]:
             f"workload {workload.name!r} has {len(data)} images; the study needs "
             f"normality.images + {CALIBRATION_IMAGES} = {wanted}"
         )
-    generator = seeded_generator("normality/images", config.seed, 0)
+    generator = seeds.generator("normality/images", config.seed, 0)
     order = torch.randperm(len(data), generator=generator)[:wanted].tolist()
     diffusion = Diffusion.from_config(workload.diffusion)
     steps = diffusion.num_train_timesteps
@@ -213,7 +213,7 @@ def run_model(
             noise = torch.stack(
                 [
                     torch.randn(
-                        x0.shape[1:], generator=seeded_generator("normality", config.seed, i)
+                        x0.shape[1:], generator=seeds.generator("normality", config.seed, i)
                     )
                     for i in index
                 ]

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robuq_bench import seeds
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.transform import hadamard_transform
 
@@ -118,7 +119,7 @@ def monte_carlo_check(
     x = tokens.detach().cpu().double()
     x = x / x.abs().amax(dim=-1, keepdim=True)
     x = x / x.norm(dim=-1, keepdim=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator("normality/signs", seed)
     sums = torch.empty((len(x), draws), dtype=torch.float64)
     for start in range(0, draws, 2048):
         stop = min(start + 2048, draws)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
+from robuq_bench import seeds
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.transform import UnsupportedHadamardOrder, hadamard_matrix
 from robuq_bench.normality import sign_sums
@@ -253,7 +254,8 @@ def test_a_bound_that_is_too_small_is_caught() -> None:
 def test_monte_carlo_distance_is_scipys() -> None:
     """Same signs as the check draws, one-sample Kolmogorov-Smirnov statistic by scipy."""
     token = randn(40)
-    bits = torch.randint(2, (500, 40), generator=torch.Generator().manual_seed(4), dtype=torch.int8)
+    signs = seeds.generator("normality/signs", 4)
+    bits = torch.randint(2, (500, 40), generator=signs, dtype=torch.int8)
     sums = (2 * bits.double() - 1) @ (token / token.norm())
     check = monte_carlo_check(1e200 * token[None], draws=500, seed=4)
     assert float(check.distance[0]) == pytest.approx(stats.kstest(sums.numpy(), "norm").statistic)
