@@ -34,12 +34,6 @@ from robuq_bench.hadamard.transform import hadamard_transform
 SHEVTSOVA_2010 = 0.5600
 """C0 for summands that need not be identically distributed: the one that a token needs."""
 
-SHEVTSOVA_2013 = 0.4690
-"""C0 for identically distributed summands: flat tokens only."""
-
-ESSEEN_1956 = (math.sqrt(10) + 3) / (6 * math.sqrt(2 * math.pi))
-"""0.40973: no constant below it can hold, so the bound cannot be improved by more than 27 %."""
-
 
 class MonteCarloCheck(NamedTuple):
     """Empirical sup-distance and bound C0 L3 of each token, [T] float64, and their comparison.
