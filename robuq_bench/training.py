@@ -7,7 +7,6 @@ therefore continues from its last checkpoint to the bit-identical weights (same 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robuq_bench import seeds
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckpointError, RobuqError
 
@@ -70,12 +70,6 @@ class Batch:
 LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
-def seeded_generator(stream: str, seed: int, step: int) -> torch.Generator:
-    """Return a CPU generator that depends on nothing but its three arguments."""
-    digest = hashlib.sha256(f"{stream}/{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 class BatchSource:
     """Random-access batches: `batch(step)` always returns the same batch.
 
@@ -101,7 +95,7 @@ class BatchSource:
 
     def batch(self, step: int) -> Batch:
         """Return the batch of training step `step`, on the source's device."""
-        generator = seeded_generator(self.stream, self.seed, step)
+        generator = seeds.generator(self.stream, self.seed, step)
         index = torch.randint(len(self.images), (self.batch_size,), generator=generator)
         t = torch.randint(
             self.diffusion.num_train_timesteps, (self.batch_size,), generator=generator

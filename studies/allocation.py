@@ -116,7 +116,7 @@ def measure(
     if not all(run.has(key) for key in (*wanted, "buckets")):
         with context.progress.task("warm-up", options.warmup_steps) as task:
             for _ in trainer.train(source, loss_function, options.warmup_steps):
-                task.advance(trainer.step)
+                task.reach(trainer.step)
         measure_all(after_training=True)
         measure_once(
             "buckets",
@@ -206,7 +206,7 @@ def train_all(
                 mean_bits=mean_bits(bits, macs),
                 **measured,
             )
-            task.advance(task.completed + 1)
+            task.advance()
 
 
 def check_bits(run: Run, chosen: dict[tuple[str, float], Allocation]) -> None:

@@ -63,7 +63,7 @@ def measure_truth(
                 config, context, judge, bits, seed=item.seed, steps=options.truth_steps
             )
             run.append(item.key, kind="truth", **item._asdict(), **measured)
-            task.advance(task.completed + 1)
+            task.advance()
 
 
 def truth_differences(run: Run) -> dict[str, dict[str, dict[int, list[float]]]]:

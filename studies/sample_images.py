@@ -122,7 +122,7 @@ def run_sample(
             seeds=range(config.seed, config.seed + num),
             batch_size=workload.evaluation.batch_size,
             device=context.device,
-            progress=task.advance,
+            progress=task.reach,
         )
     atomic_write_bytes(output, image_grid(images, GRID_COLUMNS, GRID_SCALE))
     return output

@@ -104,13 +104,13 @@ def measure_metrics(
         teacher=judge.teacher, loss=distillation_loss(judge.teacher), seed=config.seed
     )
     with context.progress.task(f"metrics after {steps} steps", len(METRICS) + 1) as task:
-        for count, metric in enumerate(METRICS.values(), start=1):
+        for metric in METRICS.values():
             task.update(metric.label)
             key = f"metric/{steps}/{metric.name}"
             if not run.has(key):
                 values = metric.bind(bound)(model, layers, options.bit_choices, batches)
                 run.append(key, kind="metric", steps=steps, metric=metric.name, values=values)
-            task.advance(count)
+            task.advance()
         key = f"timesteps/{steps}"
         if not run.has(key):
             by_bucket = by_timestep(
@@ -123,7 +123,7 @@ def measure_metrics(
                 num_train_timesteps=config.workload.diffusion.num_train_timesteps,
             )
             run.append(key, kind="timesteps", steps=steps, values=by_bucket)
-        task.advance(len(METRICS) + 1)
+        task.advance()
 
 
 def measure_interactions(
@@ -158,7 +158,7 @@ def measure_interactions(
     label = f"additivity after {steps} steps"
     with evaluation_mode(model), torch.no_grad(), context.progress.task(label, len(missing)) as t:
         reference = [predict(model, batch) for batch in batches]
-        for done, (key, bits) in enumerate(missing, start=1):
+        for key, bits in missing:
             set_activation_bits(model, {**before, **bits})
             actual = mean_squared_error(model, batches, reference)
             set_activation_bits(model, before)
@@ -173,4 +173,4 @@ def measure_interactions(
                 predicted=predicted,
                 actual=actual,
             )
-            t.advance(done)
+            t.advance()

@@ -239,7 +239,7 @@ def train_with_checkpoints(
             step, window = trainer.step, trainer.window
             window.append(values)
             task.update(f"loss {values['loss']:.4f}")
-            task.advance(step)
+            task.reach(step)
             if step % recipe.log_every_steps == 0 or step == until:
                 key = f"train/{step:08d}"
                 if not run.has(key):
@@ -348,7 +348,7 @@ def solved(
             run.append(
                 f"sensitivity/{layer}/{bits}", kind="sensitivity", layer=layer, bits=bits, mse=value
             )
-            task.advance(task.completed + 1)
+            task.advance()
 
         table = measure(done, on_item)
     model = config.workload.model

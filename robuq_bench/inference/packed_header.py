@@ -56,11 +56,6 @@ class Storage:
     def __str__(self) -> str:
         return f"{self.codes}/{self.low_rank}/{self.rest}"
 
-    @property
-    def is_lossless(self) -> bool:
-        """Whether a loaded model equals the exported one bit for bit."""
-        return self.low_rank == self.rest == "fp32"
-
 
 class LayerFacts(Section):
     """What the file says of a packed layer beside its tensors."""

@@ -113,7 +113,7 @@ class Run:
             argv: the command line, recorded.
             force: move an existing run aside (`<name>.replaced-<n>`) and begin anew.
             wait_s: how long to wait, in seconds, for another process to let go of the run.
-            device: where it computes, recorded; `record_device` can tell later.
+            device: where it computes, recorded.
             threads: CPU threads, recorded; None takes what the environment implies.
 
         Raises:
@@ -303,12 +303,6 @@ class Run:
         entry = {"sha256": sha256, **fields}
         if known != entry:
             self._write_manifest(inputs={**self.manifest["inputs"], name: entry})
-
-    def record_device(self, device: str, threads: int | None = None) -> None:
-        """Record anew where this session computes, once the device is known."""
-        self._check_writable()
-        self._session["provenance"] = provenance.collect(device, _thread_count(threads))
-        self._write_manifest()
 
     def finish(self) -> None:
         """Hash every output into the manifest, then write `DONE`. Afterwards the run is read-only.
