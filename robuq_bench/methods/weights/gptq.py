@@ -27,7 +27,8 @@ class Gptq(UniformMethod):
     symmetric, shrink = 80. Q-DiT: symmetric = false, group = 128.
 
     `fit` returns the grid together with the dequantized weight [out, in] float64, which the grid
-    maps to itself; the layer's weight has to become that one. Gradient: `UniformGrid`'s identity.
+    maps to itself; the layer's weight has to become that one. Where ranges hold 0, it has the same
+    codes in half precision, bfloat16 with 8 bits and a zero point apart. Gradient: `UniformGrid`'s.
 
     Attributes:
         damping: share of the mean diagonal of H that is added to it.
