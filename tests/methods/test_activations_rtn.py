@@ -142,8 +142,16 @@ def test_never_nan_of_numbers(x: np.ndarray, bits: int, symmetric: bool) -> None
 def test_gradient_is_the_identity(symmetric: bool) -> None:
     x = torch.randn((5, 12), generator=torch.Generator().manual_seed(0)).requires_grad_()
     grad = torch.randn((5, 12), generator=torch.Generator().manual_seed(1))
-    quantizer(symmetric=symmetric, clip=0.5, group=6)(x, 3).backward(grad)
+    run = quantizer(symmetric=symmetric, clip=0.5, group=6)
+    values = run(x, 3)
+    values.backward(grad)
     assert torch.equal(x.grad, grad)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.equal(values, run(x, 3))
+    y = torch.tensor([[math.inf, 1.0, -2.0, 0.5, 0.0, math.nan]], requires_grad=True)
+    quantizer(symmetric=symmetric, group=3)(y, 3)[:, :3].sum().backward()
+    assert y.grad is not None
+    assert y.grad.tolist() == [[0, 1, 1, 0, 0, 0]]
 
 
 def test_half_precision_is_computed_in_float32() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,7 @@ def test_state_loads_into_a_blank_site(name: str) -> None:
     assert all(value.shape == () for value in fitted.state_dict().values())
     assert method.scales_per_token(1152) == 0  # type: ignore[attr-defined]
     assert method.needs == {"tokens"}
+    assert torch.equal(pickle.loads(pickle.dumps(fitted))(x, 3), fitted(x, 3))
     half = fit(name, gaussian(99, 16), bits=3).float()
     assert half(x.bfloat16(), 3).dtype == torch.bfloat16
 
@@ -192,6 +194,25 @@ def test_lsq_values_by_hand() -> None:
     assert module(x, 3).tolist() == [[-2, -2, -0.5, 0, 0, 1.0, 1.5, 1.5]]
     module.step.data.zero_()
     assert module(x, 3).abs().max() < 1e-300
+
+
+@given(
+    arrays.arrays(np.float32, 8, elements=st.floats(-1e3, 1e3, width=32)),
+    st.floats(np.float32(1e-3), 10.0, width=32),
+    st.integers(2, 8),
+)
+def test_lsq_values_are_levels_to_the_bit(x: np.ndarray, step: float, bits: int) -> None:
+    """The nearest of them, and the same with a gradient and without."""
+    module = fit("lsq", gaussian(4, 8), WEIGHT.float(), bits=bits)
+    module.step.data.fill_(step)
+    out = module(torch.from_numpy(x), bits)
+    levels = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).astype(np.float32) * np.float32(step)
+    assert np.isin(out.detach().numpy(), levels).all()
+    nearest = np.abs(x[:, None].astype(np.float64) - levels).min(1)
+    found = np.abs(x.astype(np.float64) - out.detach().numpy())
+    np.testing.assert_allclose(found, nearest, rtol=1e-5, atol=1e-6 * np.abs(levels).max())
+    with torch.no_grad():
+        assert torch.equal(module(torch.from_numpy(x), bits), out)
 
 
 def test_lsq_learns_from_a_blank_start() -> None:

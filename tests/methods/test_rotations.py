@@ -139,6 +139,23 @@ def test_gradients_pass(slot: Slot, name: str, values: dict[str, Any]) -> None:
         torch.autograd.gradcheck(function, (x,), fast_mode=True)
 
 
+@pytest.mark.parametrize(("slot", "name", "values"), CASES)
+def test_what_was_seen_goes_through(slot: Slot, name: str, values: dict[str, Any]) -> None:
+    """Tokens, their largest magnitudes and their Gram matrix stay those of one set of inputs."""
+    n = 144 if values.get("block") != 128 else 256
+    site = seen(n)
+    module = method(slot, name, values).fit(weight(n), site)
+    after = site.through(module, diagonal=slot == "scaling")
+    assert after.tokens is not None
+    assert after.absmax is not None
+    assert after.gram is not None
+    assert site.tokens is not None
+    expected = module(site.tokens.double())
+    torch.testing.assert_close(after.tokens.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after.absmax, after.tokens.abs().amax(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(after.gram, expected.T @ expected, rtol=1e-9, atol=1e-6)
+
+
 @pytest.mark.parametrize(("block", "n"), [(2, 8), (16, 144), (64, 576), (128, 1152)])
 def test_block_hadamard_is_scipys(block: int, n: int) -> None:
     module = method("rotation", "block-hadamard", {"block": block}).fit(weight(n), seen(n))
@@ -170,7 +187,7 @@ def test_block_hadamard_accounts_and_refusals() -> None:
     assert wide.additions(1152) == 1152 * (8 + 16)
     with pytest.raises(ConfigError, match="block = 36 does not divide the width 100"):
         chosen.check(4, 100)
-    with pytest.raises(ConfigError, match=r"order 6 .* 4 and 8"):
+    with pytest.raises(ConfigError, match=r"block = 6: .* 4 and 8"):
         method("rotation", "block-hadamard", {"block": 6}).check(4, 12)
     with pytest.raises(ValueError, match="block"):
         method("rotation", "block-hadamard", {})

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from robuq_bench.errors import ConfigError
 from robuq_bench.hadamard.rotation import random_signs
-from robuq_bench.hadamard.transform import hadamard_factors, hadamard_transform
+from robuq_bench.hadamard.transform import (
+    UnsupportedHadamardOrder,
+    hadamard_factors,
+    hadamard_transform,
+)
 from robuq_bench.methods.base import RotationMethod
 
 if TYPE_CHECKING:
@@ -33,7 +37,12 @@ class BlockHadamard(RotationMethod):
 
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ConfigError unless `block` is a Hadamard order and divides the width."""
-        hadamard_factors(self.block)
+        try:
+            hadamard_factors(self.block)
+        except UnsupportedHadamardOrder as error:
+            raise ConfigError(
+                f"rotation method {self.method!r}: block = {self.block}: {error}"
+            ) from None
         if in_features % self.block:
             raise ConfigError(
                 f"rotation method {self.method!r}: block = {self.block} does not divide the width "
