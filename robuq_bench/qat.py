@@ -102,7 +102,7 @@ def convert_teacher(
     if calibration is None:
         return quantize_(student, plan, seed=config.seed, weight_bits_by_layer=weight_bits_by_layer)
     with context.progress.task("calibration: blocks", 1) as task:
-        calibration.on_block = lambda done, total: task.update_total(done, total)
+        calibration.on_block = task.reach
         return quantize_(
             student,
             plan,

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from robuq_bench import seeds
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckpointError, RobuqError
+from robuq_bench.quantization.linear import OLD_NAMES
 
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
 LOW_RANK_PARAMETERS = (".branch.up", ".branch.down")
+OLD_BRANCH = ("low_rank_up", "low_rank_down")
 
 
 class Recipe(Protocol):
@@ -172,6 +174,12 @@ def _parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def _name_of_today(key: str) -> str:
+    """The key of a checkpoint's tensor, which older code may have called otherwise."""
+    layer, _, last = key.rpartition(".")
+    return f"{layer}.{OLD_NAMES[last]}" if last in OLD_BRANCH else key
+
+
 class Trainer:
     """Model, EMA and AdamW state with deterministic steps and exact checkpoints.
 
@@ -267,6 +275,7 @@ class Trainer:
 
     def load_state(self, step: int, tensors: dict[str, Tensor], origin: str) -> None:
         """Restore `state()`; CheckpointError naming `origin` when tensors do not fit the model."""
+        tensors = {_name_of_today(key): value for key, value in tensors.items()}
         expected = {f"{part}/{n}" for n in self.parameters for part in ("model", "ema")}
         missing = sorted(expected - tensors.keys())
         if missing:

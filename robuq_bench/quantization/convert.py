@@ -18,13 +18,14 @@ from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.blocks import blocks_in_order
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
-from robuq_bench.quantization.observing import calls_of, observe
+from robuq_bench.quantization.observing import observe
 from robuq_bench.quantization.selection import (
     LayerFilter,
     Selected,
     is_modulation,
     select_layers,
 )
+from robuq_bench.quantization.watching import calls_of
 
 if TYPE_CHECKING:
     from robuq_bench.config import Plan, Rule
@@ -320,13 +321,13 @@ def _fitted_block(
         if watched
         else {}
     )
-    state: dict[str, Tensor] = {}
+    fitted: dict[str, Tensor] = {}
     for name in names:
         layer = _fit(layers[name], rules[name], sites.pop(name, Site(name, seed)))
-        state |= {f"{name}/{key}": value for key, value in layer.state_dict().items()}
+        fitted |= {f"{name}/{key}": value for key, value in layer.state_dict().items()}
         yield name, layer
     if done is not None:
-        done[names[0]] = state
+        done[names[0]] = fitted
 
 
 def _at_weight_bits(rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int]) -> dict[str, Rule]:

@@ -24,7 +24,7 @@ class HadamardRotation(nn.Module):
 
     def weight(self, weight: Tensor) -> Tensor:
         """Rotate the rows of a weight [out, n]."""
-        return self(weight)  # type: ignore[no-any-return]
+        return self.forward(weight)
 
     def extra_repr(self) -> str:
         return "hadamard" if self.signs is None else "hadamard, random signs"
