@@ -318,28 +318,24 @@ def _uniform_weight_bits(costs: PlanCosts, kind: str) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _bits_by_kind(structure: Structure, costs: PlanCosts) -> list[dict[str, Any]]:
+def _bits_by_kind(structure: Structure, costs: PlanCosts) -> dict[str, dict[str, Any]]:
     """Nominal and effective bits of the quantized layers, by kind and of all of them."""
-    rows = []
+    found = {}
     for kind in ("block", "adaLN", "other", "all"):
         own = [cost for cost in costs.layers if kind in (cost.layer.kind, "all")]
         if not own:
             continue
         weights = [cost.layer.weights for cost in own]
         macs = [cost.layer.macs for cost in own]
-        every = [layer for layer in structure.linears if kind in (layer.kind, "all")]
-        rows.append(
-            {
-                "layers": kind,
-                "quantized": len(own),
-                "of": len(every),
-                "weight_bits": _mean([cost.weight_bits for cost in own], weights),
-                "effective_weight_bits": _mean([cost.stored_weight_bits for cost in own], weights),
-                "activation_bits": _mean([cost.input_bits for cost in own], macs),
-                "effective_activation_bits": _mean([cost.stored_input_bits for cost in own], macs),
-            }
-        )
-    return rows
+        found[kind] = {
+            "layers": sum(kind in (layer.kind, "all") for layer in structure.linears),
+            "quantized": len(own),
+            "weight_bits": _mean([cost.weight_bits for cost in own], weights),
+            "effective_weight_bits": _mean([cost.stored_weight_bits for cost in own], weights),
+            "activation_bits": _mean([cost.input_bits for cost in own], macs),
+            "effective_activation_bits": _mean([cost.stored_input_bits for cost in own], macs),
+        }
+    return found
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Literal
 
 from robuq_bench.accounting.packings import TERNARY_BITS
 from robuq_bench.accounting.structure import LinearLayer, Structure, allocatable
+from robuq_bench.config import BitsConfig, Plan, Rule
 from robuq_bench.errors import UsageError, suggest
 from robuq_bench.methods.base import FULL_PRECISION_BITS, SCALE_BITS
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Plan, Rule
-    from robuq_bench.config.plan import BitsConfig
     from robuq_bench.methods import ActivationMethod, WeightMethod
 
 Of = Literal["activation", "weight"]
