@@ -26,7 +26,7 @@ UNCORRELATED = 1e-9
 class Gptq(UniformMethod):
     """Weights whose codes minimise the layer's output error greedily, on a fixed uniform grid.
 
-    Frantar et al., "GPTQ" (arXiv 2210.17323); METHODS-zoo 2.6. See `gptq` for the formulas. QuaRot:
+    Frantar et al., "GPTQ" (arXiv 2210.17323). See `gptq` for the formulas. QuaRot:
     symmetric, shrink = 80. Q-DiT: symmetric = false, group = 128.
 
     `fit` returns the grid together with the dequantized weight [out, in] float64, which the grid
@@ -44,7 +44,7 @@ class Gptq(UniformMethod):
     damping: float = Field(default=0.01, ge=0, le=1)
     act_order: bool = False
 
-    def fit(self, weight: Tensor, site: Site) -> tuple[nn.Module, Tensor]:  # type: ignore[override]
+    def fit(self, weight: Tensor, site: Site) -> tuple[nn.Module, Tensor]:
         """`UniformGrid` and the weight it stands for; reads `site.gram` and `site.count`.
 
         Raises:
