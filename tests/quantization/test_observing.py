@@ -274,6 +274,16 @@ def test_two_names_of_one_layer_both_see_all_of_it() -> None:
     assert torch.equal(observed["a"].need("gram"), observed["b"].need("gram"))
 
 
+def test_a_layer_goes_by_any_of_its_names() -> None:
+    model = Net()
+    model.alias = model.last
+    batches = [samples()]
+    observed = observe(model, ["alias", "last"], batches, ALL, tokens_per_layer=100)
+    assert torch.equal(observed["alias"].need("gram"), observed["last"].need("gram"))
+    assert blocks_in_order(model, ["alias", "first"]) == [["first", "alias"]]
+    assert calls_of(model, ["alias"], batches[0]) == ["alias"]
+
+
 def test_groups_are_the_batches_of_a_label() -> None:
     """Timestep ranges: the statistics of a range are those of its batches alone."""
     model, names, batches = toy_case()
@@ -462,10 +472,10 @@ def peak_bytes(work: Callable[[], object]) -> tuple[int, int]:
 @pytest.mark.parametrize("groups", [0, 3])
 @pytest.mark.parametrize("needs", [("tokens",), ("absmax",), ("gram",), ALL])
 def test_memory_stays_within_the_bound(needs: tuple[Any, ...], groups: int) -> None:
-    """With 6,000 tokens a layer, of which 200 are kept, beside what any observer needs."""
-    width, layers = 96, 8
+    """With 1,500 tokens a layer, of which 200 are kept, beside what any observer needs."""
+    width, layers = 96, 16
     model = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
-    batches = [torch.randn(1000, width) for _ in range(6)]
+    batches = [torch.randn(250, width) for _ in range(6)]
     names = [str(index) for index in range(layers)]
     options: dict[str, Any] = {"groups": [i % groups for i in range(6)]} if groups else {}
 
