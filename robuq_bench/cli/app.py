@@ -20,6 +20,7 @@ import typer
 from robuq_bench import __version__
 from robuq_bench.cli import console
 from robuq_bench.cli.inspect import inspect_app, runs_app
+from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.job import (
     RUNS,
     ActivationsFlag,
@@ -356,6 +357,7 @@ def report(
 
 app.add_typer(packed_app)
 app.add_typer(inspect_app)
+app.add_typer(methods_app)
 app.add_typer(runs_app, name="runs")
 
 
