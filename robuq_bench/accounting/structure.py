@@ -114,6 +114,16 @@ def dit_layer_macs(model_config: ModelConfig) -> dict[str, int]:
     return dict(_sizes(model_config).macs)
 
 
+def dit_layer_weights(model_config: ModelConfig) -> dict[str, int]:
+    """Weights of every linear layer of a workload's DiT."""
+    return {layer.name: layer.weights for layer in _sizes(model_config).linears}
+
+
+def dit_layer_inputs(model_config: ModelConfig) -> dict[str, int]:
+    """Input values per image of every linear layer of a workload's DiT: tokens times width."""
+    return {layer.name: layer.tokens * layer.in_features for layer in _sizes(model_config).linears}
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """A DiT without weights: shapes of parameters, MACs by layer (convolutions too), linears."""
