@@ -17,9 +17,14 @@ from typing import Any
 from torch import nn
 
 from robuq_bench import sensitivity
-from robuq_bench.accounting import account as accounting
+from robuq_bench.accounting.account import account
+from robuq_bench.accounting.structure import (
+    dit_layer_inputs,
+    dit_layer_macs,
+    dit_layer_weights,
+)
 from robuq_bench.allocation import mean_bits, mean_bits_by_type
-from robuq_bench.allocation.costs import mac_cost
+from robuq_bench.allocation.costs import Cost, activation_bytes_cost, mac_cost
 from robuq_bench.allocation.problem import allocation_problem
 from robuq_bench.allocation.solvers import solve
 from robuq_bench.config import (
@@ -108,7 +113,7 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
             run.append(
                 "accounting",
                 kind="accounting",
-                **accounting.account(workload.model, plan, bits),
+                **account(workload.model, plan, bits),
             )
         if not run.has("timing"):
             seconds = round(time.perf_counter() - started, 1)
@@ -351,24 +356,30 @@ def solved(
             task.advance()
 
         table = measure(done, on_item)
-    model = config.workload.model
-    macs = {name: accounting.dit_layer_macs(model)[name] for name in layers}
-    weights = {
-        "macs": lambda: macs,
-        "weights": lambda: accounting.dit_layer_weights(model),
-        "inputs": lambda: accounting.dit_layer_inputs(model),
-    }[bits_config.cost]()
-    cost = mac_cost({name: weights[name] for name in layers}, bits_config.mean)
+    cost, macs = _cost(config, layers)
     problem = allocation_problem(table, macs, [cost], bits_config.choices)
     solution = solve(problem, bits_config.solver, seed=config.seed)
     return solution.bits_by_layer, solution.objective
+
+
+def _cost(config: Config, layers: list[str]) -> tuple[Cost, dict[str, int]]:
+    """What the allocation may spend, and MACs by layer."""
+    bits, model = config.plan.bits, config.workload.model
+    assert bits is not None and bits.mean is not None
+    macs = {name: dit_layer_macs(model)[name] for name in layers}
+    if bits.cost == "inputs":
+        inputs = {name: dit_layer_inputs(model)[name] for name in layers}
+        return activation_bytes_cost(inputs, bits.mean * sum(inputs.values()) / 8), macs
+    if bits.cost == "weights":
+        return mac_cost({name: dit_layer_weights(model)[name] for name in layers}, bits.mean), macs
+    return mac_cost(macs, bits.mean), macs
 
 
 def record_allocation(
     run: Run, workload: Workload, bits: dict[str, int], objective: float | None
 ) -> None:
     """Append the allocation with MACs and its means per layer type."""
-    all_macs = accounting.dit_layer_macs(workload.model)
+    all_macs = dit_layer_macs(workload.model)
     macs = {name: all_macs[name] for name in bits}
     run.append(
         "allocation",

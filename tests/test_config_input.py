@@ -26,7 +26,7 @@ from robuq_bench.config import (
     resolve,
     sensitivity_steps,
 )
-from robuq_bench.config.base import Ints, OptionalInt, Section, Strings
+from robuq_bench.sections import Ints, OptionalInt, Section, Strings
 from robuq_bench.config.files import keys_of, validate
 from robuq_bench.config.resolve import canonical_json, config_from_toml, to_toml
 from robuq_bench.errors import ConfigError

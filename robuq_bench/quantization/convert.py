@@ -209,10 +209,7 @@ def quantize_(
         _check_bits_by_layer(bits_by_layer, rules)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
-    needs = {
-        name: frozenset[Need]().union(*(m.needs for m in rule.slots().values()))
-        for name, rule in rules.items()
-    }
+    needs = {name: _needs(rule) for name, rule in rules.items()}
     if any(needs.values()) and not blank:
         if calibration is None or not len(calibration.batches):
             name = next(name for name, found in needs.items() if found)
@@ -236,6 +233,17 @@ def quantize_(
         set_activation_bits(model, bits_by_layer)
     logger.info("plan %s on %s: %s", plan.name, type(model).__name__, summary(selected))
     return model
+
+
+def _needs(rule: Rule) -> frozenset[Need]:
+    """What the methods of a layer read of its inputs."""
+    slots = rule.slots()
+    needs = frozenset[Need]().union(*(method.needs for method in slots.values()))
+    # After a rotation the largest magnitudes are those of the sample, see `Site.through`.
+    after = (m.needs for slot, m in slots.items() if slot not in ("scaling", "rotation"))
+    if rule.rotation is not None and any("absmax" in found for found in after):
+        needs |= {"tokens"}
+    return needs
 
 
 def _site(name: str, linear: nn.Linear, seed: int, *, blank: bool) -> Site:
