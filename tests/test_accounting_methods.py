@@ -400,7 +400,7 @@ def test_a_weight_budget_gives_what_any_allocation_that_spends_it_costs(
     assert other["bit_ops"] > budget["bit_ops"]
     with pytest.raises(UsageError, match=r"no bits for layer 'blocks\.1\.mlp\.fc2'"):
         account(model_config, plan, {n: b for n, b in bits.items() if n != names[-1]})
-    with pytest.raises(ConfigError, match=r"layer 'blocks\.0\.mlp\.fc1': .*'rtn' does not take 11 bits"):
+    with pytest.raises(ConfigError, match=r"'blocks\.0\.mlp\.fc1': .*'rtn' does not take 11 bits"):
         account(model_config, plan, {**bits, "blocks.0.mlp.fc1": 11})
 
 
