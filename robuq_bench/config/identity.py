@@ -24,7 +24,7 @@ INPUTS_OF_EVALUATION = ("features", "reference", "vae")
 def identify(section: dict[str, Any], path_key: str) -> None:
     """Fill in the SHA-256 of the file a section names, when it is here and none was given."""
     spec = none_word(section[path_key])
-    if not spec or not isinstance(spec, str) or none_word(section["sha256"]):
+    if not spec or not isinstance(spec, str) or none_word(section.get("sha256")):
         return
     path = asset_path(spec)
     try:
