@@ -225,7 +225,7 @@ def measure_all(config: Config, variants: list[Variant], run: Run, context: Cont
                         measured=kind,
                         **found,
                     )
-                    task.advance(task.completed + 1)
+                    task.advance()
             finally:
                 bench.close()
     items = [run.get(key(*item)) for item in plan]

@@ -25,8 +25,8 @@ from robuq_bench.models.checkpoints import (
     to_diffusers,
 )
 from robuq_bench.models.dit import DiT
-from robuq_bench.runs.weight_files import checkpoint_digest
 from robuq_bench.runs.checkpoints import save_tensors
+from robuq_bench.runs.weight_files import checkpoint_digest
 
 TINY: dict[str, Any] = {"hidden_size": 24, "depth": 3, "num_heads": 2}
 State = dict[str, Tensor]

@@ -400,7 +400,8 @@ def _is_text(model: type[Section], key: str) -> bool:
     if sections[:1] == ["layers"] and model is Plan:
         return last in ("name", "method")
     for name in sections:
-        model = section_of(model.model_fields[name].annotation) or model
+        found = section_of(model.model_fields[name].annotation)
+        model = model if found is None else found  # type: ignore[assignment]
     annotation = model.model_fields[last].annotation
     is_union = get_origin(annotation) in (Union, types.UnionType)
     options = get_args(annotation) if is_union else (annotation,)

@@ -17,6 +17,7 @@ from kernels.hadamard_quantize.reference import (
     hadamard_quantize,
 )
 from kernels.launch import KernelInputError
+from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
 from robuq_bench.quantization.activations import (
     BITNET_EPS,
@@ -25,7 +26,6 @@ from robuq_bench.quantization.activations import (
     RobustMidtread,
     activation_quantizer,
 )
-from robuq_bench.hadamard.rotation import random_signs, rotate
 
 QUANTIZERS = [
     (name, bits)

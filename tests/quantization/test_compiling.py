@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from robuq_bench.config import load_plan
+from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.hadamard.transform import hadamard_transform
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
 from robuq_bench.quantization.convert import quantize_, quantized_layers
-from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.quantization.weights import fake_quantize_weight
 
 robust, minmax = activation_quantizer("robust-midtread"), activation_quantizer("minmax")

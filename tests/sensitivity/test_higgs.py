@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.errors import RobuqError, UsageError
-from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.hadamard.rotation import rotate
+from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.sensitivity import (
     CalibrationBatch,
     LinearFit,
