@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from robuq_bench.config.base import (
+from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.fields import (
     Ints,
     Name,
     OptionalFloat,
@@ -24,7 +25,6 @@ from robuq_bench.config.base import (
     TextDigest,
     none_word,
 )
-from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.methods import (
     SLOTS,
     ActivationMethod,

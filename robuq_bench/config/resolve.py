@@ -12,7 +12,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field
 
-from robuq_bench.config.base import Name, Section, none_word
 from robuq_bench.config.files import (
     keys_of,
     load_plan,
@@ -44,6 +43,7 @@ from robuq_bench.config.studies import (
 )
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.fields import Name, Section, none_word
 from robuq_bench.files import sha256_bytes
 from robuq_bench.methods import SLOTS
 

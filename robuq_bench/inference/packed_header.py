@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import model_validator
 
 from robuq_bench.config import Plan
-from robuq_bench.config.base import Ints, Section
 from robuq_bench.config.files import validate
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError, suggest
+from robuq_bench.fields import Ints, Section
 from robuq_bench.inference.stored_tensors import FLOATS
 from robuq_bench.methods.activations._token_grid import token_grid
 
