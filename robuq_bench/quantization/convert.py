@@ -14,7 +14,7 @@ from robuq_bench.errors import ConfigError, UsageError, suggest
 from robuq_bench.methods.site import Site
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
-from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.linear import QuantizedLinear, check_methods
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
 from robuq_bench.quantization.blocks import blocks_in_order
 from robuq_bench.quantization.observing import observe
@@ -98,11 +98,7 @@ def _check(name: str, linear: nn.Linear, rule: Rule) -> None:
                 f"layer {name!r} has {int((~torch.isfinite(value)).sum())} values in its {part} "
                 "that are NaN or infinite; find where the checkpoint was damaged"
             )
-    for slot, method in rule.slots().items():
-        try:
-            method.check(*weight.shape)
-        except (ConfigError, UsageError) as error:
-            raise type(error)(f"layer {name!r}: {slot}: {error}") from None
+    check_methods(rule.slots(), linear, name)
 
 
 def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
