@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.errors import ConfigError, UsageError
-from robuq_bench.methods import Method
+from robuq_bench.methods import SLOTS, Method
 from robuq_bench.methods.site import Site
 from robuq_bench.quantization import fast_paths
 from robuq_bench.quantization.bits import QuantizedInput
@@ -95,8 +95,10 @@ class QuantizedLinear(QuantizedInput):
         dtype, device = linear.weight.dtype, linear.weight.device
         weight = linear.weight.detach().double()
         modules: dict[str, nn.Module] = {}
-        for slot, method in methods.items():
-            fitted: Any = method.fit(weight, site)
+        for slot in SLOTS:
+            if slot not in methods:
+                continue
+            fitted: Any = methods[slot].fit(weight, site)
             if slot == "weight" and isinstance(fitted, tuple):
                 fitted, weight = fitted
             modules[slot] = fitted.to(device)
