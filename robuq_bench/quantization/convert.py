@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from robuq_bench.config.plan import matches
 from robuq_bench.errors import ConfigError, UsageError, suggest
 from robuq_bench.methods.site import Site
 from robuq_bench.quantization.attention import matmul_quantizer
@@ -346,6 +347,18 @@ def _warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
                 ", ".join(rule.match),
                 ", ".join(rule.kind),
             )
+        elif not rule.slots():  # its patterns are a list of layers, not one for every model
+            names = [
+                name
+                for layer in selected.values()
+                if layer.kind in rule.kind
+                for name in (layer.name, *layer.aliases)
+            ]
+            for pattern in rule.match:
+                if not any(matches(name, (pattern,)) for name in names):
+                    logger.warning(
+                        "rule %r of [[layers]]: %r matches no layer", rule.name, pattern
+                    )
 
 
 def summary(selected: Mapping[str, Selected]) -> str:
