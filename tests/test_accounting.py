@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robuq_bench.accounting.account import (
     account,
-    dit_layer_inputs,
     dit_layer_macs,
-    dit_layer_weights,
     layer_macs,
     packing_table,
     with_branch_rank,
@@ -135,7 +132,10 @@ def test_published_size_reductions_are_reproduced(robuq: Plan) -> None:
 
 def test_another_rank_than_the_published_one_is_stated_with_the_numbers_at_that_one() -> None:
     plan = load_plan("a2")
-    found, published = account(dit_config(), plan), account(dit_config(), with_branch_rank(plan, 16))
+    found, published = (
+        account(dit_config(), plan),
+        account(dit_config(), with_branch_rank(plan, 16)),
+    )
     assert (found["low_rank_rank"], published["low_rank_rank"]) == (8, 16)
     names = ("low_rank_rank", "compute_reduction", "packed_bytes", "size_reduction")
     assert found["at_published_rank"] == {name: published[name] for name in names}
