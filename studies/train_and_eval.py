@@ -332,7 +332,7 @@ def allocated_weight_bits(
                 )
 
             bits, objective = solved(config, run, context, layers, measure)
-        record_allocation(run, config.workload, bits, objective)
+        record_allocation(run, config.workload, bits, objective, of="weight")
     return dict((run.get("allocation") or {})["bits_by_layer"])
 
 
@@ -341,7 +341,7 @@ def solved(
 ) -> tuple[dict[str, int], float]:
     """Measure s_l(b) (resumable) and solve for the plan's mean; bits and objective."""
     bits_config = config.plan.bits
-    assert bits_config is not None and bits_config.mean is not None
+    assert bits_config is not None
     done: dict[str, dict[int, float]] = {}
     for record in run.results():
         if record["kind"] == "sensitivity":
@@ -365,7 +365,8 @@ def solved(
 def _cost(config: Config, layers: list[str]) -> tuple[Cost, dict[str, int]]:
     """What the allocation may spend, and MACs by layer."""
     bits, model = config.plan.bits, config.workload.model
-    assert bits is not None and bits.mean is not None
+    assert bits is not None
+    assert bits.mean is not None
     macs = {name: dit_layer_macs(model)[name] for name in layers}
     if bits.cost == "inputs":
         inputs = {name: dit_layer_inputs(model)[name] for name in layers}
@@ -376,7 +377,11 @@ def _cost(config: Config, layers: list[str]) -> tuple[Cost, dict[str, int]]:
 
 
 def record_allocation(
-    run: Run, workload: Workload, bits: dict[str, int], objective: float | None
+    run: Run,
+    workload: Workload,
+    bits: dict[str, int],
+    objective: float | None,
+    of: str = "activation",
 ) -> None:
     """Append the allocation with MACs and its means per layer type."""
     all_macs = dit_layer_macs(workload.model)
@@ -384,6 +389,7 @@ def record_allocation(
     run.append(
         "allocation",
         kind="allocation",
+        of=of,
         bits_by_layer=bits,
         macs=macs,
         mean_bits=mean_bits(bits, macs),

@@ -20,7 +20,6 @@ import typer
 from robuq_bench import __version__
 from robuq_bench.cli import console
 from robuq_bench.cli.inspect import inspect_app, runs_app
-from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.job import (
     RUNS,
     ActivationsFlag,
@@ -48,6 +47,7 @@ from robuq_bench.cli.job import (
     show_rows,
     study_inputs,
 )
+from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.packed import packed_app
 from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
 from robuq_bench.runs import interrupts

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.errors import ConfigError, UsageError, suggest
+from robuq_bench.config.plan import matches
+from robuq_bench.errors import UsageError, suggest
 from robuq_bench.methods.base import Need
 from robuq_bench.methods.site import Site
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.blocks import blocks_in_order
-from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.linear import QuantizedLinear, check_methods
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
 from robuq_bench.quantization.observing import observe
 from robuq_bench.quantization.selection import (
@@ -100,11 +101,7 @@ def _check(name: str, linear: nn.Linear, rule: Rule) -> None:
                 f"layer {name!r} has {int((~torch.isfinite(value)).sum())} values in its {part} "
                 "that are NaN or infinite; find where the checkpoint was damaged"
             )
-    for slot, method in rule.slots().items():
-        try:
-            method.check(*weight.shape)
-        except (ConfigError, UsageError) as error:
-            raise type(error)(f"layer {name!r}: {slot}: {error}") from None
+    check_methods(rule.slots(), linear, name)
 
 
 def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
@@ -369,6 +366,16 @@ def _warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
                 ", ".join(rule.match),
                 ", ".join(rule.kind),
             )
+        elif not rule.slots():  # its patterns are a list of layers, not one for every model
+            names = [
+                name
+                for layer in selected.values()
+                if layer.kind in rule.kind
+                for name in (layer.name, *layer.aliases)
+            ]
+            for pattern in rule.match:
+                if not any(matches(name, (pattern,)) for name in names):
+                    logger.warning("rule %r of [[layers]]: %r matches no layer", rule.name, pattern)
 
 
 def summary(selected: Mapping[str, Selected]) -> str:
