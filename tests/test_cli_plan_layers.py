@@ -85,7 +85,7 @@ def test_the_table_says_methods_parameters_bits_and_why_a_layer_is_kept(
     found = lines(bench("plans", mixed, "--layers"))  # digits: width 144, 16 tokens
     fc2 = found["blocks.1.mlp.fc2"]
     # 4 bits, and per 16 weights a scale and a zero point of 16 bits each
-    for text in ("block-hadamard(block=16)", "svd(rank=4)", "rtn(group=16, symmetric=false)",
+    for text in ("block-hadamard(block=16)", "svd(rank=4)", "rtn(symmetric=false, group=16)",
                  "4 (6)", "percentile(q=0.999)", "8 (8)"):  # fmt: skip
         assert text in fc2, text
     qkv = found["blocks.1.attn.qkv"]
