@@ -101,10 +101,6 @@ def seconds_text(value: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def short_hash(digest: str) -> str:
-    return digest[:12]
-
-
 def joined(phrases: Iterable[Phrase], separator: str = "; ") -> list[Phrase]:
     """The phrases with `separator` between them."""
     parts: list[Phrase] = []

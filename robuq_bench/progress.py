@@ -21,7 +21,7 @@ DEFAULT_INTERVAL_S = 10.0
 
 
 class Task:
-    """One job of known length; `advance(done)` takes how much is done, not how much was added."""
+    """One job of known length: `advance()` counts items, `reach(done)` says how many are done."""
 
     def __init__(self, owner: Progress, label: str, total: int, completed: int) -> None:
         self.label, self.total, self.completed, self.text = label, total, completed, ""
@@ -29,7 +29,11 @@ class Task:
         self._last_line_s = self._start_s
         self._bar_id: TaskID | None = None
 
-    def advance(self, completed: int, total: int | None = None) -> None:
+    def advance(self) -> None:
+        """Say that one more item is done."""
+        self.reach(self.completed + 1)
+
+    def reach(self, completed: int, total: int | None = None) -> None:
         """Say that `completed` of `total` items are done."""
         self.completed = completed
         if total is not None:
@@ -104,7 +108,7 @@ class Progress:
         with self.task(label, total, completed) as task:
             for item in items:
                 yield item
-                task.advance(task.completed + 1)
+                task.advance()
 
     @contextmanager
     def task(self, label: str, total: int, completed: int = 0) -> Iterator[Task]:

@@ -7,7 +7,6 @@ therefore continues from its last checkpoint to the bit-identical weights (same 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -18,13 +17,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robuq_bench import seeds
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckpointError, RobuqError
+from robuq_bench.quantization.linear import OLD_NAMES
 
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
 LOW_RANK_PARAMETERS = (".branch.up", ".branch.down")
+OLD_BRANCH = ("low_rank_up", "low_rank_down")
 
 
 class Recipe(Protocol):
@@ -70,12 +72,6 @@ class Batch:
 LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
-def seeded_generator(stream: str, seed: int, step: int) -> torch.Generator:
-    """Return a CPU generator that depends on nothing but its three arguments."""
-    digest = hashlib.sha256(f"{stream}/{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 class BatchSource:
     """Random-access batches: `batch(step)` always returns the same batch.
 
@@ -101,7 +97,7 @@ class BatchSource:
 
     def batch(self, step: int) -> Batch:
         """Return the batch of training step `step`, on the source's device."""
-        generator = seeded_generator(self.stream, self.seed, step)
+        generator = seeds.generator(self.stream, self.seed, step)
         index = torch.randint(len(self.images), (self.batch_size,), generator=generator)
         t = torch.randint(
             self.diffusion.num_train_timesteps, (self.batch_size,), generator=generator
@@ -176,6 +172,12 @@ def _parameter_groups(
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def _name_of_today(key: str) -> str:
+    """The key of a checkpoint's tensor, which older code may have called otherwise."""
+    layer, _, last = key.rpartition(".")
+    return f"{layer}.{OLD_NAMES[last]}" if last in OLD_BRANCH else key
 
 
 class Trainer:
@@ -273,6 +275,7 @@ class Trainer:
 
     def load_state(self, step: int, tensors: dict[str, Tensor], origin: str) -> None:
         """Restore `state()`; CheckpointError naming `origin` when tensors do not fit the model."""
+        tensors = {_name_of_today(key): value for key, value in tensors.items()}
         expected = {f"{part}/{n}" for n in self.parameters for part in ("model", "ema")}
         missing = sorted(expected - tensors.keys())
         if missing:

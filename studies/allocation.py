@@ -32,6 +32,7 @@ from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, UsageError
 from robuq_bench.judging.sampling import shard
+from robuq_bench.qat import metric_batches, prepare_training
 from robuq_bench.quantization.convert import allocatable_layers, set_activation_bits
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, MetricOptions, by_timestep, distillation_loss
@@ -44,8 +45,6 @@ from studies.allocation_tables import (
     write_allocations,
     write_comparison,
 )
-from studies.sensitivity import calibration
-from studies.train_and_eval import prepare_training
 from studies.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
 
 VERSION = "2"
@@ -93,8 +92,8 @@ def measure(
     assert options is not None
     trainer, source, loss_function = prepare_training(config, context, judge.teacher, judge.data)
     model = trainer.model
-    layers = allocatable_layers(model, config.plan)
-    batches = calibration(config, judge, context)
+    layers = allocatable_layers(model)
+    batches = metric_batches(config, context, judge.data)
     bound = MetricOptions(
         teacher=judge.teacher, loss=distillation_loss(judge.teacher), seed=config.seed
     )
@@ -117,7 +116,7 @@ def measure(
     if not all(run.has(key) for key in (*wanted, "buckets")):
         with context.progress.task("warm-up", options.warmup_steps) as task:
             for _ in trainer.train(source, loss_function, options.warmup_steps):
-                task.advance(trainer.step)
+                task.reach(trainer.step)
         measure_all(after_training=True)
         measure_once(
             "buckets",
@@ -207,7 +206,7 @@ def train_all(
                 mean_bits=mean_bits(bits, macs),
                 **measured,
             )
-            task.advance(task.completed + 1)
+            task.advance()
 
 
 def check_bits(run: Run, chosen: dict[tuple[str, float], Allocation]) -> None:
@@ -242,7 +241,7 @@ def train_resolved(
     own = config.model_copy(update={"seed": trial.seed, "workload": workload})
     trainer, source, loss_function = prepare_training(own, context, judge.teacher, judge.data)
     student = trainer.model
-    batches = calibration(config, judge, context)
+    batches = metric_batches(config, context, judge.data)
     bits: dict[str, int] = {}
     for until in (*options.resolve_steps, options.train_steps):
         for _ in trainer.train(source, loss_function, until):

@@ -31,9 +31,9 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """One row per number of layers."""
     rows = []
     with context.progress.task("allocation-speed", len(SIZES)) as task:
-        for done, layers in enumerate(SIZES, start=1):
+        for layers in SIZES:
             rows.append(row(layers, config.seed))
-            task.advance(done)
+            task.advance()
     for item in rows:
         run.append(f"allocation-speed/{item['layers']}", kind="allocation-speed", **item)
     run.write_table("allocation_speed", rows)

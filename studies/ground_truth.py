@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context
+from robuq_bench.errors import UsageError
 from robuq_bench.judging.sampling import shard
 from robuq_bench.runs.run import Run
 from studies.trials import Judge, adopt_shards, train_trial
@@ -43,7 +44,12 @@ def measure_truth(
     """Train and judge every item of this shard that neither this run nor another shard has."""
     options = config.sensitivity
     assert options is not None
-    plan_bits = config.plan.activations.bits
+    plan_bits = config.plan.uniform_bits
+    if plan_bits is None:
+        raise UsageError(
+            f"study sensitivity compares against one activation width, and the layers of plan "
+            f"{config.plan.name!r} have several or none"
+        )
     items = truth_items(layers, options.truth_bits, options.truth_seeds, plan_bits)
     if options.shard is not None:
         items = list(shard(items, options.shard))
@@ -57,7 +63,7 @@ def measure_truth(
                 config, context, judge, bits, seed=item.seed, steps=options.truth_steps
             )
             run.append(item.key, kind="truth", **item._asdict(), **measured)
-            task.advance(task.completed + 1)
+            task.advance()
 
 
 def truth_differences(run: Run) -> dict[str, dict[str, dict[int, list[float]]]]:

@@ -149,7 +149,7 @@ def interpreted(
                 "where": f"Triton's interpreter, at {case.rows} rows",
             }
             run.append(key, kind="kernel-check", **row)
-            task.advance(task.completed + 1)
+            task.advance()
     rows = []
     for key, case in wanted.items():
         record = run.get(key)
@@ -221,7 +221,7 @@ def timed(
         for case in missing:
             rows = measure(case, options, seed, device, ceilings)
             run.append(case.key, kind="kernel", device_name=name, rows=rows)
-            task.advance(task.completed + 1)
+            task.advance()
             torch.cuda.empty_cache()
     table = []
     for case in cases:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from robuq_bench import seeds
 from robuq_bench.config import Config, NormalityConfig
 from robuq_bench.config.studies import MIN_IMAGES, TRANSFORMS
 from robuq_bench.context import Context
@@ -47,15 +48,15 @@ from robuq_bench.normality.analysis import (
 from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
 from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.normality.transforms import NotApplicable, Transform, make_transform
+from robuq_bench.qat import prepare_training
 from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
 from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors, save_tensors
 from robuq_bench.runs.digests import walk
 from robuq_bench.runs.run import Run
-from robuq_bench.training import seeded_generator
 from studies.sample_images import load_student
-from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
+from studies.train_and_eval import resume, train_with_checkpoints
 
-VERSION = "2"
+VERSION = "3"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
 CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16
@@ -137,7 +138,7 @@ def live(config: Config, run: Run, context: Context) -> Iterator[Capture]:
             f"workload {workload.name!r} has {len(data)} images; the study needs "
             f"normality.images + {CALIBRATION_IMAGES} = {wanted}"
         )
-    generator = seeded_generator("normality/images", config.seed, 0)
+    generator = seeds.generator("normality/images", config.seed, 0)
     order = torch.randperm(len(data), generator=generator)[:wanted].tolist()
     diffusion = Diffusion.from_config(workload.diffusion)
     steps = diffusion.num_train_timesteps
@@ -213,7 +214,7 @@ def run_model(
             noise = torch.stack(
                 [
                     torch.randn(
-                        x0.shape[1:], generator=seeded_generator("normality", config.seed, i)
+                        x0.shape[1:], generator=seeds.generator("normality", config.seed, i)
                     )
                     for i in index
                 ]
@@ -303,24 +304,22 @@ def measure(
     facts = {"subject": capture.subject, "timestep": str(capture.timestep)}
     narrow: dict[tuple[str, int], list[str]] = {}
     label = f"{capture.subject}, timestep {capture.timestep}"
-    with context.progress.task(label, len(capture.layers)) as task:
-        for done, (layer, part) in enumerate(capture.layers.items(), start=1):
-            width = part.tokens.shape[1]
-            if width < MIN_N or not len(part.tokens):
-                narrow.setdefault((layer_type(layer), width), []).append(layer)
+    for layer, part in context.progress.track(capture.layers.items(), label):
+        width = part.tokens.shape[1]
+        if width < MIN_N or not len(part.tokens):
+            narrow.setdefault((layer_type(layer), width), []).append(layer)
+            continue
+        for name, transform in rotations.of(capture.subject, layer, width, probes).items():
+            if isinstance(transform, str):
+                facts[f"skipped|{name}|{layer_type(layer)}|{width}"] = transform
                 continue
-            for name, transform in rotations.of(capture.subject, layer, width, probes).items():
-                if isinstance(transform, str):
-                    facts[f"skipped|{name}|{layer_type(layer)}|{width}"] = transform
-                    continue
-                table = analyse(part.tokens, part.images, transform, rotations.seed)
-                tensors[f"{name}|{layer}"] = torch.from_numpy(table.values).float()
-                tensors[f"{name}|{layer}|images"] = torch.from_numpy(table.images)
-                if name == "randomized-hadamard":
-                    draws = sign_draw_ratios(part.tokens, layer, rotations.seed, sign_draws)
-                    tensors[f"{name}|{layer}|draws"] = torch.from_numpy(draws).float()
-                facts[f"{name}|{layer}"] = f"{width} {table.n} {' '.join(table.columns)}"
-            task.advance(done)
+            table = analyse(part.tokens, part.images, transform, rotations.seed)
+            tensors[f"{name}|{layer}"] = torch.from_numpy(table.values).float()
+            tensors[f"{name}|{layer}|images"] = torch.from_numpy(table.images)
+            if name == "randomized-hadamard":
+                draws = sign_draw_ratios(part.tokens, layer, rotations.seed, sign_draws)
+                tensors[f"{name}|{layer}|draws"] = torch.from_numpy(draws).float()
+            facts[f"{name}|{layer}"] = f"{width} {table.n} {' '.join(table.columns)}"
     for (kind, width), layers in narrow.items():
         facts[f"skipped|{EVERY_TRANSFORM}|{kind}|{width}"] = (
             f"{', '.join(layers)}: no tokens of at least {MIN_N} inputs, which a test needs"

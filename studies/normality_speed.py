@@ -46,12 +46,12 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """Check, then time, one row per token width."""
     rows = []
     with context.progress.task("normality-speed", len(WIDTHS)) as task:
-        for done, n in enumerate(WIDTHS, start=1):
+        for n in WIDTHS:
             generator = torch.Generator().manual_seed(config.seed)
             tokens = torch.randn(TOKENS, n, generator=generator)
             deviations = check(tokens)
             rows.append(row(tokens, measure(tokens), deviations, context))
-            task.advance(done)
+            task.advance()
     for item in rows:
         run.append(f"normality-speed/{item['n']}", kind="normality-speed", **item)
     run.write_table("normality_speed", rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from robuq_bench.config import Config, Plan, Workload
+from robuq_bench.config import Config, Plan, Workload, modern_plan
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_bytes
@@ -22,7 +22,7 @@ from robuq_bench.quantization.convert import (
     quantized_layers,
     set_activation_bits,
 )
-from robuq_bench.quantization.linear import rename_old_weight
+from robuq_bench.quantization.linear import rename_old_state
 from robuq_bench.runs.checkpoints import load_tensors
 from robuq_bench.runs.run import open_existing
 
@@ -49,18 +49,20 @@ def load_student(run_path: Path, workload: Workload) -> nn.Module:
         )
     tensors, metadata = load_tensors(path)
     try:
-        plan, bits = Plan.model_validate_json(metadata["plan"]), metadata["bits_by_layer"]
-    except (KeyError, ValueError) as error:
+        plan = Plan.model_validate(modern_plan(json.loads(metadata["plan"])))
+        bits = json.loads(metadata["bits_by_layer"])
+        weight_bits = json.loads(metadata.get("weight_bits_by_layer", "{}"))
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path} does not say its plan and bits as this version does; begin its run anew "
             "with --force"
         ) from error
     model = DiT.from_config(workload.model)
-    quantize_(model, plan)
-    set_activation_bits(model, json.loads(bits))
+    quantize_(model, plan, blank=True, weight_bits_by_layer=weight_bits)
+    set_activation_bits(model, bits)
     # Runs of before kept the bits in the metadata alone.
     for name in quantized_layers(model):
-        rename_old_weight(tensors, f"{name}.")
+        rename_old_state(tensors, f"{name}.")
     expected = {
         name: value
         for name, value in model.state_dict().items()
@@ -120,7 +122,7 @@ def run_sample(
             seeds=range(config.seed, config.seed + num),
             batch_size=workload.evaluation.batch_size,
             device=context.device,
-            progress=task.advance,
+            progress=task.reach,
         )
     atomic_write_bytes(output, image_grid(images, GRID_COLUMNS, GRID_SCALE))
     return output

@@ -34,9 +34,9 @@ from robuq_bench.accounting.structure import dit_layer_macs
 from robuq_bench.allocation import mean_bits
 from robuq_bench.config import Config
 from robuq_bench.context import Context
-from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError
 from robuq_bench.judging.sampling import evaluation_mode
+from robuq_bench.qat import metric_batches, prepare_training
 from robuq_bench.quantization.convert import (
     allocatable_layers,
     quantized_layers,
@@ -49,14 +49,13 @@ from robuq_bench.sensitivity import (
     MetricOptions,
     ModelInputs,
     by_timestep,
-    calibration_set,
     distillation_loss,
 )
 from robuq_bench.sensitivity.epsilon import mean_squared_error
 from robuq_bench.sensitivity.probing import predict
 from studies.ground_truth import measure_truth
 from studies.sensitivity_tables import MAIN_METRIC, metric_table, summarise
-from studies.train_and_eval import prepare_training, resume, train_with_checkpoints
+from studies.train_and_eval import resume, train_with_checkpoints
 from studies.trials import Judge, make_judge
 
 VERSION = "2"
@@ -70,13 +69,13 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         raise UsageError("study sensitivity needs its settings; resolve the config for it")
     judge = make_judge(config, run, context, options.truth_samples, options.truth_sampling_steps)
     trainer, source, loss_function = prepare_training(config, context, judge.teacher, judge.data)
-    layers = allocatable_layers(trainer.model, config.plan)
+    layers = allocatable_layers(trainer.model)
     measure_truth(config, run, context, judge, layers)
     if options.shard is not None:
         done = [record for record in run.results() if record["kind"] == "truth"]
         return [{"shard": options.shard, "items": len(done)}]
 
-    batches = calibration(config, judge, context)
+    batches = metric_batches(config, context, judge.data)
     store = CheckpointStore(run.checkpoint_folder / "training", keep=len(options.qat_steps) + 1)
     for steps in options.qat_steps:
         resume(trainer, store, at_most=steps)
@@ -86,20 +85,6 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         measure_metrics(config, run, context, judge, trainer.model, layers, batches, steps)
         measure_interactions(config, run, context, trainer.model, layers, batches, steps)
     return summarise(config, run)
-
-
-def calibration(config: Config, judge: Judge, context: Context) -> list[ModelInputs]:
-    """The batches that every metric sees."""
-    return list(
-        calibration_set(
-            judge.data.model_inputs(torch.arange(len(judge.data))).to(context.device),
-            judge.data.labels,
-            Diffusion.from_config(config.workload.diffusion),
-            num_samples=config.workload.training.calibration_samples,
-            batch_size=config.workload.evaluation.batch_size,
-            seed=config.seed,
-        )
-    )
 
 
 def measure_metrics(
@@ -119,13 +104,13 @@ def measure_metrics(
         teacher=judge.teacher, loss=distillation_loss(judge.teacher), seed=config.seed
     )
     with context.progress.task(f"metrics after {steps} steps", len(METRICS) + 1) as task:
-        for count, metric in enumerate(METRICS.values(), start=1):
+        for metric in METRICS.values():
             task.update(metric.label)
             key = f"metric/{steps}/{metric.name}"
             if not run.has(key):
                 values = metric.bind(bound)(model, layers, options.bit_choices, batches)
                 run.append(key, kind="metric", steps=steps, metric=metric.name, values=values)
-            task.advance(count)
+            task.advance()
         key = f"timesteps/{steps}"
         if not run.has(key):
             by_bucket = by_timestep(
@@ -138,7 +123,7 @@ def measure_metrics(
                 num_train_timesteps=config.workload.diffusion.num_train_timesteps,
             )
             run.append(key, kind="timesteps", steps=steps, values=by_bucket)
-        task.advance(len(METRICS) + 1)
+        task.advance()
 
 
 def measure_interactions(
@@ -155,8 +140,8 @@ def measure_interactions(
     assert options is not None
     alone = metric_table(run, steps, MAIN_METRIC)
     before = {name: layer.activation_bits for name, layer in quantized_layers(model).items()}
-    present = config.plan.activations.bits
-    lower = [bits for bits in options.bit_choices if bits < present]
+    present = {layer: before[layer] or 0 for layer in layers}
+    lower = [bits for bits in options.bit_choices if bits < min(present.values(), default=0)]
     if not lower or len(layers) < 2:
         return
     draw = np.random.default_rng([config.seed, steps])
@@ -173,7 +158,7 @@ def measure_interactions(
     label = f"additivity after {steps} steps"
     with evaluation_mode(model), torch.no_grad(), context.progress.task(label, len(missing)) as t:
         reference = [predict(model, batch) for batch in batches]
-        for done, (key, bits) in enumerate(missing, start=1):
+        for key, bits in missing:
             set_activation_bits(model, {**before, **bits})
             actual = mean_squared_error(model, batches, reference)
             set_activation_bits(model, before)
@@ -184,8 +169,8 @@ def measure_interactions(
                 steps=steps,
                 layers=len(bits),
                 bits_by_layer=bits,
-                mean_bits=mean_bits({**dict.fromkeys(layers, present), **bits}, macs),
+                mean_bits=mean_bits({**present, **bits}, macs),
                 predicted=predicted,
                 actual=actual,
             )
-            t.advance(done)
+            t.advance()

@@ -48,7 +48,7 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
                     torch.cuda.synchronize()
                 if repetition >= WARMUP_STEPS:
                     seconds[name].append(time.perf_counter() - start)
-            task.advance(repetition + 1)
+            task.advance()
     rows = [row(name, times, seconds["fp"], config, context) for name, times in seconds.items()]
     for item in rows:
         run.append(f"step-time/{item['plan']}", kind="step-time", **item)

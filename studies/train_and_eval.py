@@ -14,16 +14,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from robuq_bench import sensitivity
-from robuq_bench.accounting import account as accounting
-from robuq_bench.allocation import mean_bits, mean_bits_by_type, solve_ampn
-from robuq_bench.config import Config, Workload, load_allocation_file, sensitivity_steps
+from robuq_bench.accounting.account import account
+from robuq_bench.accounting.structure import (
+    dit_layer_inputs,
+    dit_layer_macs,
+    dit_layer_weights,
+)
+from robuq_bench.allocation import mean_bits, mean_bits_by_type
+from robuq_bench.allocation.costs import Cost, activation_bytes_cost, mac_cost
+from robuq_bench.allocation.problem import allocation_problem
+from robuq_bench.allocation.solvers import solve
+from robuq_bench.config import (
+    Config,
+    Workload,
+    load_allocation_file,
+    sensitivity_steps,
+    training_steps,
+)
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data.datasets import ImageData, load_dataset
-from robuq_bench.diffusion import Diffusion
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
     load_reference,
@@ -32,16 +44,20 @@ from robuq_bench.judging.evaluation import (
 )
 from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.qat import convert_teacher, metric_batches, prepare_training
 from robuq_bench.quantization.convert import (
     allocatable_layers,
     layer_type,
     quantize_,
+    quantized_layers,
     set_activation_bits,
 )
 from robuq_bench.runs.checkpoints import CheckpointStore, save_tensors
 from robuq_bench.runs.interrupts import at_step_boundary
 from robuq_bench.runs.run import Run
-from robuq_bench.training import BatchSource, LossFunction, Trainer, qat_loss
+from robuq_bench.sensitivity import MetricOptions
+from robuq_bench.sensitivity.weights import weight_epsilon_mse
+from robuq_bench.training import BatchSource, Trainer
 from studies import teacher_eval
 from studies.figures import plot_allocation, plot_losses
 
@@ -97,7 +113,7 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
             run.append(
                 "accounting",
                 kind="accounting",
-                **accounting.account(workload.model, plan, bits),
+                **account(workload.model, plan, bits),
             )
         if not run.has("timing"):
             seconds = round(time.perf_counter() - started, 1)
@@ -111,13 +127,49 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
 def train_student(
     config: Config, run: Run, context: Context, teacher: nn.Module, data: ImageData
 ) -> tuple[nn.Module, dict[str, int]]:
-    """Convert and train; return the model with averaged weights and its activation bits."""
-    plan, workload = config.plan, config.workload
-    recipe = workload.training
-    diffusion = Diffusion.from_config(workload.diffusion)
-    trainer, source, loss_function = prepare_training(config, context, teacher, data)
+    """Convert, calibrate, allocate and train; return the model with averaged weights, and its bits.
+
+    Bits are those that the plan allocates: of activations, or of weights.
+    """
+    plan = config.plan
+    steps = training_steps(config)
+    recipe = config.workload.training.model_copy(update={"steps": steps})
+    config = config.model_copy(
+        update={"workload": config.workload.model_copy(update={"training": recipe})}
+    )
+    states = run.path / "checkpoints" / "calibration"
+    weight_bits: dict[str, int] = {}
+    if plan.bits is not None and plan.bits.of == "weight":
+        weight_bits = allocated_weight_bits(config, run, context, teacher, data)
+        states = states / "allocated"
+    if steps == 0:
+        student = convert_teacher(config, context, teacher, data, states, weight_bits)
+        if not weight_bits:
+            set_activation_bits(
+                student, activation_bits(config, run, context, student, teacher, data)
+            )
+        student.eval()
+    else:
+        student = trained(config, run, context, teacher, data, states, weight_bits)
+    bits = dict((run.get("allocation") or {})["bits_by_layer"])
+    save_student(run, config, student, bits)
+    return student, bits
+
+
+def trained(
+    config: Config,
+    run: Run,
+    context: Context,
+    teacher: nn.Module,
+    data: ImageData,
+    states: Path,
+    weight_bits: dict[str, int],
+) -> nn.Module:
+    """QAT: warm up, allocate activation bits where the plan does, train on; averaged weights."""
+    trainer, source, loss_function = prepare_training(
+        config, context, teacher, data, states, weight_bits
+    )
     student = trainer.model
-    layers = allocatable_layers(student, plan)
     store = CheckpointStore(run.path / "checkpoints" / "training")
     resume(trainer, store)
 
@@ -126,61 +178,34 @@ def train_student(
             trainer, source, loss_function, until, run, store, context, phase=phase
         )
 
-    if plan.allocation.method == "ampn":
+    if not weight_bits:
         train_to(sensitivity_steps(config), "warmup")
-        if not run.has("allocation"):
-            allocate_ampn(config, run, context, student, data, diffusion, layers)
-    elif not run.has("allocation"):
-        bits = dict.fromkeys(layers, plan.activations.bits)
-        if plan.allocation.method == "file":
-            bits = load_allocation_file(plan.allocation, layers)
-        record_allocation(run, workload, bits, objective=None)
-    bits = dict((run.get("allocation") or {})["bits_by_layer"])
-    set_activation_bits(student, bits)
-    train_to(recipe.steps, "qat")
-
+        set_activation_bits(student, activation_bits(config, run, context, student, teacher, data))
+    train_to(trainer.recipe.steps, "qat")
     trainer.copy_ema_to(student)
-    student.eval()
-    tensors = {name: value.contiguous() for name, value in student.state_dict().items()}
+    return student.eval()
+
+
+def save_student(run: Run, config: Config, student: nn.Module, bits: dict[str, int]) -> None:
+    """Write the student with what is needed to build it again."""
+    of = "activation" if config.plan.bits is None else config.plan.bits.of
+    activations = {
+        name: layer.activation_bits
+        for name, layer in quantized_layers(student).items()
+        if layer.activation_bits is not None
+    }
     save_tensors(
         run.path / "checkpoints" / "student-ema.safetensors",
-        tensors,
+        {name: value.contiguous() for name, value in student.state_dict().items()},
         {
             "format": "robuq-bench student (fake-quantized, averaged weights)",
             "run": run.id,
-            "plan": plan.model_dump_json(),
-            "model": workload.model.model_dump_json(),
-            "bits_by_layer": json.dumps(bits, sort_keys=True),
+            "plan": config.plan.model_dump_json(),
+            "model": config.workload.model.model_dump_json(),
+            "bits_by_layer": json.dumps(activations, sort_keys=True),
+            "weight_bits_by_layer": json.dumps(bits if of == "weight" else {}, sort_keys=True),
         },
     )
-    return student, bits
-
-
-def prepare_training(
-    config: Config, context: Context, teacher: nn.Module, data: ImageData
-) -> tuple[Trainer, BatchSource, LossFunction]:
-    """Convert a copy of the teacher (`trainer.model`) and set up its training at step 0."""
-    plan, recipe = config.plan, config.workload.training
-    teacher.requires_grad_(False).eval()
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    student.get_parameter("pos_embed").requires_grad_(False)
-    quantize_(student, plan, seed=config.seed)
-    diffusion = Diffusion.from_config(config.workload.diffusion)
-    source = BatchSource(
-        data.model_inputs(torch.arange(len(data))),
-        data.labels,
-        diffusion,
-        student,
-        batch_size=recipe.batch_size,
-        seed=config.seed,
-        stream="qat",
-        device=context.device,
-    )
-    loss_function = qat_loss(
-        diffusion, teacher, plan.qat.distillation_weight, plan.qat.denoising_weight
-    )
-    trainer = Trainer(student, recipe, context.device, recipe.low_rank_learning_rate)
-    return trainer, source, loss_function
 
 
 def resume(trainer: Trainer, store: CheckpointStore, at_most: int | None = None) -> None:
@@ -219,7 +244,7 @@ def train_with_checkpoints(
             step, window = trainer.step, trainer.window
             window.append(values)
             task.update(f"loss {values['loss']:.4f}")
-            task.advance(step)
+            task.reach(step)
             if step % recipe.log_every_steps == 0 or step == until:
                 key = f"train/{step:08d}"
                 if not run.has(key):
@@ -237,62 +262,134 @@ def train_with_checkpoints(
                 break
 
 
-def allocate_ampn(
+def activation_bits(
     config: Config,
     run: Run,
     context: Context,
     student: nn.Module,
+    teacher: nn.Module,
     data: ImageData,
-    diffusion: Diffusion,
-    layers: list[str],
-) -> None:
-    """Measure s_l(b) for every layer and bit width (resumable), solve AMPN, record it."""
-    plan, workload = config.plan, config.workload
-    batches = sensitivity.calibration_batches(
-        data.model_inputs(torch.arange(len(data))),
-        data.labels,
-        diffusion,
-        num_samples=workload.training.calibration_samples,
-        batch_size=workload.evaluation.batch_size,
-        seed=config.seed,
-    )
+) -> dict[str, int]:
+    """Activation bits of every layer that has some to choose: as the rules say, from a file, or
+    by the plan's metric (measured on the student as it is, resumable) and solver."""
+    plan = config.plan
+    if not run.has("allocation"):
+        layers = allocatable_layers(student)
+        present = {
+            name: layer.activation_bits or 0 for name, layer in quantized_layers(student).items()
+        }
+        bits, objective = {name: present[name] for name in layers}, None
+        if plan.bits is not None and plan.bits.path is not None:
+            bits = load_allocation_file(plan.bits, layers)
+        elif plan.bits is not None:
+            choices = plan.bits.choices
+            batches = metric_batches(config, context, data)
+            options = MetricOptions(
+                teacher=teacher, loss=sensitivity.distillation_loss(teacher), seed=config.seed
+            )
+            metric = sensitivity.metric_named(plan.bits.metric).bind(options)
+
+            def measure(done: Any, on_item: Any) -> Any:
+                return metric(student, layers, choices, batches, done=done, on_item=on_item)
+
+            bits, objective = solved(config, run, context, layers, measure)
+        record_allocation(run, config.workload, bits, objective)
+    return dict((run.get("allocation") or {})["bits_by_layer"])
+
+
+def allocated_weight_bits(
+    config: Config, run: Run, context: Context, teacher: nn.Module, data: ImageData
+) -> dict[str, int]:
+    """Weight bits of every layer that has some to choose, from a file or by metric and solver."""
+    bits_config = config.plan.bits
+    assert bits_config is not None
+    if not run.has("allocation"):
+        objective = None
+        blank = copy.deepcopy(teacher)
+        quantize_(blank, config.plan, seed=config.seed, blank=True)
+        layers = allocatable_layers(blank, of="weight")
+        if bits_config.path is not None:
+            bits = load_allocation_file(bits_config, layers)
+        else:
+            folder = run.path / "checkpoints" / "calibration"
+            variants = {
+                choice: convert_teacher(
+                    config,
+                    context,
+                    teacher,
+                    data,
+                    folder / f"{choice}-bits",
+                    dict.fromkeys(layers, choice),
+                ).eval()
+                for choice in bits_config.choices
+            }
+            batches = metric_batches(config, context, data)
+            reference = teacher if bits_config.metric == "epsilon_mse_teacher" else None
+
+            def measure(done: Any, on_item: Any) -> Any:
+                return weight_epsilon_mse(
+                    variants, layers, batches, reference=reference, done=done, on_item=on_item
+                )
+
+            bits, objective = solved(config, run, context, layers, measure)
+        record_allocation(run, config.workload, bits, objective, of="weight")
+    return dict((run.get("allocation") or {})["bits_by_layer"])
+
+
+def solved(
+    config: Config, run: Run, context: Context, layers: list[str], measure: Any
+) -> tuple[dict[str, int], float]:
+    """Measure s_l(b) (resumable) and solve for the plan's mean; bits and objective."""
+    bits_config = config.plan.bits
+    assert bits_config is not None
     done: dict[str, dict[int, float]] = {}
     for record in run.results():
         if record["kind"] == "sensitivity":
             done.setdefault(record["layer"], {})[record["bits"]] = record["mse"]
-    total = len(layers) * len(plan.allocation.bit_choices)
+    total = len(layers) * len(bits_config.choices)
     with context.progress.task("sensitivity", total, sum(map(len, done.values()))) as task:
 
-        def on_item(layer: str, bits: int, mse: float) -> None:
+        def on_item(layer: str, bits: int, value: float) -> None:
             run.append(
-                f"sensitivity/{layer}/{bits}", kind="sensitivity", layer=layer, bits=bits, mse=mse
+                f"sensitivity/{layer}/{bits}", kind="sensitivity", layer=layer, bits=bits, mse=value
             )
-            task.advance(task.completed + 1)
+            task.advance()
 
-        table = sensitivity.measure_sensitivity(
-            student,
-            layers,
-            plan.allocation.bit_choices,
-            batches,
-            done=done,
-            on_item=on_item,
-        )
-    macs = accounting.dit_layer_macs(workload.model)
-    solution = solve_ampn(
-        table, {name: macs[name] for name in layers}, float(plan.allocation.mean_bits or 0)
-    )
-    record_allocation(run, workload, solution.bits_by_layer, solution.objective)
+        table = measure(done, on_item)
+    cost, macs = _cost(config, layers)
+    problem = allocation_problem(table, macs, [cost], bits_config.choices)
+    solution = solve(problem, bits_config.solver, seed=config.seed)
+    return solution.bits_by_layer, solution.objective
+
+
+def _cost(config: Config, layers: list[str]) -> tuple[Cost, dict[str, int]]:
+    """What the allocation may spend, and MACs by layer."""
+    bits, model = config.plan.bits, config.workload.model
+    assert bits is not None
+    assert bits.mean is not None
+    macs = {name: dit_layer_macs(model)[name] for name in layers}
+    if bits.cost == "inputs":
+        inputs = {name: dit_layer_inputs(model)[name] for name in layers}
+        return activation_bytes_cost(inputs, bits.mean * sum(inputs.values()) / 8), macs
+    if bits.cost == "weights":
+        return mac_cost({name: dit_layer_weights(model)[name] for name in layers}, bits.mean), macs
+    return mac_cost(macs, bits.mean), macs
 
 
 def record_allocation(
-    run: Run, workload: Workload, bits: dict[str, int], objective: float | None
+    run: Run,
+    workload: Workload,
+    bits: dict[str, int],
+    objective: float | None,
+    of: str = "activation",
 ) -> None:
     """Append the allocation with MACs and its means per layer type."""
-    all_macs = accounting.dit_layer_macs(workload.model)
+    all_macs = dit_layer_macs(workload.model)
     macs = {name: all_macs[name] for name in bits}
     run.append(
         "allocation",
         kind="allocation",
+        of=of,
         bits_by_layer=bits,
         macs=macs,
         mean_bits=mean_bits(bits, macs),

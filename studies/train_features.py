@@ -35,7 +35,7 @@ def run_train_features(config: Config, root: Path, context: Context) -> RunResul
 
         def show_epoch(epoch: int, epochs: int, values: dict[str, float]) -> None:
             task.text = f"held-out accuracy {values['heldout_accuracy']:.4f}"
-            task.advance(epoch, epochs)
+            task.reach(epoch, epochs)
 
         pixels = workload.data.image_size
         trained = train_digits_features(

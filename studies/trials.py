@@ -24,10 +24,10 @@ from robuq_bench.judging.features import Features
 from robuq_bench.judging.fidelity import Reference, compute_fid
 from robuq_bench.judging.sampling import sample_values
 from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.qat import prepare_training
 from robuq_bench.quantization.convert import set_activation_bits
 from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.runs.run_files import run_folders
-from studies.train_and_eval import prepare_training
 
 _LOG = logging.getLogger(__name__)
 

@@ -159,17 +159,60 @@ def test_extends_takes_a_path_beside_the_file(tmp_path: Path) -> None:
     assert load_plan(path).activations.bits == 7
 
 
-def test_extends_is_one_level_deep(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.toml", 'extends = "a8"')
-    with pytest.raises(ConfigError, match=r"mine\.toml: extends 'a8', which itself extends 'a4'"):
-        load_plan(path)
+def test_extends_goes_to_any_depth_and_the_nearest_wins(tmp_path: Path) -> None:
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    # Names without a folder would be packaged ones; each path is that of the file that has it.
+    write(tmp_path / "0.toml", 'extends = "a8"\ndescription = "0"\n[low_rank]\nrank = 1\n')
+    write(folder / "1.toml", 'extends = "../0.toml"\n[qat]\ndenoising_weight = 0.5\n')
+    write(folder / "2.toml", 'extends = "./1.toml"\n[low_rank]\nrank = 2\n')
+    path = write(tmp_path / "3.toml", 'extends = "deep/2.toml"\n[activations]\nbits = 3\n')
+    plan, base = load_plan(path), load_plan("a8")
+    assert (plan.name, plan.description) == ("3", "")
+    assert (plan.low_rank.rank, plan.qat.denoising_weight, plan.activations.bits) == (2, 0.5, 3)
+    assert plan.activations.quantizer == base.activations.quantizer
+    assert plan.rotation == base.rotation
+    assert load_plan(folder / "1.toml").low_rank.rank == 1
+    longest = path
+    for number in range(4, 1200):  # more than Python's stack is deep
+        longest = write(tmp_path / f"{number}.toml", f'extends = "./{number - 1}.toml"\n')
+    assert load_plan(longest).model_copy(update={"name": "3"}) == plan
 
 
-def test_a_mistake_in_the_base_is_blamed_on_the_base(tmp_path: Path) -> None:
-    write(tmp_path / "base.toml", "[activations]\nbitz = 7\n")
-    path = write(tmp_path / "mine.toml", 'extends = "./base.toml"')
-    with pytest.raises(ConfigError, match=r"base\.toml: activations\.bitz: .*did you mean 'bits'"):
+def test_extends_in_a_circle_names_the_files_in_order(tmp_path: Path) -> None:
+    start = write(tmp_path / "start.toml", 'extends = "./a.toml"')
+    first = write(tmp_path / "a.toml", 'extends = "./b.toml"')
+    second = write(tmp_path / "b.toml", 'extends = "./x/a.toml"')
+    (tmp_path / "x").symlink_to(tmp_path)  # the same file by another name
+    for path in (start, first):
+        with pytest.raises(ConfigError) as caught:
+            load_plan(path)
+        assert f"{second}: extends goes in a circle: {first} -> {second} -> {first};" in str(
+            caught.value
+        )
+    alone = write(tmp_path / "alone.toml", 'extends = "./alone.toml"')
+    with pytest.raises(ConfigError, match=r"circle: .*alone\.toml -> .*alone\.toml;"):
+        load_plan(alone)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[activations]\nbitz = 7\n", r"base\.toml: activations\.bitz: .*did you mean 'bits'"),
+        ('extends = "./gone.toml"', r"base\.toml: extends: plan file not found: .*gone\.toml"),
+        ("extends = 4", r"base\.toml: extends must be the name or path of one plan"),
+        ("x = [", r"base\.toml: not valid TOML"),
+    ],
+)
+def test_a_mistake_in_a_base_is_blamed_on_that_base(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    write(tmp_path / "base.toml", text)
+    write(tmp_path / "middle.toml", 'extends = "./base.toml"')
+    path = write(tmp_path / "mine.toml", 'extends = "./middle.toml"\n[activations]\nbitz = 1\n')
+    with pytest.raises(ConfigError, match=message) as caught:
         load_plan(path)
+    assert "mine.toml" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import codecs
 import errno
 import json
 import os
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BeforeValidator
 
 from robuq_bench.config import (
     AllocationConfig,
@@ -24,9 +26,10 @@ from robuq_bench.config import (
     resolve,
     sensitivity_steps,
 )
-from robuq_bench.config.files import keys_of
+from robuq_bench.config.files import keys_of, validate
 from robuq_bench.config.resolve import canonical_json, config_from_toml, to_toml
 from robuq_bench.errors import ConfigError
+from robuq_bench.sections import Ints, OptionalInt, Section, Strings
 
 PLAN = 'extends = "a4"\r\n[activations]\r\nbits = 3\r\n'
 LAYERS = ["a.fc1", "b"]
@@ -145,6 +148,44 @@ def test_other_fields_stay_typed() -> None:
 def test_any_text_arrives_quoted(text: str) -> None:
     path = make(f"evaluation.vae={quoted(text)}", plan="fp").workload.evaluation.vae
     assert path == (None if text == "none" else text)
+
+
+# what is written
+
+
+class Step(Section):
+    method: str
+    bits: OptionalInt = None
+
+
+class Rule(Section):
+    match: Strings
+    weight: Step | None = None
+    sizes: Ints = ()
+
+
+class Rules(Section):
+    first: Step
+    layers: Annotated[tuple[Rule, ...], BeforeValidator(tuple)]
+
+
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20).filter(
+    lambda text: text != "none"
+)
+STEPS = st.builds(Step, method=TEXT, bits=st.none() | st.integers(1, 16))
+RULES = st.builds(
+    Rule,
+    match=st.lists(TEXT, max_size=8).map(tuple),
+    weight=STEPS,
+    sizes=st.lists(st.integers(-(2**62), 2**62), max_size=3).map(tuple),
+)
+
+
+@given(st.builds(Rules, first=STEPS, layers=st.lists(RULES, max_size=3).map(tuple)))
+def test_arrays_of_tables_are_read_back_as_written(rules: Rules) -> None:
+    values = tomllib.loads(to_toml(rules))
+    assert values["first"]["bits"] == ("none" if rules.first.bits is None else rules.first.bits)
+    assert validate(Rules, values, "rules.toml") == rules
 
 
 # the training budget

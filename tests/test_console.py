@@ -27,6 +27,25 @@ def test_tables_align_numbers_right_and_say_not_run() -> None:
     assert "not run" in format_table([{"x": float("nan")}])
 
 
+def test_tables_hold_any_text_whole_whatever_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    cells = [
+        "w" * 3000,
+        "a " * 150 + "c",
+        "[bold]not markup[/bold] :smile:",
+        "http://x/1 True 2.5",
+    ]
+    header, _, *lines = format_table([{"text": cell, "[n]": 1} for cell in cells]).splitlines()
+    assert header.split() == ["text", "[n]"]
+    assert [line.removesuffix("1").rstrip() for line in lines] == cells
+    assert len({len(line) for line in lines}) == 1
+    tall = format_table([{"text": "one\ntwo", "n": 12}, {"text": "日本", "n": 3}])
+    assert format_table([{"a": "x\ty"}]).splitlines()[2] == "x       y"
+    assert tall.splitlines()[2:] == ["one   12", "two", "日本   3"]  # two cells of the screen each
+
+
 def test_a_wide_table_is_turned_only_if_it_then_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

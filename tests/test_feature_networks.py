@@ -21,7 +21,6 @@ from robuq_bench.judging.feature_networks import (
     load_classifier,
     load_feature_network,
     load_inception,
-    register_extractor,
 )
 from robuq_bench.judging.features import ASSET, ASSET_SHA256
 
@@ -36,12 +35,6 @@ def test_a_file_of_ones_own_gives_its_name_to_the_metrics(tmp_path: Path) -> Non
     path.with_name("copy.safetensors.sha256").write_text(f"{ASSET_SHA256}  copy.safetensors\n")
     loaded = load_feature_network(evaluation_section(features=str(path)))
     assert (loaded.name, loaded.suffix, loaded.sha256) == ("digits", "_digits", ASSET_SHA256)
-
-
-def test_registration_is_guarded() -> None:
-    register_extractor()
-    register_extractor.cache_clear()
-    assert register_extractor() == "robuq-digits"
 
 
 class _Payload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,8 @@ from robuq_bench.config import load_workload
 from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import UsageError
 from robuq_bench.judging import fidelity
-from robuq_bench.judging.feature_networks import (
-    load_feature_network,
-    register_extractor,
-)
+from robuq_bench.judging.feature_networks import load_feature_network
+from robuq_bench.judging.features import ASSET, load_features
 from robuq_bench.judging.fidelity import (
     FeatureNetwork,
     Features,
@@ -79,14 +78,45 @@ class Images(Dataset[Tensor]):
         return self.images[index]
 
 
+@pytest.fixture(scope="module")
+def extractor() -> str:
+    """The digit features under the name by which torch-fidelity knows them."""
+    torch_fidelity = _compat.import_torch_fidelity()
+    layers = ("pool", "spatial", "logits")
+
+    class Extractor(torch_fidelity.FeatureExtractorBase):  # type: ignore[misc, name-defined]
+        def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+            super().__init__(name, features_list)
+            self.network = load_features(ASSET)[0]
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            values = dict(zip(layers, self.network(images), strict=True))
+            return tuple(values[name] for name in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return layers
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return {"isc": "logits"}.get(metric, "pool")
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+    torch_fidelity.register_feature_extractor("test-digits", Extractor)
+    return "test-digits"
+
+
 def test_equal_to_torch_fidelity_end_to_end(
-    digits: ImageData, network: FeatureNetwork, reference: Features, noisy: Tensor
+    digits: ImageData, network: FeatureNetwork, reference: Features, noisy: Tensor, extractor: str
 ) -> None:
     ours = compute_metrics(network.extract(noisy), reference, "_digits")
     theirs = _compat.import_torch_fidelity().calculate_metrics(
         input1=Images(noisy),
         input2=Images(digits.images[:600]),
-        feature_extractor=register_extractor(),
+        feature_extractor=extractor,
         fid=True,
         isc=True,
         kid=True,
@@ -113,7 +143,7 @@ def test_equal_to_torch_fidelity_end_to_end(
     spatial = _compat.import_torch_fidelity().calculate_metrics(
         input1=Images(noisy),
         input2=Images(digits.images[:600]),
-        feature_extractor=register_extractor(),
+        feature_extractor=extractor,
         feature_layer_fid="spatial",
         fid=True,
         cuda=False,

@@ -71,9 +71,9 @@ def test_tasks_take_what_is_done_and_may_nest(clock: Clock) -> None:
     with progress.task("outer", 2) as outer:
         with progress.task("inner", 0) as inner:
             clock.now += 10
-            inner.advance(50, 200)
+            inner.reach(50, 200)
             progress.update("deep")
-        outer.advance(1)
+        outer.advance()
     assert (inner.completed, inner.total, inner.text, outer.text) == (50, 200, "deep", "")
     lines = stream.getvalue().splitlines()
     assert lines[0] == "inner: 50/200 (25%), 5/s, ETA 30 s"
@@ -93,7 +93,7 @@ def test_a_failed_job_does_not_claim_to_be_done(clock: Clock) -> None:
     def fail() -> None:
         with progress.task("QAT", 10) as task:
             clock.now += 15
-            task.advance(3)
+            task.reach(3)
             raise ValueError
 
     with pytest.raises(ValueError, match=r"^$"):

@@ -85,8 +85,8 @@ def test_resumed_run_records_every_session(tmp_path: Path, config: Config) -> No
         fail("1", ZeroDivisionError)
     with pytest.raises(KeyboardInterrupt):
         fail("2", KeyboardInterrupt)
-    with Run.open(tmp_path, config, ["3"]) as run:
-        run.record_device("cpu", 9)
+    with Run.open(tmp_path, config, ["3"], threads=9):
+        pass
     end(start_holder(tmp_path, "60"))
     with Run.open(tmp_path, config, ["5"]) as run:
         run.finish()

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from robuq_bench.allocation.problem import Allocation, Sensitivities
 from robuq_bench.errors import UsageError
 from robuq_bench.files import atomic_write_text, sha256_bytes
@@ -58,8 +60,7 @@ def save_allocation(
     if path.suffix == ".json":
         text = json.dumps(facts | tables, indent=1, allow_nan=False) + "\n"
     elif path.suffix == ".toml":
-        blocks = [_lines(facts), *(f"\n[{name}]\n{_lines(rows)}" for name, rows in tables.items())]
-        text = "".join(blocks)
+        text = tomli_w.dumps(facts | tables)
     else:
         raise UsageError(f"{path}: an allocation file ends in .toml or .json")
     return atomic_write_text(path, text)
@@ -76,16 +77,3 @@ def sensitivities_sha256(sensitivity: Sensitivities) -> str:
 
 def _is_known(value: str | float) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _lines(values: Mapping[str, Any]) -> str:
-    return "".join(f"{_key(key)} = {_json(value)}\n" for key, value in values.items())
-
-
-def _key(text: str) -> str:
-    return text if text.isascii() and text.isidentifier() else _json(text)
-
-
-def _json(value: Any) -> str:
-    # JSON's strings and finite numbers are TOML's, but for DEL, which TOML wants escaped
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

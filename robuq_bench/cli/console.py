@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -11,11 +12,13 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from robuq_bench.errors import UsageError
 
 Row = Mapping[str, Any]
+
+_ANY_WIDTH = 10**6  # columns that no table needs
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -27,7 +30,7 @@ def print_table(rows: Sequence[Row], missing: str = "not run") -> None:
     """Print aligned columns to stdout; a few wide rows are turned if they then fit the screen."""
     text = format_table(rows, missing)
     screen = shutil.get_terminal_size((100, 24)).columns
-    if rows and _width(text) > screen:
+    if _width(text) > screen and len(rows) < screen // 3:  # more could not stand side by side
         first = next(iter(rows[0]))
         names = [_cell(row.get(first), missing) for row in rows]
         columns = list(dict.fromkeys(column for row in rows for column in row))[1:]
@@ -46,25 +49,33 @@ def _width(text: str) -> int:
 
 
 def format_table(rows: Sequence[Row], missing: str = "not run") -> str:
-    """Aligned text columns in order of first appearance; None and NaN read `missing`."""
+    """Aligned text columns in order of first appearance; None and NaN read `missing`.
+
+    Numbers stand at the right. Nothing is cut, wrapped or coloured, whatever the screen, so that a
+    table in a pipe or file is whole.
+    """
+    from rich.console import Console
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
     if not rows:
         return "(no rows)"
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [columns, *([_cell(row.get(column), missing) for column in columns] for row in rows)]
-    numeric = [
-        all(isinstance(row.get(column), int | float) or row.get(column) is None for row in rows)
-        for column in columns
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = []
-    for line in cells:
-        padded = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        numeric = all(isinstance(value, int | float) or value is None for value in values)
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(Text(column), justify=justify, no_wrap=True)
+    table.add_row(*(Rule(characters="-") for _ in columns))
+    for row in rows:
+        cells = (_cell(row.get(column), missing) for column in columns)
+        # expanded here, for rich counts a tab as no width at all
+        table.add_row(*(Text(cell.expandtabs()) for cell in cells))
+    text = io.StringIO()
+    Console(file=text, width=_ANY_WIDTH, color_system=None).print(table, crop=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _cell(value: Any, missing: str) -> str:

@@ -31,6 +31,7 @@ from robuq_bench.config.resolve import (
     resolve,
     sensitivity_steps,
     to_toml,
+    training_steps,
 )
 from robuq_bench.config.studies import AllocationStudyConfig, NormalityConfig, SensitivityConfig
 from robuq_bench.config.workload import (
@@ -76,5 +77,6 @@ __all__ = [
     "resolve",
     "sensitivity_steps",
     "to_toml",
+    "training_steps",
     "workload_names",
 ]

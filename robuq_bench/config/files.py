@@ -209,29 +209,41 @@ def _in_todays_schema(path: Path, values: Table) -> Table:
 
 
 def _load(model: type[ModelT], kind: str, name_or_path: str | Path) -> ModelT:
-    path = _locate(kind, name_or_path)
-    values = _read(path)
-    base_name = values.pop("extends", None)
-    if base_name is not None:
-        if not isinstance(base_name, str):
+    chain = _chain(kind, _locate(kind, name_or_path))
+    inherited: Table = {}
+    # From the last base on: each is checked alone, so that its mistakes are not blamed on others.
+    for path, own in reversed(chain[1:]):
+        values = merge(inherited, own)
+        validate(model, {"name": path.stem, **values}, str(path))
+        # Only the base's settings are inherited, not what it is called.
+        inherited = {k: v for k, v in values.items() if k not in ("name", "description")}
+    path, own = chain[0]
+    return validate(model, {"name": path.stem, **merge(inherited, own)}, str(path))
+
+
+def _chain(kind: str, path: Path) -> list[tuple[Path, Table]]:
+    """A file and the ones it extends, nearest first, each with what it says itself."""
+    chain: list[tuple[Path, Table]] = []
+    seen: list[Path] = []
+    while True:
+        if path.resolve() in seen:
+            circle = [file for file, _ in chain[seen.index(path.resolve()) :]]
+            raise ConfigError(
+                f"{chain[-1][0]}: extends goes in a circle: "
+                f"{' -> '.join(map(str, [*circle, circle[0]]))}; one of them must extend nothing"
+            )
+        values = _read(path)
+        base = values.pop("extends", None)
+        chain.append((path, values))
+        seen.append(path.resolve())
+        if base is None:
+            return chain
+        if not isinstance(base, str):
             raise ConfigError(f"{path}: extends must be the name or path of one {kind}")
         try:
-            base_path = _locate(kind, base_name, path.parent)
+            path = _locate(kind, base, path.parent)
         except ConfigError as error:
             raise ConfigError(f"{path}: extends: {error}") from None
-        base = _read(base_path)
-        if "extends" in base:
-            raise ConfigError(
-                f"{path}: extends {base_name!r}, which itself extends {base['extends']!r}; "
-                f"only one level is allowed, so extend {base['extends']!r} directly"
-            )
-        # Only the base's settings are inherited, not what it is called.
-        inherited = {key: base[key] for key in base.keys() - {"name", "description"}}
-        # The base is checked alone first, so that a mistake in it is not blamed on this file.
-        validate(model, {"name": base_path.stem, **inherited}, str(base_path))
-        values = merge(inherited, values)
-    values.setdefault("name", path.stem)
-    return validate(model, values, str(path))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:

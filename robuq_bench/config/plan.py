@@ -14,17 +14,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from robuq_bench.errors import ConfigError, suggest
-from robuq_bench.fields import (
-    Ints,
-    Name,
-    OptionalFloat,
-    OptionalInt,
-    OptionalText,
-    Section,
-    Strings,
-    TextDigest,
-    none_word,
-)
 from robuq_bench.methods import (
     SLOTS,
     ActivationMethod,
@@ -34,6 +23,17 @@ from robuq_bench.methods import (
     ScalingMethod,
     WeightMethod,
     read_method,
+)
+from robuq_bench.sections import (
+    Ints,
+    Name,
+    OptionalFloat,
+    OptionalInt,
+    OptionalText,
+    Section,
+    Strings,
+    TextDigest,
+    none_word,
 )
 
 Kind = Literal["block", "adaLN", "other"]
@@ -219,7 +219,6 @@ class TrainConfig(Section):
         return self
 
 
-
 class Plan(Section):
     """How a model is quantized; packaged plans are `robuq_bench/plans/*.toml`."""
 
@@ -253,6 +252,13 @@ class Plan(Section):
     def is_full_precision(self) -> bool:
         """True when no rule fills a slot: the teacher itself."""
         return not self.methods()
+
+    @property
+    def uniform_bits(self) -> int | None:
+        """Activation bits of the layers that an allocation may change, where all have the same."""
+        rules = [rule for rule in self.layers if rule.activation and not rule.fixed_bits]
+        found = {rule.activation.bits for rule in rules if rule.activation}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -289,5 +295,3 @@ class Plan(Section):
                 "train.steps = 0; set bits.steps = 0"
             )
         return self
-
-

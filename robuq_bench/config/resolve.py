@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import tomli_w
 from pydantic import Field
 
 from robuq_bench.config.files import (
@@ -43,9 +44,9 @@ from robuq_bench.config.studies import (
 )
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
-from robuq_bench.fields import Name, Section, none_word
 from robuq_bench.files import sha256_bytes
 from robuq_bench.methods import SLOTS
+from robuq_bench.sections import Name, Section, none_word
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _STUDIES_WITHOUT_DATA = (
@@ -265,11 +266,9 @@ def config_hash(config: Config) -> str:
     return sha256_bytes(canonical_json(config).encode())
 
 
-def to_toml(config: Config | Plan | Workload) -> str:
+def to_toml(config: Section) -> str:
     """Return the resolved config as TOML; absent values are written as "none"."""
-    lines: list[str] = []
-    _write_table(config.model_dump(mode="json"), (), lines)
-    return "\n".join(lines).strip() + "\n"
+    return tomli_w.dumps(_none_as_word(config.model_dump(mode="json")))
 
 
 def config_from_toml(text: str, origin: str) -> Config:
@@ -288,6 +287,15 @@ def config_from_toml(text: str, origin: str) -> Config:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{origin}: plan of older code: {error}") from None
     return validate(Config, values, origin)
+
+
+def _none_as_word(value: Any) -> Any:
+    """`value` with what TOML cannot say, None, replaced at any depth; `none_word` reads it back."""
+    if isinstance(value, dict):
+        return {key: _none_as_word(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_none_as_word(item) for item in value]
+    return "none" if value is None else value
 
 
 def _dump(part: Plan | Workload) -> dict[str, Any]:
@@ -392,7 +400,8 @@ def _is_text(model: type[Section], key: str) -> bool:
     if sections[:1] == ["layers"] and model is Plan:
         return last in ("name", "method")
     for name in sections:
-        model = section_of(model.model_fields[name].annotation) or model
+        found = section_of(model.model_fields[name].annotation)
+        model = model if found is None else found  # type: ignore[assignment]
     annotation = model.model_fields[last].annotation
     is_union = get_origin(annotation) in (Union, types.UnionType)
     options = get_args(annotation) if is_union else (annotation,)
@@ -407,25 +416,3 @@ def quoted(text: str) -> str:
     """`text` as a TOML string: what `--set KEY=...` takes literally, whatever it holds."""
     # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _write_table(values: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    leaves = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    if path and leaves:
-        lines += ["", f"[{'.'.join(path)}]"]
-    lines += [f"{key} = {_toml_value(value)}" for key, value in leaves.items()]
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _write_table(value, (*path, key), lines)
-
-
-def _toml_value(value: Any) -> str:
-    if value is None:
-        return '"none"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, str):
-        return quoted(value)
-    return repr(value)

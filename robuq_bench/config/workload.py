@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from robuq_bench.errors import suggest
-from robuq_bench.fields import (
+from robuq_bench.sections import (
     Digest,
     Name,
     OptionalFloat,

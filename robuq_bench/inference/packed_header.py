@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 from pydantic import model_validator
 
-from robuq_bench.config import Plan
+from robuq_bench.config import Plan, modern_plan
 from robuq_bench.config.files import validate
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError, suggest
-from robuq_bench.fields import Ints, Section
 from robuq_bench.inference.stored_tensors import FLOATS
 from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.sections import Ints, Section
 
 FORMAT = "robuq-bench packed model"
 FORMAT_VERSIONS = ("1", "2")
@@ -55,11 +55,6 @@ class Storage:
 
     def __str__(self) -> str:
         return f"{self.codes}/{self.low_rank}/{self.rest}"
-
-    @property
-    def is_lossless(self) -> bool:
-        """Whether a loaded model equals the exported one bit for bit."""
-        return self.low_rank == self.rest == "fp32"
 
 
 class LayerFacts(Section):
@@ -161,7 +156,7 @@ class Header:
         return cls(
             storage,
             metadata["source"],
-            _section(path, "plan", _table(path, "plan", metadata["plan"]), Plan),
+            _plan(path, _table(path, "plan", metadata["plan"])),
             _section(path, "model", model, ModelConfig) if model else None,
             layers,
             int(parameters),
@@ -214,3 +209,19 @@ def _section(path: Path, key: str, values: Any, kind: type[_SectionT]) -> _Secti
         return validate(kind, values, key)
     except ConfigError as error:
         raise _invalid(path, str(error).replace("\n", "; ")) from None
+
+
+def _plan(path: Path, values: dict[str, Any]) -> Plan:
+    """The plan of a file, of any version; a method from outside the suite is not imported."""
+    try:
+        values = modern_plan(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its plan is damaged: {error}") from error
+    if any(":" in name for rule in values.get("layers") or () for name in _names(rule)):
+        raise CheckpointError(f"{path}: its plan names a method from outside the suite")
+    return _section(path, "plan", values, Plan)
+
+
+def _names(rule: Any) -> list[str]:
+    slots = rule.values() if isinstance(rule, dict) else ()
+    return [str(slot.get("method")) for slot in slots if isinstance(slot, dict)]

@@ -108,7 +108,7 @@ class PackedLinear(QuantizedInput):
         if rotated:
             self.rotation = HadamardRotation(_own(signs))
         if up is not None and down is not None:
-            self.branch = LowRankBranch(_own(up), _own(down)).requires_grad_(False)
+            self.branch = LowRankBranch(_copy(up), _copy(down)).requires_grad_(False)
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLinear) -> PackedLinear:
@@ -234,7 +234,7 @@ class PackedLinear(QuantizedInput):
     def _reference(self, x: Tensor) -> Tensor:
         """Exactly what `QuantizedLinear` computes in eval mode; unpacks the weight every time."""
         path = fast_paths.path_for(self, x)
-        return path.product(self, x, path.weight(self))  # type: ignore[no-any-return]
+        return path.product(self, x, path.weight(self))
 
     def product_weight(self, dtype: torch.dtype | None) -> Tensor:
         """The dequantized weight [out, in] in `dtype`; None is the layer's."""
@@ -320,11 +320,13 @@ def kernel_module(operation: str, backend: str) -> ModuleType:
     return import_module(f"kernels.{operation}.{'triton' if backend == 'triton' else 'reference'}")
 
 
-def _own(value: Tensor | None) -> Tensor | None:
+def _copy(value: Tensor) -> Tensor:
     """A contiguous copy."""
-    if value is None:
-        return None
     return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _own(value: Tensor | None) -> Tensor | None:
+    return None if value is None else _copy(value)
 
 
 def _frozen(value: Tensor | None) -> nn.Parameter | None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
+from robuq_bench.hadamard.rotation import random_signs
 from robuq_bench.inference.packed_linear import PackedLinear
 from robuq_bench.methods.weights._ternary import TernaryMethod
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import target_layers
 from robuq_bench.quantization.module_tree import exchange_layers
-from robuq_bench.hadamard.rotation import random_signs
 from robuq_bench.quantization.selection import select_layers
 
 

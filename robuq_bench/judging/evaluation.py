@@ -187,7 +187,7 @@ def evaluate_samples(
                     seeds=seeds,
                     batch_size=workload.evaluation.batch_size,
                     device=context.device,
-                    progress=task.advance,
+                    progress=task.reach,
                 )
             if workload.data.source == "latents":
                 images = decode_latents(images, workload.evaluation.vae, device=context.device)

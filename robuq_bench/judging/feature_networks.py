@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robuq_bench._compat import import_torch_fidelity
 from robuq_bench.config import asset_path
@@ -30,8 +29,6 @@ from robuq_bench.runs.digests import refuse_change
 
 logger = logging.getLogger(__name__)
 
-EXTRACTOR = "robuq-digits"
-FEATURE_LAYERS = ("pool", "spatial", "logits")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -248,50 +245,3 @@ def _inception_from_hub() -> Path:
                 f"{INCEPTION_URL} elsewhere and set evaluation.inception_weights=FILE"
             ) from error
     return path
-
-
-@functools.cache
-def register_extractor() -> str:
-    """Register the digit features with torch-fidelity as "robuq-digits" and return that name.
-
-    `torch_fidelity.calculate_metrics(..., feature_extractor=register_extractor(), cache=False)`
-    then gives the same numbers as `compute_metrics`. Registration is process-global and refuses a
-    second time, so an extractor already there under this name is left as it is.
-    """
-    fidelity = import_torch_fidelity()
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
-        fidelity.register_feature_extractor(EXTRACTOR, _extractor_class(fidelity))
-    return EXTRACTOR
-
-
-def _extractor_class(fidelity: Any) -> type[nn.Module]:
-    class DigitsExtractor(fidelity.FeatureExtractorBase):  # type: ignore[misc]
-        def __init__(
-            self,
-            name: str,
-            features_list: list[str],
-            feature_extractor_weights_path: str | None = None,
-            **kwargs: Any,
-        ) -> None:
-            super().__init__(name, features_list)
-            self.network = load_features(Path(feature_extractor_weights_path or ASSET))[0]
-
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            values = dict(zip(FEATURE_LAYERS, self.network(images), strict=True))
-            return tuple(values[name] for name in self.features_list)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return FEATURE_LAYERS
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return {"isc": "logits"}.get(metric, "pool")
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-    return DigitsExtractor

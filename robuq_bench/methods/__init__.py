@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import sha256_file
@@ -102,7 +102,7 @@ def _packaged_class(slot: Slot, name: str) -> type[Method]:
     module = importlib.import_module(f"robuq_bench.methods.{_FOLDERS[slot]}.{stem}")
     for value in vars(module).values():
         if inspect.isclass(value) and value.__module__ == module.__name__ and _is_method(value):
-            return value
+            return cast(type[Method], value)
     raise ConfigError(f"{module.__file__} defines no method")
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from robuq_bench.config import asset_path
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
 from robuq_bench.models.dit import DiT, sincos_position_embedding
-from robuq_bench.runs.weight_files import checkpoint_digest
 from robuq_bench.runs.checkpoints import load_untrusted_checkpoint
+from robuq_bench.runs.weight_files import checkpoint_digest
 
 ASSET_PREFIX = "asset:"
 LISTED_PROBLEMS = 4

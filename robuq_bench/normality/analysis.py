@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robuq_bench import seeds
 from robuq_bench.normality.consequence import BITS, REFERENCE, SETTINGS, Setting, error_ratios
 from robuq_bench.normality.controls import control_tokens
 from robuq_bench.normality.statistics import token_statistics
@@ -95,12 +96,13 @@ def sign_draw_ratios(tokens: Tensor, layer: str, seed: int, draws: int) -> NDArr
     """Mid-rise error ratio of tokens [T, width] at every bit width under several draws of signs.
 
     Returns:
-        [T, draws, bits]: draw k has the signs of seed + k, so draw 0 is the plan's own.
+        [T, draws, bits]: draw 0 has the plan's own signs, those of `seed`.
     """
     settings = tuple(Setting(REFERENCE, bits) for bits in BITS)
+    sign_seeds = [seed, *(seeds.seeded("normality/sign draw", seed, k) for k in range(1, draws))]
     rotations = [
-        make_transform("randomized-hadamard", tokens.shape[1], layer=layer, seed=seed + k)
-        for k in range(draws)
+        make_transform("randomized-hadamard", tokens.shape[1], layer=layer, seed=signs)
+        for signs in sign_seeds
     ]
     blocks = [
         np.stack([error_ratios(rotate(block.float()), settings) for rotate in rotations], axis=1)
@@ -116,5 +118,5 @@ def null_table(width: int, count: int, dtype: torch.dtype, seed: int) -> TokenTa
 
 
 def _subsample(width: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator("normality/subsample", seed)
     return torch.randperm(width, generator=generator)[:MAX_TESTED].sort().values

@@ -27,17 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robuq_bench import seeds
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.transform import hadamard_transform
 
 SHEVTSOVA_2010 = 0.5600
 """C0 for summands that need not be identically distributed: the one that a token needs."""
-
-SHEVTSOVA_2013 = 0.4690
-"""C0 for identically distributed summands: flat tokens only."""
-
-ESSEEN_1956 = (math.sqrt(10) + 3) / (6 * math.sqrt(2 * math.pi))
-"""0.40973: no constant below it can hold, so the bound cannot be improved by more than 27 %."""
 
 
 class MonteCarloCheck(NamedTuple):
@@ -118,7 +113,7 @@ def monte_carlo_check(
     x = tokens.detach().cpu().double()
     x = x / x.abs().amax(dim=-1, keepdim=True)
     x = x / x.norm(dim=-1, keepdim=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator("normality/signs", seed)
     sums = torch.empty((len(x), draws), dtype=torch.float64)
     for start in range(0, draws, 2048):
         stop = min(start + 2048, draws)

@@ -8,7 +8,6 @@ and memory is bounded by images x tokens per image x the sum of the layers' widt
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.quantization.watching import find_layers, watching
 from robuq_bench.runs.checkpoints import load_tensors, save_tensors
+from robuq_bench.seeds import seeded
 
 FORMAT = "robuq-bench activations 1"
 
@@ -68,8 +68,8 @@ class Recorder:
     def _positions(self, layer: str, image: int, total: int, count: int) -> np.ndarray:
         if count == total:
             return np.arange(total)
-        key = hashlib.sha256(f"{self.seed}/{self.stream}/{layer}/{image}".encode()).digest()
-        generator = np.random.default_rng(int.from_bytes(key[:8], "little"))
+        seed = seeded("normality/tokens", self.seed, self.stream, layer, image)
+        generator = np.random.default_rng(seed)
         return np.sort(generator.choice(total, count, replace=False))
 
     def result(self) -> Captured:

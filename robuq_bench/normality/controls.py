@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robuq_bench import seeds
 from robuq_bench.errors import UsageError, suggest
 
 OUTLIER_SHARE = 0.01
@@ -80,7 +81,7 @@ def control_tokens(
         name: one of `CONTROL_NAMES`.
         count: number of tokens.
         n: width.
-        seed: of NumPy's PCG64; controls of one seed are not independent of each other.
+        seed: with name and n it decides the draw (NumPy's PCG64).
         dtype: floating point; the rounding belongs to the null.
 
     Raises:
@@ -92,4 +93,5 @@ def control_tokens(
         raise UsageError(
             f"controls need count, n >= 1 and a floating dtype; got {count}, {n}, {dtype}"
         )
-    return torch.from_numpy(_DRAWS[name](np.random.default_rng(seed), count, n)).to(dtype)
+    rng = np.random.default_rng(seeds.seeded("normality/control", name, n, seed))
+    return torch.from_numpy(_DRAWS[name](rng, count, n)).to(dtype)

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
+from robuq_bench import seeds
 from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.hadamard.transform import is_supported
 from robuq_bench.normality.analysis import TESTS, analyse
@@ -80,10 +81,10 @@ def evidence_tables(
     }
     tables = {}
     with progress.task("evidence", len(steps)) as task:
-        for done, (name, make) in enumerate(steps.items(), start=1):
+        for name, make in steps.items():
             task.update(name)
             tables[name] = make()
-            task.advance(done)
+            task.advance()
     slopes = slope_rows(tables["decay"])
     return {**tables, "decay_slopes": slopes}
 
@@ -107,7 +108,9 @@ def control_rows(options: Options, seed: int) -> list[Row]:
         count = max(16, min(options.control_tokens, options.control_tokens * 576 // width))
         for name in CONTROL_NAMES:
             tokens = control_tokens(name, count, width, seed)
-            calibration = control_tokens(name, 64, width, seed + 1)
+            calibration = control_tokens(
+                name, 64, width, seeds.seeded("normality/calibration", seed)
+            )
             for transform in TRANSFORMS:
                 if transform == "dual-rotation" and width > 1152:
                     continue
@@ -234,7 +237,7 @@ def multivariate_rows(captured: Captured) -> list[Row]:
 
 def decay_rows(captured: Captured, count: int, seed: int) -> list[Row]:
     """Exact distance against the width: random parts of `count` real tokens, synthetic tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator("normality/decay", seed)
     rows = []
 
     def add(source: str, width: int, tokens: Tensor) -> None:
@@ -291,7 +294,7 @@ def slope_rows(decay: list[Row]) -> list[Row]:
 
 def projection_rows(captured: Captured, alpha: float, seed: int) -> list[Row]:
     """Cramer-Wold: random projections of pairs and of 8 coordinates, beside Gaussian tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator("normality/projections", seed)
     rows = []
     for (kind, width), tokens in by_type(captured).items():
         if not is_supported(width):
@@ -329,7 +332,7 @@ def projection_rows(captured: Captured, alpha: float, seed: int) -> list[Row]:
 
 def sample_size_rows(captured: Captured, alpha: float, seed: int) -> list[Row]:
     """Share of tokens that Shapiro-Wilk rejects when it sees n of their coordinates."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator("normality/sample sizes", seed)
     rows = []
     for (kind, width), tokens in by_type(captured).items():
         samples = {"identity": tokens}

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from robuq_bench import seeds
 from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.errors import UsageError, suggest
-from robuq_bench.hadamard.transform import hadamard_transform, is_supported
-from robuq_bench.normality.statistics import MIN_N
-from robuq_bench.quantization.dual_rotation import fit_dual_rotation
 from robuq_bench.hadamard.rotation import random_signs, rotate
+from robuq_bench.hadamard.transform import hadamard_transform, is_supported
+from robuq_bench.methods.rotations.dual_rotation import fit_dual_rotation
+from robuq_bench.normality.statistics import MIN_N
 
 _FULL_WIDTH = ("hadamard", "hadamard-without-dc", "randomized-hadamard")
 
@@ -83,6 +84,6 @@ def _haar_matrix(n: int, seed: int) -> Tensor:
 
     QR of a Gaussian matrix with the signs of R's diagonal moved into Q (Mezzadri 2007).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator("normality/haar", n, seed)
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator))
     return q * torch.sign(torch.diagonal(r))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.config.plan import matches
-from robuq_bench.errors import ConfigError, UsageError, suggest
+from robuq_bench.errors import UsageError, suggest
+from robuq_bench.methods.base import Need
 from robuq_bench.methods.site import Site
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
+from robuq_bench.quantization.blocks import blocks_in_order
 from robuq_bench.quantization.linear import QuantizedLinear, check_methods
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
-from robuq_bench.quantization.blocks import blocks_in_order
 from robuq_bench.quantization.observing import observe
 from robuq_bench.quantization.selection import (
     LayerFilter,
@@ -25,6 +26,7 @@ from robuq_bench.quantization.selection import (
     is_modulation,
     select_layers,
 )
+from robuq_bench.quantization.watching import calls_of
 
 if TYPE_CHECKING:
     from robuq_bench.config import Plan, Rule
@@ -70,18 +72,18 @@ def _check(name: str, linear: nn.Linear, rule: Rule) -> None:
     if extra:
         raise UsageError(
             f"layer {name!r} is reparametrised ({', '.join(extra)}), which its copy would lose; "
-            "remove the reparametrisation first, or keep the layer by a rule without methods in [[layers]]"
+            "remove the reparametrisation first, or keep it by a rule without methods"
         )
     inside = [*linear._buffers, *linear._modules]
     if inside:
         raise UsageError(
             f"layer {name!r} holds more than a weight and a bias ({', '.join(inside)}), which its "
-            "copy would lose; move it elsewhere, or keep the layer by a rule without methods in [[layers]]"
+            "copy would lose; move it elsewhere, or keep it by a rule without methods"
         )
     if "forward" in vars(linear):
         raise UsageError(
             f"layer {name!r} has a forward of its own, which its copy would lose (an offloading "
-            "hook?); remove it first, or keep the layer by a rule without methods in [[layers]]"
+            "hook?); remove it first, or keep it by a rule without methods"
         )
     weight = linear.weight
     if weight.layout != torch.strided:
@@ -108,7 +110,7 @@ def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None
         raise UsageError(
             f"{place!r} holds layer {name!r} besides registering it (a list, or torch.compile of "
             "the layer alone?) and would go on calling the old one; register it as a module, "
-            "compile after quantize_, or keep the layer by a rule without methods in [[layers]]"
+            "compile after quantize_, or keep it by a rule without methods"
         )
 
 
@@ -131,8 +133,8 @@ def _check_ties(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
                 if overlaps and owner is not module and not targets.isdisjoint((owner, module)):
                     raise UsageError(
                         f"{other!r} and {name!r} are one tied parameter, and quantizing would give "
-                        "each its own; untie them first (clone one), or keep the layers by a "
-                        "rule without methods in [[layers]]"
+                        "each its own; untie them first (clone one), or keep them by a "
+                        "rule without methods"
                     )
             memory[place].append((start, end, name, module))
 
@@ -204,7 +206,7 @@ def quantize_(
         _check_bits_by_layer(bits_by_layer, rules)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
-    needs = {name: set[str]().union(*(m.needs for m in r.slots().values())) for name, r in rules.items()}
+    needs = {name: _needs(rule) for name, rule in rules.items()}
     if any(needs.values()) and not blank:
         if calibration is None or not len(calibration.batches):
             name = next(name for name, found in needs.items() if found)
@@ -215,10 +217,10 @@ def quantize_(
             )
         model = _fit_by_blocks(model, layers, rules, needs, calibration, seed)
     else:
-        site = (lambda name: Site.blank(name, layers[name].in_features, seed)) if blank else (
-            lambda name: Site(name, seed)
-        )
-        fitted = {linear: _fit(linear, rules[name], site(name)) for name, linear in layers.items()}
+        fitted: dict[nn.Module, nn.Module] = {
+            linear: _fit(linear, rules[name], _site(name, linear, seed, blank=blank))
+            for name, linear in layers.items()
+        }
         model = exchange_layers(model, fitted)
     if plan.attention.matmul_bits is not None:
         for module in model.modules():
@@ -228,6 +230,21 @@ def quantize_(
         set_activation_bits(model, bits_by_layer)
     logger.info("plan %s on %s: %s", plan.name, type(model).__name__, summary(selected))
     return model
+
+
+def _needs(rule: Rule) -> frozenset[Need]:
+    """What the methods of a layer read of its inputs."""
+    slots = rule.slots()
+    needs = frozenset[Need]().union(*(method.needs for method in slots.values()))
+    # After a rotation the largest magnitudes are those of the sample, see `Site.through`.
+    after = (m.needs for slot, m in slots.items() if slot not in ("scaling", "rotation"))
+    if rule.rotation is not None and any("absmax" in found for found in after):
+        needs |= {"tokens"}
+    return needs
+
+
+def _site(name: str, linear: nn.Linear, seed: int, *, blank: bool) -> Site:
+    return Site.blank(name, linear.in_features, seed) if blank else Site(name, seed)
 
 
 def _fit(linear: nn.Linear, rule: Rule, site: Site) -> QuantizedLinear:
@@ -246,18 +263,19 @@ def _fit_by_blocks(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     rules: Mapping[str, Rule],
-    needs: Mapping[str, set[str]],
+    needs: Mapping[str, frozenset[Need]],
     calibration: Calibration,
     seed: int,
 ) -> nn.Module:
     """Observe, fit and replace the layers of one block after another; the model or its stand-in."""
-    blocks = blocks_in_order(model, list(layers))
+    calls = calls_of(model, layers, calibration.batches[0])
+    blocks = blocks_in_order(model, list(layers), calls)
     fitted: dict[nn.Module, nn.Module] = {}
     try:
         for count, names in enumerate(blocks, 1):
             now: dict[nn.Module, nn.Module] = {}
             for name, layer in _fitted_block(
-                model, names, layers, rules, needs, calibration, seed
+                model, names, layers, rules, needs, calibration, calls, seed
             ):
                 now[layers[name]] = layer
             fitted |= now
@@ -277,22 +295,24 @@ def _fitted_block(
     names: Sequence[str],
     layers: Mapping[str, nn.Linear],
     rules: Mapping[str, Rule],
-    needs: Mapping[str, set[str]],
+    needs: Mapping[str, frozenset[Need]],
     calibration: Calibration,
+    calls: Sequence[str],
     seed: int,
 ) -> Iterator[tuple[str, QuantizedLinear]]:
     done = calibration.done
     known = None if done is None else done.get(names[0])
     if known is not None:
         for name in names:
-            layer = _fit(layers[name], rules[name], Site.blank(name, layers[name].in_features, seed))
+            site = _site(name, layers[name], seed, blank=True)
+            layer = _fit(layers[name], rules[name], site)
             prefix = f"{name}/"
             state = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
             layer.load_state_dict(state)
             yield name, layer
         return
     watched = {name: layers[name] for name in names if needs[name]}
-    wanted = frozenset().union(*(needs[name] for name in names))
+    wanted = frozenset[Need]().union(*(needs[name] for name in names))
     sites = (
         observe(
             model,
@@ -301,22 +321,21 @@ def _fitted_block(
             wanted,
             tokens_per_layer=calibration.tokens,
             seed=seed,
+            calls=calls,
         )
         if watched
         else {}
     )
-    state: dict[str, Tensor] = {}
+    fitted: dict[str, Tensor] = {}
     for name in names:
         layer = _fit(layers[name], rules[name], sites.pop(name, Site(name, seed)))
-        state |= {f"{name}/{key}": value for key, value in layer.state_dict().items()}
+        fitted |= {f"{name}/{key}": value for key, value in layer.state_dict().items()}
         yield name, layer
     if done is not None:
-        done[names[0]] = state
+        done[names[0]] = fitted
 
 
-def _at_weight_bits(
-    rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int]
-) -> dict[str, Rule]:
+def _at_weight_bits(rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int]) -> dict[str, Rule]:
     """The rules of the named layers with their weight methods at other bits."""
     changed = {}
     for name, bits in bits_by_layer.items():
@@ -356,9 +375,7 @@ def _warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
             ]
             for pattern in rule.match:
                 if not any(matches(name, (pattern,)) for name in names):
-                    logger.warning(
-                        "rule %r of [[layers]]: %r matches no layer", rule.name, pattern
-                    )
+                    logger.warning("rule %r of [[layers]]: %r matches no layer", rule.name, pattern)
 
 
 def summary(selected: Mapping[str, Selected]) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robuq_bench.methods.activations._token_grid import Normalised, TokenGrid
 from robuq_bench.hadamard.rotation import (
     ColumnRotation,
     column_rotation,
     rotate_from_columns,
     rotate_to_columns,
 )
+from robuq_bench.methods.activations._token_grid import Normalised, TokenGrid
 
 #: Elements of one block of activations, measured: smaller ones cost more calls than they save.
 BLOCK_ELEMENTS = 600_000

@@ -106,9 +106,8 @@ class QuantizedLinear(QuantizedInput):
                 weight = modules[slot].weight(weight)  # type: ignore[operator]
             if slot in ("scaling", "rotation"):
                 site = site.through(modules[slot], diagonal=slot == "scaling")
-                _cast(modules[slot], dtype)
-            if slot == "branch":
-                _cast(modules[slot], dtype)
+            is_grid = slot in ("weight", "activation")  # steps are kept in float32 at least
+            _cast(modules[slot], torch.promote_types(dtype, torch.float32) if is_grid else dtype)
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(weight.to(dtype), bias, site.name)
         layer.methods = dict(methods)
@@ -201,8 +200,7 @@ def _is_same(a: Any, b: Any) -> bool:
         a[:2] == b[:2]
         and len(a[2]) == len(b[2])
         and all(
-            p is q and version == other
-            for (p, version), (q, other) in zip(a[2], b[2], strict=True)
+            p is q and version == other for (p, version), (q, other) in zip(a[2], b[2], strict=True)
         )
     )
 

@@ -62,6 +62,11 @@ class Selected:
     module: nn.Linear
     aliases: tuple[str, ...] = ()
 
+    @property
+    def becomes(self) -> str:
+        """The name of its rule, or "kept"."""
+        return "kept" if self.rule is None else self.rule.name
+
 
 def rule_of(name: str, plan: Plan, blocks: Collection[str] = ()) -> Rule | None:
     """The rule for the block layer `name`, of a model that is not at hand.
@@ -199,9 +204,7 @@ def _routers(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _where(
-    name: str, blocks: Mapping[str, str | None], is_router: bool
-) -> tuple[Kind, str]:
+def _where(name: str, blocks: Mapping[str, str | None], is_router: bool) -> tuple[Kind, str]:
     """The kind of a layer, and for "other" what makes it so."""
     is_inside, parts = _locate(name, blocks)
     if not is_inside:

@@ -8,12 +8,15 @@ from typing import Any
 
 import filelock
 
-from robuq_bench.config import Config, config_hash
-from robuq_bench.errors import CheckpointError, RobuqError, UsageError
+from robuq_bench.config import Config, config_from_toml, config_hash
+from robuq_bench.config.files import parse_toml
+from robuq_bench.config.older import is_old
+from robuq_bench.errors import CheckpointError, ConfigError, RobuqError, UsageError
 from robuq_bench.files import append_durably, output_error, sync_file, truncate_durably
 from robuq_bench.runs.lock import lock_path, take_lock
 from robuq_bench.runs.run_files import (
     CHECKPOINTS,
+    CONFIG,
     MANIFEST,
     REPLACED,
     RESULTS,
@@ -73,6 +76,26 @@ def move_aside(path: Path) -> None:
     _LOG.warning("the earlier run was moved to %s", target)
 
 
+def is_run_of(path: Path, config: Config) -> bool:
+    """Whether a folder holds the config `config` in the words of an older schema."""
+    file = path / CONFIG
+    try:
+        text = file.read_text("utf-8")
+        is_older = is_old(parse_toml(text).get("plan", {}))
+        return is_older and config_hash(config_from_toml(text, str(file))) == config_hash(config)
+    except (OSError, ValueError, ConfigError):
+        return False  # no run, or a damaged one: not this config's
+
+
+def check_config(path: Path, manifest: dict[str, Any], config: Config) -> None:
+    """Raise CheckpointError when a manifest is that of another config than its folder's."""
+    digest = manifest["config_sha256"]
+    if digest != config_hash(config) and not (
+        path.name.endswith(digest[:12]) and is_run_of(path, config)
+    ):
+        raise other_config(path)
+
+
 def load_or_create_manifest(path: Path, config: Config) -> dict[str, Any]:
     """Return the manifest of an interrupted run, or (in memory) that of a new one.
 
@@ -82,8 +105,7 @@ def load_or_create_manifest(path: Path, config: Config) -> dict[str, Any]:
     digest = config_hash(config)
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
-        if manifest["config_sha256"] != digest:
-            raise other_config(path)
+        check_config(path, manifest, config)
         return manifest
     if (path / RESULTS).exists() or (path / CHECKPOINTS).exists():
         raise CheckpointError(f"{path / MANIFEST} is missing; begin anew with --force")

@@ -10,6 +10,7 @@ beside the folder, so that `--force` can move the folder aside while it is held.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -37,9 +38,10 @@ from robuq_bench.runs.interrupts import Terminated
 from robuq_bench.runs.lock import process_started
 from robuq_bench.runs.opening import (
     acquire_lock,
+    check_config,
+    is_run_of,
     load_or_create_manifest,
     move_aside,
-    other_config,
     recover_results,
 )
 from robuq_bench.runs.run_files import (
@@ -66,9 +68,16 @@ _RESERVED = frozenset({CONFIG, DONE, MANIFEST, RESULTS})
 
 
 def run_folder(root: Path, config: Config) -> Path:
-    """Return the folder that belongs to a config; equal configs share it."""
-    name = f"{config.plan.name}-{config.workload.name}-{config_hash(config)[:12]}"
-    return root / config.study / name
+    """Return the folder that belongs to a config; equal configs share it.
+
+    A run of older code whose config says the same in the older schema is the same run.
+    """
+    start = f"{config.plan.name}-{config.workload.name}-"
+    path = root / config.study / f"{start}{config_hash(config)[:12]}"
+    if path.exists():
+        return path
+    older = (p for p in sorted(path.parent.glob(f"{glob.escape(start)}*")) if is_run_of(p, config))
+    return next(older, path)
 
 
 class Run:
@@ -113,7 +122,7 @@ class Run:
             argv: the command line, recorded.
             force: move an existing run aside (`<name>.replaced-<n>`) and begin anew.
             wait_s: how long to wait, in seconds, for another process to let go of the run.
-            device: where it computes, recorded; `record_device` can tell later.
+            device: where it computes, recorded.
             threads: CPU threads, recorded; None takes what the environment implies.
 
         Raises:
@@ -146,8 +155,8 @@ class Run:
     @classmethod
     def _open_done(cls, path: Path, config: Config | None = None) -> Run:
         manifest = check_done(path)
-        if config is not None and manifest["config_sha256"] != config_hash(config):
-            raise other_config(path)
+        if config is not None:
+            check_config(path, manifest, config)
         return cls(path, manifest, read_results(path / RESULTS)[0], config=config)
 
     def __enter__(self) -> Run:
@@ -304,12 +313,6 @@ class Run:
         if known != entry:
             self._write_manifest(inputs={**self.manifest["inputs"], name: entry})
 
-    def record_device(self, device: str, threads: int | None = None) -> None:
-        """Record anew where this session computes, once the device is known."""
-        self._check_writable()
-        self._session["provenance"] = provenance.collect(device, _thread_count(threads))
-        self._write_manifest()
-
     def finish(self) -> None:
         """Hash every output into the manifest, then write `DONE`. Afterwards the run is read-only.
 
@@ -346,7 +349,8 @@ class Run:
         )
         # First of all, so that a refused second process can name the one that holds the run.
         self._write_manifest()
-        atomic_write_text(self.path / CONFIG, to_toml(self.config))
+        if not is_run_of(self.path, self.config):  # what older code wrote stays as it is
+            atomic_write_text(self.path / CONFIG, to_toml(self.config))
 
     def _end_session(self, status: str) -> None:
         self._session.update(end=_now(), status=status)

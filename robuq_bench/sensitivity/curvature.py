@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from robuq_bench import seeds
 from robuq_bench.errors import RobuqError, UsageError
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
@@ -34,7 +35,6 @@ from robuq_bench.sensitivity.probing import (
     rotated_input,
     undisturbed,
 )
-from robuq_bench.training import seeded_generator
 
 #: Rademacher probes per layer and calibration batch.
 PROBES = 4
@@ -204,7 +204,7 @@ def mean_eigenvalue(
         for layer in layers.values():
             layer.activation_bits = None
         for index, batch in enumerate(batches):
-            generator = seeded_generator(f"hessian/{name}", seed, index)
+            generator = seeds.generator(f"hessian/{name}", seed, index)
             zeros.clear()
             with layer_hooks(layers, hook):
                 total = loss(model, batch).sum()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robuq_bench import seeds
 from robuq_bench.errors import RobuqError, UsageError
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
@@ -35,7 +36,6 @@ from robuq_bench.sensitivity.probing import (
     squared_sum,
     undisturbed,
 )
-from robuq_bench.training import seeded_generator
 
 #: Relative noise t; the quantizers' own t is about 0.1, 0.2, 0.35, 0.6 at 4, 3, 2, 1 bits.
 NOISE_LEVELS = (0.05, 0.1, 0.2, 0.4)
@@ -103,7 +103,7 @@ def linearity(
         for other in quantized_layers(model).values():
             other.activation_bits = None
         for index, batch in enumerate(batches):
-            generator = seeded_generator(f"higgs/{name}", seed, index)
+            generator = seeds.generator(f"higgs/{name}", seed, index)
             shift.clear()
 
             def draw(

@@ -15,29 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.config import load_plan, load_workload
-from robuq_bench.data import load_dataset
+from robuq_bench.data.datasets import load_dataset
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import ConfigError
+from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.inference import export_packed, pack_
+from robuq_bench.methods import method_class
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.rotations.dual_rotation import fit_dual_rotation
+from robuq_bench.methods.site import Site
 from robuq_bench.models.checkpoints import load_teacher
-from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
+from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import (
     allocatable_layers,
     quantize_,
     quantized_layers,
     set_activation_bits,
 )
-from robuq_bench.quantization.dual_rotation import fit_dual_rotation
-from robuq_bench.quantization.rotations import random_signs, rotate
-from robuq_bench.quantization.weights import quantize_weight
 from robuq_bench.training import BatchSource, Trainer, qat_loss
 
 #: A parameter of a quantized layer -> what the recordings call it.
 PARTS = {
     "master_weight": "weight",
     "bias": "bias",
-    "low_rank_up": "up",
-    "low_rank_down": "down",
+    "branch.up": "up",
+    "branch.down": "down",
 }
 #: A tensor of a packed layer in its file -> what the recordings call it.
 PACKED_PARTS = {
@@ -58,7 +60,7 @@ def plan_named(name: str) -> Any:
 
 def bit_choices(plan: Any) -> tuple[int, ...]:
     """The bits that the plan's allocation chooses from; empty where it allocates none."""
-    return plan.allocation.bit_choices if plan.allocation.method == "ampn" else ()
+    return () if plan.bits is None else plan.bits.choices
 
 
 def teacher() -> nn.Module:
@@ -76,7 +78,7 @@ def student_of(model: nn.Module, plan: Any) -> nn.Module:
 
 def layers_with_bits(student: nn.Module, plan: Any) -> list[str]:
     """The layers whose activation bits an allocation decides."""
-    return allocatable_layers(student, plan)
+    return allocatable_layers(student)
 
 
 def set_bits(student: nn.Module, bits: dict[str, int]) -> None:
@@ -92,14 +94,18 @@ def activation_bits(student: nn.Module) -> dict[str, int | None]:
 def codes_and_scales(student: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(layer, codes int8 [out, in], scale [out, 1] or [1, 1]) of every quantized layer."""
     for name, layer in quantized_layers(student).items():
-        codes, scale = quantize_weight(layer.master_weight, layer.weight_quantizer)
-        yield name, codes, scale
+        found: Any = layer.weight_quantizer
+        codes = found.codes(layer.master_weight)
+        yield name, codes.codes, codes.scale
 
 
 def neutral_name(parameter: str, layers: set[str]) -> str:
     """`<layer>.weight|bias|up|down` of a quantized layer's parameter, its own name elsewhere."""
-    layer, _, part = parameter.rpartition(".")
-    return f"{layer}.{PARTS[part]}" if layer in layers else parameter
+    for part, neutral in PARTS.items():
+        layer = parameter.removesuffix(f".{part}")
+        if layer != parameter and layer in layers:
+            return f"{layer}.{neutral}"
+    return parameter
 
 
 def parameters(student: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,7 +141,7 @@ def train(
         stream="qat",
         device="cpu",
     )
-    loss = qat_loss(diffusion, model, plan.qat.distillation_weight, plan.qat.denoising_weight)
+    loss = qat_loss(diffusion, model, plan.train.distillation_weight, plan.train.denoising_weight)
     trainer = Trainer(student, recipe, "cpu", recipe.low_rank_learning_rate)
     losses = [values["loss"] for values in trainer.train(source, loss, steps)]
     layers = set(quantized_layers(student))
@@ -178,8 +184,7 @@ def activation_method(
     name: str, bits: int
 ) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], Callable[[Tensor], Tensor]] | None:
     """x -> (codes, scale, offset), and x -> fake-quantized x; None where undefined at `bits`."""
-    quantizer = activation_quantizer(name)
-    assert quantizer is not None
+    quantizer = token_grid(name)
     try:
         quantizer.check_bits(bits)
     except ConfigError:
@@ -214,4 +219,6 @@ def dual_rotation(tokens: Tensor, block: int, steps: int) -> Tensor:
 
 def quantized_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(codes, scale) of a weight [out, in] by the weight quantizer `name`."""
-    return quantize_weight(weight, name)
+    method: Any = method_class("weight", name)
+    codes = method(method=name).fit(weight.double(), Site()).codes(weight)
+    return codes.codes, codes.scale

@@ -38,7 +38,7 @@ def outputs() -> dict[str, Tensor]:
         plan = load_plan(f"plans/{name}.toml")
         model = quantize_(load_teacher(workload, "cpu")[0], plan, seed=0)
         if name == "allocated":
-            bits = load_allocation_file(plan.allocation, allocatable_layers(model, plan))
+            bits = load_allocation_file(plan.bits, allocatable_layers(model))
             set_activation_bits(model, bits)
         models[f"plans/{name}"] = model
     found = {name: model.eval()(*inputs()) for name, model in models.items()}

@@ -11,9 +11,9 @@ from torch import Tensor
 from kernels.fake_quantize import reference, triton
 from kernels.hadamard_quantize.reference import Grid, Rotation
 from kernels.launch import KernelInputError
+from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
-from robuq_bench.hadamard.rotation import random_signs, rotate
 
 WIDTHS = [384, 768, 1024, 1152, 1536, 3072, 4096, 4608]  # DiT-S, B, L, XL and their hidden layers
 SETTINGS = [

@@ -17,13 +17,13 @@ from kernels.hadamard_quantize.reference import (
     hadamard_quantize,
 )
 from kernels.launch import KernelInputError
+from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
 from robuq_bench.methods.activations._robust import MAD_TO_SIGMA
 from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.methods.activations.bitnet import BITNET_EPS
 from robuq_bench.methods.activations.robust_midrise import MidriseGrid
 from robuq_bench.methods.activations.robust_midtread import MidtreadGrid
-from robuq_bench.hadamard.rotation import random_signs, rotate
 
 QUANTIZERS = [
     (name, bits)

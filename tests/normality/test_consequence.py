@@ -9,6 +9,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from robuq_bench.errors import UsageError
+from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.normality.consequence import (
     BITS,
     QUANTIZERS,
@@ -17,7 +18,6 @@ from robuq_bench.normality.consequence import (
     error_ratios,
     gaussian_error,
 )
-from robuq_bench.methods.activations._token_grid import token_grid
 
 
 @pytest.mark.parametrize(

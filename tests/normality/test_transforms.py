@@ -8,8 +8,8 @@ import torch
 from scipy.linalg import hadamard
 
 from robuq_bench.errors import UsageError
-from robuq_bench.normality.transforms import TRANSFORMS, NotApplicable, make_transform
 from robuq_bench.hadamard.rotation import random_signs
+from robuq_bench.normality.transforms import TRANSFORMS, NotApplicable, make_transform
 
 CALIBRATION = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
 

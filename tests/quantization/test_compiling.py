@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from robuq_bench.config import load_plan
+from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.hadamard.transform import hadamard_transform
-from robuq_bench.models.dit import DiT
 from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.methods.weights._ternary import TernaryWeight
 from robuq_bench.methods.weights.ternary_absmean import TernaryAbsmean
 from robuq_bench.methods.weights.ternary_twn import TernaryTWN
+from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import quantize_, quantized_layers
-from robuq_bench.hadamard.rotation import rotate
 
 robust, minmax = token_grid("robust-midtread"), token_grid("minmax")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

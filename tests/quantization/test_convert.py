@@ -74,7 +74,9 @@ def test_adaln_keeps_its_own_bits() -> None:
 
 def test_bitnet_v2_rotates_only_outputs_of_attention_and_mlp() -> None:
     model = quantize_(dit(), load_plan("bitnetv2-a4"))
-    rotated = {name for name, layer in quantized_layers(model).items() if layer.rotation is not None}
+    rotated = {
+        name for name, layer in quantized_layers(model).items() if layer.rotation is not None
+    }
     assert rotated == {f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn.proj", "mlp.fc2")}
     assert all(layer.branch is None for layer in quantized_layers(model).values())
 

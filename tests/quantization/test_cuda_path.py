@@ -22,15 +22,15 @@ if not torch.cuda.is_available():
 from robuq_bench.config import load_plan, load_workload
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError
-from robuq_bench.models.dit import DiT
 from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.methods.weights._ternary import TernaryWeight
 from robuq_bench.methods.weights.ternary_twn import TernaryTWN
+from robuq_bench.models.dit import DiT
 from robuq_bench.quantization import cuda_path
 from robuq_bench.quantization.convert import quantize_, quantized_layers
 from robuq_bench.quantization.cuda_path import forced, kernel_support
-from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.fast_paths import quantized_weight
+from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.training import BatchSource, Trainer, qat_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,9 +56,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def layer_of(
-    width: int = 48, out: int = 24, *, seed: int = 0, **settings: Any
-) -> QuantizedLinear:
+def layer_of(width: int = 48, out: int = 24, *, seed: int = 0, **settings: Any) -> QuantizedLinear:
     torch.manual_seed(seed)
     linear = nn.Linear(width, out)
     return quantized(linear, **{"rank": 4, **settings}).to(DEVICE)

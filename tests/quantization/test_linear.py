@@ -62,7 +62,9 @@ def plain_forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
     quantized, bits = x, layer.activation_bits
     if bits is not None:
         quantized = token_grid(layer.methods["activation"].method).fake_quantize(x, bits)
-    weight = layer.master_weight if layer.weight_quantizer is None else Twn.apply(layer.master_weight)
+    weight = (
+        layer.master_weight if layer.weight_quantizer is None else Twn.apply(layer.master_weight)
+    )
     y = F.linear(quantized, weight, layer.bias)
     if layer.branch is not None:
         branch: Any = layer.branch
@@ -273,6 +275,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_it_says_what_is_in_its_slots() -> None:
     text = repr(layer_of(rank=2))
-    for part in ("in_features=24", "rotation=randomized-hadamard", "branch=svd", "rank 2", "4 bits"):
+    for part in (
+        "in_features=24",
+        "rotation=randomized-hadamard",
+        "branch=svd",
+        "rank 2",
+        "4 bits",
+    ):
         assert part in text
     assert layer_of(rank=2).methods["weight"] == TernaryTWN(method="ternary-twn")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from robuq_bench.config import load_plan
 from robuq_bench.errors import UsageError
-from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization import fast_paths
+from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization.gradient_clamp import clamp_gradients_, defer_gradient_clamp
 from robuq_bench.quantization.linear import cached_weights
 

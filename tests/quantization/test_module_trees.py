@@ -56,7 +56,8 @@ def test_a_shared_layer_with_two_answers_is_refused() -> None:
     plan = changed("a4", first=[rule("kept", match=["*.b"])])
     model = Shared()
     with pytest.raises(
-        UsageError, match=r"'a' and 'nested\.b' are one layer.*it is kept by rule 'kept'.*\[\[layers"
+        UsageError,
+        match=r"'a' and 'nested\.b' are one layer.*it is kept by rule 'kept'.*\[\[layers",
     ):
         quantize_(model, plan)
     assert type(model.a) is nn.Linear
@@ -269,7 +270,10 @@ def test_half_precision_that_rotation_overflows_is_refused() -> None:
     plan = changed("a4", rank=0, rotation="hadamard")
     model = nn.Sequential(linear().half())
     model[0].weight.data.fill_(6e4)
-    with pytest.raises(UsageError, match=r"'master_weight' of layer '0' overflows torch\.float16 once it is converted"):
+    with pytest.raises(
+        UsageError,
+        match=r"'master_weight' of layer '0' overflows torch\.float16 once it is converted",
+    ):
         quantize_(model, plan)
     assert type(model[0]) is nn.Linear
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from robuq_bench.config import Plan, Rule, load_plan
 from robuq_bench.errors import UsageError
+from robuq_bench.hadamard.rotation import random_signs
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.quantization.convert import quantize_, quantized_layers
 from robuq_bench.quantization.gradient_clamp import defer_gradient_clamp
-from robuq_bench.hadamard.rotation import random_signs
 
 Matrix = NDArray[np.float64]
 WIDTHS = (8, 12, 16)

@@ -8,12 +8,12 @@ from making import changed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
-from robuq_bench.models.dit import DiT
 from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_, quantized_layers
 from robuq_bench.quantization.fused import fused_linear
-from robuq_bench.hadamard.rotation import random_signs, rotate
 
 # DiT-S, B, L, XL: hidden and MLP width; then those of diffusers' transformers and their MLPs.
 WIDTHS = (384, 1536, 768, 3072, 1024, 4096, 1152, 4608)

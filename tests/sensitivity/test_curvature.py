@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robuq_bench.errors import UsageError
+from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.sensitivity import (
     CalibrationBatch,
     Curvature,

@@ -11,8 +11,8 @@ from making import quantized
 from torch import Tensor, nn
 
 from robuq_bench.errors import RobuqError, UsageError
-from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.hadamard.rotation import rotate
+from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.sensitivity import (
     CalibrationBatch,
     LinearFit,

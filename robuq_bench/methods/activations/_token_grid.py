@@ -26,6 +26,7 @@ from robuq_bench.methods import ActivationMethod, method_class, method_names
 if TYPE_CHECKING:
     from robuq_bench.methods.site import Site
 
+
 class QuantizedActivation(NamedTuple):
     """int8 `codes` like the input; `scale`, `offset` of size 1 along the token's axis; `bits`."""
 

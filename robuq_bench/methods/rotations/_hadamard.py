@@ -24,7 +24,7 @@ class HadamardRotation(nn.Module):
 
     def weight(self, weight: Tensor) -> Tensor:
         """Rotate the rows of a weight [out, n]."""
-        return self(weight)  # type: ignore[no-any-return]
+        return self.forward(weight)
 
     def extra_repr(self) -> str:
         return "hadamard" if self.signs is None else "hadamard, random signs"
@@ -39,7 +39,7 @@ class HadamardMethod(RotationMethod):
             hadamard_factors(in_features)
         except UnsupportedHadamardOrder as error:
             raise UnsupportedHadamardOrder(
-                f"{error}. For this layer alone: give it a rule without {self.method!r} in [[layers]]"
+                f"{error}. For this layer alone: a rule in [[layers]] without {self.method!r}"
             ) from None
 
     def additions(self, in_features: int) -> int:

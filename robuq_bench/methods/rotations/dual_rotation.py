@@ -15,13 +15,21 @@ the token, modulo B, so there the swapped channel is in effect an arbitrary one.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from robuq_bench.errors import UsageError
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.methods._observed import finite
+from robuq_bench.methods.base import RotationMethod
+
+if TYPE_CHECKING:
+    from robuq_bench.methods.site import Site
 
 MAX_BLOCK = 128
 """Largest default block: DuQuant's block size."""
@@ -30,12 +38,83 @@ PATIENCE = 32
 """Steps without an improvement in any block after which the search stops."""
 
 
+class DualRotationMethod(RotationMethod):
+    """The dual rotation, fitted to the calibration tokens of the layer.
+
+    Attributes:
+        block: B, a divisor of the width; 0 = its largest divisor up to `MAX_BLOCK`.
+        steps: budget of greedy steps of each of the two rotations.
+    """
+
+    needs = frozenset({"tokens"})
+
+    block: int = Field(default=0, ge=0)
+    steps: int = Field(default=256, ge=0)
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Raise ConfigError unless `block` divides the width."""
+        block_size_of(in_features, self.block or None)
+
+    def stored_bits(self, in_features: int) -> float:
+        """Both rotations' blocks in fp16, and the place of every channel."""
+        matrices = 2 * in_features * block_size_of(in_features, self.block or None)
+        return 16.0 * matrices + in_features * (in_features - 1).bit_length()
+
+    def additions(self, in_features: int) -> int:
+        """Multiply-adds of the two block products."""
+        return 2 * in_features * block_size_of(in_features, self.block or None)
+
+    def fit(self, weight: Tensor, site: Site) -> FittedDualRotation:
+        """The rotation; its random part is drawn from the layer's name and seed.
+
+        Raises:
+            UsageError: no tokens, or some that are not finite.
+            ConfigError: a block that does not divide the width.
+        """
+        tokens = finite(site, "tokens")
+        digest = hashlib.shake_256(f"{site.seed}:{site.name}".encode()).digest(7)
+        seed = int.from_bytes(digest, "big")
+        rotation = fit_dual_rotation(tokens, self.block or None, self.steps, seed)
+        return FittedDualRotation(
+            rotation.first.to(weight),
+            rotation.permutation.to(weight.device),
+            rotation.second.to(weight),
+        )
+
+
+class FittedDualRotation(nn.Module):
+    """x R1 P R2 for x [..., in] and the same for W [out, in], in the dtype of the input.
+
+    Buffers as of `DualRotation`, in the dtype of the weight. Differentiable in x and W; the
+    rotation itself gets no gradient. Infinities and NaN spread over their blocks.
+    """
+
+    first: Tensor
+    permutation: Tensor
+    second: Tensor
+
+    def __init__(self, first: Tensor, permutation: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("first", first)
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("second", second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x R1 P R2, [..., in]."""
+        return DualRotation(self.first, self.permutation, self.second).apply(x)
+
+    def weight(self, w: Tensor) -> Tensor:
+        """W R1 P R2, [out, in]."""
+        return self.forward(w)
+
+
 @dataclass(frozen=True)
 class DualRotation:
     """A fixed orthogonal map of tokens: y = x R1 P R2.
 
-    `first`, `second` [n/B, B, B] float64: the blocks on the diagonals of R1 and R2, each applied as
-    row vector times block. `permutation` [n] int64: channel `permutation[i]` moves to place i.
+    `first`, `second` [n/B, B, B], float64 as fitted: the blocks on the diagonals of R1 and R2,
+    each applied as row vector times block. `permutation` [n] int64: channel `permutation[i]` moves
+    to place i.
     """
 
     first: Tensor
@@ -82,9 +161,7 @@ def fit_dual_rotation(
     if steps < 0:
         raise UsageError(f"the step budget of the dual rotation is negative: {steps}")
     n = tokens.shape[1]
-    block = default_block_size(n) if block_size is None else block_size
-    if block < 1 or n % block:
-        raise UsageError(f"block size {block} does not divide the width {n}")
+    block = block_size_of(n, block_size)
     x = tokens.detach().cpu().double()
     rotation = _spreading_matrix(block, seed)
     first = _greedy_rotation(x, rotation, steps)
@@ -94,16 +171,24 @@ def fit_dual_rotation(
     return DualRotation(first, permutation, second)
 
 
+def block_size_of(n: int, block_size: int | None) -> int:
+    """`block_size`, a divisor of n, or the default one; ConfigError if there is none."""
+    block = default_block_size(n) if block_size is None else block_size
+    if block < 1 or n % block:
+        raise ConfigError(f"dual rotation: the block size {block} does not divide the width {n}")
+    return block
+
+
 def default_block_size(n: int) -> int:
     """Largest divisor of n that is at most `MAX_BLOCK`.
 
     Raises:
-        UsageError: it is 1, which would rotate nothing.
+        ConfigError: it is 1, which would rotate nothing.
     """
     block = next(size for size in range(min(n, MAX_BLOCK), 0, -1) if n % size == 0)
     if block == 1 and n > 1:
-        raise UsageError(
-            f"width {n} has no divisor from 2 to {MAX_BLOCK}: give the dual rotation a block_size"
+        raise ConfigError(
+            f"width {n} has no divisor from 2 to {MAX_BLOCK}: give the dual rotation a block size"
         )
     return block
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user
-from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.hadamard.rotation import rotate
+from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.runs.checkpoints import read_safetensors
 
 __all__ = ["read_hadamard_table", "rebase_weight", "table_rotation", "unrotate_weight"]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robuq_bench.errors import UsageError
-from robuq_bench.quantization import dual_rotation
-from robuq_bench.quantization.dual_rotation import (
+from robuq_bench.methods.rotations import dual_rotation
+from robuq_bench.methods.rotations.dual_rotation import (
     default_block_size,
     fit_dual_rotation,
     zigzag_permutation,
