@@ -2,7 +2,7 @@
 
 A run folder holds the plan in the schema of its time, with or without defaults, under the rule
 names of whoever wrote it. Here it becomes today's schema in a form that is equal for plans that do
-the same: rules of one kind each, that fit some layer of the run's model, named by what they are for.
+the same: rules of one kind each, fitting some layer of the run's model, named by what they are for.
 """
 
 from __future__ import annotations
