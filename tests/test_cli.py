@@ -31,7 +31,7 @@ FLAGS = {
     "env": ["--json"],
     "export": sorted({*COMMON, "--random-weights", "--runs", "--storage"}),
     "packed": ["--json"],
-    "plans": ["--json"],
+    "plans": ["--json", "--layers", "--on", "--workload"],
     "report": ["--dry-run", "--html", "--json", "--output", "--quiet", "-o"],
     "runs list": ["--json", "--output", "-o"],
     "runs show": ["--json", "--output", "-o"],

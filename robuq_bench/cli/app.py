@@ -47,6 +47,7 @@ from robuq_bench.cli.job import (
     show_rows,
     study_inputs,
 )
+from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.packed import packed_app
 from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
 from robuq_bench.runs import interrupts
@@ -356,6 +357,7 @@ def report(
 
 app.add_typer(packed_app)
 app.add_typer(inspect_app)
+app.add_typer(methods_app)
 app.add_typer(runs_app, name="runs")
 
 
