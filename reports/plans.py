@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from robuq_bench.config.base import Section, none_word
 from robuq_bench.config.older import modern_plan
 from robuq_bench.config.plan import (
     AttentionConfig,
@@ -21,6 +20,7 @@ from robuq_bench.config.plan import (
     matches,
 )
 from robuq_bench.methods import SLOTS
+from robuq_bench.sections import Section, none_word
 
 KINDS: tuple[str, ...] = get_args(Kind)
 EVERY = ["*"]

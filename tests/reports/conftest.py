@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from robuq_bench.config import Config, resolve
+from robuq_bench.config.resolve import training_steps
 from robuq_bench.runs.run import Run
 from robuq_bench.runs.run_files import RESULTS
 
@@ -96,7 +97,7 @@ class Fabricator:
         return [*found, {"key": "timing", "kind": "timing", **timing}]
 
     def training(self, config: Config, level: float, rng: random.Random) -> list[dict[str, Any]]:
-        steps = config.workload.training.steps
+        steps = training_steps(config)
         every = max(1, steps // self.logged)
         return [
             {
@@ -183,40 +184,12 @@ def allocation(config: Config, rng: random.Random) -> dict[str, Any]:
 
 
 def accounting(config: Config) -> dict[str, Any]:
-    """The fields of `robuq_bench.accounting.account` that the report reads."""
-    smaller = 1.0 if config.plan.is_full_precision else 3.217
-    schemes = {
-        "ideal/fp32/fp32": 1_402_113,
-        "base3/fp32/fp32": 1_402_512,
-        "2bit/fp32/fp32": 1_441_088,
-    }
+    from robuq_bench.accounting.account import account
+
     return {
         "key": "accounting",
         "kind": "accounting",
-        "parameters": 331_456,
-        "weight_bits": 32.0 if config.plan.is_full_precision else math.log2(3),
-        "mean_activation_bits": 32.0 if config.plan.is_full_precision else 3.25,
-        "bit_ops": 123_456_789.0,
-        "effective_flops": 4_567_890.0,
-        "compute_reduction": 5.43,
-        "compute_reduction_with_rotation": 4.32,
-        "packing": "base3/fp32/fp32",
-        "packed_bytes": 1_402_512,
-        "full_precision_bytes": 4_511_878,
-        "size_reduction": smaller,
-        "packing_table": [
-            {
-                "packing": packing,
-                "reading": f"reading of {packing}",
-                **dict.fromkeys(("codes_bytes", "scales_bytes", "low_rank_bytes"), 11_111),
-                **dict.fromkeys(("signs_bytes", "rest_bytes"), 22_222),
-                "total_bytes": total,
-                "total_mib": total / 2**20,
-                "size_reduction": 4_511_878 / total,
-                "published": None,
-            }
-            for packing, total in schemes.items()
-        ],
+        **account(config.workload.model, config.plan),
     }
 
 
