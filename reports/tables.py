@@ -72,8 +72,8 @@ def header_cell(text: str, *, sub: str = "", anchor: str = "") -> Cell:
 
 
 def plan_cell(row: Row, anchor: str = "") -> Cell:
-    """The head of a plan's line; what tells it from others of its name in small print."""
-    return header_cell(row.name, sub=row.differs, anchor=anchor)
+    """The head of a plan's line, with its notes in small print."""
+    return header_cell(row.name, sub=row.notes, anchor=anchor)
 
 
 MISSING = text_cell(NOT_RUN, tone="missing")
@@ -360,8 +360,8 @@ def _summary_head(row: Row, is_teacher: bool) -> Cell:
         links = [Phrase("its run", links[0].href)] if links else []
     else:
         links = [Phrase("seeds " if len(links) > 1 else "seed "), *joined(links, ", ")]
-    if row.differs:
-        links.append(Phrase(f"; {row.differs}"))
+    if row.notes:
+        links.append(Phrase(f"; {row.notes}"))
     return Cell([Phrase(row.name)], links, is_header=True)
 
 
