@@ -18,6 +18,7 @@ from robuq_bench.config.plan import BitsConfig, Plan
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import expand_user, read_text, sha256_file
+from robuq_bench.methods import SLOTS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ASSET_PREFIX = "asset:"
@@ -135,7 +136,8 @@ def validate(model: type[ModelT], values: Mapping[str, Any], origin: str) -> Mod
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(model, item, origin) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        lines = [_explain(model, item, origin, values) for item in items]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -209,29 +211,41 @@ def _in_todays_schema(path: Path, values: Table) -> Table:
 
 
 def _load(model: type[ModelT], kind: str, name_or_path: str | Path) -> ModelT:
-    path = _locate(kind, name_or_path)
-    values = _read(path)
-    base_name = values.pop("extends", None)
-    if base_name is not None:
-        if not isinstance(base_name, str):
+    chain = _chain(kind, _locate(kind, name_or_path))
+    inherited: Table = {}
+    # From the last base on: each is checked alone, so that its mistakes are not blamed on others.
+    for path, own in reversed(chain[1:]):
+        values = merge(inherited, own)
+        validate(model, {"name": path.stem, **values}, str(path))
+        # Only the base's settings are inherited, not what it is called.
+        inherited = {k: v for k, v in values.items() if k not in ("name", "description")}
+    path, own = chain[0]
+    return validate(model, {"name": path.stem, **merge(inherited, own)}, str(path))
+
+
+def _chain(kind: str, path: Path) -> list[tuple[Path, Table]]:
+    """A file and the ones it extends, nearest first, each with what it says itself."""
+    chain: list[tuple[Path, Table]] = []
+    seen: list[Path] = []
+    while True:
+        if path.resolve() in seen:
+            circle = [file for file, _ in chain[seen.index(path.resolve()) :]]
+            raise ConfigError(
+                f"{chain[-1][0]}: extends goes in a circle: "
+                f"{' -> '.join(map(str, [*circle, circle[0]]))}; one of them must extend nothing"
+            )
+        values = _read(path)
+        base = values.pop("extends", None)
+        chain.append((path, values))
+        seen.append(path.resolve())
+        if base is None:
+            return chain
+        if not isinstance(base, str):
             raise ConfigError(f"{path}: extends must be the name or path of one {kind}")
         try:
-            base_path = _locate(kind, base_name, path.parent)
+            path = _locate(kind, base, path.parent)
         except ConfigError as error:
             raise ConfigError(f"{path}: extends: {error}") from None
-        base = _read(base_path)
-        if "extends" in base:
-            raise ConfigError(
-                f"{path}: extends {base_name!r}, which itself extends {base['extends']!r}; "
-                f"only one level is allowed, so extend {base['extends']!r} directly"
-            )
-        # Only the base's settings are inherited, not what it is called.
-        inherited = {key: base[key] for key in base.keys() - {"name", "description"}}
-        # The base is checked alone first, so that a mistake in it is not blamed on this file.
-        validate(model, {"name": base_path.stem, **inherited}, str(base_path))
-        values = merge(inherited, values)
-    values.setdefault("name", path.stem)
-    return validate(model, values, str(path))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
@@ -248,6 +262,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     merged = {key: value for key, value in base.items() if key not in stale or key in over}
     for key, value in over.items():
         below = merged.get(key)
+        if key in SLOTS:  # a method's name is short for a table of nothing else
+            below, value = as_table(below), as_table(value)
         if key == "layers" and isinstance(below, list) and isinstance(value, list):
             merged[key] = _merge_rules(below, value)
         elif isinstance(value, Mapping) and isinstance(below, Mapping):
@@ -257,13 +273,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     return merged
 
 
+def as_table(value: Any) -> Any:
+    """The table that a slot's value means, where it is the name of a method."""
+    return {"method": value} if isinstance(value, str) and value != "none" else value
+
+
 def _merge_rules(base: list[Any], over: list[Any]) -> list[Any]:
-    named = {rule.get("name"): rule for rule in over if isinstance(rule, Mapping)}
+    changes: dict[str, Mapping[str, Any]] = {}
     known = {rule.get("name") for rule in base}
-    return [
-        *(rule for rule in over if not isinstance(rule, Mapping) or rule.get("name") not in known),
-        *(merge(rule, named.get(rule.get("name"), {})) for rule in base),
-    ]
+    new: list[Any] = []
+    for rule in over:
+        name = rule.get("name") if isinstance(rule, Mapping) else None
+        if isinstance(name, str) and name in known and name not in changes:
+            changes[name] = rule
+        else:  # also a second of one name, which the plan then refuses
+            new.append(rule)
+    return [*new, *(merge(rule, changes.get(rule.get("name"), {})) for rule in base)]
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -274,9 +299,9 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _explain(model: type[BaseModel], error: Any, origin: str) -> str:
+def _explain(model: type[BaseModel], error: Any, origin: str, values: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"] if part != "function-before"]
-    key = ".".join(location)
+    key = ".".join(_with_names(location, values))
     prefix = f"{origin}: {key}: " if key else f"{origin}: "
     if error["type"] == "extra_forbidden":
         return f"{prefix}unknown key{nearest_key(model, location)}"
@@ -291,6 +316,25 @@ def _explain(model: type[BaseModel], error: Any, origin: str) -> str:
         return f"{prefix}must be a section [{key}], got {error['input']!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{prefix}{message}, got {error['input']!r}"
+
+
+def _with_names(location: list[str], values: Any) -> list[str]:
+    """A place in `values` with what its tables are called instead of their numbers.
+
+    So it is `layers.block.weight`, which is also what `--set` calls it.
+    """
+    named: list[str] = []
+    for part in location:
+        inner = None
+        if isinstance(values, Mapping):
+            inner = values.get(part)
+        elif isinstance(values, list | tuple) and part.isdigit() and int(part) < len(values):
+            inner = values[int(part)]
+            name = inner.get("name") if isinstance(inner, Mapping) else None
+            part = name if isinstance(name, str) and name else part
+        named.append(part)
+        values = inner
+    return named
 
 
 def _near(error: Any) -> str:
