@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from robuq_bench.config.base import Section
+from robuq_bench.sections import Section
 from robuq_bench.config.resolve import Config
 
 ROOT = Path(__file__).resolve().parents[1]

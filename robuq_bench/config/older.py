@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from robuq_bench.config.base import none_word
 from robuq_bench.errors import suggest
+from robuq_bench.sections import none_word
 
 _KEYS = {
     "weights": ("quantizer",),

@@ -9,7 +9,6 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from robuq_bench.config.base import Section
 from robuq_bench.config.files import as_table, keys_of, parse_toml, section_of, sections_of
 from robuq_bench.config.older import NEW_NAMES
 from robuq_bench.config.plan import Plan, Rule
@@ -17,6 +16,7 @@ from robuq_bench.config.studies import STUDY_SETTINGS
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.methods import SLOTS, Slot, method_class
+from robuq_bench.sections import Section
 
 Override = tuple[str, list[str], Any]  # "plan", "workload" or the study, key path, value
 

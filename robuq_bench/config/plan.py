@@ -13,17 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from robuq_bench.config.base import (
-    Ints,
-    Name,
-    OptionalFloat,
-    OptionalInt,
-    OptionalText,
-    Section,
-    Strings,
-    TextDigest,
-    none_word,
-)
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.methods import (
     SLOTS,
@@ -36,6 +25,17 @@ from robuq_bench.methods import (
     WeightMethod,
     method_class,
     read_method,
+)
+from robuq_bench.sections import (
+    Ints,
+    Name,
+    OptionalFloat,
+    OptionalInt,
+    OptionalText,
+    Section,
+    Strings,
+    TextDigest,
+    none_word,
 )
 
 Kind = Literal["block", "adaLN", "other"]
@@ -268,6 +268,25 @@ class Plan(Section):
         """What its methods read of calibration inputs."""
         return frozenset().union(*(method.needs for method in self.methods()))
 
+    def _check_choices(self, bits: BitsConfig) -> None:
+        """Refuse bits that nothing takes, or that a method has no grid for."""
+        found = [getattr(rule, bits.of) for rule in self.layers if not rule.fixed_bits]
+        methods = [each for each in found if each and "bits" in type(each).model_fields]
+        if not methods:
+            raise ValueError(
+                f"bits of {bits.of}s are to be allocated, but no rule without fixed_bits has a "
+                f"{bits.of} method with bits to choose"
+            )
+        for method in methods if bits.mean is not None else ():
+            for choice in bits.choices:
+                try:
+                    method.model_validate({**method.model_dump(), "bits": choice})
+                except ValidationError:
+                    raise ValueError(
+                        f"bits.choices: {bits.of} method {method.method!r} does not take {choice} "
+                        "bits; leave them out"
+                    ) from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         names = [rule.name for rule in self.layers]
@@ -289,9 +308,7 @@ class Plan(Section):
                     "ignored; leave it out, or choose a method"
                 )
         if self.bits is not None:
-            slot = self.bits.of
-            if not any(getattr(r, slot) is not None and not r.fixed_bits for r in self.layers):
-                raise ValueError(f"bits of {slot}s need a rule of layers with a {slot} method")
+            self._check_choices(self.bits)
         if self.train.steps == 0 and self.bits is not None and self.bits.steps:
             raise ValueError(
                 f"bits.steps = {self.bits.steps} QAT steps cannot come before the metric when "

@@ -10,7 +10,6 @@ from typing import Any
 import tomli_w
 from pydantic import Field
 
-from robuq_bench.config.base import Name, Section, none_word
 from robuq_bench.config.files import load_plan, load_workload, parse_toml, validate
 from robuq_bench.config.identity import (
     INPUTS_OF_EVALUATION,
@@ -36,6 +35,7 @@ from robuq_bench.config.studies import (
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError
 from robuq_bench.files import sha256_bytes
+from robuq_bench.sections import Name, Section, none_word
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _STUDIES_WITHOUT_DATA = (

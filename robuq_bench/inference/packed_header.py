@@ -11,7 +11,7 @@ import torch
 from pydantic import model_validator
 
 from robuq_bench.config import Plan, modern_plan
-from robuq_bench.config.base import Ints, Section
+from robuq_bench.sections import Ints, Section
 from robuq_bench.config.files import validate
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError, suggest

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from robuq_bench.config.base import Section, TextDigest
 from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.sections import Section, TextDigest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
