@@ -12,7 +12,7 @@ from reports.aggregate import Group
 from reports.claims import Claim
 from reports.loading import RunData
 from reports.normality.data import LIMIT, NormalityRun, ratio_text, words
-from reports.settings import flatten
+from reports.settings import allocated, flatten
 from reports.study_tables import StudyRun
 from reports.tables import Cell, Table
 from reports.text import mean_and_spread, plain
@@ -22,8 +22,8 @@ _COLUMNS = {
     "metrics": "workload sampler sampling_steps cfg_scale num_samples plan subject seed "
     "seed_range metric value is_rank_deficient run",
     "summary": "workload num_samples plan metric mean min max values training_seeds",
-    "allocation": "run plan seed layer activation_bits macs",
-    "sensitivity": "run plan seed layer activation_bits mse",
+    "allocation": "run plan seed layer activation_bits macs weight_bits",
+    "sensitivity": "run plan seed layer activation_bits mse weight_bits",
     "training": "run plan seed step phase loss distillation_loss denoising_loss learning_rate "
     "grad_norm",
     "accounting": "run plan seed quantity value",
@@ -254,7 +254,7 @@ def _records(run: RunData, kind: str) -> Iterable[dict[str, Any]]:
     for record in run.of_kind(kind):
         fields = {k: v for k, v in record.items() if k not in ("key", "kind", "bits")}
         if "bits" in record:
-            fields["activation_bits"] = record["bits"]
+            fields[f"{allocated(run.plan)}_bits"] = record["bits"]
         yield {**_identity(run), **fields}
 
 
@@ -265,7 +265,7 @@ def _allocation(run: RunData) -> Iterable[dict[str, Any]]:
         yield {
             **_identity(run),
             "layer": layer,
-            "activation_bits": bits,
+            f"{allocated(run.plan)}_bits": bits,
             "macs": macs.get(layer, ""),
         }
 

@@ -13,7 +13,7 @@ from typing import Any
 from reports.aggregate import Group, Row, Summary, Value, higher_is_better
 from reports.claims import Claim, mean_bits_by_type
 from reports.loading import LeftOut, RunData
-from reports.settings import recipe, section
+from reports.settings import FULL_PRECISION, recipe, section
 from reports.text import (
     NOT_RUN,
     Phrase,
@@ -153,14 +153,19 @@ def values_table(group: Group) -> Table:
 
 
 def plans_table(group: Group) -> Table:
-    """What each plan does, read from its settings."""
+    """What each plan does, read from its settings; parts that few have only where one does."""
     recipes = [(row, recipe(row.plan)) for row in group.rows]
-    names = list(recipes[0][1]) if recipes else []
+    absent = {"scaling": "none", "other layers": FULL_PRECISION}
+    names = [
+        name
+        for name in (recipes[0][1] if recipes else ())
+        if any(parts[name] != absent.get(name) for _, parts in recipes)
+    ]
     columns = [Column(name, is_number=False) for name in ("plan", *names, "QAT steps")]
     table = Table(f"What each plan on {group.title} does", columns)
     for row, parts in recipes:
-        steps = section(row.runs[0].workload, "training").get("steps", "not recorded")
-        texts = [*parts.values(), str(steps)]
+        steps = "not recorded" if row.qat_steps is None else str(row.qat_steps)
+        texts = [*(parts[name] for name in names), "0 (PTQ)" if row.is_ptq else steps]
         table.rows.append([plan_cell(row), *(text_cell(text) for text in texts)])
     return table
 

@@ -21,7 +21,7 @@ from robuq_bench.errors import ConfigError
 
 PLANS = [
     "a2", "a2-uniform", "a3", "a3-uniform", "a4", "a8", "baseline-a2", "baseline-a3",
-    "baseline-a4", "bitnetv2-a3", "bitnetv2-a4", "fp",
+    "baseline-a4", "bitnetv2-a3", "bitnetv2-a4", "fp", "quarot-w4a4", "rtn-w4a4",
 ]  # fmt: skip
 WORKLOADS = ["digits", "imagenet256", "mnist32"]
 
@@ -117,6 +117,31 @@ def test_plans_are_the_methods_they_are_named_after(
     assert plan.attention.matmul_bits == (None if name.startswith("bitnetv2") else 8)
     assert not plan.is_full_precision
     assert plan.needs == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("name", "rotation", "weight", "clip", "needs"),
+    [
+        ("rtn-w4a4", None, "rtn", 1.0, set()),
+        ("quarot-w4a4", "randomized-hadamard", "gptq", 0.9, {"gram"}),
+    ],
+)
+def test_post_training_plans_train_nothing(
+    name: str, rotation: str | None, weight: str, clip: float, needs: set[str]
+) -> None:
+    plan = load_plan(name)
+    assert plan.train.steps == 0
+    assert plan.needs == needs
+    assert plan.bits is None
+    for layer, kind, bits in (("blocks.0.mlp.fc1", "block", 4), ("x", "adaLN", 8)):
+        rule = plan.rule_for(layer, kind)  # type: ignore[arg-type]
+        assert rule is not None
+        slots = {slot: method.method for slot, method in rule.slots().items()}
+        rotated = {} if rotation is None else {"rotation": rotation}
+        assert slots == rotated | {"weight": weight, "activation": "rtn"}
+        assert rule.weight.bits == 4  # type: ignore[union-attr]
+        assert rule.activation.bits == bits  # type: ignore[union-attr]
+        assert rule.activation.clip == (clip if kind == "block" else 1.0)  # type: ignore[union-attr]
 
 
 def test_full_precision_is_no_rule_at_all() -> None:

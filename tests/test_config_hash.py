@@ -42,13 +42,6 @@ from robuq_bench.methods import (
 )
 
 ROOT = PACKAGE.parent
-PLANS = [
-    "a2", "a2-uniform", "a3", "a3-uniform", "a4", "a8", "baseline-a2", "baseline-a3",
-    "baseline-a4", "bitnetv2-a3", "bitnetv2-a4", "fp",
-]  # fmt: skip
-WORKLOADS = ["digits", "imagenet256", "mnist32"]
-
-
 cached_plan, cached_workload = functools.cache(load_plan), functools.cache(load_workload)
 
 
@@ -338,13 +331,20 @@ HEAVY = "sorted({'torch', 'numpy', 'scipy', 'pandas', 'matplotlib'} & set(sys.mo
         ("import robuq_bench, robuq_bench.config as c; c.plan_names()", "[]"),
         ("import robuq_bench.config as c; c.resolve('t', '1', 'fp', 'digits')", "[]"),
         ("import robuq_bench.methods as m; [m.method_names(slot) for slot in m.SLOTS]", "[]"),
+        # A slip is answered before the plan is loaded.
+        (
+            "import contextlib, robuq_bench.config as c, robuq_bench.errors as e\n"
+            "with contextlib.suppress(e.ConfigError):"
+            " c.resolve('t', '1', 'a2', 'digits', 0, ['bits.meen=2'])",
+            "[]",
+        ),
         # A method is a file that computes: naming one imports it.
         ("import robuq_bench.config as c; c.load_plan('a2')", "['numpy', 'torch']"),
     ],
 )
 def test_configs_load_nothing_heavy_until_a_method_is_named(code: str, loaded: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}; print({HEAVY})"],
+        [sys.executable, "-c", f"import sys; {code}\nprint({HEAVY})"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == loaded

@@ -31,6 +31,16 @@ def apply_overrides(parts: dict[str, dict[str, Any]], study: str, overrides: Seq
         _override(parts, _parse_override(text, study, parts["plan"]))
 
 
+def refuse_unknown(study: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key that no plan has, so that a typo is answered at once.
+
+    Those of rules need the plan, whose methods import torch.
+    """
+    for text in overrides:
+        if not text.strip().removeprefix("plan.").startswith("layers"):
+            _parse_override(text, study, {"name": "", "layers": []})
+
+
 def _turn(text: str) -> int:
     """When an override comes, whatever the order they are given in.
 

@@ -20,7 +20,7 @@ from robuq_bench.config.identity import (
     identify_input,
 )
 from robuq_bench.config.older import modern_plan
-from robuq_bench.config.overrides import apply_overrides
+from robuq_bench.config.overrides import apply_overrides, refuse_unknown
 from robuq_bench.config.plan import Plan
 from robuq_bench.config.studies import (
     STUDY_SETTINGS,
@@ -92,6 +92,7 @@ def resolve(
         ConfigError: unknown name or key, invalid value, or seed out of range.
         CheckpointError: the teacher's folder does not say which file is meant.
     """
+    refuse_unknown(study, overrides)
     parts: dict[str, dict[str, Any]] = {
         "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
         "workload": _dump(workload if isinstance(workload, Workload) else load_workload(workload)),

@@ -53,8 +53,8 @@ class Method(Section):
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ConfigError when the method cannot serve a weight [out, in]. Reads no tensor."""
 
-    def fit(self, weight: Tensor, site: Site) -> nn.Module:
-        """The module that fills the slot.
+    def fit(self, weight: Tensor, site: Site) -> nn.Module | tuple[nn.Module, Tensor]:
+        """The module that fills the slot; of a weight method, with another weight if it finds one.
 
         `weight` is [out, in] float64 as the earlier slots left it. What the module must offer
         is said by the base class of its slot.
@@ -109,8 +109,8 @@ class BranchMethod(Method):
 class WeightMethod(Method):
     """Q_w: a module with `forward(w)`, differentiable, and for packing `codes(w)` -> `Codes`.
 
-    `fit` may return (module, weight) where the weight to quantize is not the one it was given:
-    values that the module's grid returns unchanged, as GPTQ finds them.
+    `fit` returns (module, weight) where the weight to quantize is not the one it was given: values
+    that the module's grid returns unchanged, as GPTQ finds them.
     """
 
     slot = "weight"

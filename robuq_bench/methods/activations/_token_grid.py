@@ -139,7 +139,7 @@ class TokenGrid(ABC):
         if torch.compiler.is_compiling():
             held = bits if isinstance(bits, Tensor) else torch.tensor(bits)
             return _compiled_fake_quantize(x, self.name, held)
-        self.check_bits(int(bits))
+        self.check_bits(int(bits) if isinstance(bits, Tensor) else bits)
         result: Tensor = _FakeQuantize.apply(x, self, int(bits))
         return result
 
