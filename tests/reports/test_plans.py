@@ -188,8 +188,8 @@ def test_bits_of_another_solver_have_a_mark_of_their_own(fabricate, parse_page, 
     fabricate.run("a2", overrides=["bits.solver=greedy"])
     page = parse_page(build_report([fabricate.root], html))
     assert "■ Hadamard, bits allocated otherwise" in page.text
-    labels = [row[0].small for row in page.table("Plans and metrics").rows]
-    assert labels[1:] == ["bits.solver = exact", "bits.solver = greedy"]
+    notes = [row[0].small for row in page.table("Plans and metrics").rows]
+    assert notes[1:] == ["seed 0; bits.solver = exact", "seed 0; bits.solver = greedy"]
 
 
 def test_the_recipe_says_what_it_said():
