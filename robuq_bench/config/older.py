@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from robuq_bench.config.plan import BOTH
+from robuq_bench.errors import suggest
 from robuq_bench.sections import none_word
 
 OLD_SECTIONS = ("weights", "activations", "rotation", "low_rank", "adaln", "allocation", "qat")
@@ -54,11 +56,23 @@ def old_keys(plan: Mapping[str, Any]) -> list[str]:
 
 
 def modern_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The same plan in today's schema; one that is in it already comes back as it is."""
+    """The same plan in today's schema; one that is in it already comes back as it is.
+
+    Raises:
+        ValueError: a key or section that the older schema does not have.
+        KeyError, TypeError: a value of another kind than it has there.
+    """
     if not is_old(plan):
         return dict(plan)
-    kept = ("name", "description", "attention")
-    modern: dict[str, Any] = {key: plan[key] for key in kept if key in plan}
+    sections = (*OLD_SECTIONS, "layers")
+    for section in sections:
+        if not isinstance(plan.get(section, {}), Mapping):
+            raise ValueError(f"{section} is no table, as the older schema has it")
+    for key in old_keys(plan):
+        if key not in NEW_NAMES:
+            raise ValueError(f"{key}: unknown key{suggest(key, NEW_NAMES)}")
+    # The rest is as it was; what is no section of today's schema either is refused with it.
+    modern: dict[str, Any] = {key: value for key, value in plan.items() if key not in sections}
     modern["layers"] = _rules(plan)
     bits = _bits(plan.get("allocation", {}))
     if bits is not None:
@@ -73,11 +87,14 @@ def _rules(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     adaln, layers = plan.get("adaln", {}), plan.get("layers", {})
     quantizer = activations.get("quantizer", "none")
     block_weight = weights.get("quantizer", "none")
+    bits = activations.get("bits", 8)
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"activations.bits must be 1 to 8, got {bits!r}")
     if quantizer == "none" and block_weight == "none":
         return []
     block = {
         "weight": {"method": block_weight},
-        "activation": _activation(quantizer, activations.get("bits", 8)),
+        "activation": _activation(quantizer, bits),
     }
     adaln_bits = none_word(adaln.get("activation_bits", "none"))
     adaln_weight = adaln.get("weight_quantizer", "none")
@@ -137,20 +154,12 @@ def _by_pattern(plan: Mapping[str, Any], rule: dict[str, Any]) -> list[dict[str,
 
 
 def _both(a: list[str], b: list[str]) -> list[str]:
-    """Patterns of names that match one of `a` and one of `b`, where that can be said by one list.
-
-    Two lists that are neither the same nor for all layers have no such list: those of the older
-    schema were joined with "*" only, and others are refused.
-    """
+    """Patterns of the names that match one of `a` and one of `b`."""
     if a == b or b == ["*"]:
         return a
     if a == ["*"]:
         return b
-    if not a or not b:
-        return []
-    raise ValueError(
-        f"patterns {a} and {b} of the older schema cannot be joined; write the plan as [[layers]]"
-    )
+    return [f"{one}{BOTH}{other}" for one in a for other in b]
 
 
 def _bits(allocation: Mapping[str, Any]) -> dict[str, Any] | None:
