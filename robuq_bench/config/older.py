@@ -111,14 +111,20 @@ def _rules(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         rules.append({"name": "skip", "match": list(layers["skip"]), "kind": every})
     kinds = ["adaLN"] if patterns is None else ["block", "adaLN"]
     where = {"kind": kinds} if patterns is None else {"kind": kinds, "match": list(patterns)}
+    included = list(layers.get("include", ()))
+    # Given patterns held for included layers too.
+    both = _both(included, list(patterns or ()))
     if is_quantized:
         rules += _by_pattern(plan, {"name": "adaln", **where, **modulation})
-    elif patterns is not None:
-        rules.append({"name": "adaln", **where})
+        other = {"kind": ["other"], "match": both}
+        rules += _by_pattern(plan, {"name": "included-adaln", **other, **modulation})
+    elif patterns:
+        every = ["block", "adaLN", "other"]
+        rules.append({"name": "adaln", "kind": every, "match": list(patterns)})
     inside = {"kind": ["block"] if patterns is None else ["block", "adaLN"]}
-    if layers.get("include"):
-        included = {"kind": ["other"], "match": list(layers["include"])}
-        rules += _by_pattern(plan, {"name": "included", **included, **block})
+    if included:
+        other = {"kind": ["other"], "match": included}
+        rules += _by_pattern(plan, {"name": "included", **other, **block})
     return rules + _by_pattern(plan, {"name": "block", **inside, **block})
 
 
@@ -149,7 +155,8 @@ def _by_pattern(plan: Mapping[str, Any], rule: dict[str, Any]) -> list[dict[str,
             cases.append({**rule, "name": name + suffix, "match": found, **extra})
             if patterns == ["*"]:
                 break
-    cases[-1]["name"] = name
+    if cases:  # none for no patterns at all
+        cases[-1]["name"] = name
     return cases
 
 
