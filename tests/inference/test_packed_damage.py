@@ -129,7 +129,7 @@ def with_nan(value: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change("plan", "fancy", 1), "plan: fancy: unknown key"),
+        (change("plan", "fancy", 1), "plan is damaged: fancy: unknown key"),
         (
             change("plan", "activations", {"bits": 99}),
             r"plan is damaged: activations\.bits must be 1 to 8",
