@@ -223,7 +223,7 @@ def test_every_layer_gets_what_the_older_rules_said(values: Values) -> None:
 def test_what_rules_cannot_say_is_refused_and_never_guessed(values: Values) -> None:
     why = refused(values)
     if why:
-        assert "cannot be joined" in why or "may match modulation layers" in why
+        assert "may match modulation layers" in why
         return
     assert what_layers_get(today(values)) == {name: what_it_said(name, values) for name in NAMES}
 
@@ -237,7 +237,7 @@ PATTERN = st.text("ab.*?", min_size=1, max_size=4) | NAME | NAME.map("*{}".forma
 @example(["*.a"], ["a"], "a")
 @example(["*.a"], ["a"], "b.a")
 @given(st.lists(PATTERN, max_size=2), st.lists(PATTERN, max_size=2), NAME)
-def test_two_lists_of_patterns_are_joined_exactly_or_not_at_all(
+def test_two_lists_of_patterns_are_joined_exactly(
     rotated: list[str], branched: list[str], name: str
 ) -> None:
     values = BITNET | {
@@ -245,10 +245,6 @@ def test_two_lists_of_patterns_are_joined_exactly_or_not_at_all(
         "low_rank": {"rank": 2, "layers": branched},
         "adaln": {},
     }
-    why = refused(values)
-    if why:
-        assert "cannot be joined" in why
-        return
     rule = today(values).rule_for(name, "block")
     assert rule is not None
     assert (rule.rotation is not None) == fits(name, rotated)
