@@ -30,6 +30,7 @@ FLAGS = {
     "account": ["--json", "--on", "--plan", "--set", "--workload"],
     "env": ["--json"],
     "export": sorted({*COMMON, "--random-weights", "--runs", "--storage"}),
+    "methods": ["--json"],
     "packed": ["--json"],
     "plans": ["--json", "--layers", "--on", "--workload"],
     "report": ["--dry-run", "--html", "--json", "--output", "--quiet", "-o"],
