@@ -80,9 +80,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The plan's name, with the settings that tell it from others of that name, and PTQ."""
-        notes = ", ".join(["PTQ"] * self.is_ptq + [self.differs] * bool(self.differs))
-        return f"{self.name} ({notes})" if notes else self.name
+        """The plan's name, with its notes."""
+        return f"{self.name} ({self.notes})" if self.notes else self.name
+
+    @property
+    def notes(self) -> str:
+        """That it is PTQ, and the settings that tell it from others of its name."""
+        return ", ".join(["PTQ"] * self.is_ptq + [self.differs] * bool(self.differs))
 
     @property
     def family(self) -> str:

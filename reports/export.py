@@ -22,8 +22,8 @@ _COLUMNS = {
     "metrics": "workload sampler sampling_steps cfg_scale num_samples plan subject seed "
     "seed_range metric value is_rank_deficient run",
     "summary": "workload num_samples plan metric mean min max values training_seeds",
-    "allocation": "run plan seed layer activation_bits macs weight_bits",
-    "sensitivity": "run plan seed layer activation_bits mse weight_bits",
+    "allocation": "run plan seed layer activation_bits macs",
+    "sensitivity": "run plan seed layer activation_bits mse",
     "training": "run plan seed step phase loss distillation_loss denoising_loss learning_rate "
     "grad_norm",
     "accounting": "run plan seed quantity value",
@@ -68,7 +68,9 @@ def write_tables(
     }
     paths = []
     for name, columns in _COLUMNS.items():
-        frame = pd.DataFrame(rows[name], columns=columns.split())
+        # A column that few sets of runs need stands in no other's table.
+        extra = ["weight_bits"] * any("weight_bits" in line for line in rows[name])
+        frame = pd.DataFrame(rows[name], columns=[*columns.split(), *extra])
         path = output.with_name(f"{output.stem}-{name}.csv")
         paths.append(atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n")))
     path = output.with_name(f"{output.stem}-summary.tex")

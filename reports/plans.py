@@ -2,7 +2,7 @@
 
 A run folder holds the plan in the schema of its time, with or without defaults, under the rule
 names of whoever wrote it. Here it becomes today's schema in a form that is equal for plans that do
-the same: rules of one kind each, that fit some layer of the run's model, named by what they are for.
+the same: rules of one kind each, fitting some layer of the run's model, named by what they are for.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from robuq_bench.config.plan import (
     matches,
 )
 from robuq_bench.methods import SLOTS
+from robuq_bench.sections import Section, none_word
 
 KINDS: tuple[str, ...] = get_args(Kind)
 EVERY = ["*"]
 
-_SECTIONS = {
+_SECTIONS: dict[str, type[Section]] = {
     "attention": AttentionConfig,
     "bits": BitsConfig,
     "calibration": CalibrationConfig,
@@ -56,8 +57,8 @@ def read_plan(values: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, 
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         raise ValueError(f"layers must be tables, got {rules!r}")
     for name, kind in _SECTIONS.items():
-        given = plan.get(name, "none" if name == "bits" else {})
-        if given == "none":
+        given = none_word(plan.get(name, None if name == "bits" else {}))
+        if given is None:
             plan.pop(name, None)
         elif isinstance(given, Mapping):
             defaults = {key: field.get_default() for key, field in kind.model_fields.items()}
@@ -134,7 +135,9 @@ def _words(rule: Mapping[str, Any], key: str, default: Sequence[str]) -> list[st
 
 def _method(rule: Mapping[str, Any], slot: str) -> dict[str, Any]:
     """The table of a slot without what is absent; empty for a slot that is not filled."""
-    value = rule.get(slot, "none")
+    value = none_word(rule.get(slot))
+    if value is None:
+        return {}
     table = {"method": value} if isinstance(value, str) else value
     if not isinstance(table, Mapping) or not isinstance(table.get("method"), str):
         raise ValueError(f"{slot} of a rule of layers must name a method, got {value!r}")

@@ -153,7 +153,7 @@ def comparable(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     def settings(rules: Mapping[str, Rule], name: str) -> dict[str, Any]:
         rule = rules.get(name) or rules.get(name.partition("[")[0], {})
-        slots = {slot: rule.get(slot, {"method": "none"}) for slot in used}
+        slots: dict[str, Any] = {slot: rule.get(slot, {"method": "none"}) for slot in used}
         return flatten({**slots, "fixed_bits": bool(rule.get("fixed_bits", False))})
 
     by_rule = [{name: settings(rules, name) for name in names} for rules in named]

@@ -19,7 +19,7 @@ from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, CheckpointError, MissingResourceError
 from robuq_bench.runs.run import Run
 
-ROOT = Path(cli.__file__).resolve().parents[1]
+ROOT = Path(cli.__file__).resolve().parents[2]
 
 
 # usage errors

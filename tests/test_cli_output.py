@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from robuq_bench.cli import app as cli
 from robuq_bench.cli import job as cli_job
 from robuq_bench.config import load_plan, load_workload, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
 from robuq_bench.study_index import command_version
-
-ROOT = Path(cli.__file__).resolve().parents[1]
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -51,7 +51,8 @@ def bits_from_file(plan: Plan, model_config: ModelConfig) -> dict[str, int] | No
 def method_text(method: Method) -> str:
     """A method with the parameters that the plan gives it, less its bits: "svd(rank=8)"."""
     values = method.model_dump(exclude_unset=True, exclude={"method", "sha256", "bits"})
-    inside = ", ".join(f"{key}={value}" for key, value in values.items())
+    texts = {key: str(v).lower() if isinstance(v, bool) else v for key, v in values.items()}
+    inside = ", ".join(f"{key}={text}" for key, text in texts.items())
     return f"{method.method}({inside})" if inside else method.method
 
 

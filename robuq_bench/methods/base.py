@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.sections import Section, TextDigest
@@ -124,10 +124,16 @@ class WeightMethod(Method):
         raise self.unknown("storage_bits")
 
     def with_bits(self, bits: int) -> WeightMethod:
-        """The same method at other bits; ConfigError if its bits are no parameter."""
+        """The same method at other bits; ConfigError if it has none to choose, or not these."""
         if "bits" not in type(self).model_fields:
             raise ConfigError(f"weight method {self.method!r} has no bits to choose")
-        return type(self).model_validate({**self.model_dump(), "bits": bits})
+        try:
+            return type(self).model_validate({**self.model_dump(), "bits": bits})
+        except ValidationError as error:
+            why = error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(
+                f"weight method {self.method!r} does not take {bits!r} bits: {why}"
+            ) from None
 
 
 class ActivationMethod(Method):

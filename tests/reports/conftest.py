@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from robuq_bench.config import Config, resolve
+from robuq_bench.config.resolve import training_steps
 from robuq_bench.runs.run import Run
 from robuq_bench.runs.run_files import RESULTS
 
@@ -96,7 +97,7 @@ class Fabricator:
         return [*found, {"key": "timing", "kind": "timing", **timing}]
 
     def training(self, config: Config, level: float, rng: random.Random) -> list[dict[str, Any]]:
-        steps = config.workload.training.steps
+        steps = training_steps(config)
         every = max(1, steps // self.logged)
         return [
             {
