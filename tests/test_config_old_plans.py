@@ -362,6 +362,24 @@ def test_a_run_of_older_code_is_found_continued_and_its_config_stays(tmp_path: P
     assert [each for each in path.parent.iterdir() if each.is_dir()] == [path]
 
 
+def test_an_old_run_that_is_begun_anew_gets_its_new_name(tmp_path: Path) -> None:
+    path = old_run(tmp_path)
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    config = config_from_toml((path / "config.toml").read_text(), "old")
+    for number in range(2):
+        with Run.open(tmp_path, config, ["test"], force=number == 0) as run:
+            assert run.path.name.endswith(config_hash(config)[:12])
+            assert run.has("first") == (number == 1)
+            run.append("first", value=1)
+    aside = path.with_name(f"{path.name}.replaced-1")
+    assert {file.name: file.read_bytes() for file in aside.iterdir() if file.is_file()} == before
+    folders = [each for each in path.parent.iterdir() if each.is_dir()]
+    assert sorted(folders) == sorted([aside, run.path])
+    with Run.open(tmp_path, config, ["test"], force=True) as run:  # as any other from now on
+        assert not run.has("first")
+    assert run.path.with_name(f"{run.path.name}.replaced-1").is_dir()
+
+
 def test_an_old_run_under_the_name_of_another_is_not_taken_for_it(tmp_path: Path) -> None:
     path = old_run(tmp_path)
     config = config_from_toml((path / "config.toml").read_text(), "old")

@@ -289,7 +289,7 @@ class Plan(Section):
             for choice in bits.choices:
                 try:
                     method.model_validate({**method.model_dump(), "bits": choice})
-                except ValidationError:
+                except (ValidationError, ConfigError):
                     raise ValueError(
                         f"bits.choices: {bits.of} method {method.method!r} does not take {choice} "
                         "bits; leave them out"
