@@ -123,7 +123,7 @@ def test_students_packed_files_and_plans_compute_what_they_did(
 def test_an_old_plan_that_overrides_another_is_refused_with_the_new_names(
     old: Path, name: str
 ) -> None:
-    with pytest.raises(ConfigError, match=r"schema before \[\[layers\]\].* is now "):
+    with pytest.raises(ConfigError, match=r"(?s)schema before \[\[layers\]\].* is now "):
         load_plan(f"plans/{name}.toml")
 
 
