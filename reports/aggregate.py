@@ -20,6 +20,7 @@ from reports.settings import (
     differences,
     family,
     is_full_precision,
+    qat_steps,
     section,
 )
 from robuq_bench.errors import CheckpointError
@@ -79,8 +80,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The plan's name, with the settings that tell it from others of that name."""
-        return f"{self.name} ({self.differs})" if self.differs else self.name
+        """The plan's name, with its notes."""
+        return f"{self.name} ({self.notes})" if self.notes else self.name
+
+    @property
+    def notes(self) -> str:
+        """That it is PTQ, and the settings that tell it from others of its name."""
+        return ", ".join(["PTQ"] * self.is_ptq + [self.differs] * bool(self.differs))
 
     @property
     def family(self) -> str:
@@ -89,6 +95,16 @@ class Row:
     @property
     def bits(self) -> float | None:
         return activation_bits(self.plan)
+
+    @property
+    def qat_steps(self) -> int | None:
+        """Steps of training; None where the runs do not say."""
+        return qat_steps(self.plan, self.runs[0].workload) if self.runs else None
+
+    @property
+    def is_ptq(self) -> bool:
+        """Whether the plan quantizes and does not train."""
+        return not is_full_precision(self.plan) and self.qat_steps == 0
 
     @property
     def seeds(self) -> list[int]:
@@ -285,9 +301,8 @@ def _group(members: list[RunData], by_id: Mapping[str, RunData]) -> Group:
     for run in members:
         by_plan.setdefault(_canonical(_row_config(run)), []).append(run)
     rows = [_row(runs) for _, runs in sorted(by_plan.items())]
-    for row, differs in zip(
-        rows, differences([_row_config(row.runs[0]) for row in rows]), strict=True
-    ):
+    differ = differences([_row_config(row.runs[0]) for row in rows])
+    for row, differs in zip(rows, differ, strict=True):
         row.differs = differs
     teacher = _teacher_row(members, by_id)
     rows = [row for row in rows if not _is_teacher(row, teacher)]
@@ -375,8 +390,10 @@ def _is_teacher(row: Row, teacher: Row) -> bool:
 
 
 def _row_rank(row: Row) -> tuple[Any, ...]:
-    bits = math.inf if is_full_precision(row.plan) else row.bits
-    return (-(bits if bits is not None else 0), FAMILIES.index(row.family), row.label)
+    has_bits = any("activation" in rule for rule in row.plan.get("layers", []))
+    bits = row.bits if has_bits else math.inf
+    order = -(bits if bits is not None else 0)
+    return (order, FAMILIES.index(row.family), row.is_ptq, row.label)
 
 
 def _metric_rank(name: str) -> tuple[int, str]:

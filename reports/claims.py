@@ -9,6 +9,9 @@ protocol, judged by the protocol's FID over all training seeds and seed ranges:
 - *one seed: not judged*: a row was trained with one seed, whose images say nothing of another
   training (the teacher is not trained here and needs none);
 - *not run*: a row that the claim needs is missing.
+
+The two rows have had the same number of training steps and have weights of the same precision:
+what QAT gains over PTQ, or 4-bit over ternary weights, is not the gain that a claim is about.
 """
 
 from __future__ import annotations
@@ -19,7 +22,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from reports.aggregate import TEACHER, Group, Row
-from reports.settings import AMPN, PARTIAL, UNIFORM, UNROTATED, flatten, section
+from reports.settings import (
+    AMPN,
+    PARTIAL,
+    UNIFORM,
+    UNROTATED,
+    comparable,
+    differing,
+    section,
+    weight_precision,
+)
 from reports.text import Phrase, joined, listing, mean_and_spread, number, plural, significant
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
@@ -71,11 +83,16 @@ def compare(better: Row, worse: Row, metric: str) -> Comparison | None:
     evidence = [
         Phrase(f"{metric} "),
         value_phrase(better, metric),
-        Phrase(f" ({better.label}, {plural(a.seeds, 'training seed')}) against "),
+        Phrase(f" ({better.label}, {seeds_text(better, a.seeds)}) against "),
         value_phrase(worse, metric),
-        Phrase(f" ({worse.label}, {plural(b.seeds, 'training seed')})"),
+        Phrase(f" ({worse.label}, {seeds_text(worse, b.seeds)})"),
     ]
     return Comparison(better, worse, metric, verdict, evidence)
+
+
+def seeds_text(row: Row, count: int) -> str:
+    """How many seeds, and that they are of a training where there was one."""
+    return plural(count, "seed" if row.is_ptq else "training seed")
 
 
 def value_phrase(row: Row, metric: str) -> Phrase:
@@ -95,7 +112,8 @@ def ampn_comparison(group: Group, bits: float) -> Comparison | None:
 
 def bitnet_comparison(group: Group, bits: float) -> Comparison | None:
     """RobuQ with uniform bits against BitNet v2 (rotation of some layers only)."""
-    return _nearest(group, _rows(group, UNIFORM, bits), _rows(group, PARTIAL, bits))
+    ours, theirs = (_rows(group, kind, bits) for kind in (UNIFORM, PARTIAL))
+    return _nearest(group, _w158(ours), _w158(theirs))
 
 
 def group_claims(group: Group) -> list[Claim]:
@@ -181,8 +199,8 @@ def _claim(
 
 def confounds(comparison: Comparison) -> list[str]:
     """Settings other than the rotation in which the two rows differ."""
-    differing = _differing(comparison.better, comparison.worse)
-    return [key for key in differing if not key.startswith("rotation.")]
+    settings = _differing(comparison.better, comparison.worse)
+    return [key for key in settings if ".rotation." not in f".{key}"]
 
 
 def _gain_grows(group: Group) -> Claim:
@@ -261,7 +279,7 @@ def _type_order(group: Group, bits: float) -> Claim:
 
 def _stable(group: Group) -> Claim:
     text = "W1.58A2 trains stably (every logged loss finite; the last tenth below the first)"
-    rows = _rows(group, AMPN, 2) + _rows(group, UNIFORM, 2)
+    rows = _w158(_rows(group, AMPN, 2) + _rows(group, UNIFORM, 2))
     found = []
     for row in rows:
         for run in row.runs:
@@ -295,7 +313,8 @@ def _anomaly(group: Group) -> Claim:
     metric = group.fid
     if scale < 4 or metric is None:
         return Claim(text, NOT_RUN, [Phrase(f"these runs were sampled at cfg {scale:g}")])
-    pairs = [compare(row, group.teacher, metric) for row in group.rows if row.family == UNIFORM]
+    rows = [row for row in group.rows if row.family == UNIFORM and not row.is_ptq]
+    pairs = [compare(row, group.teacher, metric) for row in rows]
     found = [pair for pair in pairs if pair is not None]
     if not found:
         return Claim(text, NOT_RUN, [Phrase("needs quantized plans and their teacher")])
@@ -309,15 +328,25 @@ def _rows(group: Group, family: str, bits: float) -> list[Row]:
     return [row for row in group.rows if row.family == family and row.bits == bits]
 
 
+def _w158(rows: list[Row]) -> list[Row]:
+    """Those with ternary weights."""
+    return [row for row in rows if weight_precision(row.plan) == ("ternary",)]
+
+
 def _nearest(group: Group, left: list[Row], right: list[Row]) -> Comparison | None:
-    """Of all pairs, the one whose plans and budgets differ in the fewest settings."""
+    """Of the pairs that may be compared, trained ones first, the one with the fewest differences.
+
+    Differences are settings of plans and budgets.
+    """
     metric = group.fid
     if metric is None:
         return None
-    pairs = sorted(
-        ((a, b) for a in left for b in right),
-        key=lambda pair: (len(_differing(*pair)), pair[0].label, pair[1].label),
-    )
+
+    def rank(pair: tuple[Row, Row]) -> tuple[bool, int, str, str]:
+        a, b = pair
+        return a.is_ptq, len(_differing(a, b)), a.label, b.label
+
+    pairs = sorted(((a, b) for a in left for b in right if _may_compare(a, b)), key=rank)
     for a, b in pairs:
         comparison = compare(a, b, metric)
         if comparison is not None:
@@ -325,11 +354,18 @@ def _nearest(group: Group, left: list[Row], right: list[Row]) -> Comparison | No
     return None
 
 
+def _may_compare(a: Row, b: Row) -> bool:
+    """Whether two rows have had equal training and have weights of one precision."""
+    same_weights = weight_precision(a.plan) == weight_precision(b.plan)
+    return a.qat_steps == b.qat_steps and same_weights
+
+
 def _differing(a: Row, b: Row) -> list[str]:
+    """Settings of plans and budgets in which two rows differ."""
+
     def settings(row: Row) -> dict[str, Any]:
         training = section(row.runs[0].workload, "training")
         plan = {k: v for k, v in row.plan.items() if k not in ("name", "description", "expected")}
-        return flatten({**plan, "training": training})
+        return {**plan, "training": training}
 
-    left, right = settings(a), settings(b)
-    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+    return differing(comparable([settings(a), settings(b)]))

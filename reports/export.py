@@ -12,7 +12,7 @@ from reports.aggregate import Group
 from reports.claims import Claim
 from reports.loading import RunData
 from reports.normality.data import LIMIT, NormalityRun, ratio_text, words
-from reports.settings import flatten
+from reports.settings import allocated, flatten
 from reports.study_tables import StudyRun
 from reports.tables import Cell, Table
 from reports.text import mean_and_spread, plain
@@ -68,7 +68,9 @@ def write_tables(
     }
     paths = []
     for name, columns in _COLUMNS.items():
-        frame = pd.DataFrame(rows[name], columns=columns.split())
+        # A column that few sets of runs need stands in no other's table.
+        extra = ["weight_bits"] * any("weight_bits" in line for line in rows[name])
+        frame = pd.DataFrame(rows[name], columns=[*columns.split(), *extra])
         path = output.with_name(f"{output.stem}-{name}.csv")
         paths.append(atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n")))
     path = output.with_name(f"{output.stem}-summary.tex")
@@ -254,7 +256,7 @@ def _records(run: RunData, kind: str) -> Iterable[dict[str, Any]]:
     for record in run.of_kind(kind):
         fields = {k: v for k, v in record.items() if k not in ("key", "kind", "bits")}
         if "bits" in record:
-            fields["activation_bits"] = record["bits"]
+            fields[f"{allocated(run.plan)}_bits"] = record["bits"]
         yield {**_identity(run), **fields}
 
 
@@ -265,7 +267,7 @@ def _allocation(run: RunData) -> Iterable[dict[str, Any]]:
         yield {
             **_identity(run),
             "layer": layer,
-            "activation_bits": bits,
+            f"{allocated(run.plan)}_bits": bits,
             "macs": macs.get(layer, ""),
         }
 

@@ -13,13 +13,22 @@ from matplotlib.patches import Rectangle
 
 from reports.aggregate import Group, Row
 from reports.loading import RunData
-from reports.settings import AMPN, FROM_FILE, FULL_PRECISION, PARTIAL, UNIFORM, UNROTATED
+from reports.settings import (
+    ALLOCATED,
+    AMPN,
+    FROM_FILE,
+    FULL_PRECISION,
+    PARTIAL,
+    UNIFORM,
+    UNROTATED,
+)
 from reports.svg import COLOURS, render
 from reports.text import number, significant
 
 FAMILY_MARKS = {
     FULL_PRECISION: ("neutral", "s"),
     AMPN: ("blue", "D"),
+    ALLOCATED: ("blue", "s"),
     FROM_FILE: ("blue", "P"),
     UNIFORM: ("green", "o"),
     PARTIAL: ("purple", "^"),
@@ -102,8 +111,10 @@ def loss_curve(run: RunData) -> list[tuple[float, float]]:
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def allocation_chart(bits_by_layer: Mapping[str, int], name: str) -> str | None:
-    """Heat map of activation bits, layer type × block, the bits printed in the cells."""
+def allocation_chart(
+    bits_by_layer: Mapping[str, int], name: str, of: str = "activation"
+) -> str | None:
+    """Heat map of activation or weight bits, layer type × block, the bits printed in the cells."""
     grid = by_block(bits_by_layer)
     if not grid:
         return None
@@ -131,7 +142,7 @@ def allocation_chart(bits_by_layer: Mapping[str, int], name: str) -> str | None:
         f"{kind}: {' '.join(significant(grid[b, kind], 2) for b in blocks if (b, kind) in grid)}"
         for kind in types
     )
-    return render(draw, f"allocation-{name}", f"Activation bits per block, {words}.")
+    return render(draw, f"allocation-{name}", f"{of.capitalize()} bits per block, {words}.")
 
 
 def sensitivity_chart(sensitivity: Mapping[tuple[str, int], float], name: str) -> str | None:

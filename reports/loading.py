@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reports.plans import read_plan
 from reports.settings import section
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import sha256_bytes, sha256_file
@@ -42,6 +43,8 @@ _REDO = "restore it, or delete the folder and run the plan again"
 class RunData:
     """One run folder, read and checked.
 
+    `config` is what config.toml holds, `plan` its plan in the form of `reports.plans`, whatever
+    schema it was written in.
     `records` are the lines of results.jsonl in order; `torn` says that the last line of an
     unfinished run was cut off by a kill and has been left out.
     """
@@ -49,6 +52,7 @@ class RunData:
     path: Path
     id: str
     config: Mapping[str, Any]
+    plan: Mapping[str, Any]
     manifest: Mapping[str, Any]
     records: tuple[Record, ...]
     finished: bool
@@ -62,10 +66,6 @@ class RunData:
     @property
     def seed(self) -> int:
         return int(self.config.get("seed", 0))
-
-    @property
-    def plan(self) -> Mapping[str, Any]:
-        return section(self.config, "plan")
 
     @property
     def workload(self) -> Mapping[str, Any]:
@@ -188,16 +188,21 @@ def read_run(folder: Path) -> RunData:
 
     Raises:
         UsageError: there is no run in it.
-        CheckpointError: config, manifest or results are missing or damaged.
+        CheckpointError: config, manifest or results are missing or damaged, or the plan is none.
     """
     finished = (folder / DONE).is_file()
     manifest = check_done(folder) if finished else read_manifest(folder)
     config = _read_config(folder, manifest, finished)
+    try:
+        plan = read_plan(config["plan"], section(config["workload"], "model"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} holds no valid plan: {error}; {_REDO}") from error
     records, _, torn = read_results(folder / RESULTS)
     return RunData(
         path=folder,
         id=str(manifest.get("id", f"{config['study']}/{folder.name}")),
         config=config,
+        plan=plan,
         manifest=manifest,
         records=tuple(records.values()),
         finished=finished,

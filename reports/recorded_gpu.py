@@ -23,6 +23,7 @@ from reports.kernels import kernel_view
 from reports.kernels.data import KernelRun
 from reports.kernels.story import kernel_claims
 from reports.loading import RunData
+from reports.plans import read_plan
 from reports.settings import section
 from reports.study_tables import Row, StudyRun
 from reports.tables import Column, Table, claims_table, header_cell, text_cell
@@ -148,10 +149,12 @@ def _study(path: Path, document: Mapping[str, Any]) -> StudyRun:
         "packages": dict(document["packages"]),
         "code": dict(document["code"]),
     }
+    config = dict(document["config"])
     run = RecordedRun(
         path=path,
         id=str(document["run"]),
-        config=dict(document["config"]),
+        config=config,
+        plan=read_plan(config["plan"], section(config["workload"], "model")),
         manifest={"sessions": [{"end": document["finished"], "provenance": provenance}]},
         records=(),
         finished=True,

@@ -28,7 +28,7 @@ from reports.aggregate import KID_UNBIASED_SINCE, Group, Row, group_runs, stem
 from reports.loading import RunData
 from reports.pictures import BUDGET_BYTES, sample_grids
 from reports.published import published_table, published_values, rivals_table
-from reports.settings import AMPN, FROM_FILE
+from reports.settings import ALLOCATED, AMPN, allocated, section
 from reports.story import plain_words
 from reports.tables import Column, Table, header_cell, text_cell
 from reports.text import NOT_RUN, significant
@@ -47,9 +47,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Allocations:
-    """Allocation and sensitivity of one plan: one chart per training seed."""
+    """Allocation and sensitivity of one plan: one chart per training seed.
+
+    `of` says whose bits: "activation" or "weight".
+    """
 
     row: Row
+    of: str
     charts: Sequence[tuple[RunData, str]]
     by_type: Table | None
     sensitivity: str | None
@@ -70,6 +74,7 @@ def train_and_eval_section(runs: Sequence[RunData], every: Sequence[RunData]) ->
             "fid_chart": figures.fid_chart(group),
             "grids": sample_grids(group, budget),
             "loss_chart": figures.loss_chart(group.rows, group.title),
+            "has_other_bits": any(row.family == ALLOCATED for row in group.rows),
             "allocations": _allocations(group),
             "accounting": tables.accounting_table(group),
             "packing": tables.packing_table(group),
@@ -189,13 +194,13 @@ def _allocations(group: Group) -> list[Allocations]:
     published = published_values()
     found = []
     for row in group.rows:
-        if row.family not in (AMPN, FROM_FILE):
+        if not section(row.plan, "bits"):
             continue
         charts: list[tuple[RunData, str]] = []
         sensitivity, note = None, ""
         for run in row.runs:
             bits = run.first("allocation").get("bits_by_layer", {})
-            chart = figures.allocation_chart(bits, run.anchor)
+            chart = figures.allocation_chart(bits, run.anchor, allocated(row.plan))
             if chart:
                 charts.append((run, chart))
             measured = {
@@ -213,7 +218,7 @@ def _allocations(group: Group) -> list[Allocations]:
         table = None
         if row.family == AMPN and row.bits is not None:
             table = tables.layer_type_table(group, row.bits, published)
-        found.append(Allocations(row, charts, table, sensitivity, note))
+        found.append(Allocations(row, allocated(row.plan), charts, table, sensitivity, note))
     return found
 
 

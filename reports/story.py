@@ -35,10 +35,13 @@ def plain_words(group: Group) -> list[Phrase]:
     if metric is None:
         return [Phrase(f"On {group.title}, no run has measured an FID yet: not run.")]
     measured = [row for row in rows if row.summary(metric)]
+    untrained = sum(row.is_ptq for row in measured)
+    note = f"; {untrained} of them without training (PTQ)" if untrained else ""
     phrases = [
         Phrase(
             f"On {group.title}, {plural(len(measured), 'quantized plan')} "
-            f"{'was' if len(measured) == 1 else 'were'} trained and judged. "
+            f"{'was' if len(measured) == 1 else 'were'} "
+            f"{'judged' if untrained else 'trained and judged'}{note}. "
         )
     ]
     phrases += _nearest(group, measured, metric)
@@ -140,13 +143,14 @@ def _seeds(rows: list[Row]) -> str:
     by_count: dict[int, list[str]] = {}
     for row in rows:
         by_count.setdefault(len(row.seeds), []).append(row.label)
+    word = "Seeds" if any(row.is_ptq for row in rows) else "Training seeds"
     parts = [
         f"{count} for {listing(labels)}" for count, labels in sorted(by_count.items(), reverse=True)
     ]
     if not parts:
         return ""
     return (
-        f"Training seeds: {'; '.join(parts)}. Brackets hold the least and the greatest value over "
+        f"{word}: {'; '.join(parts)}. Brackets hold the least and the greatest value over "
         "training seeds and seed ranges; a difference is clear when they do not overlap and both "
         "plans have two training seeds."
     )

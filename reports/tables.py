@@ -13,7 +13,7 @@ from typing import Any
 from reports.aggregate import Group, Row, Summary, Value, higher_is_better
 from reports.claims import Claim, mean_bits_by_type
 from reports.loading import LeftOut, RunData
-from reports.settings import recipe, section
+from reports.settings import FULL_PRECISION, recipe, section
 from reports.text import (
     NOT_RUN,
     Phrase,
@@ -72,8 +72,8 @@ def header_cell(text: str, *, sub: str = "", anchor: str = "") -> Cell:
 
 
 def plan_cell(row: Row, anchor: str = "") -> Cell:
-    """The head of a plan's line; what tells it from others of its name in small print."""
-    return header_cell(row.name, sub=row.differs, anchor=anchor)
+    """The head of a plan's line, with its notes in small print."""
+    return header_cell(row.name, sub=row.notes, anchor=anchor)
 
 
 MISSING = text_cell(NOT_RUN, tone="missing")
@@ -153,14 +153,19 @@ def values_table(group: Group) -> Table:
 
 
 def plans_table(group: Group) -> Table:
-    """What each plan does, read from its settings."""
+    """What each plan does, read from its settings; parts that few have only where one does."""
     recipes = [(row, recipe(row.plan)) for row in group.rows]
-    names = list(recipes[0][1]) if recipes else []
+    absent = {"scaling": "none", "other layers": FULL_PRECISION}
+    names = [
+        name
+        for name in (recipes[0][1] if recipes else ())
+        if any(parts[name] != absent.get(name) for _, parts in recipes)
+    ]
     columns = [Column(name, is_number=False) for name in ("plan", *names, "QAT steps")]
     table = Table(f"What each plan on {group.title} does", columns)
     for row, parts in recipes:
-        steps = section(row.runs[0].workload, "training").get("steps", "not recorded")
-        texts = [*parts.values(), str(steps)]
+        steps = "not recorded" if row.qat_steps is None else str(row.qat_steps)
+        texts = [*(parts[name] for name in names), "0 (PTQ)" if row.is_ptq else steps]
         table.rows.append([plan_cell(row), *(text_cell(text) for text in texts)])
     return table
 
@@ -216,8 +221,8 @@ def accounting_table(group: Group) -> Table:
     """Cost of each plan: bits, operations and bytes, with reductions against full precision."""
     columns = [
         Column("plan", is_number=False),
-        Column("weight bits"),
-        Column("activation bits", note="mean, weighted by MACs"),
+        Column("weight bits", note="with scales below"),
+        Column("activation bits", note="mean, weighted by MACs; with scales below"),
         Column("BitOPs", note="per image and step"),
         Column("effective FLOPs", note="BitOPs / 64 + full-precision MACs"),
         Column("less compute", note="with the rotation’s additions below"),
@@ -233,9 +238,16 @@ def accounting_table(group: Group) -> Table:
             continue
         record, href = run.first("accounting"), f"#{run.anchor}"
         with_rotation = _ratio(record.get("compute_reduction_with_rotation"))
+        blocks = section(section(record, "bits_by_kind"), "block")  # not in older records
+        stored_weight, stored_activation = (
+            significant(float(blocks[name]), 3) if name in blocks else ""
+            for name in ("effective_weight_bits", "effective_activation_bits")
+        )
+        if record.get("weight_bits") is None and "weight_bits" in blocks:  # layers differ
+            record = {**record, "weight_bits": blocks["weight_bits"]}
         for name, render, sub in (
-            ("weight_bits", lambda v: significant(v, 3), ""),
-            ("mean_activation_bits", lambda v: significant(v, 4), ""),
+            ("weight_bits", lambda v: significant(v, 3), stored_weight),
+            ("mean_activation_bits", lambda v: significant(v, 4), stored_activation),
             ("bit_ops", count_text, ""),
             ("effective_flops", count_text, ""),
             ("compute_reduction", lambda v: f"{significant(v, 3)}×", with_rotation),
@@ -348,8 +360,8 @@ def _summary_head(row: Row, is_teacher: bool) -> Cell:
         links = [Phrase("its run", links[0].href)] if links else []
     else:
         links = [Phrase("seeds " if len(links) > 1 else "seed "), *joined(links, ", ")]
-    if row.differs:
-        links.append(Phrase(f"; {row.differs}"))
+    if row.notes:
+        links.append(Phrase(f"; {row.notes}"))
     return Cell([Phrase(row.name)], links, is_header=True)
 
 

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.accounting.account import packing_table
-from robuq_bench.accounting.structure import converted_layers, dit_structure
+from robuq_bench.accounting.layer_costs import plan_costs
+from robuq_bench.accounting.structure import dit_structure
 from robuq_bench.config import Config, Plan
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
@@ -48,7 +49,6 @@ from robuq_bench.measuring.timing import (
     capture,
     time_interleaved,
 )
-from robuq_bench.quantization.convert import layer_settings
 from robuq_bench.runs.run import Run
 from studies.efficiency_claims import Item, claims, shown
 from studies.efficiency_variants import (
@@ -167,15 +167,13 @@ def packed_bytes(model_config: Any, plan: Plan, float_bytes: int) -> int:
     Equal to `weight_bytes` of the model itself, which a test holds it to.
     """
     structure = dit_structure(model_config, plan)
-    layers = converted_layers(structure, plan)
-    rest = structure.parameters - sum(layer.weights + layer.out_features for layer in layers)
+    costs = plan_costs(structure, plan, None).layers
+    rest = structure.parameters - sum(c.layer.weights + c.layer.out_features for c in costs)
     total = rest * float_bytes
-    for layer in layers:
-        settings = layer_settings(layer.name, plan)
-        floats = layer.out_features
-        floats += int(settings["rank"]) * (layer.in_features + layer.out_features)
-        if settings["rotation"] == "randomized-hadamard":
-            floats += layer.in_features
+    for cost in costs:
+        layer = cost.layer
+        # A sign takes a bit in a file, and a whole number here.
+        floats = layer.out_features + cost.branch_values + int(cost.rotation_bits)
         planes = layer.out_features * -(-layer.in_features // PACKED_ROW) * PACKED_ROW // 4
         total += planes + 8 * layer.out_features + floats * float_bytes
     return total

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robuq_bench.accounting.account import with_branch_rank
 from robuq_bench.config import Plan, load_plan
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError, suggest
@@ -76,18 +77,14 @@ def variant_of(name: str) -> Variant:
 
 
 def packed_plan(name: str, rank: int) -> Plan:
-    """A plan as it is packed here: its low-rank branch of `rank`, attention in full precision.
+    """A plan as it is packed here: branches of `rank` (0: none), attention in full precision.
 
     The integer products of attention are fake-quantized in training and have no kernel; a packed
     model with them would time PyTorch's eager arithmetic instead.
     """
-    plan = load_plan(name)
-    return plan.model_copy(
-        update={
-            "low_rank": plan.low_rank.model_copy(update={"rank": rank}),
-            "attention": plan.attention.model_copy(update={"matmul_bits": None}),
-        }
-    )
+    plan = with_branch_rank(load_plan(name), rank)
+    attention = plan.attention.model_copy(update={"matmul_bits": None})
+    return plan.model_copy(update={"attention": attention})
 
 
 def build(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from robuq_bench.accounting.structure import allocatable, dit_structure
 from robuq_bench.config import Config, load_allocation_file
 from robuq_bench.context import Context
 from robuq_bench.errors import UsageError
@@ -14,7 +15,7 @@ from robuq_bench.inference import export_packed, pack_
 from robuq_bench.inference.random_weights import pack_random_
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import allocatable_layers, quantize_, set_activation_bits
+from robuq_bench.quantization.convert import quantize_
 from robuq_bench.runs.run import open_existing
 from studies.sample_images import load_student
 
@@ -51,6 +52,11 @@ def run_export(
         context.progress.log(f"export: averaged weights of {source}")
     elif plan.is_full_precision:
         raise UsageError(f"plan {plan.name!r} is full precision; there is nothing to pack")
+    elif plan.needs and not random_weights:
+        raise UsageError(
+            f"plan {plan.name!r} has methods that see calibration inputs, which `export` has not; "
+            f"run `train-and-eval --plan {plan.name}` and export that run"
+        )
     elif random_weights:
         context.progress.log("export: random weights; sizes and speeds are real, images are noise")
         model, source = pack_random_(DiT.from_config(workload.model), plan, config.seed), "random"
@@ -58,16 +64,7 @@ def run_export(
         model, digest = load_teacher(workload, context.device)
         source = f"teacher {digest}, not trained after quantization"
         context.progress.log(f"export: plan {plan.name} applied to the teacher, without training")
-        quantize_(model, plan, seed=config.seed)
-        if plan.allocation.method == "ampn":
-            context.progress.log(
-                f"export: warning: plan {plan.name} allocates bits during training, so every layer "
-                f"has the {plan.activations.bits} bits it would start with; export a finished run "
-                f"for {plan.allocation.mean_bits:g} bits on average"
-            )
-        if plan.allocation.method == "file":
-            bits = load_allocation_file(plan.allocation, allocatable_layers(model, plan))
-            set_activation_bits(model, bits)
+        convert(model, config, context)
     if not random_weights:
         pack_(model.eval())
     return export_packed(
@@ -77,4 +74,28 @@ def run_export(
         model_config=workload.model,
         storage=storage,
         source=source,
+    )
+
+
+def convert(model: nn.Module, config: Config, context: Context) -> None:
+    """Quantize the teacher in place, at the bits of the plan's file or else of its rules."""
+    plan, chosen = config.plan, config.plan.bits
+    if chosen is None:
+        quantize_(model, plan, seed=config.seed)
+        return
+    layers = allocatable(dit_structure(config.workload.model, plan), chosen.of)
+    names = [layer.name for layer in layers]
+    if chosen.path is not None:
+        bits = load_allocation_file(chosen, names)
+        by_layer: Any = {
+            "bits_by_layer" if chosen.of == "activation" else "weight_bits_by_layer": bits
+        }
+        quantize_(model, plan, seed=config.seed, **by_layer)
+        return
+    quantize_(model, plan, seed=config.seed)
+    own = sorted({getattr(layer.rule, chosen.of).bits for layer in layers})
+    context.progress.log(
+        f"export: warning: plan {plan.name} allocates bits of {chosen.of}s in a run, so every "
+        f"layer has the {' or '.join(map(str, own))} bits it would start with; export a finished "
+        f"run for {chosen.mean:g} bits on average"
     )

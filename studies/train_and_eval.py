@@ -17,9 +17,14 @@ from typing import Any
 from torch import nn
 
 from robuq_bench import sensitivity
-from robuq_bench.accounting import account as accounting
+from robuq_bench.accounting.account import account
+from robuq_bench.accounting.structure import (
+    dit_layer_inputs,
+    dit_layer_macs,
+    dit_layer_weights,
+)
 from robuq_bench.allocation import mean_bits, mean_bits_by_type
-from robuq_bench.allocation.costs import mac_cost
+from robuq_bench.allocation.costs import Cost, activation_bytes_cost, mac_cost
 from robuq_bench.allocation.problem import allocation_problem
 from robuq_bench.allocation.solvers import solve
 from robuq_bench.config import (
@@ -108,7 +113,7 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
             run.append(
                 "accounting",
                 kind="accounting",
-                **accounting.account(workload.model, plan, bits),
+                **account(workload.model, plan, bits),
             )
         if not run.has("timing"):
             seconds = round(time.perf_counter() - started, 1)
@@ -327,7 +332,7 @@ def allocated_weight_bits(
                 )
 
             bits, objective = solved(config, run, context, layers, measure)
-        record_allocation(run, config.workload, bits, objective)
+        record_allocation(run, config.workload, bits, objective, of="weight")
     return dict((run.get("allocation") or {})["bits_by_layer"])
 
 
@@ -336,7 +341,7 @@ def solved(
 ) -> tuple[dict[str, int], float]:
     """Measure s_l(b) (resumable) and solve for the plan's mean; bits and objective."""
     bits_config = config.plan.bits
-    assert bits_config is not None and bits_config.mean is not None
+    assert bits_config is not None
     done: dict[str, dict[int, float]] = {}
     for record in run.results():
         if record["kind"] == "sensitivity":
@@ -351,28 +356,40 @@ def solved(
             task.advance()
 
         table = measure(done, on_item)
-    model = config.workload.model
-    macs = {name: accounting.dit_layer_macs(model)[name] for name in layers}
-    weights = {
-        "macs": lambda: macs,
-        "weights": lambda: accounting.dit_layer_weights(model),
-        "inputs": lambda: accounting.dit_layer_inputs(model),
-    }[bits_config.cost]()
-    cost = mac_cost({name: weights[name] for name in layers}, bits_config.mean)
+    cost, macs = _cost(config, layers)
     problem = allocation_problem(table, macs, [cost], bits_config.choices)
     solution = solve(problem, bits_config.solver, seed=config.seed)
     return solution.bits_by_layer, solution.objective
 
 
+def _cost(config: Config, layers: list[str]) -> tuple[Cost, dict[str, int]]:
+    """What the allocation may spend, and MACs by layer."""
+    bits, model = config.plan.bits, config.workload.model
+    assert bits is not None
+    assert bits.mean is not None
+    macs = {name: dit_layer_macs(model)[name] for name in layers}
+    if bits.cost == "inputs":
+        inputs = {name: dit_layer_inputs(model)[name] for name in layers}
+        return activation_bytes_cost(inputs, bits.mean * sum(inputs.values()) / 8), macs
+    if bits.cost == "weights":
+        return mac_cost({name: dit_layer_weights(model)[name] for name in layers}, bits.mean), macs
+    return mac_cost(macs, bits.mean), macs
+
+
 def record_allocation(
-    run: Run, workload: Workload, bits: dict[str, int], objective: float | None
+    run: Run,
+    workload: Workload,
+    bits: dict[str, int],
+    objective: float | None,
+    of: str = "activation",
 ) -> None:
     """Append the allocation with MACs and its means per layer type."""
-    all_macs = accounting.dit_layer_macs(workload.model)
+    all_macs = dit_layer_macs(workload.model)
     macs = {name: all_macs[name] for name in bits}
     run.append(
         "allocation",
         kind="allocation",
+        of=of,
         bits_by_layer=bits,
         macs=macs,
         mean_bits=mean_bits(bits, macs),

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from robuq_bench.accounting.account import account, dit_layer_macs, layer_macs, packing_table
-from robuq_bench.accounting.packings import WEIGHT_COSTS, WeightCost, weight_cost
+from robuq_bench.accounting.account import (
+    account,
+    dit_layer_macs,
+    layer_macs,
+    packing_table,
+    with_branch_rank,
+)
 from robuq_bench.allocation import mean_bits, mean_bits_by_type
 from robuq_bench.config import ModelConfig, Plan, load_plan, load_workload
-from robuq_bench.config.plan import WeightQuantizer
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.transform import UnsupportedHadamardOrder
 from robuq_bench.models.dit import SIZES, DiT
@@ -25,8 +28,13 @@ from robuq_bench.quantization.convert import allocatable_layers, quantize_, quan
 LINEAR_UNITS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4, "mlp.fc2": 4}
 
 
-def with_rank(plan: Plan, rank: int) -> Plan:
-    return plan.model_copy(update={"low_rank": plan.low_rank.model_copy(update={"rank": rank})})
+def changed(plan: Plan, rule: str = "block", **slots: object) -> Plan:
+    """The plan with other methods in the slots of one rule."""
+    rules = [
+        {**own.model_dump(), **slots} if own.name == rule else own.model_dump()
+        for own in plan.layers
+    ]
+    return Plan.model_validate({**plan.model_dump(), "layers": rules})
 
 
 def dit_config(size: str = "XL", **changes: object) -> ModelConfig:
@@ -46,7 +54,7 @@ def rows(config: ModelConfig, plan: Plan) -> dict[str, dict[str, object]]:
 @pytest.fixture(scope="module")
 def robuq() -> Plan:
     """RobuQ at the published rank of 16."""
-    return with_rank(load_plan("a4"), 16)
+    return with_branch_rank(load_plan("a4"), 16)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("S", 32.96), ("B", 130.5), ("L", 458.1)])
@@ -124,7 +132,10 @@ def test_published_size_reductions_are_reproduced(robuq: Plan) -> None:
 
 def test_another_rank_than_the_published_one_is_stated_with_the_numbers_at_that_one() -> None:
     plan = load_plan("a2")
-    found, published = account(dit_config(), plan), account(dit_config(), with_rank(plan, 16))
+    found, published = (
+        account(dit_config(), plan),
+        account(dit_config(), with_branch_rank(plan, 16)),
+    )
     assert (found["low_rank_rank"], published["low_rank_rank"]) == (8, 16)
     names = ("low_rank_rank", "compute_reduction", "packed_bytes", "size_reduction")
     assert found["at_published_rank"] == {name: published[name] for name in names}
@@ -135,7 +146,7 @@ def test_another_rank_than_the_published_one_is_stated_with_the_numbers_at_that_
     assert round(reading["size_reduction_at_rank_16"], 1) == reading["published"] == 13.2
     # Nothing to say where nothing is published: at that rank, of another model, of no ternary plan.
     for model, other_plan in (
-        (dit_config(), with_rank(plan, 16)),
+        (dit_config(), with_branch_rank(plan, 16)),
         (tiny_config(), plan),
         (dit_config(), load_plan("fp")),
     ):
@@ -144,39 +155,11 @@ def test_another_rank_than_the_published_one_is_stated_with_the_numbers_at_that_
         assert not any("size_reduction_at_rank_16" in row for row in quiet["packing_table"])
 
 
-def test_every_weight_quantizer_has_one_cost() -> None:
-    assert WEIGHT_COSTS.keys() == set(get_args(WeightQuantizer))
-    costs = {name: weight_cost(name) for name in WEIGHT_COSTS}
-    assert {name: cost.is_quantized for name, cost in costs.items()} == {
-        "none": False,
-        "ternary-twn": True,
-        "ternary-absmean": True,
-    }
-
-
-@pytest.mark.parametrize("section", ["weights", "adaln"])
-def test_a_weight_quantizer_without_a_cost_is_refused_by_name(
-    section: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plan of tomorrow: no quantizer may pass for ternary because it is not "none"."""
-    plan, field = load_plan("a4"), "quantizer" if section == "weights" else "weight_quantizer"
-    part = getattr(plan, section).model_copy(update={field: "int4"})
-    other = plan.model_copy(update={section: part})
-    for call in (account, packing_table):
-        with pytest.raises(UsageError, match=r"'int4' has no known cost.*WEIGHT_COSTS"):
-            call(tiny_config(), other)
-    # With a cost its bit operations can be counted, but no packing stores such codes.
-    monkeypatch.setitem(WEIGHT_COSTS, "int4", WeightCost(4.0))
-    with pytest.raises(UsageError, match=r"layer 'blocks\.0\..*: no packing stores 'int4' weights"):
-        account(tiny_config(), other)
-
-
 def test_weight_bits_are_those_of_the_block_linears() -> None:
     plan = load_plan("a4")
     found = account(tiny_config(), plan)
     assert found["weight_bits"] == found["adaln_weight_bits"] == math.log2(3)
-    weights = plan.weights.model_copy(update={"quantizer": "none"})
-    found = account(tiny_config(), plan.model_copy(update={"weights": weights}))
+    found = account(tiny_config(), changed(plan, weight="none"))
     assert (found["weight_bits"], found["adaln_weight_bits"]) == (32, math.log2(3))
     assert found["bit_ops_by_part"]["block_linears"] == 0
 
@@ -200,14 +183,17 @@ def test_packed_parts_add_up_and_shrink_with_precision(robuq: Plan) -> None:
 
 
 def test_packed_parts_match_the_quantized_model() -> None:
-    config, plan = tiny_config(), with_rank(load_plan("a4"), 4)
+    config, plan = tiny_config(), with_branch_rank(load_plan("a4"), 4)
     model = quantize_(DiT.from_config(config), plan)
     layers = quantized_layers(model).values()
     row = rows(config, plan)["base3/fp32/fp32"]
     assert row["codes_bytes"] == sum(math.ceil(layer.weight.numel() / 5) for layer in layers)
-    low_rank = [p for n, p in model.named_parameters() if "low_rank" in n]
+    low_rank = [p for n, p in model.named_parameters() if n.endswith((".up", ".down"))]
     assert row["low_rank_bytes"] == 4 * sum(p.numel() for p in low_rank)
-    assert row["signs_bytes"] == sum(math.ceil(layer.signs.numel() / 8) for layer in layers)
+    assert row["signs_bytes"] == sum(
+        math.ceil(layer.rotation.signs.numel() / 8)  # type: ignore[union-attr, operator]
+        for layer in layers
+    )
     assert row["scales_bytes"] == 4 * sum(layer.out_features for layer in layers)
     codes = {id(layer.master_weight) for layer in layers} | {id(p) for p in low_rank}
     others = [p for p in model.parameters() if id(p) not in codes]
@@ -216,12 +202,13 @@ def test_packed_parts_match_the_quantized_model() -> None:
 
 @pytest.mark.parametrize("name", ["a4", "baseline-a2", "bitnetv2-a4"])
 def test_layer_groups_match_the_quantized_model(name: str) -> None:
-    config, plan = tiny_config(), with_rank(load_plan(name), 0)
+    config, plan = tiny_config(), with_branch_rank(load_plan(name), 0)
     model = quantize_(DiT.from_config(config), plan)
-    bits = dict.fromkeys(allocatable_layers(model, plan), plan.activations.bits)
-    assert account(config, plan, bits)["mean_activation_bits"] == plan.activations.bits
+    (own,) = {rule.activation.bits for rule in plan.layers if rule.name != "adaln"}  # type: ignore[union-attr]
+    bits = dict.fromkeys(allocatable_layers(model), own)
+    assert account(config, plan, bits)["mean_activation_bits"] == own
     scales = rows(config, plan)["base3/fp32/fp32"]["scales_bytes"]
-    per_tensor = plan.weights.quantizer == "ternary-absmean"
+    per_tensor = name == "bitnetv2-a4"
     layers = quantized_layers(model).values()
     assert scales == 4 * sum(1 if per_tensor else layer.out_features for layer in layers)
 
@@ -263,15 +250,16 @@ def test_unquantized_parts_stay_full_precision(robuq: Plan) -> None:
     bitnet = account(config, load_plan("bitnetv2-a4"))
     assert bitnet["bit_ops_by_part"]["attention"] == 0
     assert bitnet["effective_flops_by_part"]["attention"] == bitnet["macs_by_part"]["attention"]
-    plain = Plan.model_validate({**robuq.model_dump(), "adaln": {}})
+    plain = robuq.model_copy(
+        update={"layers": tuple(rule for rule in robuq.layers if rule.name != "adaln")}
+    )
     found = account(config, plain)
     assert found["bit_ops_by_part"]["adaln_linears"] == 0
     assert found["effective_flops_by_part"]["adaln_linears"] == 2 * 6 * 48**2
     assert found["macs_by_part"]["low_rank"] < account(config, robuq)["macs_by_part"]["low_rank"]
-    weights_only = Plan.model_validate(
-        {**plain.model_dump(), "activations": {}, "attention": {}, "rotation": {}}
-    )
-    found = account(config, weights_only)
+    weights_only = changed(plain, activation="none", rotation="none")
+    attention = weights_only.attention.model_copy(update={"matmul_bits": None})
+    found = account(config, weights_only.model_copy(update={"attention": attention}))
     assert found["bit_ops"] == 0
     assert found["mean_activation_bits"] == 32
     assert found["size_reduction"] > 1
@@ -327,10 +315,10 @@ def test_allocation_must_name_every_layer(
 
 
 def test_plan_with_an_allocation_file_needs_its_bits(robuq: Plan) -> None:
-    allocation = {"method": "file", "path": "bits.toml"}
-    plan = Plan.model_validate({**robuq.model_dump(), "allocation": allocation})
-    with pytest.raises(UsageError, match="pass its bits_by_layer"):
+    plan = Plan.model_validate({**robuq.model_dump(), "bits": {"path": "bits.toml"}})
+    with pytest.raises(UsageError, match="reads its bits from a file: pass bits_by_layer"):
         account(tiny_config(), plan)
+    assert packing_table(tiny_config(), plan) == packing_table(tiny_config(), robuq)
 
 
 def test_width_without_a_hadamard_matrix_is_refused(robuq: Plan) -> None:

@@ -19,7 +19,7 @@ from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, CheckpointError, MissingResourceError
 from robuq_bench.runs.run import Run
 
-ROOT = Path(cli.__file__).resolve().parents[1]
+ROOT = Path(cli.__file__).resolve().parents[2]
 
 
 # usage errors
@@ -34,7 +34,7 @@ ROOT = Path(cli.__file__).resolve().parents[1]
         (["train-and-eval", "--device", "cdua"], "did you mean 'cuda'?"),
         (["train-and-eval", "--seed", "-1"], "--seed"),
         (["train-and-eval", "--threads", "0"], "--threads"),
-        (["train-and-eval", "--set", "allocation.mean_bits=0.5"], "choose between 1 and 4"),
+        (["train-and-eval", "--set", "bits.mean=0.5"], "choose between 1 and 4"),
         (["train-and-evla"], "train-and-eval"),
         (["plans", "b4"], "unknown plan 'b4'"),
         (["account", "--plan", "a22"], "did you mean 'a2'?"),

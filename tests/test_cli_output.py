@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from robuq_bench.cli import app as cli
 from robuq_bench.cli import job as cli_job
 from robuq_bench.config import load_plan, load_workload, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
 from robuq_bench.study_index import command_version
-
-ROOT = Path(cli.__file__).resolve().parents[1]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -44,22 +41,32 @@ def test_plans_and_workloads_can_be_shown_and_used_as_files(bench: Any, tmp_path
     assert load_plan("p.toml") == load_plan("a2")
     assert load_workload("w.toml") == load_workload("digits")
     document = bench("plans", "a2", "--json").document
-    assert document["plan"]["allocation"]["mean_bits"] == 2
+    assert document["plan"]["bits"]["mean"] == 2
     rows = {row["plan"]: row for row in bench("plans", "--json").document["plans"]}
     assert rows["a2"]["activation bits"] == "mean 2"
-    assert rows["fp"]["activation bits"] == "full"
+    assert rows["a8"]["activation bits"] == "8"
+    assert rows["fp"]["activation bits"] == rows["fp"]["weight bits"] == "full"
+    assert [rows[name]["rank"] for name in ("a2", "bitnetv2-a3", "fp")] == [8, 0, 0]
 
 
 def test_account_gives_the_published_size_of_dit_xl_2(bench: Any) -> None:
-    flags = ["account", "--on", "imagenet256", "--plan", "a2", "--set", "low_rank.rank=16"]
-    outcome = bench(*flags)
+    flags = ["account", "--on", "imagenet256", "--plan", "a2"]
+    other = bench(*flags)
+    assert other.code == 0
+    assert "branches of this plan have rank 8; the published figures are read at 16" in other.out
+    advice = other.out.splitlines()[-1].partition("at that rank: ")[2].split()
+    assert advice[1] == "layers.adaln.branch.rank=16"
+    outcome = bench(*flags, *advice)
     assert outcome.code == 0
     assert "675129632" in outcome.out
-    assert "low_rank.rank is" not in outcome.out
-    other = bench(*flags[:5])
-    assert other.code == 0
-    assert "This plan's low_rank.rank is 8; the published figures are read at 16" in other.out
-    assert "--set low_rank.rank=16" in other.out
+    assert "the published figures are read at" not in outcome.out
+    reached = [line for line in outcome.out.splitlines() if line.startswith("size_reduction ")]
+    assert reached[0].split()[1] == "12.96"
+    bitnet = bench(*flags[:4], "bitnetv2-a4").out.splitlines()[-1]
+    assert "have rank 0;" in bitnet
+    advice = bitnet.partition("at that rank: ")[2].split()
+    document = bench(*flags[:4], "bitnetv2-a4", *advice, "--json").document
+    assert (document["low_rank_rank"], document["at_published_rank"]) == (16, {})
     (reading,) = [line for line in other.out.splitlines() if line.startswith("reading-13.2x")]
     assert reading.split()[-3:] == ["14.93", "13.2", "13.2"]
 
@@ -68,11 +75,11 @@ def test_account_takes_an_allocation_file(bench: Any, tmp_path: Path) -> None:
     types_of_layer = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     bits = {f"blocks.{i}.{kind}": 3 for i in range(4) for kind in types_of_layer}
     (tmp_path / "bits.json").write_text(json.dumps(bits))
-    flags = ["--plan", "a4", "--set", "allocation.method=file", "--set"]
-    document = bench("account", *flags, "allocation.path=bits.json", "--json").document
+    flags = ["--plan", "a4", "--set"]
+    document = bench("account", *flags, "bits.path=bits.json", "--json").document
     assert document["mean_activation_bits"] == 3
     (tmp_path / "bits.json").write_text(json.dumps(bits | {"blocks.9.attn.qkv": 3}))
-    outcome = bench("account", *flags, "allocation.path=bits.json")
+    outcome = bench("account", *flags, "bits.path=bits.json")
     assert outcome.code == 2
     assert "unknown layer 'blocks.9.attn.qkv'" in outcome.err
 

@@ -84,7 +84,7 @@ def test_a_finished_run_is_exported_with_its_allocation(
 def test_random_weights_need_no_teacher(bench: Bench) -> None:
     arguments = (
         "export", "a2", "--on", "imagenet256", "--random-weights", "--quiet", "--json",
-        "--set", "model.depth=1", "--set", "low_rank.rank=16", "--storage", "base3/fp16/fp16",
+        "--set", "model.depth=1", "--set", "layers.block.branch.rank=16", "--storage", "base3/fp16/fp16",
     )  # fmt: skip
     code, out, err = bench(*arguments, "-o", "m.safetensors")
     assert code == 0, err

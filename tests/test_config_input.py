@@ -26,10 +26,10 @@ from robuq_bench.config import (
     resolve,
     sensitivity_steps,
 )
-from robuq_bench.config.base import Ints, OptionalInt, Section, Strings
 from robuq_bench.config.files import keys_of, validate
 from robuq_bench.config.resolve import canonical_json, config_from_toml, to_toml
 from robuq_bench.errors import ConfigError
+from robuq_bench.sections import Ints, OptionalInt, Section, Strings
 
 PLAN = 'extends = "a4"\r\n[activations]\r\nbits = 3\r\n'
 LAYERS = ["a.fc1", "b"]

@@ -9,8 +9,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from robuq_bench.config.base import Section
 from robuq_bench.config.resolve import Config
+from robuq_bench.sections import Section
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "robuq_bench" / "config"

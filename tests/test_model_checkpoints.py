@@ -375,7 +375,7 @@ def test_malicious_pickle_is_refused_without_side_effect(legacy: bool, tmp_path:
     [
         ("", r"'digits' has no teacher checkpoint; .*train-teacher"),
         ("asset:digits_techer.safetensors", r"did you mean 'digits_teacher\.safetensors'"),
-        ("asset:../config/base.py", "ships no asset"),
+        ("asset:../sections.py", "ships no asset"),
     ],
 )
 def test_unknown_teachers_are_told_with_a_way_out(checkpoint: str, message: str) -> None:

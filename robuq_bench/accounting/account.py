@@ -1,12 +1,13 @@
 """What a plan costs: parameters, multiply-accumulates, bit operations and bytes on disk.
 
-Everything follows from the structure of the model, built on PyTorch's meta device: no weights, no
-memory, no forward pass. All counts are per image and per forward pass.
+Everything follows from the structure of the model, built on PyTorch's meta device, and from what
+the plan's methods say of each layer: no weights, no memory, no forward pass. All counts are per
+image and per forward pass.
 
 Formulas (one multiply-accumulate, MAC, counts as one FLOP, as in the "119 Gflops" of DiT-XL/2):
 
     BitOPs          = sum over products with two quantized operands of MACs * w_bits * a_bits,
-                      with w_bits from `packings.WEIGHT_COSTS`: log2(3) = 1.585 for a ternary weight
+                      with nominal bits: log2(3) = 1.585 for a ternary weight
     effective FLOPs = BitOPs / 64 + MACs of every product with a full-precision operand
 
 A 64-bit word does 64 binary multiplications at once, hence the 64 (the convention of binary
@@ -14,6 +15,11 @@ networks). It counts an 8-bit x 8-bit product as one full-precision FLOP. Elemen
 (norms, softmax, GELU, quantization) is left out on both sides. The additions of the online
 Hadamard rotation, as the small products that this suite runs, stand beside the effective FLOPs:
 `compute_reduction` leaves them out, `compute_reduction_with_rotation` includes them.
+
+Nominal bits are those of a code. Effective bits share out the scales and zero points, 16 bits each:
+
+    weights      stored bits / weights
+    activations  bits + 16 * scales and zero points of a token / elements of a token
 """
 
 from __future__ import annotations
@@ -22,39 +28,46 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from robuq_bench.accounting.layer_costs import LayerCost, PlanCosts, plan_costs
 from robuq_bench.accounting.packings import (
     DEFAULT_PACKING,
-    FULL_PRECISION_BITS,
+    DENSE_PACKINGS,
     FULL_PRECISION_PACKINGS,
     INT8_PACKINGS,
     PACKINGS,
     PUBLISHED_RANK,
     READINGS,
     Packing,
-    weight_cost,
 )
 from robuq_bench.accounting.structure import (
     LinearLayer,
     Structure,
-    converted_layers,
+    allocatable,
+    dit_layer_inputs,
     dit_layer_macs,
+    dit_layer_weights,
     dit_structure,
     layer_macs,
-    low_rank_values,
-    rotated_layers,
-    ternary_layers,
-    weight_quantizer,
 )
 from robuq_bench.allocation import mean_bits, mean_bits_by_type
-from robuq_bench.errors import UsageError, suggest
-from robuq_bench.hadamard.transform import hadamard_factors
-from robuq_bench.quantization.convert import low_rank_of
+from robuq_bench.methods import read_method
+from robuq_bench.methods.base import FULL_PRECISION_BITS
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Plan
+    from robuq_bench.config import Plan, Rule
     from robuq_bench.config.workload import ModelConfig
 
-__all__ = ["account", "dit_layer_macs", "dit_structure", "layer_macs", "packing_table"]
+__all__ = [
+    "account",
+    "allocatable",
+    "dit_layer_inputs",
+    "dit_layer_macs",
+    "dit_layer_weights",
+    "dit_structure",
+    "layer_macs",
+    "packing_table",
+    "with_branch_rank",
+]
 
 BITS_PER_WORD = 64
 MIB = 2**20
@@ -74,45 +87,57 @@ PUBLISHED_DIT_XL_2: dict[str, dict[str, object]] = {
 }
 
 
-def packing_table(model_config: ModelConfig, plan: Plan) -> list[dict[str, Any]]:
+def packing_table(
+    model_config: ModelConfig, plan: Plan, bits_by_layer: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
     """Return one row per way of storing the quantized model, with bytes by part.
 
     `reading` says how a row stores ternary codes, scales, the low-rank branch and everything else;
-    scales are one per output channel (`ternary-twn`) or per tensor (`ternary-absmean`).
+    other codes take the bits that their method says, without gaps. Scales and zero points are as
+    many as the methods say, such as one per output channel (`ternary-twn`) or per tensor
+    (`ternary-absmean`); scales of inputs are among them. `signs_bytes` is what rotations store. The
+    int8 rows are there where every branch is one of two factors.
     `size_reduction` is against every parameter in FP32 (position table included). For a plan with
-    ternary weights the last rows are readings that on DiT-XL/2 at rank 16 reproduce or bound the
-    published 13.2x and 15.2x; their `published` is set for DiT-XL/2 only.
+    no other codes than ternary ones the last rows are readings that on DiT-XL/2 at rank 16
+    reproduce or bound the published 13.2x and 15.2x; their `published` is set for DiT-XL/2 only.
 
     Raises:
-        UsageError: a weight quantizer that no packing stores.
+        UsageError, ConfigError: as `account`.
     """
-    return _packing_table(dit_structure(model_config, plan), plan, _is_dit_xl_2(model_config))
+    structure = dit_structure(model_config, plan)
+    if bits_by_layer is None and plan.bits is not None and plan.bits.of == "activation":
+        plan = plan.model_copy(update={"bits": None})  # activations are not stored
+    costs = plan_costs(structure, plan, bits_by_layer)
+    return _packing_table(structure, costs, _is_dit_xl_2(model_config))
 
 
-def _packing_table(structure: Structure, plan: Plan, is_dit_xl_2: bool) -> list[dict[str, Any]]:
-    ternary = ternary_layers(structure, plan)
-    packings = (*PACKINGS, *INT8_PACKINGS, *READINGS) if ternary else FULL_PRECISION_PACKINGS
-    return [_packed_row(structure, plan, packing, is_dit_xl_2) for packing in packings]
+def _packing_table(
+    structure: Structure, costs: PlanCosts, is_dit_xl_2: bool
+) -> list[dict[str, Any]]:
+    packings = FULL_PRECISION_PACKINGS
+    if costs.ternary:
+        is_published = len(costs.ternary) == len(costs.with_codes)
+        packings = (*PACKINGS, *INT8_PACKINGS, *(READINGS if is_published else ()))
+    elif costs.with_codes:
+        packings = DENSE_PACKINGS
+    if any(cost.branch_rank is None for cost in costs.layers):
+        packings = tuple(packing for packing in packings if packing.low_rank_bytes != 1)
+    return [_packed_row(structure, costs, packing, is_dit_xl_2) for packing in packings]
 
 
 def _packed_row(
-    structure: Structure, plan: Plan, packing: Packing, is_dit_xl_2: bool
+    structure: Structure, costs: PlanCosts, packing: Packing, is_dit_xl_2: bool
 ) -> dict[str, Any]:
-    ternary = ternary_layers(structure, plan)
-    converted = converted_layers(structure, plan)
     with_branch = [
-        layer
-        for layer in converted
-        if packing.adaln_low_rank or layer not in structure.adaln_linears
+        cost for cost in costs.layers if packing.adaln_low_rank or cost.layer.kind != "adaLN"
     ]
-    has_signs = packing.has_signs and plan.rotation.kind == "randomized-hadamard"
-    signed = rotated_layers(structure, plan) if has_signs else []
+    rotated = costs.layers if packing.has_signs else ()
     parts = {
-        "codes": sum(_code_bytes(layer, packing) for layer in ternary),
-        "scales": packing.scale_bytes * sum(_scales(layer, plan) for layer in ternary),
-        "low_rank": sum(_branch_bytes(layer, plan, packing) for layer in with_branch),
-        "signs": sum(math.ceil(layer.in_features / 8) for layer in signed),
-        "rest": _rest_bytes(structure, ternary, packing),
+        "codes": sum(_code_bytes(cost, packing) for cost in costs.with_codes),
+        "scales": math.ceil(packing.scale_bytes * sum(c.stored_scales for c in costs.layers)),
+        "low_rank": sum(_branch_bytes(cost, packing) for cost in with_branch),
+        "signs": sum(math.ceil(cost.rotation_bits / 8) for cost in rotated),
+        "rest": _rest_bytes(structure, costs, packing),
     }
     total = sum(parts.values())
     return {
@@ -134,34 +159,43 @@ def account(
     Args:
         model_config: the workload's `model` section.
         plan: how the model is quantized.
-        bits_by_layer: activation bits of every quantized block linear. None takes the plan's
-            uniform bits; for an AMPN plan it takes the budget as every layer's bits, which gives
-            the exact BitOPs of any allocation that spends its whole MAC-weighted budget.
+        bits_by_layer: what the plan allocates, bits of activations or weights, for every layer
+            that has some to choose. None takes what the rules say. Of a plan with `bits.mean` it
+            takes the mean as every layer's bits, which gives the exact BitOPs of any allocation
+            that spends its whole budget; where that would not be so, it is an error.
 
-    The main numbers are at the top level: `parameters`, `macs`, `weight_bits` (of the block
-    linears; `adaln_weight_bits` of the modulation), `mean_activation_bits` (MAC-weighted, block
-    linears; 32 when not quantized), `mean_activation_bits_by_type` (None where only the budget is
-    known), `bit_ops`, `effective_flops`, `compute_reduction`, `packed_bytes` and `size_reduction`
-    (packing `packing`). `*_by_part` split them; `packing_table` lists every packing; `published`
-    holds the figures for DiT-XL/2. These are read at a low-rank branch of rank 16: where
-    `low_rank_rank` is another, `at_published_rank` has the headline numbers at 16, and every
-    packing its `size_reduction_at_rank_16`.
+    The main numbers are at the top level: `parameters`, `macs`, `weight_bits` (nominal, of the
+    block linears; `adaln_weight_bits` of the modulation; None where layers differ),
+    `mean_activation_bits` (MAC-weighted, quantized block linears; 32 when not quantized),
+    `mean_activation_bits_by_type` (None where only the budget is known), `bit_ops`,
+    `effective_flops`, `compute_reduction`, `packed_bytes` and `size_reduction` (packing
+    `packing`). `*_by_part` split them; `bits_by_kind` has nominal and effective bits of the
+    quantized layers side by side, means over weights and over MACs, 32 for an empty slot;
+    `packing_table` lists every packing; `published` holds the figures for DiT-XL/2. These are read
+    at a low-rank branch of rank 16: where `low_rank_rank` (None where layers differ) is another,
+    `at_published_rank` has the headline numbers at 16, and every packing its
+    `size_reduction_at_rank_16`.
 
     Raises:
         UsageError: unknown or missing layers in `bits_by_layer`, or none for a plan that reads
-            its allocation from a file; a weight quantizer of unknown cost.
-        UnsupportedHadamardOrder: a rotated layer's width has no Hadamard matrix.
+            its allocation from a file; a method that does not say what it costs.
+        ConfigError, UnsupportedHadamardOrder: a method cannot serve a layer, such as a rotation a
+            width without a Hadamard matrix.
     """
     structure = dit_structure(model_config, plan)
-    bits, source = _activation_bits(structure, plan, bits_by_layer)
+    costs = plan_costs(structure, plan, bits_by_layer)
+    blocks = [cost for cost in costs.layers if cost.layer.kind == "block"]
+    bits: dict[str, float] = {}
+    if any(cost.input is not None for cost in blocks):
+        bits = {cost.layer.name: cost.input_bits for cost in blocks}
     macs = {layer.name: layer.macs for layer in structure.block_linears}
-    compute = _compute(structure, plan, bits)
+    compute = _compute(structure, plan, costs)
     is_dit_xl_2 = _is_dit_xl_2(model_config)
-    table = _packing_table(structure, plan, is_dit_xl_2)
+    table = _packing_table(structure, costs, is_dit_xl_2)
     chosen = next((row for row in table if row["packing"] == DEFAULT_PACKING), table[0])
     at_published_rank: dict[str, Any] = {}
-    if is_dit_xl_2 and ternary_layers(structure, plan) and plan.low_rank.rank != PUBLISHED_RANK:
-        at_published_rank = _at_published_rank(model_config, plan, bits_by_layer, table)
+    if is_dit_xl_2 and any(row["published"] for row in table):
+        at_published_rank = _at_published_rank(model_config, plan, costs, bits_by_layer, table)
     effective = sum(compute["effective_flops_by_part"].values())
     block_weights = sum(layer.weights for layer in structure.block_linears)
     adaln_weights = sum(layer.weights for layer in structure.adaln_linears)
@@ -173,13 +207,14 @@ def account(
             "rest": structure.parameters - block_weights - adaln_weights,
         },
         "macs": structure.macs,
-        "weight_bits": weight_cost(plan.weights.quantizer).bits,
-        "adaln_weight_bits": weight_cost(plan.adaln.weight_quantizer).bits,
-        "low_rank_rank": plan.low_rank.rank,
-        "activation_bits_source": source,
+        "weight_bits": _uniform_weight_bits(costs, "block"),
+        "adaln_weight_bits": _uniform_weight_bits(costs, "adaLN"),
+        "weight_bits_source": costs.weight_source,
+        "low_rank_rank": costs.branch_rank,
+        "activation_bits_source": costs.activation_source,
         "mean_activation_bits": mean_bits(bits, macs) if bits else FULL_PRECISION_BITS,
         "mean_activation_bits_by_type": (
-            mean_bits_by_type(bits) if bits and source != "budget" else None
+            mean_bits_by_type(bits) if bits and costs.activation_source != "budget" else None
         ),
         **compute,
         "effective_flops": effective,
@@ -190,21 +225,41 @@ def account(
         "packed_bytes": chosen["total_bytes"],
         "full_precision_bytes": 4 * structure.parameters,
         "size_reduction": chosen["size_reduction"],
+        "bits_by_kind": _bits_by_kind(structure, costs),
         "packing_table": table,
         "at_published_rank": at_published_rank,
         "published": PUBLISHED_DIT_XL_2 if is_dit_xl_2 else {},
     }
 
 
+def with_branch_rank(plan: Plan, rank: int) -> Plan:
+    """The plan with low-rank branches of `rank`: where it has some, or in every layer.
+
+    Rank 0 takes them away. Branches of other methods stay as they are.
+    """
+    branch = read_method("branch", {"method": "svd", "rank": rank} if rank else "none")
+    has_some = any(rule.branch is not None for rule in plan.layers)
+
+    def changed(rule: Rule) -> Rule:
+        old = rule.branch
+        is_wanted = old.method == "svd" if old is not None else not has_some and rule.slots()
+        return rule.model_copy(update={"branch": branch}) if is_wanted else rule
+
+    return plan.model_copy(update={"layers": tuple(map(changed, plan.layers))})
+
+
 def _at_published_rank(
     model_config: ModelConfig,
     plan: Plan,
+    costs: PlanCosts,
     bits_by_layer: Mapping[str, int] | None,
     table: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Headline numbers at the published readings' rank; every row of `table` gets its reduction."""
-    low_rank = plan.low_rank.model_copy(update={"rank": PUBLISHED_RANK})
-    found = account(model_config, plan.model_copy(update={"low_rank": low_rank}), bits_by_layer)
+    other_plan = with_branch_rank(plan, PUBLISHED_RANK)
+    if costs.branch_rank == PUBLISHED_RANK or other_plan == plan:
+        return {}
+    found = account(model_config, other_plan, bits_by_layer)
     for row, other in zip(table, found["packing_table"], strict=True):
         row[f"size_reduction_at_rank_{PUBLISHED_RANK}"] = other["size_reduction"]
         row["published"] = row.pop("published")  # the last column, beside what it is read at
@@ -212,85 +267,100 @@ def _at_published_rank(
     return {name: found[name] for name in names}
 
 
-def _compute(structure: Structure, plan: Plan, bits: Mapping[str, float]) -> dict[str, Any]:
+def _compute(structure: Structure, plan: Plan, costs: PlanCosts) -> dict[str, Any]:
     """MACs, BitOPs and effective FLOPs by part, and the additions of the online rotation."""
-    matmul_bits = plan.attention.matmul_bits
-    block_weight_bits = _bit_op_bits(plan.weights.quantizer)
-    adaln_weight_bits = _bit_op_bits(plan.adaln.weight_quantizer)
-    bit_ops = {
-        "block_linears": sum(
-            layer.macs * block_weight_bits * bits.get(layer.name, 0)
-            for layer in structure.block_linears
-        ),
-        "adaln_linears": sum(
-            layer.macs * adaln_weight_bits * (plan.adaln.activation_bits or 0)
-            for layer in structure.adaln_linears
-        ),
-        "attention": structure.attention_macs * (matmul_bits or 0) ** 2,
+    by_name = {cost.layer.name: cost for cost in costs.layers}
+    linears = {"block_linears": structure.block_linears, "adaln_linears": structure.adaln_linears}
+    if structure.other_linears:
+        linears["other_linears"] = structure.other_linears
+    bit_ops: dict[str, float] = {
+        part: sum(by_name[layer.name].bit_ops for layer in layers if layer.name in by_name)
+        for part, layers in linears.items()
     }
+    bit_ops["attention"] = structure.attention_macs * (plan.attention.matmul_bits or 0) ** 2
     macs = {
-        "block_linears": sum(layer.macs for layer in structure.block_linears),
-        "adaln_linears": sum(layer.macs for layer in structure.adaln_linears),
+        **{part: sum(layer.macs for layer in layers) for part, layers in linears.items()},
         "attention": structure.attention_macs,
         "other": structure.other_macs,
-        "low_rank": sum(
-            layer.tokens * low_rank_values(layer, plan)
-            for layer in converted_layers(structure, plan)
-        ),
+        "low_rank": sum(cost.layer.tokens * cost.branch_values for cost in costs.layers),
     }
+    flops: dict[str, float] = {
+        part: bit_ops[part] / BITS_PER_WORD if bit_ops.get(part) else count
+        for part, count in macs.items()
+    }
+    for part, layers in linears.items():
+        if bit_ops[part]:
+            flops[part] += _full_precision_macs(layers, by_name)
     return {
         "macs_by_part": macs,
         "bit_ops": sum(bit_ops.values()),
         "bit_ops_by_part": bit_ops,
-        "effective_flops_by_part": {
-            part: bit_ops[part] / BITS_PER_WORD if bit_ops.get(part) else count
-            for part, count in macs.items()
-        },
+        "effective_flops_by_part": flops,
         "rotation_additions": sum(
-            layer.tokens * layer.in_features * sum(hadamard_factors(layer.in_features))
-            for layer in rotated_layers(structure, plan)
+            cost.layer.tokens * cost.rotation_additions for cost in costs.layers
         ),
     }
 
 
-def _activation_bits(
-    structure: Structure, plan: Plan, bits_by_layer: Mapping[str, int] | None
-) -> tuple[dict[str, float], str]:
-    """Return the bits of every quantized block linear (empty: none is) and where they are from."""
-    names = [layer.name for layer in structure.block_linears]
-    if plan.activations.quantizer == "none":
-        return {}, "full precision"
-    if bits_by_layer is None:
-        if plan.allocation.method == "uniform":
-            return dict.fromkeys(names, plan.activations.bits), "uniform"
-        if plan.allocation.mean_bits is None:
-            raise UsageError(
-                f"plan {plan.name!r} reads its allocation from a file: pass its bits_by_layer"
-            )
-        return dict.fromkeys(names, plan.allocation.mean_bits), "budget"
-    for name in bits_by_layer:
-        if name not in names:
-            raise UsageError(f"the allocation has unknown layer {name!r}{suggest(name, names)}")
-    for name in names:
-        if name not in bits_by_layer:
-            raise UsageError(f"the allocation has no bits for layer {name!r}")
-    return {name: bits_by_layer[name] for name in names}, "allocation"
+def _full_precision_macs(layers: Sequence[LinearLayer], by_name: Mapping[str, LayerCost]) -> int:
+    """MACs of the layers whose products are no bit operations."""
+    return sum(
+        layer.macs
+        for layer in layers
+        if layer.name not in by_name or not by_name[layer.name].bit_ops
+    )
 
 
-def _code_bytes(layer: LinearLayer, packing: Packing) -> int:
+def _uniform_weight_bits(costs: PlanCosts, kind: str) -> float | None:
+    """Nominal bits of the quantized layers of a kind (32: there are none); None if they differ."""
+    found = {cost.weight_bits for cost in costs.layers if cost.layer.kind == kind}
+    found = found or {FULL_PRECISION_BITS}
+    return found.pop() if len(found) == 1 else None
+
+
+def _bits_by_kind(structure: Structure, costs: PlanCosts) -> dict[str, dict[str, Any]]:
+    """Nominal and effective bits of the quantized layers, by kind and of all of them."""
+    found = {}
+    for kind in ("block", "adaLN", "other", "all"):
+        own = [cost for cost in costs.layers if kind in (cost.layer.kind, "all")]
+        if not own:
+            continue
+        weights = [cost.layer.weights for cost in own]
+        macs = [cost.layer.macs for cost in own]
+        found[kind] = {
+            "layers": sum(kind in (layer.kind, "all") for layer in structure.linears),
+            "quantized": len(own),
+            "weight_bits": _mean([cost.weight_bits for cost in own], weights),
+            "effective_weight_bits": _mean([cost.stored_weight_bits for cost in own], weights),
+            "activation_bits": _mean([cost.input_bits for cost in own], macs),
+            "effective_activation_bits": _mean([cost.stored_input_bits for cost in own], macs),
+        }
+    return found
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    if len(set(values)) == 1:
+        return values[0]  # without a rounding error
+    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _code_bytes(cost: LayerCost, packing: Packing) -> int:
+    layer = cost.layer
+    if not cost.is_ternary:
+        return math.ceil(layer.weights * cost.weight_bits / 8)
     if packing.name.startswith("2bit/"):  # the kernels' layout: rows in blocks of 128 codes
         return layer.out_features * math.ceil(layer.in_features / 128) * 32
     return math.ceil(layer.weights * packing.bits_per_code / 8)
 
 
-def _branch_bytes(layer: LinearLayer, plan: Plan, packing: Packing) -> int:
-    size = packing.low_rank_bytes * low_rank_values(layer, plan)
+def _branch_bytes(cost: LayerCost, packing: Packing) -> int:
+    size = packing.low_rank_bytes * cost.branch_values
     # int8: a float32 scale per component in either factor.
-    return size + (8 * low_rank_of(layer.name, plan) if packing.low_rank_bytes == 1 else 0)
+    return size + (8 * (cost.branch_rank or 0) if packing.low_rank_bytes == 1 else 0)
 
 
-def _rest_bytes(structure: Structure, ternary: Sequence[LinearLayer], packing: Packing) -> int:
-    packed = {f"{layer.name}.weight" for layer in ternary}
+def _rest_bytes(structure: Structure, costs: PlanCosts, packing: Packing) -> int:
+    packed = {f"{cost.layer.name}.weight" for cost in costs.with_codes}
     shapes = [shape for name, shape in structure.shapes.items() if name not in packed]
     if packing.rest_bytes > 1:
         return packing.rest_bytes * sum(map(math.prod, shapes))
@@ -305,16 +375,6 @@ def _int8_bytes(shape: tuple[int, ...]) -> int:
     # As `packed_file` cuts them: a table [1, T, C] by rows, a convolution by output channels.
     rows = values // shape[-1] if len(shape) == 3 else shape[0]
     return values + 4 * min(rows, values // rows)
-
-
-def _scales(layer: LinearLayer, plan: Plan) -> int:
-    return layer.out_features if weight_cost(weight_quantizer(layer, plan)).scale_per_row else 1
-
-
-def _bit_op_bits(quantizer: str) -> float:
-    """Bits of a weight for BitOPs; 0 where the product is not a bit operation."""
-    cost = weight_cost(quantizer)
-    return cost.bits if cost.is_quantized else 0.0
 
 
 def _is_dit_xl_2(model_config: ModelConfig) -> bool:

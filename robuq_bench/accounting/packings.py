@@ -1,6 +1,7 @@
-"""What weight quantizers cost, and ways to store a quantized model.
+"""Ways to store a quantized model.
 
 A way of storing says how many bits a ternary code takes, and the precision of everything else.
+Codes that are not ternary take as many bits as their method says, packed without gaps.
 """
 
 from __future__ import annotations
@@ -10,45 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
-from robuq_bench.errors import UsageError, suggest
-
 TERNARY_BITS = math.log2(3)
-FULL_PRECISION_BITS = 32.0
-
-
-@dataclass(frozen=True)
-class WeightCost:
-    """What a weight quantizer costs.
-
-    Attributes:
-        bits: of one weight in a bit operation; a file takes what its packing says.
-        scale_per_row: one scale for each output channel; False is one for the tensor.
-    """
-
-    bits: float
-    scale_per_row: bool = False
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether a product with such a weight is a bit operation."""
-        return self.bits < FULL_PRECISION_BITS
-
-
-WEIGHT_COSTS = {
-    "none": WeightCost(FULL_PRECISION_BITS),
-    "ternary-twn": WeightCost(TERNARY_BITS, scale_per_row=True),
-    "ternary-absmean": WeightCost(TERNARY_BITS),
-}
-
-
-def weight_cost(quantizer: str) -> WeightCost:
-    """The cost of a weight quantizer by its plan name; UsageError for one that has none here."""
-    if quantizer not in WEIGHT_COSTS:
-        raise UsageError(
-            f"weight quantizer {quantizer!r} has no known cost{suggest(quantizer, WEIGHT_COSTS)}; "
-            "add its bits to WEIGHT_COSTS"
-        )
-    return WEIGHT_COSTS[quantizer]
 
 
 @dataclass(frozen=True)
@@ -63,8 +26,9 @@ class Packing:
         rest_bytes: bytes of each other value (biases, embeddings, layers kept full precision). 1
             is int8 for matrices, with a float32 scale per slice of their shorter side, and fp16
             for vectors; low_rank_bytes likewise.
-        scale_bytes: bytes of each weight scale; 0 leaves the scales out.
-        has_signs: whether the random signs of the rotation are stored, one bit each.
+        scale_bytes: bytes of each scale and zero point of weights, and of each scale of inputs; 0
+            leaves them out.
+        has_signs: whether what rotations need is stored, such as random signs at one bit each.
         adaln_low_rank: whether the modulation linears have a low-rank branch.
         published: the published size reduction that this reading explains or bounds.
         reading: what it assumes.
@@ -87,28 +51,45 @@ CODES = {
     "2bit": (Fraction(2), "four codes a byte, rows in blocks of 128 as the kernels read them"),
 }
 FLOAT_BYTES = {"fp32": 4, "fp16": 2}
-PACKINGS = tuple(
-    Packing(
-        f"{code}/{low_rank}/{rest}",
-        CODES[code][0],
-        FLOAT_BYTES[low_rank],
-        FLOAT_BYTES[rest],
-        FLOAT_BYTES[rest],
-        reading=f"{CODES[code][1]}; {low_rank} low-rank branch; {rest} scales and rest",
+
+
+def _float_packings(code: str, bits: Fraction, reading: str) -> tuple[Packing, ...]:
+    return tuple(
+        Packing(
+            f"{code}/{low_rank}/{rest}",
+            bits,
+            FLOAT_BYTES[low_rank],
+            FLOAT_BYTES[rest],
+            FLOAT_BYTES[rest],
+            reading=f"{reading}; {low_rank} low-rank branch; {rest} scales and rest",
+        )
+        for low_rank, rest in product(FLOAT_BYTES, FLOAT_BYTES)
     )
-    for code, low_rank, rest in product(CODES, FLOAT_BYTES, FLOAT_BYTES)
-)
-INT8_PACKINGS = tuple(
-    Packing(
-        f"base3/int8/int8{suffix}",
-        CODES["base3"][0],
-        low_rank_bytes=1,
-        rest_bytes=1,
-        scale_bytes=2,
-        adaln_low_rank=not suffix,
-        reading=f"{CODES['base3'][1]}; int8 branch{suffix} and matrices, fp16 scales and vectors",
+
+
+def _int8_packings(code: str, bits: Fraction, reading: str) -> tuple[Packing, ...]:
+    return tuple(
+        Packing(
+            f"{code}/int8/int8{suffix}",
+            bits,
+            low_rank_bytes=1,
+            rest_bytes=1,
+            scale_bytes=2,
+            adaln_low_rank=not suffix,
+            reading=f"{reading}; int8 branch{suffix} and matrices, fp16 scales and vectors",
+        )
+        for suffix in ("", " without adaLN")
     )
-    for suffix in ("", " without adaLN")
+
+
+PACKINGS = tuple(row for code, how in CODES.items() for row in _float_packings(code, *how))
+INT8_PACKINGS = _int8_packings("base3", *CODES["base3"])
+# For plans without ternary weights, where the three layouts of ternary codes would be one.
+DENSE = "dense"
+_DENSE_CODES = "each code at its bits, without gaps"
+DENSE_PACKINGS = (
+    *_float_packings(DENSE, Fraction(0), _DENSE_CODES),
+    *_int8_packings(DENSE, Fraction(0), _DENSE_CODES),
 )
 DEFAULT_PACKING = "base3/fp32/fp32"
 PUBLISHED_RANK = 16  # the deployment fork's, at DiT-XL/2's width of 1152

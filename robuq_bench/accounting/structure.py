@@ -1,4 +1,4 @@
-"""Linear layers, sizes and multiply-accumulates (MACs) of a model, by the groups of a plan.
+"""Linear layers, sizes and multiply-accumulates (MACs) of a model, with the rules of a plan.
 
 The DiT of a workload is built on PyTorch's meta device: no weights, no memory, no forward pass. All
 counts are per image and per forward pass.
@@ -8,39 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robuq_bench.accounting.packings import TERNARY_BITS, weight_cost
-from robuq_bench.errors import UsageError
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import low_rank_of
-from robuq_bench.quantization.selection import (
-    ADALN_NOT_QUANTIZED,
-    is_adaln,
-    matches,
-    quantizes_adaln,
-    select_layers,
-)
+from robuq_bench.quantization.selection import Selected, select_layers
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Plan
+    from robuq_bench.config import Plan, Rule
+    from robuq_bench.config.plan import Kind
     from robuq_bench.config.workload import ModelConfig
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A linear layer that a plan may quantize; `tokens` are its rows per image."""
+    """A linear layer.
+
+    Attributes:
+        tokens: its rows per image.
+        kind: where it stands, as a plan's rules name it.
+        rule: what quantizes it; None keeps it in full precision.
+    """
 
     name: str
     in_features: int
     out_features: int
     tokens: int
+    kind: Kind = "block"
+    rule: Rule | None = None
 
     @property
     def weights(self) -> int:
@@ -53,22 +53,32 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Structure:
-    """Sizes of a DiT: block linears and modulation (adaLN) linears apart from the rest.
+    """Sizes of a DiT and its linear layers, with what a plan says of them.
 
-    `shapes` are those of every parameter by name.
+    `shapes` are those of every parameter by name. `other_linears` are those outside the blocks
+    that the plan quantizes; what they cost is not in `other_macs`.
     """
 
     parameters: int
     shapes: Mapping[str, tuple[int, ...]]
     block_linears: tuple[LinearLayer, ...]
     adaln_linears: tuple[LinearLayer, ...]
+    other_linears: tuple[LinearLayer, ...]
     attention_macs: int
     other_macs: int
 
     @property
+    def linears(self) -> tuple[LinearLayer, ...]:
+        return (*self.block_linears, *self.adaln_linears, *self.other_linears)
+
+    @property
+    def quantized(self) -> tuple[LinearLayer, ...]:
+        """The layers that `quantize_` replaces."""
+        return tuple(layer for layer in self.linears if layer.rule is not None)
+
+    @property
     def macs(self) -> int:
-        linears = (*self.block_linears, *self.adaln_linears)
-        return sum(layer.macs for layer in linears) + self.attention_macs + self.other_macs
+        return sum(layer.macs for layer in self.linears) + self.attention_macs + self.other_macs
 
 
 def layer_macs(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
@@ -112,6 +122,21 @@ def dit_layer_macs(model_config: ModelConfig) -> dict[str, int]:
     one row per image, every other layer one row per token.
     """
     return dict(_sizes(model_config).macs)
+
+
+def dit_layer_weights(model_config: ModelConfig) -> dict[str, int]:
+    """Weights (bias left out) of every linear layer of a workload's DiT, in module order."""
+    return {layer.name: layer.weights for layer in _sizes(model_config).linears}
+
+
+def dit_layer_inputs(model_config: ModelConfig) -> dict[str, int]:
+    """Input elements per image of every linear layer of a workload's DiT, in module order."""
+    return {layer.name: layer.tokens * layer.in_features for layer in _sizes(model_config).linears}
+
+
+def dit_selected(model_config: ModelConfig, plan: Plan) -> dict[str, Selected]:
+    """What a plan does to every linear layer of a workload's DiT, built without weights."""
+    return select_layers(_sizes(model_config).model, plan)
 
 
 @dataclass(frozen=True)
@@ -166,69 +191,45 @@ def _tokens(model_config: ModelConfig) -> int:
 
 
 def dit_structure(model_config: ModelConfig, plan: Plan) -> Structure:
-    """Return the sizes of a DiT, its linears grouped as `plan` selects them."""
+    """Return the sizes of a DiT, its linears with the rules of `plan`."""
     sizes = _sizes(model_config)
-    selected = select_layers(sizes.model, plan)
+    selected = dit_selected(model_config, plan)
     linears = [
-        layer
+        replace(layer, kind=selected[layer.name].kind, rule=selected[layer.name].rule)
         for layer in sizes.linears
-        if selected[layer.name].kind != "kept" or selected[layer.name].reason == ADALN_NOT_QUANTIZED
     ]
+    counted = [layer for layer in linears if layer.kind != "other" or layer.rule is not None]
+
+    def of(kind: Kind) -> tuple[LinearLayer, ...]:
+        return tuple(layer for layer in counted if layer.kind == kind)
+
     return Structure(
         parameters=sum(map(math.prod, sizes.shapes.values())),
         shapes=sizes.shapes,
-        block_linears=tuple(layer for layer in linears if not is_adaln(layer.name, plan)),
-        adaln_linears=tuple(layer for layer in linears if is_adaln(layer.name, plan)),
+        block_linears=of("block"),
+        adaln_linears=of("adaLN"),
+        other_linears=of("other"),
         # QK^T and attention x V: tokens x tokens x width each.
         attention_macs=2
         * model_config.depth
         * _tokens(model_config) ** 2
         * model_config.hidden_size,
-        other_macs=sum(sizes.macs.values()) - sum(layer.macs for layer in linears),
+        other_macs=sum(sizes.macs.values()) - sum(layer.macs for layer in counted),
     )
 
 
-def converted_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
-    """Layers that `quantize_` replaces: each has a low-rank branch and, by pattern, a rotation."""
-    if plan.is_full_precision:
-        return []
-    adaln = structure.adaln_linears if quantizes_adaln(plan) else ()
-    return [*structure.block_linears, *adaln]
+def allocatable(structure: Structure, of: Literal["activation", "weight"]) -> list[LinearLayer]:
+    """The layers whose bits of activations or weights an allocation decides.
 
-
-def ternary_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
-    """The layers whose weights the plan makes ternary.
-
-    Raises:
-        UsageError: a weight quantizer whose cost is not known, or that is not ternary: the
-            packings store ternary codes alone.
+    The same as `allocatable_layers` says of the quantized model.
     """
-    found = []
-    for layer in converted_layers(structure, plan):
-        name = weight_quantizer(layer, plan)
-        cost = weight_cost(name)
-        if cost.is_quantized and cost.bits != TERNARY_BITS:
-            raise UsageError(f"layer {layer.name!r}: no packing stores {name!r} weights")
-        if cost.is_quantized:
-            found.append(layer)
-    return found
+    return [
+        layer
+        for layer in structure.quantized
+        if layer.rule is not None and not layer.rule.fixed_bits and _has_bits(layer.rule, of)
+    ]
 
 
-def rotated_layers(structure: Structure, plan: Plan) -> list[LinearLayer]:
-    """The layers whose input the plan rotates."""
-    if plan.rotation.kind == "none":
-        return []
-    layers = converted_layers(structure, plan)
-    return [layer for layer in layers if matches(layer.name, plan.rotation.layers)]
-
-
-def low_rank_values(layer: LinearLayer, plan: Plan) -> int:
-    """Values in the low-rank branch that the plan gives this layer."""
-    return low_rank_of(layer.name, plan) * (layer.in_features + layer.out_features)
-
-
-def weight_quantizer(layer: LinearLayer, plan: Plan) -> str:
-    """Name of the weight quantizer that the plan gives this layer."""
-    if is_adaln(layer.name, plan):
-        return plan.adaln.weight_quantizer
-    return plan.weights.quantizer
+def _has_bits(rule: Rule, of: Literal["activation", "weight"]) -> bool:
+    method = getattr(rule, of)
+    return method is not None and "bits" in type(method).model_fields

@@ -47,6 +47,7 @@ from robuq_bench.cli.job import (
     show_rows,
     study_inputs,
 )
+from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.packed import packed_app
 from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
 from robuq_bench.runs import interrupts
@@ -356,6 +357,7 @@ def report(
 
 app.add_typer(packed_app)
 app.add_typer(inspect_app)
+app.add_typer(methods_app)
 app.add_typer(runs_app, name="runs")
 
 
@@ -367,6 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if os.getcwd() not in sys.path:  # methods of one's own lie there; last, so as to hide nothing
+        sys.path.append(os.getcwd())
     as_json = "--json" in arguments
     try:
         _check_text(arguments)

@@ -18,10 +18,11 @@ from robuq_bench.cli.job import (
     find_run,
     show_rows,
 )
-from robuq_bench.errors import CheckError
+from robuq_bench.cli.plan_layers import bits_from_file, show_layers
+from robuq_bench.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Config, Plan
+    from robuq_bench.config import Config, Plan, Rule
 
 inspect_app = typer.Typer()
 runs_app = typer.Typer(no_args_is_help=True, help="List, show and verify run folders.")
@@ -29,13 +30,34 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="An id or a fold
 
 
 @inspect_app.command()
-def plans(name: NameArgument = None, as_json: JsonFlag = False) -> None:
-    """List the packaged plans, or show one in full (a name or a file)."""
-    from robuq_bench.config import load_plan, plan_names, to_toml
+def plans(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[show] [NAME]", show_default=False)
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", "--workload", metavar="NAME|FILE", help="--layers: of this one's model; digits."
+        ),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="What each layer of a workload's model becomes.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the packaged plans, or show one in full (a name or a file), or layer by layer."""
+    from robuq_bench.config import load_plan, load_workload, plan_names, to_toml
 
+    name = _plan_name(words or [])
+    if on is not None and not layers:
+        raise UsageError("--on names the model whose --layers are shown; add --layers")
+    if name is None and layers:
+        raise UsageError("--layers shows one plan; name it, as in `plans a2 --on digits --layers`")
     if name is not None:
         plan = load_plan(name)
-        if as_json:
+        if layers:
+            show_layers(plan, load_workload(on or "digits"), as_json)
+        elif as_json:
             console.print_json({"plan": plan.model_dump(mode="json")})
         else:
             print(to_toml(plan), end="")
@@ -45,20 +67,45 @@ def plans(name: NameArgument = None, as_json: JsonFlag = False) -> None:
         rows.append(
             {
                 "plan": plan.name,
-                "activation bits": _bits_text(plan),
-                "rank": plan.low_rank.rank,
+                "weight bits": _bits_text(plan, "weight"),
+                "activation bits": _bits_text(plan, "activation"),
+                "rank": _rank_text(plan),
                 "about": plan.description,
             }
         )
     show_rows("plans", rows, as_json)
 
 
-def _bits_text(plan: Plan) -> str:
-    if plan.activations.quantizer == "none":
+def _plan_name(words: list[str]) -> str | None:
+    """NAME of `plans NAME` and `plans show NAME`; None where there is none."""
+    if words[:1] == ["show"]:
+        words = words[1:]
+        if not words:
+            raise UsageError("`plans show` needs the name or file of a plan; `plans` lists them")
+    if len(words) > 1:
+        raise UsageError(f"`plans` shows one plan at a time, got {' '.join(words)}")
+    return words[0] if words else None
+
+
+def _of_blocks(plan: Plan) -> list[Rule]:
+    return [rule for rule in plan.layers if "block" in rule.kind and rule.slots()]
+
+
+def _bits_text(plan: Plan, of: str) -> str:
+    methods = [getattr(rule, of) for rule in _of_blocks(plan)]
+    if not any(methods):
         return "full"
-    if plan.allocation.method == "ampn":
-        return f"mean {plan.allocation.mean_bits:g}"
-    return "file" if plan.allocation.method == "file" else str(plan.activations.bits)
+    if plan.bits is not None and plan.bits.of == of:
+        return "file" if plan.bits.mean is None else f"mean {plan.bits.mean:g}"
+    bits = [m if m is None else m.nominal_bits() if of == "weight" else m.bits for m in methods]
+    return ", ".join(dict.fromkeys("full" if b is None else f"{b:.3g}" for b in bits))
+
+
+def _rank_text(plan: Plan) -> str | int:
+    """Ranks of the low-rank branches of block layers, 0 for none."""
+    ranks = {getattr(rule.branch, "rank", None) if rule.branch else 0 for rule in _of_blocks(plan)}
+    texts = sorted("?" if rank is None else str(rank) for rank in ranks or {0})
+    return int(texts[0]) if len(texts) == 1 and texts != ["?"] else ", ".join(texts)
 
 
 @inspect_app.command()
@@ -109,36 +156,44 @@ def account(
     rows += [
         {"quantity": f"{key}: {part}", "value": value}
         for key, parts in facts.items()
-        if isinstance(parts, dict) and key != "published"
+        if isinstance(parts, dict) and key not in ("bits_by_kind", "published")
         for part, value in parts.items()
     ]
     tables = [[row for row in rows if row["value"] is not None]]
+    tables.append([{"kind": kind} | entry for kind, entry in facts["bits_by_kind"].items()])
     tables += [value for value in facts.values() if isinstance(value, list)]
     tables.append([{"published": key, **entry} for key, entry in facts["published"].items()])
     for table in filter(None, tables):
         console.print_table(table, missing="")
         print()
     if facts["at_published_rank"]:
-        rank = facts["at_published_rank"]["low_rank_rank"]
+        rank, own = facts["at_published_rank"]["low_rank_rank"], facts["low_rank_rank"]
         print(
-            f"This plan's low_rank.rank is {facts['low_rank_rank']}; the published figures are "
-            f"read at {rank} (width 1152): see the column size_reduction_at_rank_{rank}. For all "
-            f"numbers at that rank: --set low_rank.rank={rank}",
+            f"The low-rank branches of this plan have {_ranks_in_words(own)}; the published "
+            f"figures are read at {rank} (width 1152): see the column size_reduction_at_rank_{rank}"
+            f". For all numbers at that rank: {_rank_flags(config.plan, rank)}",
             flush=True,
         )
 
 
+def _ranks_in_words(rank: int | None) -> str:
+    return "several ranks" if rank is None else f"rank {rank}"
+
+
+def _rank_flags(plan: Plan, rank: int) -> str:
+    """The `--set`s that give the plan branches of `rank`, as `with_branch_rank` does."""
+    with_branch = [rule for rule in plan.layers if rule.branch is not None]
+    rules = with_branch or [rule for rule in plan.layers if rule.slots()]
+    # Only the method of an empty slot can be set; its rank is then 16.
+    key = f"branch.rank={rank}" if with_branch else "branch.method=svd"
+    return " ".join(f"--set layers.{rule.name}.{key}" for rule in rules)
+
+
 def _account(config: Config) -> dict[str, Any]:
     from robuq_bench.accounting import account as accounting
-    from robuq_bench.config import load_allocation_file
 
     model, plan = config.workload.model, config.plan
-    bits = None
-    if plan.allocation.method == "file":
-        structure = accounting.dit_structure(model, plan)
-        names = [layer.name for layer in structure.block_linears]
-        bits = load_allocation_file(plan.allocation, names)
-    return accounting.account(model, plan, bits)
+    return accounting.account(model, plan, bits_from_file(plan, model))
 
 
 @inspect_app.command()

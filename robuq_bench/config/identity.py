@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from robuq_bench.config.base import none_word
 from robuq_bench.config.files import asset_path
 from robuq_bench.config.workload import FEATURES
 from robuq_bench.data.files import SOURCES, data_digest, data_path, data_variable
@@ -14,6 +13,7 @@ from robuq_bench.errors import CheckpointError, ConfigError, RobuqError
 from robuq_bench.files import read_checksums, sha256_bytes
 from robuq_bench.runs.digests import path_digest, walk
 from robuq_bench.runs.weight_files import checkpoint_digest
+from robuq_bench.sections import none_word
 
 # Fields of study settings that name an input; `<field>_sha256` identifies it.
 INPUTS_OF_STUDIES = ("captured", "student", "run")
@@ -24,7 +24,7 @@ INPUTS_OF_EVALUATION = ("features", "reference", "vae")
 def identify(section: dict[str, Any], path_key: str) -> None:
     """Fill in the SHA-256 of the file a section names, when it is here and none was given."""
     spec = none_word(section[path_key])
-    if not spec or not isinstance(spec, str) or none_word(section["sha256"]):
+    if not spec or not isinstance(spec, str) or none_word(section.get("sha256")):
         return
     path = asset_path(spec)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from robuq_bench.config.base import none_word
+from robuq_bench.sections import none_word
 
 OLD_SECTIONS = ("weights", "activations", "rotation", "low_rank", "adaln", "allocation", "qat")
 NEW_NAMES = {

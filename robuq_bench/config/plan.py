@@ -13,17 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from robuq_bench.config.base import (
-    Ints,
-    Name,
-    OptionalFloat,
-    OptionalInt,
-    OptionalText,
-    Section,
-    Strings,
-    TextDigest,
-    none_word,
-)
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.methods import (
     SLOTS,
@@ -34,6 +23,17 @@ from robuq_bench.methods import (
     ScalingMethod,
     WeightMethod,
     read_method,
+)
+from robuq_bench.sections import (
+    Ints,
+    Name,
+    OptionalFloat,
+    OptionalInt,
+    OptionalText,
+    Section,
+    Strings,
+    TextDigest,
+    none_word,
 )
 
 Kind = Literal["block", "adaLN", "other"]

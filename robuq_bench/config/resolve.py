@@ -13,7 +13,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 import tomli_w
 from pydantic import Field
 
-from robuq_bench.config.base import Name, Section, none_word
 from robuq_bench.config.files import (
     keys_of,
     load_plan,
@@ -47,6 +46,7 @@ from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import sha256_bytes
 from robuq_bench.methods import SLOTS
+from robuq_bench.sections import Name, Section, none_word
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
 _STUDIES_WITHOUT_DATA = (

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import (
+from robuq_bench.errors import suggest
+from robuq_bench.sections import (
     Digest,
     Floats,
     Ints,
@@ -16,7 +17,6 @@ from robuq_bench.config.base import (
     TextDigest,
     none_word,
 )
-from robuq_bench.errors import suggest
 
 MIN_IMAGES = 16
 #: What `robuq_bench.normality.transforms` makes.

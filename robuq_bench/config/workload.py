@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from robuq_bench.config.base import (
+from robuq_bench.errors import suggest
+from robuq_bench.sections import (
     Digest,
     Name,
     OptionalFloat,
@@ -15,7 +16,6 @@ from robuq_bench.config.base import (
     TextDigest,
     none_word,
 )
-from robuq_bench.errors import suggest
 
 FEATURES = ("digits", "inception")
 # A setting that is off is not written down, so that it changes no older run's name.

@@ -12,7 +12,6 @@ import torch
 from pydantic import Field, model_validator
 
 from robuq_bench.config import Plan, modern_plan
-from robuq_bench.config.base import Ints, Section
 from robuq_bench.config.files import validate
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, ConfigError, UsageError, suggest
@@ -20,6 +19,7 @@ from robuq_bench.inference.stored_tensors import FLOATS
 from robuq_bench.methods import SLOTS, Method, is_packaged
 from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.methods.weights._ternary import TernaryMethod
+from robuq_bench.sections import Ints, Section
 
 FORMAT = "robuq-bench packed model"
 FORMAT_VERSIONS = ("1", "2", "3")

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from robuq_bench.config.base import Section, TextDigest
 from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.sections import Section, TextDigest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,8 +53,8 @@ class Method(Section):
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ConfigError when the method cannot serve a weight [out, in]. Reads no tensor."""
 
-    def fit(self, weight: Tensor, site: Site) -> nn.Module:
-        """The module that fills the slot.
+    def fit(self, weight: Tensor, site: Site) -> nn.Module | tuple[nn.Module, Tensor]:
+        """The module that fills the slot; of a weight method, with another weight if it finds one.
 
         `weight` is [out, in] float64 as the earlier slots left it. What the module must offer
         is said by the base class of its slot.
@@ -109,8 +109,8 @@ class BranchMethod(Method):
 class WeightMethod(Method):
     """Q_w: a module with `forward(w)`, differentiable, and for packing `codes(w)` -> `Codes`.
 
-    `fit` may return (module, weight) where the weight to quantize is not the one it was given:
-    values that the module's grid returns unchanged, as GPTQ finds them.
+    `fit` returns (module, weight) where the weight to quantize is not the one it was given: values
+    that the module's grid returns unchanged, as GPTQ finds them.
     """
 
     slot = "weight"
@@ -124,10 +124,16 @@ class WeightMethod(Method):
         raise self.unknown("storage_bits")
 
     def with_bits(self, bits: int) -> WeightMethod:
-        """The same method at other bits; ConfigError if its bits are no parameter."""
+        """The same method at other bits; ConfigError if it has none to choose, or not these."""
         if "bits" not in type(self).model_fields:
             raise ConfigError(f"weight method {self.method!r} has no bits to choose")
-        return type(self).model_validate({**self.model_dump(), "bits": bits})
+        try:
+            return type(self).model_validate({**self.model_dump(), "bits": bits})
+        except ValidationError as error:
+            why = error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(
+                f"weight method {self.method!r} does not take {bits!r} bits: {why}"
+            ) from None
 
 
 class ActivationMethod(Method):

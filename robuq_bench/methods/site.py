@@ -39,9 +39,10 @@ class Site:
 
     @classmethod
     def blank(cls, name: str, in_features: int, seed: int = 0) -> Site:
-        """A site that saw unit inputs: for layers whose fitted values are loaded afterwards."""
+        """A site that saw a few normal inputs: for layers whose values are loaded afterwards."""
+        tokens = torch.randn(64, in_features, generator=torch.Generator().manual_seed(0))
         eye = torch.eye(in_features, dtype=torch.float64)
-        return cls(name, seed, eye.float(), torch.ones(in_features), eye, in_features)
+        return cls(name, seed, tokens, torch.ones(in_features), eye, in_features)
 
     def need(self, what: Need) -> Tensor:
         """`tokens`, `absmax` or `gram`; UsageError naming the layer if calibration saw none."""

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.errors import ConfigError, UsageError, suggest
+from robuq_bench.config.plan import matches
+from robuq_bench.errors import UsageError, suggest
 from robuq_bench.methods.base import Need
 from robuq_bench.methods.site import Site
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.blocks import blocks_in_order
-from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.linear import QuantizedLinear, check_methods
 from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
 from robuq_bench.quantization.observing import observe
 from robuq_bench.quantization.selection import (
@@ -100,11 +101,7 @@ def _check(name: str, linear: nn.Linear, rule: Rule) -> None:
                 f"layer {name!r} has {int((~torch.isfinite(value)).sum())} values in its {part} "
                 "that are NaN or infinite; find where the checkpoint was damaged"
             )
-    for slot, method in rule.slots().items():
-        try:
-            method.check(*weight.shape)
-        except (ConfigError, UsageError) as error:
-            raise type(error)(f"layer {name!r}: {slot}: {error}") from None
+    check_methods(rule.slots(), linear, name)
 
 
 def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
@@ -209,10 +206,7 @@ def quantize_(
         _check_bits_by_layer(bits_by_layer, rules)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
-    needs = {
-        name: frozenset[Need]().union(*(m.needs for m in rule.slots().values()))
-        for name, rule in rules.items()
-    }
+    needs = {name: _needs(rule) for name, rule in rules.items()}
     if any(needs.values()) and not blank:
         if calibration is None or not len(calibration.batches):
             name = next(name for name, found in needs.items() if found)
@@ -236,6 +230,17 @@ def quantize_(
         set_activation_bits(model, bits_by_layer)
     logger.info("plan %s on %s: %s", plan.name, type(model).__name__, summary(selected))
     return model
+
+
+def _needs(rule: Rule) -> frozenset[Need]:
+    """What the methods of a layer read of its inputs."""
+    slots = rule.slots()
+    needs = frozenset[Need]().union(*(method.needs for method in slots.values()))
+    # After a rotation the largest magnitudes are those of the sample, see `Site.through`.
+    after = (m.needs for slot, m in slots.items() if slot not in ("scaling", "rotation"))
+    if rule.rotation is not None and any("absmax" in found for found in after):
+        needs |= {"tokens"}
+    return needs
 
 
 def _site(name: str, linear: nn.Linear, seed: int, *, blank: bool) -> Site:
@@ -361,6 +366,16 @@ def _warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
                 ", ".join(rule.match),
                 ", ".join(rule.kind),
             )
+        elif not rule.slots():  # its patterns are a list of layers, not one for every model
+            names = [
+                name
+                for layer in selected.values()
+                if layer.kind in rule.kind
+                for name in (layer.name, *layer.aliases)
+            ]
+            for pattern in rule.match:
+                if not any(matches(name, (pattern,)) for name in names):
+                    logger.warning("rule %r of [[layers]]: %r matches no layer", rule.name, pattern)
 
 
 def summary(selected: Mapping[str, Selected]) -> str:

@@ -120,6 +120,9 @@ class _FusedLinear(torch.autograd.Function):
                 grad_x[block] = inner.t()
             else:
                 rotate_from_columns(inner, rotation, grad_x[block])
+        if not len(grad):
+            grad_weight = torch.zeros_like(weight)
+            grad_down = None if down is None else torch.zeros_like(down)
         grad_bias = grad.sum(0) if has_bias else None
         return grad_x.view(shape), grad_weight, grad_bias, grad_down, None, None, None, None
 

@@ -49,8 +49,8 @@ class GuardedWeight(Tensor):
         raise UsageError(
             f"layer {self.layer!r} is quantized: its weight is stored rotated, without its "
             f"low-rank branch, or packed, and cannot be used outside the layer ({operation}). Call "
-            "the layer; keep it in full precision with layers.skip; its parameter is "
-            "`master_weight`"
+            "the layer, or keep it in full precision by a rule without methods in [[layers]]; its "
+            "parameter is `master_weight`"
         )
 
     @classmethod

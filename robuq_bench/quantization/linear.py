@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.errors import UsageError
-from robuq_bench.methods import Method
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.methods import SLOTS, Method
 from robuq_bench.methods.site import Site
 from robuq_bench.quantization import fast_paths
 from robuq_bench.quantization.bits import QuantizedInput
@@ -25,6 +25,15 @@ OLD_NAMES = {
     "low_rank_down": "branch.down",
 }
 """What a state of older code calls the tensors of a layer, and what they are called now."""
+
+
+def check_methods(methods: Mapping[str, Method], linear: nn.Linear, name: str) -> None:
+    """Raise the error of a method that cannot serve the shape of layer `name`, with that name."""
+    for slot, method in methods.items():
+        try:
+            method.check(linear.out_features, linear.in_features)
+        except (ConfigError, UsageError) as error:
+            raise type(error)(f"layer {name!r}: {slot}: {error}") from None
 
 
 def rename_old_state(state: dict[str, Any], prefix: str) -> None:
@@ -82,13 +91,14 @@ class QuantizedLinear(QuantizedInput):
             ConfigError: a method does not serve this shape.
             UsageError: a method needs what `site` did not see.
         """
-        for method in methods.values():
-            method.check(linear.out_features, linear.in_features)
+        check_methods(methods, linear, site.name)
         dtype, device = linear.weight.dtype, linear.weight.device
         weight = linear.weight.detach().double()
         modules: dict[str, nn.Module] = {}
-        for slot, method in methods.items():
-            fitted: Any = method.fit(weight, site)
+        for slot in SLOTS:
+            if slot not in methods:
+                continue
+            fitted: Any = methods[slot].fit(weight, site)
             if slot == "weight" and isinstance(fitted, tuple):
                 fitted, weight = fitted
             modules[slot] = fitted.to(device)
@@ -96,9 +106,8 @@ class QuantizedLinear(QuantizedInput):
                 weight = modules[slot].weight(weight)  # type: ignore[operator]
             if slot in ("scaling", "rotation"):
                 site = site.through(modules[slot], diagonal=slot == "scaling")
-                _cast(modules[slot], dtype)
-            if slot == "branch":
-                _cast(modules[slot], dtype)
+            is_grid = slot in ("weight", "activation")  # steps are kept in float32 at least
+            _cast(modules[slot], torch.promote_types(dtype, torch.float32) if is_grid else dtype)
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(weight.to(dtype), bias, site.name)
         layer.methods = dict(methods)

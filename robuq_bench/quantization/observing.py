@@ -8,7 +8,6 @@ in eval mode, without gradients, and is left as it was.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import (
@@ -39,6 +38,7 @@ from robuq_bench.quantization.watching import (
     run_on,
     watching,
 )
+from robuq_bench.seeds import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,7 @@ def memory_bytes(
 
 def _random_stream(seed: int, name: str, call: int) -> np.random.PCG64:
     """One number for each token in turn, however many are asked for at a time."""
-    digest = hashlib.sha256(f"observe/{seed}/{call}/{name}".encode()).digest()
-    return np.random.PCG64(int.from_bytes(digest[:16], "little"))
+    return np.random.PCG64(seeded("observe", seed, call, name))
 
 
 class _Statistics:

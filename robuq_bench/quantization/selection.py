@@ -62,6 +62,11 @@ class Selected:
     module: nn.Linear
     aliases: tuple[str, ...] = ()
 
+    @property
+    def becomes(self) -> str:
+        """The name of its rule, or "kept"."""
+        return "kept" if self.rule is None else self.rule.name
+
 
 def rule_of(name: str, plan: Plan, blocks: Collection[str] = ()) -> Rule | None:
     """The rule for the block layer `name`, of a model that is not at hand.

@@ -57,16 +57,16 @@ def test_files_load_into_any_plan(tmp_path: Path, suffix: str) -> None:
         "budgets": {"mean_bits": 2.25},
         "bits_by_layer": found.bits_by_layer,
     }
-    overrides = [f"allocation.path={path}", "allocation.method=file"]
+    overrides = [f"bits.path={path}"]
     hashes = set()
-    for name in ("a4", "baseline-a3", "bitnetv2-a4"):
+    for name in ("bitnetv2-a4", "baseline-a3", "a4"):
         config = resolve("train-and-eval", "1", name, "digits", overrides=overrides)
-        assert config.plan.allocation.sha256 == sha256_file(path)
-        assert load_allocation_file(config.plan.allocation, macs) == found.bits_by_layer
+        assert config.plan.bits is not None
+        assert config.plan.bits.sha256 == sha256_file(path)
+        assert load_allocation_file(config.plan.bits, macs) == found.bits_by_layer
         hashes.add(config_hash(config))
-    account = accounting.account(
-        model, config.plan, load_allocation_file(config.plan.allocation, macs)
-    )
+    assert config.plan.bits is not None
+    account = accounting.account(model, config.plan, load_allocation_file(config.plan.bits, macs))
     assert account["mean_activation_bits"] == found.mean_bits
     other = solve_ampn(sensitivity, macs, 2.0)
     save_allocation(path, other, **ORIGIN, sensitivities_sha256=digest)

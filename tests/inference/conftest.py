@@ -40,7 +40,7 @@ def student(teacher: DiT) -> Callable[..., tuple[DiT, Plan]]:
         model = copy.deepcopy(teacher)
         quantize_(model, chosen)
         if mixed:
-            layers = allocatable_layers(model, chosen)
+            layers = allocatable_layers(model)
             set_activation_bits(model, {name: 1 + i % 4 for i, name in enumerate(layers)})
         return model.eval(), chosen
 

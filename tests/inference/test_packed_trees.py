@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import making
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from robuq_bench.config import load_plan
 from robuq_bench.inference import PackedLinear, export_packed, load_packed, pack_
-from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, names_of
 
 PLAN = load_plan("a4")
@@ -20,8 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def quantized(model: nn.Module) -> nn.Module:
     layers = names_of(model, nn.Linear).items()
-    make = QuantizedLinear.from_linear
-    found = {layer: make(layer, name=names[0], rank=4) for layer, names in layers}
+    found = {layer: making.quantized(layer, names[0], rank=4) for layer, names in layers}
     return exchange_layers(model.eval(), found)
 
 

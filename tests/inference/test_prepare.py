@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from making import changed, rule
 from torch import Tensor, nn
 
 from kernels.hadamard_quantize.reference import hadamard_quantize
@@ -18,7 +19,7 @@ from robuq_bench.inference.fused_blocks import FusedBlocks
 from robuq_bench.inference.packed_linear import packed_layers
 from robuq_bench.inference.prepare import weight_bytes
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
@@ -41,9 +42,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize(("name", "bits"), UNIFORM)
 def test_a_grid_gives_the_codes_of_its_quantizer(name: str, bits: int) -> None:
     tokens = torch.randn(40, 144, generator=torch.Generator().manual_seed(bits)) * 3 + 0.5
-    quantizer = activation_quantizer(name)
-    assert quantizer is not None
-    expected = quantizer.quantize(tokens, bits)
+    expected = token_grid(name).quantize(tokens, bits)
     found = hadamard_quantize(tokens, grid_of(name, bits), rotation=None)
     assert torch.equal(found.code_sums, expected.codes.sum(1, dtype=torch.int32))
     assert torch.equal(found.codes, expected.codes)
@@ -119,9 +118,7 @@ def test_fused_blocks_compute_what_the_blocks_do(
 def test_blocks_without_quantized_modulation_are_fused_too(
     student: Student, inputs: Inputs
 ) -> None:
-    plan = load_plan("a4")
-    adaln = plan.adaln.model_copy(update={"weight_quantizer": "none", "activation_bits": None})
-    model, _ = student(plan.model_copy(update={"adaln": adaln}))
+    model, _ = student(changed("a4", first=[rule("kept", kind="adaLN")]))
     expected = model(*inputs)
     fused = prepare_for_inference(model, "integer")
     assert fused.blocks.modulations is None
@@ -182,11 +179,10 @@ def test_packing_shrinks_what_is_held_in_memory(student: Student, teacher: DiT) 
 def test_errors_name_the_layer_and_the_way_out(student: Student, teacher: DiT) -> None:
     with pytest.raises(UsageError, match="no quantized layers; convert it with quantize_"):
         prepare_for_inference(copy.deepcopy(teacher))
-    model, plan = student("a4")
+    model, _ = student("a4")
     with pytest.raises(UsageError, match="unknown backend 'cuda'; choose from reference"):
         prepare_for_inference(model, "cuda")
-    activations = plan.activations.model_copy(update={"quantizer": "lloyd-max"})
-    uneven, _ = student(plan.model_copy(update={"activations": activations}))
+    uneven, _ = student(changed("a4", activation="lloyd-max"))
     with pytest.raises(UsageError, match=r"blocks\.0\..*'lloyd-max'.*backend \"reference\""):
         prepare_for_inference(uneven, "integer")
     prepared = prepare_for_inference(model, "integer")

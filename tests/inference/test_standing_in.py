@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import making
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -52,7 +53,7 @@ def quantized(model: nn.Module, **changes: Any) -> nn.Module:
     """Every linear layer quantized under all its names, with its hooks."""
     settings = {"rank": 4, **changes}
     layers: dict[nn.Module, nn.Module] = {
-        linear: QuantizedLinear.from_linear(linear, name=names[0], **settings)
+        linear: making.quantized(linear, names[0], **settings)
         for linear, names in names_of(model, nn.Linear).items()
     }
     return exchange_layers(model.eval(), layers)
@@ -166,7 +167,7 @@ def test_fused_blocks_refuse_hooks_they_would_drop(student: Student) -> None:
         export_packed(other, Path("never"), plan=PLAN)
 
 
-@pytest.mark.parametrize("part", ["master_weight", "bias", "low_rank_up"])
+@pytest.mark.parametrize("part", ["master_weight", "bias", "branch.up"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_what_is_not_finite_is_not_packed(part: str, value: float) -> None:
     model = quantized(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
@@ -217,8 +218,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     "changes",
     [
         {},
-        {"rank": 0, "rotation": "hadamard", "weight_quantizer": "ternary-absmean"},
-        {"rotation": "none", "activation_bits": None},
+        {"rank": 0, "rotation": "hadamard", "weight": "ternary-absmean"},
+        {"rotation": "none", "activation": ("robust-midtread", None)},
     ],
 )
 @torch.no_grad()
@@ -341,7 +342,7 @@ def test_models_pickle_and_copy(
 @torch.no_grad()
 def test_a_layer_that_cannot_run_leaves_the_model_quantized() -> None:
     layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    model = quantized(layers, activation_quantizer="lloyd-max")
+    model = quantized(layers, activation="lloyd-max")
     with pytest.raises(UsageError, match="'lloyd-max' has levels"):
         prepare(model, "integer")
     assert all(isinstance(layer, QuantizedLinear) for layer in model)

@@ -12,7 +12,7 @@ from kernels.fake_quantize import reference, triton
 from kernels.hadamard_quantize.reference import Grid, Rotation
 from kernels.launch import KernelInputError
 from robuq_bench.hadamard.rotation import random_signs, rotate
-from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
 WIDTHS = [384, 768, 1024, 1152, 1536, 3072, 4096, 4608]  # DiT-S, B, L, XL and their hidden layers
@@ -43,10 +43,8 @@ def parts(width: int, device: torch.device) -> tuple[Rotation, Tensor]:
 def composition(
     x: Tensor, signs: Tensor | None, name: str, bits: int, *, rotated: bool = True
 ) -> tuple[Tensor, Tensor]:
-    quantizer = activation_quantizer(name)
-    assert quantizer is not None
     z = rotate(x, None if signs is None else signs.to(x.dtype)) if rotated else x
-    return quantizer.fake_quantize(z, bits), z
+    return token_grid(name).fake_quantize(z, bits), z
 
 
 def step(z: Tensor, grid: Grid) -> Tensor:

@@ -19,13 +19,11 @@ from kernels.hadamard_quantize.reference import (
 from kernels.launch import KernelInputError
 from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
-from robuq_bench.quantization.activations import (
-    BITNET_EPS,
-    MAD_TO_SIGMA,
-    RobustMidrise,
-    RobustMidtread,
-    activation_quantizer,
-)
+from robuq_bench.methods.activations._robust import MAD_TO_SIGMA
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.activations.bitnet import BITNET_EPS
+from robuq_bench.methods.activations.robust_midrise import MidriseGrid
+from robuq_bench.methods.activations.robust_midtread import MidtreadGrid
 
 QUANTIZERS = [
     (name, bits)
@@ -35,10 +33,10 @@ QUANTIZERS = [
 
 
 def grid_of(name: str, bits: int) -> Grid:
-    quantizer = activation_quantizer(name)
+    quantizer = token_grid(name)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    if isinstance(quantizer, RobustMidrise):
-        floor = bits == 1 or not isinstance(quantizer, RobustMidtread)
+    if isinstance(quantizer, MidriseGrid):
+        floor = bits == 1 or not isinstance(quantizer, MidtreadGrid)
         return Grid("mean-mad", quantizer.step(bits) * MAD_TO_SIGMA, low, high, floor=floor)
     if name == "minmax":
         return Grid("min-max", 1 / (2**bits - 1), low, high)
@@ -64,9 +62,7 @@ def test_codes_of_the_library(name: str, bits: int, dtype: torch.dtype) -> None:
     x = tokens(64, 144, dtype)
     x[0], x[1] = 0.0, 2.5  # zero and constant
     x[2, 5], x[3, 9] = math.inf, -math.inf
-    quantizer = activation_quantizer(name)
-    assert quantizer is not None
-    want = quantizer.quantize(x, bits)
+    want = token_grid(name).quantize(x, bits)
     got = hadamard_quantize(x, grid_of(name, bits), rotation=None)
     assert got.scale.dtype == dtype
     # Dividing by (2^b - 1) and multiplying by its inverse differ in the last place: rounding ties.
@@ -93,9 +89,7 @@ def test_rotation_of_the_library(width: int, signed: bool) -> None:
     got = hadamard_quantize(x, grid, rotation=rotation_of(width), signs=signs, down=picked)
     assert got.branch is not None
     torch.testing.assert_close(got.branch, want @ picked.T, rtol=1e-9, atol=1e-10)
-    quantizer = activation_quantizer("robust-midtread")
-    assert quantizer is not None
-    assert torch.equal(got.codes, quantizer.quantize(want, 8).codes)
+    assert torch.equal(got.codes, token_grid("robust-midtread").quantize(want, 8).codes)
 
 
 def test_prologues_are_the_layers_of_torch() -> None:

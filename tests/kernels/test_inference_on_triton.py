@@ -23,9 +23,8 @@ def test_a_dit_on_triton(device: torch.device, fuse: bool, dtype: torch.dtype) -
     for block in model.blocks:
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    plan = load_plan("a4")
-    quantize_(model, plan)
-    layers = allocatable_layers(model, plan)
+    quantize_(model, load_plan("a4"))
+    layers = allocatable_layers(model)
     set_activation_bits(model, {name: (8, 4, 2, 3)[i % 4] for i, name in enumerate(layers)})
     model.to(device)
     x = torch.randn(2, 1, 8, 8, device=device)

@@ -10,10 +10,26 @@ from torch import Tensor
 
 from kernels.launch import KernelInputError
 from kernels.ternary_weight import reference, triton
-from robuq_bench.quantization.weights import quantize_weight, weight_gradient
+from robuq_bench.methods import method_class
+from robuq_bench.methods.weights._ternary import QuantizedWeight, TernaryWeight
 
 RULES = reference.RULES
 SHAPES = [(5, 7), (3, 48), (13, 384), (9, 1152), (2, 4608), (1, 1), (3, 5000)]
+
+
+def library(rule: str) -> TernaryWeight:
+    """What fills the slot of a layer: the kernel computes the same."""
+    return TernaryWeight(method_class("weight", rule), rule)
+
+
+def quantize_weight(weight: Tensor, rule: str) -> QuantizedWeight:
+    return library(rule).codes(weight)
+
+
+def weight_gradient(grad: Tensor, rule: str) -> Tensor:
+    weight = torch.ones_like(grad).requires_grad_()
+    (found,) = torch.autograd.grad(library(rule)(weight), weight, grad)
+    return found
 
 
 def weight_of(rows: int, width: int, device: torch.device) -> Tensor:

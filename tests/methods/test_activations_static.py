@@ -42,9 +42,11 @@ def test_quantile_is_numpys(values: np.ndarray, q: float) -> None:
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("q", [0.9, 0.999, 1.0])
-def test_percentile_range(q: float) -> None:
-    tokens = gaussian(300, 16).exp() - 1.5
+def test_percentile_range(q: float, sign: int) -> None:
+    """Of skewed tokens, so that either end is the larger one."""
+    tokens = sign * (gaussian(300, 16).exp() - 1.5)
     low, high = np.quantile(tokens.double().numpy(), [1 - q, q])
     module = fit("percentile", tokens, q=q)
     assert float(module.low) == pytest.approx(low, rel=1e-9)
@@ -85,6 +87,8 @@ def test_constant_calibration(name: str, value: float) -> None:
     assert out.isfinite().all()
     if name == "percentile":
         assert out[0, 0] == value
+    else:
+        assert module.step.item() == pytest.approx(2 * abs(value) / math.sqrt(7) if value else 1)
 
 
 @pytest.mark.parametrize("name", ["percentile", "lsq"])

@@ -164,11 +164,12 @@ def test_uncorrelated_inputs_leave_round_to_nearest(
     weight = randn(6, 32)
     expected = rounded(weight, **fields)
     sizes = torch.linspace(0.1, 3, 32, dtype=torch.float64)
-    hairs = 1e-13 * (torch.ones(32, 32) - torch.eye(32))  # so that columns are gone through
-    for gram in (torch.eye(32).double(), sizes.diag(), torch.eye(32) + hairs, sizes.diag() + hairs):
-        site = Site(gram=gram.double(), count=7)
-        _, result = method(act_order=act_order, **fields).fit(weight, site)
-        assert torch.equal(result, expected)
+    hairs = 1e-7 * (torch.ones(32, 32) - torch.eye(32))  # so that columns are gone through
+    for gram in (torch.eye(32).double(), sizes.diag()):
+        for size in (0, 1):
+            site = Site(gram=gram + size * hairs, count=7)
+            _, result = method(act_order=act_order, **fields).fit(weight, site)
+            torch.testing.assert_close(result, expected, rtol=size * 1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,20 @@ def test_unused_inputs_get_weight_zero_and_widen_no_grid() -> None:
     assert float(grid.scale.max()) < 1
     _, nothing = method(group=8).fit(weight, Site(gram=torch.zeros(24, 24), count=0))
     assert (nothing == 0).all()
+
+
+def test_unused_inputs_count_as_one_in_the_damping() -> None:
+    """As in GPTQ's code, where H = 2/n·Σxxᵀ has a 1 for them when its mean is taken."""
+    x, weight = inputs(200, 24) / 50, randn(5, 24)
+    x[:, 7] = weight[:, 7] = 0
+    gram = x.T @ x
+    codes = gptq(weight, gram, 200, Rule(3), damping=0.1).codes
+    gram[7, 7] = 200 / 2
+    expected = compressed(weight.numpy(), gram.numpy(), 200, Rule(3), 0, 0.1, False)
+    scale = gptq(weight, gram, 200, Rule(3)).scale
+    np.testing.assert_array_equal((codes * scale).numpy(), expected)
+    gram[7, 7] = 1e-9
+    assert not torch.equal(codes, gptq(weight, gram, 200, Rule(3), damping=0.1).codes)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -301,3 +316,14 @@ def test_fitting_leaves_its_inputs_alone() -> None:
     method(group=8, act_order=True).fit(weight, site)
     assert torch.equal(weight, before)
     assert torch.equal(site.gram, gram)
+
+
+def test_a_rotated_blank_site_takes_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded afterwards is not worth a Cholesky factor and a loop."""
+    turn = torch.linalg.qr(randn(24, 24)).Q
+    gram = turn @ torch.eye(24, dtype=torch.float64) @ turn.T
+    assert not torch.equal(gram, torch.eye(24, dtype=torch.float64))
+    monkeypatch.setattr("robuq_bench.methods.weights.gptq._inverse_factor", None)
+    weight = randn(5, 24)
+    _, result = method(group=8).fit(weight, Site(gram=gram, count=24))
+    assert torch.equal(result, rounded(weight, group=8))

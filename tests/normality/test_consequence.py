@@ -9,6 +9,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from robuq_bench.errors import UsageError
+from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.normality.consequence import (
     BITS,
     QUANTIZERS,
@@ -17,7 +18,6 @@ from robuq_bench.normality.consequence import (
     error_ratios,
     gaussian_error,
 )
-from robuq_bench.quantization.activations import activation_quantizer
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,7 @@ def test_errors_on_the_normal_distribution(quantizer: str, values: tuple[float, 
 def test_closed_form_equals_quadrature_of_the_real_quantizer(bits: int) -> None:
     """The quantizer is applied to a token with mean 0 and mean |x| = E|N|, so sigma-hat is 1."""
     for name in ("robust-midrise", "robust-midtread", "lloyd-max"):
-        quantizer = activation_quantizer(name)
-        assert quantizer is not None
+        quantizer = token_grid(name)
         grid = norm.ppf((np.arange(400_000) + 0.5) / 400_000)
         x = torch.from_numpy(grid)
         error = (quantizer.fake_quantize(x, bits) - x).square().mean()

@@ -13,12 +13,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from robuq_bench.config import load_plan
 from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.hadamard.transform import hadamard_transform
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.weights._ternary import TernaryWeight
+from robuq_bench.methods.weights.ternary_absmean import TernaryAbsmean
+from robuq_bench.methods.weights.ternary_twn import TernaryTWN
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.activations import activation_quantizer, matmul_quantizer
+from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import quantize_, quantized_layers
-from robuq_bench.quantization.weights import fake_quantize_weight
 
-robust, minmax = activation_quantizer("robust-midtread"), activation_quantizer("minmax")
+robust, minmax = token_grid("robust-midtread"), token_grid("minmax")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PLANS = ("a4", "baseline-a4", "bitnetv2-a4")
 
@@ -86,17 +89,23 @@ def test_a_whole_dit_compiles_without_a_break_and_trains() -> None:
         assert float((a - b).norm() / a.norm()) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_trace_ends_and_serves_other_batch_sizes(plan: str) -> None:
-    layers = model(plan).eval()
+def test_a_trace_ends_and_serves_other_batch_sizes(plan: str, dtype: torch.dtype) -> None:
+    layers = model(plan).eval().to(dtype)
     for layer in quantized_layers(layers).values():
         assert layer.training is False
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer warns of every size it takes for constant
-        traced = torch.jit.trace(layers, torch.randn(5, 144), check_trace=False)
+        traced = torch.jit.trace(layers, torch.randn(5, 144, dtype=dtype), check_trace=False)
         for tokens in (5, 1, 4200):
-            x = torch.randn(tokens, 144)
-            torch.testing.assert_close(traced(x), layers(x), rtol=1e-4, atol=1e-4)
+            x = torch.randn(tokens, 144, dtype=dtype)
+            found, expected = traced(x), layers(x)
+            if dtype == torch.float64:
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            # In float32 a value on a threshold may fall to either side.
+            close = torch.isclose(found, expected, rtol=1e-4, atol=1e-4).all(-1)
+            assert int((~close).sum()) <= tokens // 1000
 
 
 @pytest.mark.parametrize(
@@ -104,8 +113,8 @@ def test_a_trace_ends_and_serves_other_batch_sizes(plan: str) -> None:
     [
         lambda x: hadamard_transform(x),
         lambda x: rotate(x, torch.ones(48)),
-        lambda x: fake_quantize_weight(x, "ternary-twn"),
-        lambda x: fake_quantize_weight(x, "ternary-absmean"),
+        lambda x: TernaryWeight(TernaryTWN, "ternary-twn")(x),
+        lambda x: TernaryWeight(TernaryAbsmean, "ternary-absmean")(x),
         lambda x: robust.fake_quantize(x, 3),
         lambda x: minmax.fake_quantize(x, 3),
         lambda x: matmul_quantizer(8)(x),

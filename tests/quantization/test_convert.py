@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from making import changed, rule
 from torch import nn
 
 from robuq_bench._compat import import_torchvision
-from robuq_bench.config import Plan, load_plan
+from robuq_bench.config import load_plan
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.hadamard.transform import UnsupportedHadamardOrder
 from robuq_bench.models.dit import DiT
@@ -44,23 +43,24 @@ def run(model: DiT) -> torch.Tensor:
     return model(x, torch.tensor([1, 500, 999]), torch.tensor([0, 1, 3]))
 
 
-def plan(name: str = "a4", **sections: dict[str, Any]) -> Plan:
-    base = load_plan(name)
-    return Plan.model_validate(
-        {**base.model_dump(), **{k: {**base.model_dump()[k], **v} for k, v in sections.items()}}
-    )
-
-
 def test_robuq_converts_the_four_linears_and_adaln_of_every_block() -> None:
     model = quantize_(dit(), load_plan("a4"))
     expected = {f"blocks.{i}.{kind}" for i in range(2) for kind in KINDS}
     adaln = {f"blocks.{i}.adaLN_modulation.1" for i in range(2)}
     assert set(quantized_layers(model)) == expected | adaln
-    assert set(allocatable_layers(model, load_plan("a4"))) == expected
+    assert set(allocatable_layers(model)) == expected
     for name, layer in quantized_layers(model).items():
-        assert layer.weight_quantizer == "ternary-twn"
+        chosen = {slot: method.method for slot, method in layer.methods.items()}
+        assert chosen == {
+            "rotation": "randomized-hadamard",
+            "branch": "svd",
+            "weight": "ternary-twn",
+            "activation": "robust-midtread",
+        }, name
         assert layer.activation_bits == 4, name
-        assert layer.rotated
+        assert layer.fixed_bits == (name in adaln)
+        for module in (layer.rotation, layer.branch, layer.weight_quantizer):
+            assert module is not None
     for untouched in ("x_embedder.proj", "t_embedder.mlp.0", "final_layer.linear"):
         assert not isinstance(model.get_submodule(untouched), QuantizedLinear)
 
@@ -74,15 +74,17 @@ def test_adaln_keeps_its_own_bits() -> None:
 
 def test_bitnet_v2_rotates_only_outputs_of_attention_and_mlp() -> None:
     model = quantize_(dit(), load_plan("bitnetv2-a4"))
-    rotated = {name for name, layer in quantized_layers(model).items() if layer.rotated}
+    rotated = {
+        name for name, layer in quantized_layers(model).items() if layer.rotation is not None
+    }
     assert rotated == {f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn.proj", "mlp.fc2")}
-    assert all(layer.low_rank_up is None for layer in quantized_layers(model).values())
+    assert all(layer.branch is None for layer in quantized_layers(model).values())
 
 
 def test_attention_products_are_quantized_when_the_plan_says_so() -> None:
     quantized = quantize_(dit(), load_plan("a4"))
     assert quantized.get_submodule("blocks.0.attn").matmul_quantizer is not None
-    kept = quantize_(dit(), plan("a4", attention={"matmul_bits": None}))
+    kept = quantize_(dit(), changed("a4", sections={"attention": {"matmul_bits": None}}))
     assert kept.get_submodule("blocks.0.attn").matmul_quantizer is None
 
 
@@ -97,13 +99,8 @@ def test_eight_bits_stay_close_and_fewer_bits_are_worse() -> None:
     for bits in (8, 4, 2, 1):
         copy = dit()
         copy.load_state_dict(state)
-        own = plan(
-            "a4",
-            weights={"quantizer": "none"},
-            activations={"bits": bits},
-            adaln={"weight_quantizer": "none", "activation_bits": None},
-        )
-        quantize_(copy, own)
+        kept = rule("kept", kind="adaLN")
+        quantize_(copy, changed("a4", "block", weight="none", activation=bits, first=[kept]))
         errors.append((run(copy) - reference).square().mean().item())
     assert errors[0] < 1e-3 * reference.square().mean().item()
     assert errors == sorted(errors)
@@ -120,8 +117,9 @@ def test_full_precision_changes_nothing() -> None:
 def test_filter_and_skip_patterns_keep_layers() -> None:
     kept = quantize_(dit(), load_plan("a4"), filter_fn=lambda module, name: "mlp" in name)
     assert all("mlp" in name for name in quantized_layers(kept))
-    own = plan("a4", layers={"skip": ("*qkv", "t_embedder*", "final_layer*")})
-    skip = quantize_(dit(), own)
+    kept = rule("kept", match=["*qkv", "t_embedder*", "final_layer*"])
+    skip = quantize_(dit(), changed("a4", first=[kept]))
+    assert len(quantized_layers(skip)) == 8
     assert not any(name.endswith("qkv") for name in quantized_layers(skip))
     with pytest.raises(UsageError, match="matches no"):
         quantize_(dit(), load_plan("a4"), filter_fn=lambda module, name: False)
@@ -142,13 +140,13 @@ def test_a_width_without_hadamard_matrix_names_the_layer_and_changes_nothing() -
 
 def test_a_rank_that_does_not_fit_names_the_layer_and_changes_nothing() -> None:
     model = dit()
-    with pytest.raises(ConfigError, match=r"attn\.qkv.*low_rank\.rank 49"):
-        quantize_(model, plan("a4", low_rank={"rank": 49}))
+    with pytest.raises(ConfigError, match=r"attn\.qkv.*branch\.rank 49"):
+        quantize_(model, changed("a4", rank=49))
     assert quantized_layers(model) == {}
 
 
 def test_allocations_must_name_the_models_layers() -> None:
-    names = allocatable_layers(quantize_(dit(), load_plan("a4")), load_plan("a4"))
+    names = allocatable_layers(quantize_(dit(), load_plan("a4")))
     bits = {name: 1 + i % 4 for i, name in enumerate(names)}
     model = quantize_(dit(), load_plan("a4"), bits_by_layer=bits)
     assert {n: quantized_layers(model)[n].activation_bits for n in names} == bits
@@ -234,7 +232,7 @@ def test_diffusers_dit_is_quantized_like_any_module() -> None:
     ):
         assert f"transformer_blocks.1.{kind}" in names
     assert not any("emb" in name or name.startswith("proj_out") for name in names)
-    allocatable = allocatable_layers(model, load_plan("a4"))
+    allocatable = allocatable_layers(model)
     assert not any("norm1" in name for name in allocatable)
     model.train()
     model(**inputs).sample.square().mean().backward()

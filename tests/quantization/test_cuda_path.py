@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from making import quantized
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,13 +22,15 @@ if not torch.cuda.is_available():
 from robuq_bench.config import load_plan, load_workload
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.weights._ternary import TernaryWeight
+from robuq_bench.methods.weights.ternary_twn import TernaryTWN
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization import cuda_path
-from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.convert import quantize_, quantized_layers
 from robuq_bench.quantization.cuda_path import forced, kernel_support
+from robuq_bench.quantization.fast_paths import quantized_weight
 from robuq_bench.quantization.linear import QuantizedLinear
-from robuq_bench.quantization.weights import fake_quantize_weight
 from robuq_bench.training import BatchSource, Trainer, qat_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,13 +56,10 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def layer_of(
-    width: int = 48, out: int = 24, *, seed: int = 0, **settings: object
-) -> QuantizedLinear:
+def layer_of(width: int = 48, out: int = 24, *, seed: int = 0, **settings: Any) -> QuantizedLinear:
     torch.manual_seed(seed)
     linear = nn.Linear(width, out)
-    arguments = {"rank": 4, "activation_bits": 4, **settings}
-    return QuantizedLinear.from_linear(linear, name="layer", **arguments).to(DEVICE)  # type: ignore[arg-type]
+    return quantized(linear, **{"rank": 4, **settings}).to(DEVICE)
 
 
 def tokens(*shape: int) -> Tensor:
@@ -89,7 +90,7 @@ def relative(value: Tensor, truth: Tensor) -> float:
 def test_layer_with_kernels_is_the_layer(
     rotation: str, rank: int, quantizer: str, used: list[str]
 ) -> None:
-    layer = layer_of(rotation=rotation, rank=rank, activation_quantizer=quantizer)
+    layer = layer_of(rotation=rotation, rank=rank, activation=(quantizer, 4))
     x = tokens(3, 5, 48)
     expected = run(layer, x, kernels=False)
     if DEVICE.type == "cpu":
@@ -99,7 +100,7 @@ def test_layer_with_kernels_is_the_layer(
         "fake_quantize", "fake_quantize_backward", "ternary_weight", "ternary_weight_backward",
     ]  # fmt: skip
     assert found.keys() == expected.keys()
-    assert ("low_rank_down" in found) == (rank > 0)
+    assert ("branch.down" in found) == (rank > 0)
     for name, truth in expected.items():
         assert found[name].dtype == truth.dtype
         assert found[name].shape == truth.shape
@@ -110,7 +111,7 @@ def test_layer_with_kernels_is_the_layer(
 @pytest.mark.parametrize("width", [44, 100])
 def test_widths_and_weight_rules(weights: str, width: int) -> None:
     """44 has a factor that is not symmetric; 100 = 100 x 1 is beyond the kernel's factors."""
-    layer = layer_of(width, weight_quantizer=weights)
+    layer = layer_of(width, weight=weights)
     x = tokens(6, width)
     expected = run(layer, x, kernels=False)
     found = run(layer, x, kernels=True)
@@ -126,7 +127,7 @@ def test_unsupported_layers_give_their_reason() -> None:
         assert kernel_support(layer) == "it is on cpu, kernels run on CUDA"
     with forced():
         assert kernel_support(layer) is None
-        assert "evenly spaced" in str(kernel_support(layer_of(activation_quantizer="lloyd-max")))
+        assert "evenly spaced" in str(kernel_support(layer_of(activation="lloyd-max")))
         assert "order 100" in str(kernel_support(layer_of(100)))
         assert "float64" in str(kernel_support(layer_of().double()))
         assert "float32" in str(kernel_support(layer_of().bfloat16()))
@@ -139,12 +140,13 @@ def test_unsupported_layers_give_their_reason() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"activation_quantizer": "lloyd-max"},
-        {"activation_bits": None},
-        {"weight_quantizer": "none"},
+        {"activation": "lloyd-max"},
+        {"activation": ("robust-midtread", None)},
+        {"activation": "none"},
+        {"weight": "none"},
     ],
 )
-def test_what_kernels_do_not_take_still_runs(settings: dict[str, object]) -> None:
+def test_what_kernels_do_not_take_still_runs(settings: dict[str, Any]) -> None:
     layer = layer_of(**settings)
     x = tokens(6, 48)
     expected, found = run(layer, x, kernels=False), run(layer, x, kernels=True)
@@ -164,7 +166,7 @@ def test_double_precision_keeps_the_composition(used: list[str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype: torch.dtype, used: list[str]) -> None:
     """Activations of either dtype; results as without kernels up to bfloat16's own rounding."""
-    layer = layer_of(144, 64, activation_bits=8)
+    layer = layer_of(144, 64, activation=("robust-midtread", 8))
     x = tokens(2, 9, 144).to(dtype)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         expected = run(layer, x, kernels=False)
@@ -211,8 +213,7 @@ def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_kept_for_the_backward_pass() -> None:
     """One byte per entry beside what the product keeps: values, rotated tokens."""
     x = tokens(6, 48).bfloat16().requires_grad_()
-    quantizer = activation_quantizer("robust-midtread")
-    assert quantizer is not None
+    quantizer = token_grid("robust-midtread")
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -344,8 +345,10 @@ def test_forced_needs_the_interpreter_or_a_device(monkeypatch: pytest.MonkeyPatc
 
 def test_weight_in_the_dtype_of_the_product() -> None:
     weight = tokens(6, 48)
-    plain = fake_quantize_weight(weight, "ternary-twn")
+    rule = TernaryWeight(TernaryTWN, "ternary-twn")
+    plain = quantized_weight(weight, rule)
     with forced():
-        found = fake_quantize_weight(weight, "ternary-twn", torch.float16)
+        found = quantized_weight(weight, rule, torch.float16)
     torch.testing.assert_close(found, plain.half())
-    assert fake_quantize_weight(weight, "none", torch.float16).dtype == torch.float16
+    assert quantized_weight(weight, None, torch.float16).dtype == torch.float16
+    assert quantized_weight(weight, None) is weight

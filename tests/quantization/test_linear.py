@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from making import quantized
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robuq_bench.errors import ConfigError
-from robuq_bench.hadamard.transform import hadamard_matrix
-from robuq_bench.quantization.activations import activation_quantizer
-from robuq_bench.quantization.linear import QuantizedLinear, low_rank_factors
-from robuq_bench.quantization.weights import fake_quantize_weight
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.hadamard.transform import UnsupportedHadamardOrder, hadamard_matrix
+from robuq_bench.methods import ScalingMethod, WeightMethod
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.site import Site
+from robuq_bench.methods.weights.ternary_twn import TernaryTWN
+from robuq_bench.quantization import fast_paths
+from robuq_bench.quantization.linear import QuantizedLinear
 
 IN, OUT, TOKENS = 24, 10, 37
 QUANTIZERS = ("robust-midtread", "robust-midrise", "lloyd-max", "minmax", "bitnet")
@@ -24,25 +29,46 @@ def original(bias: bool = True) -> nn.Linear:
     return nn.Linear(IN, OUT, bias=bias).double()
 
 
+def layer_of(bias: bool = True, **slots: Any) -> QuantizedLinear:
+    return quantized(original(bias), "a", **slots)
+
+
 def tokens(features: int = IN) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randn(TOKENS, features, generator=generator, dtype=torch.float64)
 
 
+class Twn(torch.autograd.Function):
+    """Dequantized ternary weight, from the rule; its gradient is clamped."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        kept = weight.abs() >= 0.5 * weight.abs().mean(1, keepdim=True)
+        scale = (weight.abs() * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+        return weight.sign() * kept * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-1, 1)
+
+
 def plain_forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
     """The layer written out: rotate, quantize, multiply, add the branch on unquantized input."""
-    if layer.rotated:
-        if layer.signs is not None:
-            x = x * layer.signs
+    rotation: Any = layer.rotation
+    if rotation is not None:
+        if rotation.signs is not None:
+            x = x * rotation.signs
         x = x @ (hadamard_matrix(layer.in_features) / layer.in_features**0.5)
-    quantizer = activation_quantizer(layer.activation_quantizer)
-    bits = layer.activation_bits
-    quantized = x if quantizer is None or bits is None else quantizer.fake_quantize(x, bits)
-    y = F.linear(
-        quantized, fake_quantize_weight(layer.master_weight, layer.weight_quantizer), layer.bias
+    quantized, bits = x, layer.activation_bits
+    if bits is not None:
+        quantized = token_grid(layer.methods["activation"].method).fake_quantize(x, bits)
+    weight = (
+        layer.master_weight if layer.weight_quantizer is None else Twn.apply(layer.master_weight)
     )
-    if layer.low_rank_up is not None and layer.low_rank_down is not None:
-        y = y + (x @ layer.low_rank_down.T) @ layer.low_rank_up.T
+    y = F.linear(quantized, weight, layer.bias)
+    if layer.branch is not None:
+        branch: Any = layer.branch
+        y = y + (x @ branch.down.T) @ branch.up.T
     return y
 
 
@@ -50,15 +76,7 @@ def plain_forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_without_quantizers_it_is_the_original_layer(rotation: str, rank: int) -> None:
     linear = original()
-    layer = QuantizedLinear.from_linear(
-        linear,
-        name="a",
-        rotation=rotation,
-        rank=rank,
-        weight_quantizer="none",
-        activation_quantizer="none",
-        activation_bits=None,
-    )
+    layer = layer_of(rotation=rotation, rank=rank, weight="none", activation="none")
     torch.testing.assert_close(layer(tokens()), linear(tokens()), rtol=1e-10, atol=1e-10)
 
 
@@ -67,17 +85,11 @@ def test_without_quantizers_it_is_the_original_layer(rotation: str, rank: int) -
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("bits", [2, 4])
-def test_fused_path_equals_the_layer_written_out(
+def test_a_layer_computes_itself_written_out(
     rotation: str, rank: int, bias: bool, quantizer: str, bits: int
 ) -> None:
-    layer = QuantizedLinear.from_linear(
-        original(bias),
-        name="a",
-        rotation=rotation,
-        rank=rank,
-        activation_quantizer=quantizer,
-        activation_bits=bits,
-    ).train()
+    layer = layer_of(bias, rotation=rotation, rank=rank, activation=(quantizer, bits)).train()
+    assert fast_paths.path_for(layer, tokens()).name == "fused CPU"
     plain = copy.deepcopy(layer)
     x, x_plain = tokens().requires_grad_(), tokens().requires_grad_()
     y, expected = layer(x), plain_forward(plain, x_plain)
@@ -97,54 +109,82 @@ def test_fused_path_equals_the_layer_written_out(
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_many_blocks_of_tokens_equal_one(quantizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = QuantizedLinear.from_linear(
-        original(), name="a", rank=2, activation_quantizer=quantizer, activation_bits=3
-    )
+    layer = layer_of(rank=2, activation=(quantizer, 3))
     whole = layer(tokens())
     monkeypatch.setattr("robuq_bench.quantization.fused.BLOCK_ELEMENTS", 1)
     torch.testing.assert_close(layer(tokens()), whole, rtol=1e-12, atol=1e-12)
 
 
-def test_low_rank_factors_are_the_best_approximation() -> None:
-    weight = original().weight.detach()
-    up, down = low_rank_factors(weight, 4)
-    error = torch.linalg.norm(weight - up @ down)
-    singular = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(error, singular[4:].square().sum().sqrt())
-    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))  # each takes sqrt(S)
-
-
 def test_the_main_weight_is_the_residual_in_the_rotated_basis() -> None:
     linear = original()
-    layer = QuantizedLinear.from_linear(linear, name="a", rank=4)
-    assert layer.signs is not None
-    assert layer.low_rank_up is not None
-    assert layer.low_rank_down is not None
-    rotated = (linear.weight * layer.signs) @ (hadamard_matrix(IN) / IN**0.5)
-    torch.testing.assert_close(
-        layer.master_weight + layer.low_rank_up @ layer.low_rank_down,
-        rotated,
-        rtol=1e-10,
-        atol=1e-10,
-    )
+    layer: Any = layer_of(rank=4)
+    rotated = (linear.weight * layer.rotation.signs) @ (hadamard_matrix(IN) / IN**0.5)
+    product = layer.branch.up @ layer.branch.down
+    torch.testing.assert_close(layer.master_weight + product, rotated, rtol=1e-10, atol=1e-10)
 
 
 def test_the_branch_reads_the_unquantized_activation() -> None:
-    layer = QuantizedLinear.from_linear(original(), name="a", rank=3, activation_bits=1)
+    layer: Any = layer_of(rank=3, activation=("robust-midtread", 1))
     with torch.no_grad():
         layer.master_weight.zero_()
-    assert layer.low_rank_up is not None
-    assert layer.low_rank_down is not None
-    assert layer.signs is not None
-    rotated = (tokens() * layer.signs) @ (hadamard_matrix(IN) / IN**0.5)
-    expected = rotated @ layer.low_rank_down.T @ layer.low_rank_up.T + layer.bias
+    rotated = (tokens() * layer.rotation.signs) @ (hadamard_matrix(IN) / IN**0.5)
+    expected = rotated @ layer.branch.down.T @ layer.branch.up.T + layer.bias
     torch.testing.assert_close(layer(tokens()), expected, rtol=1e-9, atol=1e-9)
+
+
+class Halves(nn.Module):
+    """Inputs divided by channel, weights multiplied."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.scale.to(x.dtype)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+class Scaled(ScalingMethod):
+    def fit(self, weight: Tensor, site: Site) -> nn.Module:
+        return Halves(torch.linspace(1, 3, weight.shape[1], dtype=torch.float64))
+
+
+def test_slots_are_fitted_one_on_the_other_in_their_order() -> None:
+    """s, then R, then L, and Q_w gets what is left of the weight."""
+    linear = original()
+    layer: Any = layer_of(scaling=Scaled(method="scaled"), rank=2)
+    scale = torch.linspace(1, 3, IN, dtype=torch.float64)
+    rotation = torch.diag(layer.rotation.signs) @ hadamard_matrix(IN) / IN**0.5
+    product = layer.branch.up @ layer.branch.down
+    torch.testing.assert_close(
+        layer.master_weight, linear.weight * scale @ rotation - product, rtol=1e-9, atol=1e-9
+    )
+    rotated = (tokens() / scale) @ rotation
+    operand = token_grid("robust-midtread").fake_quantize(rotated, 4)
+    expected = F.linear(operand, Twn.apply(layer.master_weight), layer.bias)
+    torch.testing.assert_close(layer(tokens()), expected + rotated @ product.T)
+
+
+class Tenfold(WeightMethod):
+    """Q_w that is fitted to another weight than it was given, as GPTQ is."""
+
+    def fit(self, weight: Tensor, site: Site) -> Any:
+        return nn.Identity(), 10 * weight
+
+
+def test_a_weight_method_may_return_another_weight() -> None:
+    layer = layer_of(rotation="none", rank=0, activation="none", weight=Tenfold(method="tenfold"))
+    assert torch.equal(layer.master_weight, 10 * original().weight)
+    expected = F.linear(tokens(), 10 * original().weight, layer.bias)
+    torch.testing.assert_close(layer(tokens()), expected)
 
 
 @pytest.mark.parametrize("change", ["in-place", "load", "train"])
 def test_eval_never_serves_a_stale_weight(change: str) -> None:
-    layer = QuantizedLinear.from_linear(original(), name="a", rank=2).eval()
-    other = QuantizedLinear.from_linear(original().requires_grad_(False), name="a", rank=2).eval()
+    layer = layer_of(rank=2).eval()
+    other = quantized(original().requires_grad_(False), "a", rank=2).eval()
     x = tokens()
     with torch.inference_mode():
         before = layer(x).clone()
@@ -168,24 +208,36 @@ def test_eval_never_serves_a_stale_weight(change: str) -> None:
 
 
 def test_state_dict_keys() -> None:
-    layer = QuantizedLinear.from_linear(original(), name="a", rank=2)
-    assert set(layer.state_dict()) == {
+    assert set(layer_of(rank=2).state_dict()) == {
         "master_weight",
         "bias",
-        "low_rank_up",
-        "low_rank_down",
-        "signs",
+        "branch.up",
+        "branch.down",
+        "rotation.signs",
         "activation_bits",
     }
-    bare = QuantizedLinear.from_linear(original(bias=False), name="a", rank=0, rotation="hadamard")
+    bare = layer_of(bias=False, rank=0, rotation="hadamard")
     assert set(bare.state_dict()) == {"master_weight", "activation_bits"}
+
+
+def test_a_state_with_the_names_of_before_slots_loads() -> None:
+    layer, other = layer_of(rank=2), layer_of(rank=2)
+    old_names = {"branch.up": "low_rank_up", "branch.down": "low_rank_down"}
+    old_names |= {"rotation.signs": "signs", "master_weight": "weight"}
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    state = {old_names.get(name, name): value for name, value in layer.state_dict().items()}
+    other.load_state_dict(state)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_signs_depend_on_name_and_seed_alone() -> None:
     def signs(name: str, seed: int) -> Tensor:
-        layer = QuantizedLinear.from_linear(original(), name=name, rank=2, seed=seed)
-        assert layer.signs is not None
-        return layer.signs
+        layer: Any = quantized(original(), name, seed=seed, rank=2)
+        found: Tensor = layer.rotation.signs
+        return found
 
     assert torch.equal(signs("a", 0), signs("a", 0))
     assert not torch.equal(signs("a", 0), signs("b", 0))
@@ -193,8 +245,42 @@ def test_signs_depend_on_name_and_seed_alone() -> None:
     assert set(signs("a", 0).tolist()) == {-1.0, 1.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_everything_fitted_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+    """Fitted in float64 from the weight as it is, and rounded once."""
+    linear = original().to(dtype)
+    layer = quantized(linear, "a", rank=2)
+    exact = quantized(copy.deepcopy(linear).double(), "a", rank=2)
+    for name, value in exact.state_dict().items():
+        found = layer.state_dict()[name]
+        assert torch.equal(found, value.to(found.dtype)), name
+        assert found.dtype == dtype or not found.is_floating_point()
+    x = tokens().to(dtype)
+    assert layer(x).dtype == dtype
+
+
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'a'.*rank 11"):
-        QuantizedLinear.from_linear(original(), name="a", rank=11)
-    with pytest.raises(ConfigError, match="rotation"):
-        QuantizedLinear.from_linear(original(), name="a", rotation="fourier")
+    with pytest.raises(ConfigError, match=r"layer 'a'.*branch\.rank 11"):
+        layer_of(rank=11)
+    with pytest.raises(UnsupportedHadamardOrder, match=r"layer 'a'.*92"):
+        quantized(nn.Linear(92, 8), "a", rank=0)
+    with pytest.raises(ConfigError, match="unknown rotation method 'fourier'"):
+        layer_of(rotation="fourier")
+    with pytest.raises(UsageError, match="layer 'a' takes 24 features"):
+        layer_of(rank=2)(torch.randn(2, 5).double())
+    layer = layer_of(rank=2, activation="none")
+    with pytest.raises(ConfigError, match="layer 'a' has no activation quantizer"):
+        layer.activation_bits = 4
+
+
+def test_it_says_what_is_in_its_slots() -> None:
+    text = repr(layer_of(rank=2))
+    for part in (
+        "in_features=24",
+        "rotation=randomized-hadamard",
+        "branch=svd",
+        "rank 2",
+        "4 bits",
+    ):
+        assert part in text
+    assert layer_of(rank=2).methods["weight"] == TernaryTWN(method="ternary-twn")

@@ -1,8 +1,9 @@
-"""The weight of a quantized layer: cached where its owner says so, its clamp, its statistics."""
+"""The weight of a quantized layer: cached where its owner says so, and its gradient's clamp."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,10 @@ from torch import Tensor, nn
 
 from robuq_bench.config import load_plan
 from robuq_bench.errors import UsageError
+from robuq_bench.quantization import fast_paths
 from robuq_bench.quantization.convert import quantize_
-from robuq_bench.quantization.linear import (
-    QuantizedLinear,
-    cached_weights,
-    clamp_gradients_,
-    defer_gradient_clamp,
-)
-from robuq_bench.quantization.weights import fake_quantize_weight, quantize_weight
+from robuq_bench.quantization.gradient_clamp import clamp_gradients_, defer_gradient_clamp
+from robuq_bench.quantization.linear import cached_weights
 
 WIDTH = 32
 
@@ -82,14 +79,14 @@ class TestCache:
     def test_the_weight_is_computed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = self.model()
         count = 0
-        original = QuantizedLinear._wide_weight
+        original = fast_paths.quantized_weight
 
-        def counted(layer: QuantizedLinear) -> Tensor:
+        def counted(*arguments: Any) -> Tensor:
             nonlocal count
             count += 1
-            return original(layer)
+            return original(*arguments)
 
-        monkeypatch.setattr(QuantizedLinear, "_wide_weight", counted)
+        monkeypatch.setattr(fast_paths, "quantized_weight", counted)
         with cached_weights(model), torch.inference_mode():
             for _ in range(3):
                 model(tokens())
@@ -170,13 +167,3 @@ class TestGradientClamp:
             model(tokens()).sum().backward()
         defer_gradient_clamp(model)
         model(tokens()).sum().backward()
-
-
-def test_statistics_of_half_precision_weights_are_taken_in_float32() -> None:
-    weight = torch.randn(8, 4096).bfloat16()
-    for rule in ("ternary-twn", "ternary-absmean"):
-        wide, half = quantize_weight(weight.float(), rule), quantize_weight(weight, rule)
-        assert half.scale.dtype == torch.float32
-        assert torch.equal(half.codes, wide.codes)
-        assert torch.equal(half.scale, wide.scale)
-        assert torch.equal(fake_quantize_weight(weight, rule), wide.dequantize().bfloat16())

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from making import changed, rule
 from torch import Tensor, nn
 
 from robuq_bench.config import load_plan
-from robuq_bench.config.plan import RotationConfig
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.quantization.convert import quantize_, quantized_layers, set_activation_bits
 from robuq_bench.quantization.linear import QuantizedLinear
@@ -53,10 +53,12 @@ def test_a_shared_layer_stays_one_layer_under_all_its_names() -> None:
 
 
 def test_a_shared_layer_with_two_answers_is_refused() -> None:
-    plan = load_plan("a4")
-    plan = plan.model_copy(update={"layers": plan.layers.model_copy(update={"skip": ("*.b",)})})
+    plan = changed("a4", first=[rule("kept", match=["*.b"])])
     model = Shared()
-    with pytest.raises(UsageError, match=r"'a' and 'nested\.b' are one layer.*layers\.skip"):
+    with pytest.raises(
+        UsageError,
+        match=r"'a' and 'nested\.b' are one layer.*it is kept by rule 'kept'.*\[\[layers",
+    ):
         quantize_(model, plan)
     assert type(model.a) is nn.Linear
 
@@ -265,12 +267,13 @@ def test_a_state_of_before_bits_were_kept_loads_and_says_so() -> None:
 
 
 def test_half_precision_that_rotation_overflows_is_refused() -> None:
-    plan = load_plan("a4")
-    plan = plan.model_copy(update={"low_rank": plan.low_rank.model_copy(update={"rank": 0})})
-    plan = plan.model_copy(update={"rotation": RotationConfig(kind="hadamard")})
+    plan = changed("a4", rank=0, rotation="hadamard")
     model = nn.Sequential(linear().half())
     model[0].weight.data.fill_(6e4)
-    with pytest.raises(UsageError, match=r"layer '0' overflows torch\.float16 once rotated"):
+    with pytest.raises(
+        UsageError,
+        match=r"'master_weight' of layer '0' overflows torch\.float16 once it is converted",
+    ):
         quantize_(model, plan)
     assert type(model[0]) is nn.Linear
 
@@ -307,7 +310,7 @@ def test_reading_a_weight_past_forward_is_refused_by_name() -> None:
         lambda: nn.Linear(WIDTH, WIDTH).weight.data.copy_(weight),
         lambda: nn.init.zeros_(weight),
     ):
-        with pytest.raises(UsageError, match=r"layer '0' is quantized.*layers\.skip"):
+        with pytest.raises(UsageError, match=r"layer '0' is quantized.*\[\[layers\]\]"):
             misuse()
 
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from making import changed, of
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from robuq_bench.config import Plan, load_plan
+from robuq_bench.config import Plan, Rule, load_plan
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.rotation import random_signs
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.quantization.convert import quantize_, quantized_layers
-from robuq_bench.quantization.linear import defer_gradient_clamp
+from robuq_bench.quantization.gradient_clamp import defer_gradient_clamp
 
 Matrix = NDArray[np.float64]
 WIDTHS = (8, 12, 16)
@@ -128,29 +129,34 @@ def cases(draw: st.DrawFn) -> Case:
     if linears and draw(st.booleans()):
         linears[0].register_forward_hook(lambda module, inputs, output: output * 2)
     plan = load_plan(draw(st.sampled_from(PLANS)))
-    rank = min(plan.low_rank.rank, 2)
-    plan = plan.model_copy(update={"low_rank": plan.low_rank.model_copy(update={"rank": rank})})
+    if rank_of(of(plan, "block")):
+        plan = changed(plan, rank=2)
     return Case(model, width, plan, dtype, tied, spoiled, seed)
 
 
-def reference_weight(linear: nn.Linear, name: str, plan: Plan) -> tuple[Matrix, Matrix, Matrix]:
+def rank_of(rule: Rule) -> int:
+    branch: Any = rule.branch
+    return 0 if branch is None else int(branch.rank)
+
+
+def reference_weight(linear: nn.Linear, name: str, rule: Rule) -> tuple[Matrix, Matrix, Matrix]:
     """Rotation R [in, in], quantized weight and low-rank product, both [out, in] and rotated."""
     weight = linear.weight.detach().double().numpy()
     width = weight.shape[1]
     rotation = np.eye(width)
-    # A lone linear is no BitNet v2 output layer by its name, so that plan rotates nothing here.
-    if plan.rotation.kind != "none" and plan.rotation.layers == ("*",):
+    if rule.rotation is not None:
         signs = np.ones(width)
-        if plan.rotation.kind == "randomized-hadamard":
+        if rule.rotation.method == "randomized-hadamard":
             signs = random_signs(width, name, 0).double().numpy()
         rotation = np.diag(signs) @ hadamard_matrix(width).numpy() / np.sqrt(width)
     rotated = weight @ rotation
     branch = np.zeros_like(rotated)
-    if plan.low_rank.rank:
+    rank = rank_of(rule)
+    if rank:
         u, s, vh = np.linalg.svd(rotated, full_matrices=False)
-        rank = plan.low_rank.rank
         branch = u[:, :rank] * s[:rank] @ vh[:rank]
-    return rotation, ternary(rotated - branch, plan.weights.quantizer), branch
+    assert rule.weight is not None
+    return rotation, ternary(rotated - branch, rule.weight.method), branch
 
 
 def ternary(weight: Matrix, rule: str) -> Matrix:
@@ -182,14 +188,16 @@ class ReferenceLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, name: str, plan: Plan) -> None:
         super().__init__()
-        self.rotation, self.quantized, self.branch = reference_weight(linear, name, plan)
-        self.plan = plan
+        # A lone linear is no BitNet v2 output layer by its name, so that plan rotates nothing here.
+        rule = of(plan, "block")
+        self.rotation, self.quantized, self.branch = reference_weight(linear, name, rule)
+        self.activation = rule.activation
         self.offset = 0 if linear.bias is None else linear.bias.detach().double().numpy()
 
     def forward(self, x: Tensor) -> Tensor:
         rotated = x.double().numpy() @ self.rotation
-        activations = self.plan.activations
-        codes = tokens_quantized(rotated, activations.quantizer, activations.bits)
+        assert self.activation is not None
+        codes = tokens_quantized(rotated, self.activation.method, self.activation.bits)
         y = codes @ self.quantized.T + rotated @ self.branch.T + self.offset
         return torch.from_numpy(y)
 

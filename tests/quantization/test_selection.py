@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from making import changed, like, of, rule
 from torch import Tensor, nn
 
 from robuq_bench._compat import import_torchvision
@@ -27,9 +28,13 @@ from robuq_bench.quantization.selection import select_layers
 A4 = load_plan("a4")
 
 
-def plan(**sections: dict[str, Any]) -> Plan:
-    values = A4.model_dump()
-    return Plan.model_validate({**values, **{k: {**values[k], **v} for k, v in sections.items()}})
+def skipping(*patterns: str, base: Plan = A4) -> Plan:
+    return changed(base, first=[rule("skip", patterns)])
+
+
+def including(*patterns: str, base: Plan = A4) -> Plan:
+    """`base` with its rules for layers outside the blocks that match, and modulation among them."""
+    return changed(base, first=[like(of(base, "block"), name="head", kind="other", match=patterns)])
 
 
 def dit() -> DiT:
@@ -48,11 +53,15 @@ def diffusers_dit() -> nn.Module:
 
 
 def kinds(model: nn.Module, own: Plan = A4) -> dict[str, str]:
-    return {name: chosen.kind for name, chosen in select_layers(model, own).items()}
+    """By name what becomes of every layer: the rule that quantizes it, or "kept"."""
+    return {
+        name: "kept" if chosen.rule is None else chosen.rule.name
+        for name, chosen in select_layers(model, own).items()
+    }
 
 
-def names(model: nn.Module, kind: str, own: Plan = A4) -> set[str]:
-    return {name for name, its_kind in kinds(model, own).items() if its_kind == kind}
+def names(model: nn.Module, rule: str, own: Plan = A4) -> set[str]:
+    return {name for name, its_rule in kinds(model, own).items() if its_rule == rule}
 
 
 class Holder(nn.Module):
@@ -99,12 +108,11 @@ def test_the_ten_layers_of_two_blocks_are_converted_and_eight_allocated(prefix: 
     layers = quantized_layers(model)
     assert len(layers) == 10
     assert all(name.startswith(start) for name in layers)
-    allocated = allocatable_layers(model, own)
+    allocated = allocatable_layers(model)
     assert len(allocated) == 8
-    bits = dict.fromkeys(allocated, own.activations.bits)
-    assert own.activations.bits != own.adaln.activation_bits
+    bits = dict.fromkeys(allocated, 2)
     for name, layer in layers.items():
-        assert layer.activation_bits == bits.get(name, own.adaln.activation_bits)
+        assert layer.activation_bits == bits.get(name, 4)
     bits = dict.fromkeys(allocated, 3)
     quantize_(wrapped(dit(), prefix), own, bits_by_layer=bits)
 
@@ -120,8 +128,8 @@ def test_blocks_compiled_one_by_one() -> None:
     model = dit()
     for i in range(2):
         model.blocks[i] = torch.compile(model.blocks[i])
-    expected = {name.replace(".adaLN", "._orig_mod.adaLN") for name in names(dit(), "adaLN")}
-    assert names(model, "adaLN") == expected
+    expected = {name.replace(".adaLN", "._orig_mod.adaLN") for name in names(dit(), "adaln")}
+    assert names(model, "adaln") == expected
     assert len(names(model, "block")) == 8
     assert layer_type("blocks.0._orig_mod.attn.qkv") == "qkv"
 
@@ -141,6 +149,7 @@ def test_one_model_under_two_names_is_selected_once() -> None:
     model = dit()
     selected = select_layers(Holder(model=model, ema=model), A4)
     assert {s.kind for name, s in selected.items() if ".blocks." in name} == {"block", "adaLN"}
+    assert {s.kind for name, s in selected.items() if ".blocks." not in name} == {"other"}
     assert selected["model.blocks.0.attn.qkv"].aliases == ("ema.blocks.0.attn.qkv",)
 
 
@@ -150,13 +159,13 @@ def test_a_block_alone() -> None:
         "attn.proj": "block",
         "mlp.fc1": "block",
         "mlp.fc2": "block",
-        "adaLN_modulation.1": "adaLN",
+        "adaLN_modulation.1": "adaln",
     }
 
 
 def test_a_model_that_is_a_linear_layer() -> None:
     assert kinds(nn.Linear(8, 8)) == {"": "block"}
-    assert isinstance(quantize_(nn.Linear(8, 8), plan(low_rank={"rank": 2})), QuantizedLinear)
+    assert isinstance(quantize_(nn.Linear(8, 8), changed(A4, rank=2)), QuantizedLinear)
 
 
 def test_an_mlp_less_its_embedder_and_head() -> None:
@@ -167,6 +176,7 @@ def test_an_mlp_less_its_embedder_and_head() -> None:
         proj_out=nn.Linear(8, 2),
     )
     selected = select_layers(mlp, A4)
+    assert {name for name, s in selected.items() if s.rule is not None} == {"hidden"}
     assert {name for name, s in selected.items() if s.kind == "block"} == {"hidden"}
     assert "embedder" in selected["embed"].reason
     assert "head" in selected["proj_out"].reason
@@ -273,7 +283,7 @@ def test_blocks_whose_attention_shows_only_in_its_norms_and_other_names_of_modul
     )
     model = Holder(single_blocks=nn.ModuleList([single]), img_in=nn.Linear(4, 16))
     assert names(model, "block") == {"single_blocks.0.linear1", "single_blocks.0.linear2"}
-    assert {name.removeprefix("single_blocks.0.") for name in names(model, "adaLN")} == {
+    assert {name.removeprefix("single_blocks.0.") for name in names(model, "adaln")} == {
         "modulation.lin",
         "ada_lin.1",
         "adaln_modulation",
@@ -343,7 +353,8 @@ def test_adapters_are_kept_and_what_they_adapt_is_quantized() -> None:
         block.attn.qkv = LoraLinear(block.attn.qkv)
         block.adaLN_modulation[1] = LoraLinear(block.adaLN_modulation[1])
     model = wrapped(model, ["base_model", "model"])
-    own = plan(layers={"include": ["*"]})  # not even then
+    everything = like(of(A4, "block"), kind=("block", "adaLN", "other"))
+    own = changed(A4, first=[like(everything, name="everything")])  # not even then
     for its_plan in (A4, own):
         selected = select_layers(model, its_plan)
         adapters = {name for name in selected if "lora_" in name}
@@ -355,60 +366,77 @@ def test_adapters_are_kept_and_what_they_adapt_is_quantized() -> None:
     assert len(quantized_layers(quantize_(model, A4))) == 10
 
 
-# --- plan.layers, filter_fn and what is said -----------------------------------------------------
+# --- rules, filter_fn and what is said -----------------------------------------------------------
 
 
-def test_skip_wins_over_include_and_include_over_the_rule() -> None:
-    include = {"include": ["t_embedder.*", "final_layer.linear"]}
-    added = names(dit(), "block", plan(layers=include)) - names(dit(), "block")
+def test_the_first_rule_that_fits_decides() -> None:
+    included = including("t_embedder.*", "final_layer.linear")
+    added = names(dit(), "head", included)
     assert added == {"t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"}
-    own = plan(layers={**include, "skip": ["mlp.0", "blocks.1.*"]})
-    assert {n for n in names(dit(), "block", own) if "blocks" not in n} == added - {
-        "t_embedder.mlp.0"
-    }
+    assert names(dit(), "block", included) == names(dit(), "block")
+    own = skipping("mlp.0", "blocks.1.*", base=included)
+    assert names(dit(), "head", own) == added - {"t_embedder.mlp.0"}
     assert not any("blocks.1" in name for name in names(dit(), "block", own))
     reasons = {s.reason for n, s in select_layers(dit(), own).items() if "blocks.1" in n}
-    assert reasons == {"matches layers.skip"}
-    head = plan(layers={"include": ["final_layer.*"]})
+    assert reasons == {"is kept by rule 'skip'"}
+    # The other way round the first one is asked for all that it fits.
+    both = changed(own, first=[of(included, "head").model_copy(update={"name": "first"})])
+    assert names(dit(), "first", both) == added
     for prefix in ([], ["norm", "embed"]):
         model = wrapped(dit(), prefix)
-        added = {name.split(".", len(prefix))[-1] for name in names(model, "adaLN", head)}
-        assert "final_layer.adaLN_modulation.1" in added
-        assert "final_layer.linear" not in added
+        found = {name.split(".", len(prefix))[-1] for name in names(model, "head", included)}
+        assert found == added
 
 
-def test_adaln_replaces_the_rule_for_modulation() -> None:
-    own = plan(layers={"adaln": ["attn.qkv"]})
-    assert names(dit(), "adaLN", own) == {f"blocks.{i}.attn.qkv" for i in range(2)}
-    assert "blocks.0.adaLN_modulation.1" in names(dit(), "block", own)
-    assert not names(dit(), "adaLN", plan(layers={"adaln": []}))
+def test_a_rule_decides_slots_and_fixed_bits_of_what_it_fits() -> None:
+    special = like(of(A4, "adaln"), name="special", kind="block", match="attn.qkv", rank=2)
+    own = changed(A4, first=[special])
+    assert names(dit(), "special", own) == {f"blocks.{i}.attn.qkv" for i in range(2)}
+    assert "blocks.0.adaLN_modulation.1" in names(dit(), "adaln", own)
     model = quantize_(dit(), own)
-    assert not any("qkv" in name for name in allocatable_layers(model, own))
+    assert not any("qkv" in name for name in allocatable_layers(model))
+    assert len(allocatable_layers(model)) == 6
+    ranks = {name: layer.branch.up.shape[1] for name, layer in quantized_layers(model).items()}
+    assert {rank for name, rank in ranks.items() if "qkv" in name} == {2}
+    assert {rank for name, rank in ranks.items() if "qkv" not in name} == {8}
 
 
-def test_modulation_is_kept_when_the_plan_quantizes_none() -> None:
-    own = plan(adaln={"weight_quantizer": "none", "activation_bits": None})
+def test_modulation_can_be_quantized_by_the_rule_of_blocks() -> None:
+    both = like(of(A4, "block"), kind=["block", "adaLN"])
+    own = A4.model_copy(update={"layers": (both,)})
+    assert len(names(dit(), "block", own)) == 10
+    assert len(allocatable_layers(quantize_(dit(), own))) == 10
+
+
+def test_modulation_is_kept_when_no_rule_fits_it() -> None:
+    own = A4.model_copy(update={"layers": (of(A4, "block"),)})
     selected = select_layers(dit(), own)
-    assert not names(dit(), "adaLN", own)
-    assert "modulation layer" in selected["blocks.0.adaLN_modulation.1"].reason
+    assert len(names(dit(), "block", own)) == 8
+    assert selected["blocks.0.adaLN_modulation.1"].kind == "adaLN"
+    assert "is of kind adaLN, and no rule" in selected["blocks.0.adaLN_modulation.1"].reason
+    model = quantize_(dit(), own)
+    assert not any("adaLN" in name for name in quantized_layers(model))
 
 
 def test_a_shared_layer_under_contradicting_rules_is_refused_by_name() -> None:
     model = dit()
     model.head = model.blocks[0].attn.proj
     with pytest.raises(
-        UsageError, match=r"'blocks\.0\.attn\.proj' and 'head' are one layer.*block"
+        UsageError,
+        match=r"'blocks\.0\.attn\.proj' and 'head' are one layer.*"
+        r"first quantized by rule 'block' and the second full precision \(it is outside the blocks",
     ):
         quantize_(model, A4)
     assert not quantized_layers(model)
-    skipped = plan(layers={"skip": ["attn.proj", "head"]})
+    skipped = skipping("attn.proj", "head")
     assert "blocks.0.attn.proj" in names(model, "kept", skipped)
-    included = quantize_(model, plan(layers={"include": ["head"]}))
+    both = like(of(A4, "block"), name="both", kind=["block", "other"], match=["attn.proj", "head"])
+    included = quantize_(model, changed(A4, first=[both]))
     assert included.head is included.blocks[0].attn.proj
     assert isinstance(included.head, QuantizedLinear)
     model = dit()
     model.blocks[1].adaLN_modulation[1] = model.blocks[1].mlp.fc1
-    with pytest.raises(UsageError, match=r"block layer.*adaLN layer"):
+    with pytest.raises(UsageError, match=r"by rule 'block' and.*by rule 'adaln'"):
         select_layers(model, A4)
 
 
@@ -417,7 +445,7 @@ def test_the_log_says_what_is_quantized_and_what_is_kept_for_which_reason(
 ) -> None:
     model = dit()
     model.blocks[0].attn.qkv = LoraLinear(model.blocks[0].attn.qkv)
-    own = plan(layers={"skip": ["blocks.1.mlp.*"]})
+    own = skipping("blocks.1.mlp.*")
     with caplog.at_level(logging.INFO, logger="robuq_bench"):
         quantize_(model, own, filter_fn=lambda module, name: name != "blocks.1.attn.proj")
     (line,) = [record.getMessage() for record in caplog.records]
@@ -428,26 +456,27 @@ def test_the_log_says_what_is_quantized_and_what_is_kept_for_which_reason(
         "2 kept, blocks.0.attn.qkv.lora_A.default, blocks.0.attn.qkv.lora_B.default: "
         "each is part of an adapter; "
         "1 kept, blocks.1.attn.proj: each is kept by filter_fn; "
-        "2 kept, blocks.1.mlp.fc1, blocks.1.mlp.fc2: each matches layers.skip"
+        "2 kept, blocks.1.mlp.fc1, blocks.1.mlp.fc2: each is kept by rule 'skip'"
     )
 
 
-def test_patterns_that_match_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    plan = load_plan("a4")
-    plan = plan.model_copy(
-        update={
-            "layers": plan.layers.model_copy(
-                update={"skip": ("block.0.*", "0"), "include": ("final",), "adaln": ("ada",)}
-            ),
-            "rotation": plan.rotation.model_copy(update={"layers": ("nosuch",)}),
-            "low_rank": plan.low_rank.model_copy(update={"layers": ("*nor*this", "1")}),
-        }
-    )
-    quantize_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), plan)
+def test_rules_that_fit_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    block = of(A4, "block")
+    first = [
+        rule("skip", ["block.0.*", "0"]),  # one pattern of two
+        like(block, name="final", match="final", kind="other"),
+        like(block, name="ada", match="ada"),
+        like(block, name="either", match=["*nor*this", "1"]),  # of which model soever
+        like(block, name="shadowed", match="1"),
+    ]
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    own = changed(A4, first=first)
+    assert [rule.name for rule in own.layers][-2:] == ["adaln", "block"]
+    quantize_(model, own)
     told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert told == [
-        "layers.skip matches no layer with block.0.*",
-        "layers.include matches no layer with final",
-        "layers.adaln matches no layer with ada",
-        "rotation.layers matches no layer with nosuch",
+        "rule 'skip' of [[layers]]: 'block.0.*' matches no layer",
+        "rule 'final' of [[layers]] (match final, kind other) fits no layer",
+        "rule 'ada' of [[layers]] (match ada, kind block) fits no layer",
+        "rule 'shadowed' of [[layers]] (match 1, kind block) fits no layer",
     ]

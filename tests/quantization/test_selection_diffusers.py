@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from making import changed
 from torch import Tensor, nn
 
 from robuq_bench._compat import import_torchvision
 from robuq_bench.config import load_plan
 from robuq_bench.quantization.convert import allocatable_layers, quantize_
-from robuq_bench.quantization.selection import select_layers
+from robuq_bench.quantization.selection import Selected, select_layers
 
 BATCH = 2
 TEXT = 5  # tokens of a prompt, fewer than those of an image
@@ -371,6 +372,15 @@ def rows_per_image(name: str, **inputs: Any) -> dict[str, float]:
     return seen
 
 
+def outcome(chosen: Selected) -> str:
+    """Where a layer stands if it is quantized, by the rule for such layers; else "kept"."""
+    if chosen.rule is None:
+        assert chosen.reason
+        return "kept"
+    assert chosen.rule.kind == (chosen.kind,)
+    return chosen.kind
+
+
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's, in float32
 @pytest.mark.parametrize("name", FAMILIES)
@@ -385,8 +395,8 @@ def test_what_sees_tokens_in_a_block_is_quantized_as_such_and_no_other(name: str
             expected[layer] = "kept"
         else:
             expected[layer] = "adaLN" if rows[layer] == 1 else "block"
-    assert {layer: selected[layer].kind for layer in rows} == expected
-    assert all(chosen.kind == "kept" for layer, chosen in selected.items() if layer not in rows)
+    assert {layer: outcome(selected[layer]) for layer in rows} == expected
+    assert all(outcome(chosen) == "kept" for layer, chosen in selected.items() if layer not in rows)
     assert min(rows[layer] for layer in rows if expected[layer] == "block") >= TEXT
     assert family.kept is None or any(family.kept in layer for layer in rows)
 
@@ -402,7 +412,7 @@ def test_modulation_by_frame_or_token_is_modulation(name: str, timestep: Tensor,
     """With a time for each frame or token, modulation sees as many rows as the block layers."""
     seen = rows_per_image(name, timestep=timestep)
     selected = select_layers(build(name), load_plan("a4"))
-    modulation = [layer for layer, chosen in selected.items() if chosen.kind == "adaLN"]
+    modulation = [layer for layer, chosen in selected.items() if outcome(chosen) == "adaLN"]
     assert modulation
     assert {seen[layer] for layer in modulation} == {rows}
 
@@ -437,9 +447,9 @@ def test_families_that_are_not_run_by_the_names_of_their_lists(name: str) -> Non
         model = kind(**values)
     for layer, chosen in select_layers(model, load_plan("a4")).items():
         if not IN_BLOCK.search(layer) or layer.startswith("context_embedder"):
-            assert chosen.kind == "kept", layer
+            assert outcome(chosen) == "kept", layer
         else:
-            assert chosen.kind == ("adaLN" if MODULATES.search(layer) else "block"), layer
+            assert outcome(chosen) == ("adaLN" if MODULATES.search(layer) else "block"), layer
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
@@ -447,13 +457,11 @@ def test_families_that_are_not_run_by_the_names_of_their_lists(name: str) -> Non
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_runs_quantized(name: str) -> None:
     """Nothing in it reads a quantized weight past its layer."""
-    plan = load_plan("a4")
-    plan = plan.model_copy(
-        update={"rotation": plan.rotation.model_copy(update={"kind": "none"})}  # widths of 85
-    )
+    plan = changed("a4", rotation="none")  # widths of 85
     model = quantize_(copy.deepcopy(build(name)), plan)
-    block = [n for n, chosen in select_layers(build(name), plan).items() if chosen.kind == "block"]
-    assert allocatable_layers(model, plan) == block
+    selected = select_layers(build(name), plan)
+    block = [layer for layer, chosen in selected.items() if outcome(chosen) == "block"]
+    assert allocatable_layers(model) == block
     with torch.no_grad():
         output = model(**{**of_signature(model.forward, INPUTS), **FAMILIES[name].inputs})[0]
     assert all(bool(image.isfinite().all()) for image in output)

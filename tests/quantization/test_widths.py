@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from making import changed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robuq_bench.config import load_plan
-from robuq_bench.config.plan import LowRankConfig
 from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_factors, hadamard_matrix
+from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.activations import activation_quantizer
 from robuq_bench.quantization.convert import quantize_, quantized_layers
 from robuq_bench.quantization.fused import fused_linear
 
@@ -39,16 +38,15 @@ def operands(width: int, tokens: int = 3) -> dict[str, Tensor]:
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, signs: Tensor) -> Tensor:
     """The definition, by the transform of the last axis."""
-    quantizer = activation_quantizer("robust-midtread")
-    assert quantizer is not None
     tokens = rotate(x, signs)
-    operand = torch.cat([quantizer.fake_quantize(tokens, BITS), F.linear(tokens, down)], -1)
+    quantized = token_grid("robust-midtread").fake_quantize(tokens, BITS)
+    operand = torch.cat([quantized, F.linear(tokens, down)], -1)
     return F.linear(operand, weight, bias)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_fused_path_computes_the_definition_forward_and_backward(width: int) -> None:
-    quantizer = activation_quantizer("robust-midtread")
+    quantizer = token_grid("robust-midtread")
     given = operands(width)
     signs = random_signs(width, "a", 0).double()
     y = fused_linear(*given.values(), signs, True, quantizer, BITS)
@@ -71,7 +69,7 @@ def test_the_transform_is_the_dense_product(width: int) -> None:
 def test_three_factors_and_no_tokens() -> None:
     assert len(hadamard_factors(1536)) == 3
     given = operands(1536, tokens=0)
-    y = fused_linear(*given.values(), None, True, activation_quantizer("minmax"), BITS)
+    y = fused_linear(*given.values(), None, True, token_grid("minmax"), BITS)
     assert y.shape == (0, OUT)
     assert torch.autograd.grad(y.sum(), given["x"])[0].shape == (0, 1536)
 
@@ -84,9 +82,8 @@ def test_a_block_of_dit_s_b_and_xl_trains_on_the_cpu(width: int, heads: int) -> 
     )
     for name in ("blocks.0.adaLN_modulation.1", "final_layer.linear"):
         nn.init.normal_(model.get_submodule(name).weight, std=0.05)
-    plan = load_plan("a2-uniform")
     # Without the branch, whose SVD takes 20 s at this width; the fused path has it above.
-    quantize_(model, plan.model_copy(update={"low_rank": LowRankConfig()}))
+    quantize_(model, changed("a2-uniform", rank=0))
     x = torch.randn(2, 1, 4, 4)
     model(x, torch.tensor([3, 700]), torch.tensor([0, 1])).square().mean().backward()
     gradients = [layer.master_weight.grad for layer in quantized_layers(model).values()]

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from robuq_bench.config import Config, resolve
+from robuq_bench.config.resolve import training_steps
 from robuq_bench.runs.run import Run
 from robuq_bench.runs.run_files import RESULTS
 
@@ -81,7 +82,7 @@ class Fabricator:
         name = config.plan.name
         level = fid if fid is not None else FIDS.get(name, TEACHER_FID)
         found = [] if name == "fp" else [*self.training(config, level, rng)]
-        if config.plan.allocation.method == "ampn":
+        if config.plan.bits is not None:
             found += sensitivity(rng)
         if name != "fp":
             found.append(allocation(config, rng))
@@ -96,7 +97,7 @@ class Fabricator:
         return [*found, {"key": "timing", "kind": "timing", **timing}]
 
     def training(self, config: Config, level: float, rng: random.Random) -> list[dict[str, Any]]:
-        steps = config.workload.training.steps
+        steps = training_steps(config)
         every = max(1, steps // self.logged)
         return [
             {
@@ -160,9 +161,10 @@ def sensitivity(rng: random.Random) -> list[dict[str, Any]]:
 
 def allocation(config: Config, rng: random.Random) -> dict[str, Any]:
     plan = config.plan
-    bits = dict.fromkeys(LAYERS, plan.activations.bits)
-    if plan.allocation.method == "ampn":
-        base = round(plan.allocation.mean_bits or 0)
+    rule = plan.rule_for("blocks.0.attn.qkv", "block")
+    bits = dict.fromkeys(LAYERS, rule.activation.bits if rule and rule.activation else 32)
+    if plan.bits is not None:
+        base = round(plan.bits.mean or 0)
         shift = {"proj": 1, "qkv": rng.choice([0, 1]), "fc1": 0, "fc2": -1}
         bits = {name: min(4, base + shift[name.rsplit(".", 1)[1]]) for name in LAYERS}
     by_type = {
@@ -176,7 +178,7 @@ def allocation(config: Config, rng: random.Random) -> dict[str, Any]:
         "bits_by_layer": bits,
         "macs": MACS,
         "mean_bits": min(sum(MACS[name] * b for name, b in bits.items()) / total, 8),
-        "objective": 0.0123 if plan.allocation.method == "ampn" else None,
+        "objective": None if plan.bits is None else 0.0123,
         "by_type": by_type,
     }
 

@@ -66,7 +66,7 @@ def test_hadamard_against_none(fabricate, fids, verdict, greatest):
     _, claims = judged(fabricate)
     two_bits = claim_about(claims, "With 2", "Hadamard")
     assert two_bits.verdict == verdict
-    assert "also differ in activations.quantizer" in plain(two_bits.evidence)
+    assert "also differ in activation.method" in plain(two_bits.evidence)
     assert claim_about(claims, "With 3", "Hadamard").verdict == NOT_RUN
     assert claim_about(claims, "greatest at 2 bits").verdict == greatest
 
@@ -74,10 +74,11 @@ def test_hadamard_against_none(fabricate, fids, verdict, greatest):
 def test_the_pure_ablation_is_preferred_over_a_plan_that_differs_more(fabricate):
     fabricate.run("a4", fid=6)
     fabricate.run("baseline-a4", fid=9)
-    fabricate.run("a4", overrides=["rotation.kind=none"], fid=7)
+    unrotated = ["layers.adaln.rotation=none", "layers.block.rotation=none"]
+    fabricate.run("a4", overrides=unrotated, fid=7)
     _, claims = judged(fabricate)
     text = plain(claim_about(claims, "With 4", "Hadamard").evidence)
-    assert "rotation.kind = none" in text
+    assert "rotation.method = none" in text
     assert "also differ" not in text
 
 
@@ -95,7 +96,7 @@ def test_one_training_seed_is_not_judged(fabricate, ours, theirs):
     bitnet = claim_about(claims, "A4", "BitNet v2")
     assert bitnet.verdict == verdict
     assert "also differ in" in plain(bitnet.evidence)
-    assert "low_rank.rank" in plain(bitnet.evidence)
+    assert "branch.method" in plain(bitnet.evidence)
     for words in (("With 2", "Hadamard"), ("greatest at 2 bits",)):
         assert claim_about(claims, *words).verdict == verdict
     told = plain(plain_words(group))
@@ -110,7 +111,7 @@ def test_hadamard_is_not_given_the_gain_of_the_quantizer(fabricate):
     group, _ = judged(fabricate)
     words = plain(plain_words(group))
     assert "The fid_digits of the plan without Hadamard is" in words
-    assert "differ in activations.quantizer: this is not the gain of Hadamard alone" in words
+    assert "differ in activation.method: this is not the gain of Hadamard alone" in words
 
 
 def test_claims_about_one_training_need_two(fabricate):

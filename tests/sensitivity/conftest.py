@@ -53,7 +53,7 @@ def tiny_subject(seed: int = 0) -> Subject:
     diffusion = Diffusion()
     images = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     batches = calibration_set(images, torch.arange(20) % 3, diffusion, 16, 6, 7)
-    return Subject(model, teacher, allocatable_layers(model, plan), batches, diffusion)
+    return Subject(model, teacher, allocatable_layers(model), batches, diffusion)
 
 
 @pytest.fixture

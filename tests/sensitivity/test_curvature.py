@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from making import quantized
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.rotation import rotate
-from robuq_bench.quantization.activations import activation_quantizer
+from robuq_bench.methods.activations._token_grid import token_grid
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.sensitivity import (
@@ -37,7 +38,7 @@ class TanhMlp(nn.Module):
     @staticmethod
     def _layer(name: str, inputs: int, outputs: int) -> QuantizedLinear:
         linear = nn.Linear(inputs, outputs).double()
-        return QuantizedLinear.from_linear(linear, name=name, activation_bits=2, rank=1)
+        return quantized(linear, name, activation=("robust-midtread", 2), rank=1)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x)))
@@ -66,24 +67,24 @@ def toy() -> tuple[TanhMlp, Tensor, Any, list[CalibrationBatch]]:
 
 def run(layer: QuantizedLinear, x: Tensor, operand: Tensor) -> Tensor:
     """The layer from its published formula, with the operand of the quantized product given."""
-    a = rotate(x, layer.signs)
+    a = rotate(x, layer.rotation.signs)
     main = F.linear(operand, layer.quantized_weight())
-    return main + F.linear(F.linear(a, layer.low_rank_down), layer.low_rank_up) + layer.bias
+    return main + F.linear(F.linear(a, layer.branch.down), layer.branch.up) + layer.bias
 
 
 def operands(model: TanhMlp, x: Tensor, quantized: bool) -> tuple[Tensor, Tensor]:
     """Rotated input of both layers for one sample."""
-    quantizer = activation_quantizer("robust-midtread")
-    a = rotate(x, model.first.signs)
+    quantizer = token_grid("robust-midtread")
+    a = rotate(x, model.first.rotation.signs)
     hidden = run(model.first, x, quantizer.fake_quantize(a, 2) if quantized else a)
-    return a, rotate(torch.tanh(hidden), model.second.signs)
+    return a, rotate(torch.tanh(hidden), model.second.rotation.signs)
 
 
 def test_fisher_matches_a_loop_over_samples(
     toy: tuple[TanhMlp, Tensor, Any, list[CalibrationBatch]],
 ) -> None:
     model, x, _, batches = toy
-    quantizer = activation_quantizer("robust-midtread")
+    quantizer = token_grid("robust-midtread")
     target = TanhMlp(seed=5)
     found = fisher(model, ["first", "second"], [1, 3], batches, loss=distillation_loss(target))
     expected = {name: {1: 0.0, 3: 0.0} for name in ("first", "second")}
@@ -94,7 +95,7 @@ def test_fisher_matches_a_loop_over_samples(
         a, b = operands(model, sample, quantized=True)
         first = quantizer.fake_quantize(a, 2).detach().requires_grad_()
         hidden = torch.tanh(run(model.first, sample, first))
-        second = quantizer.fake_quantize(rotate(hidden, model.second.signs), 2)
+        second = quantizer.fake_quantize(rotate(hidden, model.second.rotation.signs), 2)
         second.retain_grad()
         ((run(model.second, hidden, second).float() - goal).square().mean()).backward()
         for name, operand, tokens in (("first", first, a), ("second", second, b)):
@@ -132,12 +133,12 @@ def exact_trace(model: TanhMlp, x: Tensor, loss: Any, name: str) -> float:
 
 def rotate_plain(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """The rotation as a matrix product."""
-    return x @ rotate(torch.eye(layer.in_features, dtype=x.dtype), layer.signs)
+    return x @ rotate(torch.eye(layer.in_features, dtype=x.dtype), layer.rotation.signs)
 
 
 def run_plain(layer: QuantizedLinear, a: Tensor, operand: Tensor) -> Tensor:
     main = operand @ layer.quantized_weight().detach().T
-    return main + a @ layer.low_rank_down.T @ layer.low_rank_up.T + layer.bias
+    return main + a @ layer.branch.down.T @ layer.branch.up.T + layer.bias
 
 
 @pytest.mark.parametrize("name", ["first", "second"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from making import quantized
 from torch import Tensor, nn
 
 from robuq_bench.config import ModelConfig, load_plan, load_workload
@@ -32,14 +33,8 @@ class Gains(nn.Module):
         linear = nn.Linear(4, 4, bias=False)
         with torch.no_grad():
             linear.weight.copy_(gain * torch.eye(4))
-        return QuantizedLinear.from_linear(
-            linear,
-            name=name,
-            weight_quantizer="none",
-            activation_quantizer="minmax",
-            activation_bits=2,
-            rotation="none",
-            rank=0,
+        return quantized(
+            linear, name, rotation="none", rank=0, weight="none", activation=("minmax", 2)
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -76,7 +71,7 @@ def student() -> tuple[nn.Module, list[str]]:
                 parameter.normal_(std=0.2)
     plan = load_plan("a4")
     quantize_(model, plan)
-    return model, allocatable_layers(model, plan)
+    return model, allocatable_layers(model)
 
 
 def digits_batches(num_samples: int = 12, batch_size: int = 5) -> list[CalibrationBatch]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from making import quantized
 from torch import Tensor, nn
 
 from robuq_bench.errors import RobuqError, UsageError
@@ -35,9 +36,7 @@ class Chain(nn.Module):
         linear = nn.Linear(16, 16).double()
         with torch.no_grad():
             linear.weight.mul_(gain)
-        return QuantizedLinear.from_linear(
-            linear, name=name, weight_quantizer="none", activation_bits=4, rank=2
-        )
+        return quantized(linear, name, weight="none", rank=2)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.b(self.a(x))
@@ -75,8 +74,8 @@ def test_a_linear_model_is_fitted_exactly(name: str) -> None:
     model.eval()
     with torch.no_grad():
         weight = model.a.quantized_weight()
-        behind = model.b.quantized_weight() + model.b.low_rank_up @ model.b.low_rank_down
-        rotation = model.b.signs
+        behind = model.b.quantized_weight() + model.b.branch.up @ model.b.branch.down
+        rotation = model.b.rotation.signs
         x = torch.cat([batch.x_t for batch in batches])
         if name == "a":
             jacobian = behind @ rotate(weight.T, rotation).T

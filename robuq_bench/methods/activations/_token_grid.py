@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.errors import ConfigError, RobuqError
-from robuq_bench.methods import ActivationMethod, method_class
+from robuq_bench.methods import ActivationMethod, method_class, method_names
 
 if TYPE_CHECKING:
     from robuq_bench.methods.site import Site
@@ -139,7 +139,7 @@ class TokenGrid(ABC):
         if torch.compiler.is_compiling():
             held = bits if isinstance(bits, Tensor) else torch.tensor(bits)
             return _compiled_fake_quantize(x, self.name, held)
-        self.check_bits(int(bits))
+        self.check_bits(int(bits) if isinstance(bits, Tensor) else bits)
         result: Tensor = _FakeQuantize.apply(x, self, int(bits))
         return result
 
@@ -185,7 +185,17 @@ class GridMethod(ActivationMethod):
         self.grid.check_bits(bits)
 
     def fit(self, weight: Tensor, site: Site) -> nn.Module:
-        """Nothing to fit: every token brings its own statistics."""
+        """Nothing to fit: every token brings its own statistics.
+
+        Raises:
+            ConfigError: the grid has the name of another, by which compiled graphs would find that.
+        """
+        name = self.grid.name
+        if name in method_names("activation") and token_grid(name) is not self.grid:
+            raise ConfigError(
+                f"activation method {self.method!r}: its grid {type(self.grid).__name__} is called "
+                f"{name!r}, which is another method's; give it a `name` of its own"
+            )
         return GridQuantizer(self.grid)
 
     def scales_per_token(self, in_features: int) -> float:

@@ -33,7 +33,7 @@ class LloydMaxGrid(RobustGrid):
     def encode(self, t: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
         _, thresholds = _codebook(bits, t.dtype, t.device)
         # right=True counts thresholds <= t. NaN sorts last, so it is added back.
-        index = torch.bucketize(t, thresholds, out_int32=True, right=True)
+        index = torch.bucketize(t.contiguous(), thresholds, out_int32=True, right=True)
         nan = torch.where(t.isnan(), t, -(2.0 ** (bits - 1)))
         return torch.add(index, nan, out=out)
 

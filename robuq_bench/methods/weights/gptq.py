@@ -14,11 +14,14 @@ from robuq_bench.methods.weights._grid import Rule, UniformGrid, UniformMethod, 
 ROW_BLOCK = 128
 """Columns whose updates to the rest are applied as one product. Costs only; changes no result."""
 
+UNCORRELATED = 1e-9
+"""Correlation of two inputs that counts as none: rounding errors of a rotation are below it."""
+
 
 class Gptq(UniformMethod):
     """Weights whose codes minimise the layer's output error greedily, on a fixed uniform grid.
 
-    Frantar et al., "GPTQ" (arXiv 2210.17323); METHODS-zoo 2.6. See `gptq` for the formulas. QuaRot:
+    Frantar et al., "GPTQ" (arXiv 2210.17323). See `gptq` for the formulas. QuaRot:
     symmetric, shrink = 80. Q-DiT: symmetric = false, group = 128.
 
     `fit` returns the grid together with the dequantized weight [out, in] float64, which the grid
@@ -36,7 +39,7 @@ class Gptq(UniformMethod):
     damping: float = Field(default=0.01, ge=0, le=1)
     act_order: bool = False
 
-    def fit(self, weight: Tensor, site: Site) -> tuple[nn.Module, Tensor]:  # type: ignore[override]
+    def fit(self, weight: Tensor, site: Site) -> tuple[nn.Module, Tensor]:
         """`UniformGrid` and the weight it stands for; reads `site.gram` and `site.count`.
 
         Raises:
@@ -92,6 +95,7 @@ def gptq(
     without groups it is the same. With `act_order` all group grids are fitted to the weight as
     given, since columns of one group are not neighbours in the order (static groups).
 
+    Inputs without any correlation above `UNCORRELATED` leave round-to-nearest, without the loop.
     The factor 2/count scales H and e alike and matters only beside the 1 of unused inputs.
 
     Raises:
@@ -107,8 +111,9 @@ def gptq(
     weight[:, unused] = 0
 
     scale, zero = _grids(weight, rule, group)
-    if torch.equal(hessian, diagonal.diag()):
-        # Nothing to make up for. Blank sites are like this, and large layers would take seconds.
+    sizes = diagonal.sqrt()
+    if bool(((hessian - diagonal.diag()).abs() <= UNCORRELATED * sizes * sizes[:, None]).all()):
+        # Nothing to make up for. Rotated blank sites are like this; large layers take seconds.
         codes = levels(weight, scale, zero, group, rule.low, rule.high)
         return Codes(codes, scale, None if rule.symmetric else zero, group).as_int8()
     columns = weight.shape[1]

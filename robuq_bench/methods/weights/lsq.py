@@ -20,7 +20,7 @@ MIN_STEP = 1e-8
 class Lsq(WeightMethod):
     """ŵ = s·round(clamp(w/s, −Q_n, Q_p)) with Q_n = 2^{b−1}, Q_p = 2^{b−1}−1 and s learned.
 
-    Esser et al., "Learned Step Size Quantization" (arXiv 1902.08153); METHODS-zoo 2.1 `lsq`. s
+    Esser et al., "Learned Step Size Quantization" (arXiv 1902.08153). s
     starts at 2·mean|w|/√Q_p of its row or tensor, so `fit` alone is no good PTQ: train it.
 
     Shapes: weight [out, in]; parameter `step` [out, 1], or [1, 1] per tensor.

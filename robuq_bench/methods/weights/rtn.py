@@ -16,7 +16,7 @@ class Rtn(UniformMethod):
     """w → (q − z)·Δ with Δ, z from the extremes of each cell (formulas: `_grid`).
 
     The floor of every comparison; the weight grid of Q-DiT, ViDiT-Q, ConvRot (per row) and SVDQuant
-    (symmetric, group 64). METHODS-zoo 2.1 `rtn`, with its `shrink` as an option.
+    (symmetric, group 64). With the clip search `shrink` as an option.
 
     Shapes: weight [out, in]; scales [out, in/group], [out, 1], or [1, 1] per tensor.
 

@@ -1,4 +1,4 @@
-"""What every config section shares: frozen, no unknown keys, no silent type conversion."""
+"""What sections of configs and methods share: frozen, no unknown keys, no silent conversion."""
 
 from __future__ import annotations
 

@@ -11,9 +11,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robuq_bench.errors import ConfigError
-from robuq_bench.quantization.weights import fake_quantize_weight, quantize_weight
+from robuq_bench.methods import read_method
+from robuq_bench.methods.site import Site
+from robuq_bench.methods.weights._ternary import QuantizedWeight, TernaryWeight
 
 NAMES = ("ternary-twn", "ternary-absmean")
+
+
+def fitted(name: str, weight: Tensor) -> TernaryWeight:
+    """What fills the slot of a layer with this weight."""
+    module = read_method("weight", name).fit(weight.detach(), Site("a"))
+    assert isinstance(module, TernaryWeight)
+    assert not module.state_dict()
+    return module
+
+
+def quantize_weight(weight: Tensor, name: str) -> QuantizedWeight:
+    return fitted(name, weight).codes(weight)
+
+
+def fake_quantize_weight(weight: Tensor, name: str) -> Tensor:
+    found: Tensor = fitted(name, weight)(weight)
+    return found
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -96,9 +115,50 @@ def test_gradient(name: str) -> None:
     assert torch.equal(weight.grad, expected)
 
 
+def test_the_clamp_can_be_left_to_the_optimizers_step() -> None:
+    """`defer_gradient_clamp` clears `clamps_in_backward`: the gradient passes whole."""
+    weight = randn(5, 16).requires_grad_()
+    module = fitted("ternary-twn", weight)
+    module.clamps_in_backward = False
+    upstream = 3 * randn(5, 16, seed=1)
+    module(weight).backward(upstream)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dtype_of_the_product(name: str) -> None:
+    weight = randn(5, 16).float().requires_grad_()
+    found = fitted(name, weight)(weight, torch.float16)
+    assert torch.equal(found, fake_quantize_weight(weight, name).half())
+    upstream = randn(5, 16, seed=1).half() / 4
+    found.backward(upstream)
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert torch.equal(weight.grad, upstream.float())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_computed_in_float32(name: str) -> None:
+    weight = randn(8, 4096).bfloat16()
+    wide, half = quantize_weight(weight.float(), name), quantize_weight(weight, name)
+    assert half.scale.dtype == torch.float32
+    assert torch.equal(half.codes, wide.codes)
+    assert torch.equal(half.scale, wide.scale)
+    assert torch.equal(fake_quantize_weight(weight, name), wide.dequantize().bfloat16())
+
+
+@pytest.mark.parametrize(("name", "scales"), [("ternary-twn", 7), ("ternary-absmean", 1)])
+def test_bits(name: str, scales: int) -> None:
+    """log2(3) bits a code, and 16 for each scale."""
+    method = read_method("weight", name)
+    assert method.nominal_bits() == pytest.approx(np.log2(3))
+    assert method.storage_bits(7, 12) == pytest.approx(7 * 12 * np.log2(3) + 16 * scales)
+    with pytest.raises(ConfigError, match=f"'{name}' has no bits to choose"):
+        method.with_bits(2)
+
+
 def test_none_and_unknown_names() -> None:
-    weight = randn(2, 3)
-    assert fake_quantize_weight(weight, "none") is weight
-    for call in (fake_quantize_weight, quantize_weight):
-        with pytest.raises(ConfigError, match="did you mean 'ternary-twn'"):
-            call(weight, "ternary-tvn")
+    assert read_method("weight", "none") is None
+    with pytest.raises(ConfigError, match="did you mean 'ternary-twn'"):
+        read_method("weight", "ternary-tvn")

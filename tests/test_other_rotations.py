@@ -17,7 +17,7 @@ from torch import Tensor
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_matrix
-from robuq_bench.quantization.other_rotations import (
+from robuq_bench.models.other_rotations import (
     read_hadamard_table,
     rebase_weight,
     table_rotation,

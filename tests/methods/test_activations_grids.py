@@ -1,4 +1,4 @@
-"""Activation quantizers against published errors, plain formulas and autograd."""
+"""Grids of one scale per token against published errors, plain formulas and autograd."""
 
 from __future__ import annotations
 
@@ -15,27 +15,23 @@ from scipy.stats import norm
 from torch import Tensor
 
 from robuq_bench.errors import ConfigError, RobuqError
-from robuq_bench.quantization.activations import (
-    ROBUST_STEPS,
-    ActivationQuantizer,
-    activation_quantizer,
-    matmul_quantizer,
-)
-from robuq_bench.quantization.lloyd_max import lloyd_max_codebook
+from robuq_bench.methods import method_class, read_method
+from robuq_bench.methods.activations._lloyd_max_levels import lloyd_max_codebook
+from robuq_bench.methods.activations._robust import ROBUST_STEPS
+from robuq_bench.methods.activations._token_grid import GridQuantizer, TokenGrid, token_grid
+from robuq_bench.methods.site import Site
 
 ROBUST = ("robust-midtread", "robust-midrise", "lloyd-max")
 NAMES = (*ROBUST, "minmax", "bitnet")
 INF = math.inf
 
 
-def quantizer(name: str) -> ActivationQuantizer:
-    found = activation_quantizer(name)
-    assert found is not None
-    return found
+def quantizer(name: str) -> TokenGrid:
+    return token_grid(name)
 
 
 def widths(name: str) -> range:
-    return range(quantizer(name).min_bits, 9)
+    return range(2 if name == "bitnet" else 1, 9)
 
 
 ALL = [(name, bits) for name in NAMES for bits in widths(name)]
@@ -128,12 +124,10 @@ def robust_levels(name: str, bits: int, codes: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["robust-midrise", "robust-midtread"])
 def test_one_bit_is_the_mean_plus_or_minus_the_mean_absolute_deviation(name: str) -> None:
-    quantizer = activation_quantizer(name)
-    assert quantizer is not None
     # mean 1, mean |x - 1| = 2: the Gaussian's level times its σ̂ is the deviation itself.
     x = torch.tensor([-3.0, 1.0, 1.5, 4.5], dtype=torch.float64)
     expected = torch.tensor([-1.0, 3.0, 3.0, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(quantizer.fake_quantize(x, 1), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(quantizer(name).fake_quantize(x, 1), expected, rtol=1e-15, atol=0)
 
 
 def robust_level(y: Tensor, name: str, bits: int, codes: Tensor) -> Tensor:
@@ -334,9 +328,31 @@ def test_bitnet_has_no_one_bit_form() -> None:
 
 
 def test_unknown_quantizer() -> None:
-    assert activation_quantizer("none") is None
+    assert read_method("activation", "none") is None
     with pytest.raises(ConfigError, match="did you mean 'lloyd-max'"):
-        activation_quantizer("lloydmax")
+        token_grid("lloydmax")
+
+
+@pytest.mark.parametrize(("name", "bits"), ALL)
+def test_a_method_fits_the_module_of_its_grid(name: str, bits: int) -> None:
+    """What fills the slot computes the grid, for training and for packing, and no parameter."""
+    method = method_class("activation", name).model_validate({"method": name, "bits": bits})
+    module = method.fit(torch.zeros(3, 96), Site("a"))
+    assert isinstance(module, GridQuantizer)
+    assert module.grid is quantizer(name)
+    assert not module.state_dict()
+    x = randn(4, 96)
+    assert torch.equal(module(x, bits), quantizer(name).fake_quantize(x, bits))
+    assert torch.equal(module.codes(x, bits).codes, quantizer(name).quantize(x, bits).codes)
+    assert method.scales_per_token(96) == (1 if name == "bitnet" else 2)
+
+
+def test_bits_that_a_grid_does_not_have_are_refused_when_a_plan_is_read() -> None:
+    with pytest.raises(ValueError, match="'bitnet' takes 2 to 8 bits, got 1"):
+        read_method("activation", {"method": "bitnet", "bits": 1})
+    module = read_method("activation", "bitnet").fit(torch.zeros(3, 4), Site("a"))
+    with pytest.raises(ConfigError, match="'bitnet' takes 2 to 8 bits, got 1"):
+        module.check_bits(1)
 
 
 @given(case=st.sampled_from(ALL), seed=st.integers(0, 999), power=st.integers(-8, 8))
@@ -362,24 +378,3 @@ def test_half_precision_is_computed_in_float32(name: str, bits: int, dtype: torc
     y = q.fake_quantize(x, bits)
     assert y.dtype == dtype
     assert torch.equal(y, q.fake_quantize(x.float(), bits).to(dtype))
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_matmul_quantizer(bits: int) -> None:
-    x = randn(2, 3, 16, dtype=torch.float32)
-    x[0, 0] = 0
-    limit = 2 ** (bits - 1) - 1
-    scale = x.abs().amax(-1, keepdim=True) / limit
-    expected = torch.where(scale > 0, torch.round(x / scale) * scale, 0.0)
-    leaf = x.clone().requires_grad_()
-    y = matmul_quantizer(bits)(leaf)
-    torch.testing.assert_close(y, expected)
-    y.backward(x)
-    assert leaf.grad is not None
-    assert torch.equal(leaf.grad, x)
-
-
-@pytest.mark.parametrize("bits", [1, 9])
-def test_matmul_quantizer_bits(bits: int) -> None:
-    with pytest.raises(ConfigError, match=f"matmul_bits must be 2 to 8, got {bits}"):
-        matmul_quantizer(bits)
