@@ -115,7 +115,8 @@ class RuledFacts(Section):
         """What fills the slots, by slot.
 
         Raises:
-            ValueError: the plan has no such rule, or it does not fit the layer.
+            ValueError: the plan has no such rule, or it does not fit these facts. Whether it fits
+                the shape is known once that of the codes is.
         """
         rules = {rule.name: rule for rule in plan.layers}
         if self.rule not in rules:
@@ -131,8 +132,6 @@ class RuledFacts(Section):
         try:
             if self.weight_bits is not None and weight.nominal_bits() != self.weight_bits:
                 methods["weight"] = weight.with_bits(self.weight_bits)
-            for method in methods.values():
-                method.check(*self.shape)
             if self.activation_bits is not None:
                 if activation is None:
                     raise ValueError(f"activation_bits {self.activation_bits} without a quantizer")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.ternary_matmul.layout import unpack_planes
-from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.transform import hadamard_factors
 from robuq_bench.inference import codecs
 from robuq_bench.inference.packed_header import Facts, Header, LayerFacts, RuledFacts, Storage
@@ -74,62 +74,61 @@ def restored_layer(name: str, header: Header, tensors: Mapping[str, Tensor]) -> 
         if problem:
             raise ValueError(f"{name}.{part} {problem}")
     dtype = FLOATS[header.dtypes.get(f"{name}.codes", "float32")]
-    slots = _known_slots(name, facts, methods, tensors, floats, dtype)
-    for slot, method in methods.items():
-        if slot != "weight" and slot not in slots:
-            slots[slot] = _other_slot(name, facts.shape, slot, method, header, tensors)
-    rest: Rest = {
-        "name": name,
-        "slots": slots,
-        "methods": methods,
-        "activation_bits": facts.activation_bits,
-        "dtype": dtype,
-    }
+    # The codes first: what follows takes memory and time that a forged shape decides.
+    codes = _codes(name, facts, header.storage, stored)
     try:
-        if facts.weight_bits is not None:
-            weight = _uniform(name, facts.shape, facts.weight_bits, methods, stored, floats)
-            return PackedUniform(weight, facts.weight_bits, floats.get("bias"), **rest)
-        codes = _ternary(name, facts.shape, header.storage, stored)
-        return PackedLinear(codes, floats["scale"], floats.get("bias"), **rest)
-    except ConfigError as error:  # activation bits that the restored quantizer does not take
-        raise ValueError(str(error)) from None
+        for method in methods.values():
+            method.check(*facts.shape)
+        slots = _known_slots(name, facts, methods, tensors, floats, dtype)
+        for slot, method in methods.items():
+            if slot != "weight" and slot not in slots:
+                slots[slot] = _other_slot(name, facts.shape, slot, method, header, tensors)
+        rest: Rest = {
+            "name": name,
+            "slots": slots,
+            "methods": methods,
+            "activation_bits": facts.activation_bits,
+            "dtype": dtype,
+        }
+        bias = floats.get("bias")
+        if facts.weight_bits is None:
+            return PackedLinear(codes, floats["scale"], bias, **rest)
+        weight = _uniform(name, codes, facts.weight_bits, methods["weight"], floats)
+        return PackedUniform(weight, facts.weight_bits, bias, **rest)
+    except UsageError as error:  # of a method: it does not serve the shape, or not these bits
+        raise ValueError(f"{name}: {error}") from None
 
 
-def _ternary(name: str, shape: tuple[int, ...], storage: Storage, stored: Tensor) -> Tensor:
+def _codes(name: str, facts: Facts, storage: Storage, stored: Tensor) -> Tensor:
+    """Codes int8 [out, in], as many as the bytes hold."""
+    if facts.weight_bits is not None:
+        try:
+            return codecs.decode_bits(stored, facts.weight_bits, facts.shape)
+        except ValueError as error:
+            raise ValueError(f"{name}.codes: {error}") from None
     if storage.codes == "base3":
-        codes = codecs.decode_base3(stored, shape)
+        codes = codecs.decode_base3(stored, facts.shape)
     else:
-        codes = unpack_planes(stored, shape[1])
-    if tuple(codes.shape) != shape:
-        raise ValueError(f"{name}.codes hold {list(codes.shape)}, not {list(shape)}")
+        codes = unpack_planes(stored, facts.shape[1])
+    if tuple(codes.shape) != facts.shape:
+        raise ValueError(f"{name}.codes hold {list(codes.shape)}, not {list(facts.shape)}")
     return codes
 
 
 def _uniform(
-    name: str,
-    shape: tuple[int, ...],
-    bits: int,
-    methods: Mapping[str, Any],
-    stored: Tensor,
-    floats: Mapping[str, Tensor],
+    name: str, codes: Tensor, bits: int, method: Any, floats: Mapping[str, Tensor]
 ) -> Codes:
-    """Codes of `bits` bits with the scales and zero points of as many cells as the method has."""
+    """The codes with the scales and zero points of as many cells as the method has."""
+    out_features, in_features = codes.shape
     scale, zero = floats["scale"], floats.get("zero")
-    out_features, in_features = shape
     count = scale.numel() + (0 if zero is None else zero.numel())
-    method = methods["weight"]
-    expected = (method.storage_bits(*shape) - bits * out_features * in_features) / SCALE_BITS
+    expected = (method.storage_bits(out_features, in_features) - bits * codes.numel()) / SCALE_BITS
     if count != expected or (zero is not None and zero.numel() != scale.numel()):
         raise ValueError(
             f"{name} has {count} scales and zero points, {expected:g} by {method.method!r}"
         )
-    try:
-        codes = codecs.decode_bits(stored, bits, shape)
-    except ValueError as error:
-        raise ValueError(f"{name}.codes: {error}") from None
-    if scale.numel() == 1:
-        cells, group = (1, 1), 0
-    else:
+    cells, group = (1, 1), 0
+    if scale.numel() > 1:
         cells = (out_features, scale.numel() // out_features)
         group = in_features // cells[1] if cells[1] > 1 else 0
     return Codes(codes, scale.view(cells), None if zero is None else zero.view(cells), group)
@@ -163,10 +162,7 @@ def _known_slots(
     if (up is None) != (down is None) or (signs is not None and not rotated):
         raise ValueError(f"{name} has half a low-rank branch, or signs without a rotation")
     if rotated:
-        try:
-            hadamard_factors(in_features)
-        except UsageError as error:
-            raise ValueError(f"{name}: {error}") from None
+        hadamard_factors(in_features)
         slots["rotation"] = HadamardRotation(
             None if signs is None else codecs.decode_signs(signs, in_features).to(dtype)
         )
@@ -199,7 +195,7 @@ def _other_slot(
     gram = torch.eye(n, dtype=torch.float64) if "gram" in method.needs else None
     site = Site(name, tokens=torch.ones(1, n), absmax=torch.ones(n), gram=gram, count=1)
     # As `fit` takes it, without its memory.
-    module = method.fit(torch.ones((1, 1), dtype=torch.float64).expand(shape), site)
+    module: Any = method.fit(torch.ones((1, 1), dtype=torch.float64).expand(shape), site)
     state = {}
     for key, template in module.state_dict().items():
         full = f"{name}.{slot}.{key}"
@@ -225,7 +221,8 @@ def _other_slot(
             module(torch.zeros(1, n))
         except (IndexError, RuntimeError) as error:  # a permutation of more places than there are
             raise ValueError(f"{name}.{slot} cannot be computed: {error}") from None
-    return module
+    fitted: nn.Module = module
+    return fitted
 
 
 def _bare(name: str) -> str:
