@@ -39,9 +39,9 @@ def prepare_for_inference(
 
     Args:
         model: converted by `quantize_`, or loaded by `load_packed`; move it to its device first.
-        backend: "reference" (dequantized floats, bit for bit what training evaluates), "integer"
-            (the kernels' arithmetic in plain PyTorch), or "triton" (a CUDA device, or anywhere
-            with TRITON_INTERPRET=1).
+        backend: "reference" (dequantized floats, bit for bit what training evaluates; any packed
+            layer), "integer" (the kernels' arithmetic in plain PyTorch), or "triton" (a CUDA
+            device, or anywhere with TRITON_INTERPRET=1).
         dtype: of everything but codes and scales, and of the inputs the model then takes; None
             leaves them as they are for "reference", and is float32 for "integer" and bfloat16
             for "triton".
