@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BeforeValidator
 
 from robuq_bench.config import (
-    AllocationConfig,
+    BitsConfig,
     Config,
     Plan,
     load_allocation_file,
@@ -25,13 +25,16 @@ from robuq_bench.config import (
     quoted,
     resolve,
     sensitivity_steps,
+    training_steps,
 )
 from robuq_bench.config.files import keys_of, validate
+from robuq_bench.config.older import NEW_NAMES
+from robuq_bench.config.plan import Rule as PlanRule
 from robuq_bench.config.resolve import canonical_json, config_from_toml, to_toml
 from robuq_bench.errors import ConfigError
 from robuq_bench.sections import Ints, OptionalInt, Section, Strings
 
-PLAN = 'extends = "a4"\r\n[activations]\r\nbits = 3\r\n'
+PLAN = 'extends = "a4"\r\n[[layers]]\r\nname = "block"\r\nactivation = {bits = 3}\r\n'
 LAYERS = ["a.fc1", "b"]
 
 
@@ -44,10 +47,10 @@ def make(*overrides: str, study: str = "train-and-eval", plan: str | Plan = "a2"
 
 def test_a_byte_order_mark_is_no_part_of_a_plan_or_workload(tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text(PLAN, "utf-8-sig")
-    assert load_plan(tmp_path / "p.toml").activations.bits == 3
-    (tmp_path / "base.toml").write_text('[activations]\nquantizer = "minmax"\n', "utf-8-sig")
+    assert load_plan(tmp_path / "p.toml").uniform_bits == 3
+    (tmp_path / "base.toml").write_text('[[layers]]\nactivation = "minmax"\n', "utf-8-sig")
     (tmp_path / "q.toml").write_text('extends = "./base.toml"\n', "utf-8-sig")
-    assert load_plan(tmp_path / "q.toml").activations.quantizer == "minmax"
+    assert load_plan(tmp_path / "q.toml").uniform_bits == 8
     (tmp_path / "w.toml").write_text('extends = "digits"\n[training]\nsteps = 7\n', "utf-8-sig")
     assert load_workload(tmp_path / "w.toml").training.steps == 7
 
@@ -67,7 +70,7 @@ def test_allocation_files_as_spreadsheets_save_them(
     tmp_path: Path, name: str, text: str, encoding: str
 ) -> None:
     (tmp_path / name).write_text(text, encoding)
-    allocation = AllocationConfig(method="file", path=str(tmp_path / name))
+    allocation = BitsConfig(path=str(tmp_path / name))
     assert load_allocation_file(allocation, LAYERS) == {"a.fc1": 2, "b": 3}
 
 
@@ -78,7 +81,7 @@ def test_other_encodings_are_named(tmp_path: Path, encoding: str, name: str) -> 
     (tmp_path / name).write_bytes(mark + "# für\n".encode(encoding))
     wanted = "UTF-8" if encoding == "latin-1" else f"byte-order mark says {encoding[:6].upper()}"
     with pytest.raises(ConfigError, match=rf"{name}.*{wanted}.*save it as UTF-8"):
-        load_allocation_file(AllocationConfig(method="file", path=str(tmp_path / name)), LAYERS)
+        load_allocation_file(BitsConfig(path=str(tmp_path / name)), LAYERS)
     if name == "a.toml":
         with pytest.raises(ConfigError, match=rf"{name}.*{wanted}"):
             load_plan(tmp_path / name)
@@ -91,7 +94,7 @@ def test_other_encodings_are_named(tmp_path: Path, encoding: str, name: str) -> 
 def test_a_layer_named_twice_is_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match="'b' is named twice"):
-        load_allocation_file(AllocationConfig(method="file", path=str(tmp_path / name)), LAYERS)
+        load_allocation_file(BitsConfig(path=str(tmp_path / name)), LAYERS)
 
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000 + "]" * 3000, "{a=" * 3000])
@@ -105,7 +108,7 @@ def test_numbers_and_nesting_without_end_are_no_crash(tmp_path: Path, value: str
         make(f"training.steps={value}")
     (tmp_path / "a.json").write_text(f'{{"b": {value}}}')
     with pytest.raises(ConfigError, match=r"a\.json"):
-        load_allocation_file(AllocationConfig(method="file", path=f"{tmp_path}/a.json"), LAYERS)
+        load_allocation_file(BitsConfig(path=f"{tmp_path}/a.json"), LAYERS)
 
 
 # text fields
@@ -139,8 +142,10 @@ def test_other_fields_stay_typed() -> None:
     for override in ("training.steps=true", "training.steps=1e5", "training.steps=0800"):
         with pytest.raises(ConfigError, match=r"training\.steps"):
             make(override)
-    with pytest.raises(ConfigError, match=r"weights\.quantizer: 'true' is not one of"):
-        make("weights.quantizer=true")
+    with pytest.raises(ConfigError, match=r"layers\.block\.weight: unknown weight method 'true'"):
+        make("layers.block.weight.method=true")
+    with pytest.raises(ConfigError, match=r'layers\.block\.weight: write "none", or a table'):
+        make("layers.block.weight=true")
 
 
 @settings(max_examples=100)
@@ -205,10 +210,10 @@ def test_a_training_that_ends_before_the_bits_are_allocated_is_refused(steps: in
 
 def test_the_steps_of_a_plan_come_first_and_are_named() -> None:
     assert sensitivity_steps(make()) == 100
-    assert sensitivity_steps(make("allocation.sensitivity_steps=7")) == 7
-    assert sensitivity_steps(make("allocation.sensitivity_steps=0")) == 0
-    with pytest.raises(ConfigError, match=r"after allocation\.sensitivity_steps = 500 steps"):
-        make("allocation.sensitivity_steps=500")
+    assert sensitivity_steps(make("bits.steps=7")) == 7
+    assert sensitivity_steps(make("bits.steps=0")) == 0
+    with pytest.raises(ConfigError, match=r"after bits\.steps = 500 steps"):
+        make("bits.steps=500")
     assert sensitivity_steps(make("training.steps=101")) == 100
 
 
@@ -216,9 +221,19 @@ def test_plans_and_studies_without_a_warm_up_have_any_budget() -> None:
     assert sensitivity_steps(make("training.steps=1", plan="a4")) == 0
     assert make("training.steps=1", study="normality").workload.training.steps == 1
     # No training at all, and none before the sensitivities either: post-training quantization.
-    assert sensitivity_steps(make("training.steps=0", "training.sensitivity_steps=0")) == 0
-    with pytest.raises(ConfigError, match=r"training\.sensitivity_steps=0"):
-        make("training.steps=0")
+    for override in ("training.steps=0", "train.steps=0"):
+        config = make(override)
+        assert sensitivity_steps(config) == training_steps(config) == 0
+
+
+def test_the_training_steps_of_a_plan_go_before_those_of_the_workload() -> None:
+    assert training_steps(make()) == make().workload.training.steps == 500
+    assert training_steps(make("train.steps=333")) == 333
+    assert training_steps(make("train.steps=333", "training.steps=0")) == 333
+    with pytest.raises(ConfigError, match=r"^train\.steps is 70, .*\.sensitivity_steps = 100"):
+        make("train.steps=70")
+    with pytest.raises(ConfigError, match=r"^train\.steps is 70, but bits .* bits\.steps = 70 "):
+        make("train.steps=70", "bits.steps=70")
 
 
 @pytest.mark.parametrize(
@@ -275,8 +290,15 @@ def to_literal(value: Any) -> str:
     return quoted(value) if isinstance(value, str) else repr(value)
 
 
-@settings(max_examples=200)
-@given(st.sampled_from(sorted({*keys_of(Plan), "extends", "x", "name.a"})), VALUES)
+RULE_KEYS = [f"[[layers]]\n{key}" for key in (*PlanRule.model_fields, "weight.method", "x")]
+OLD_KEYS = [*NEW_NAMES, "layers", "weights", "qat"]
+
+
+@settings(max_examples=400)
+@given(
+    st.sampled_from([*keys_of(Plan), "extends", "x", "name.a", *OLD_KEYS, *RULE_KEYS]),
+    VALUES,
+)
 def test_any_plan_file_loads_or_is_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: str
 ) -> None:

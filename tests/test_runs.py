@@ -248,19 +248,23 @@ def test_error_in_the_block_is_not_hidden_by_a_full_disk(
         run.finish()
 
 
-def test_existing_run_opens_fast_and_without_torch(tmp_path: Path, config: Config) -> None:
-    path = finished(tmp_path, config)
+@pytest.mark.parametrize("plan", ["a2", "fp"])
+def test_existing_run_opens_fast_and_without_torch(tmp_path: Path, plan: str) -> None:
+    path = finished(tmp_path, resolve("train-and-eval", "1", plan, "digits"))
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
         "from robuq_bench.runs.run import list_runs, open_existing, verify_run\n"
         "start = time.process_time()\n"
         "run = open_existing(Path(sys.argv[1]))\n"
-        "assert run.is_done and run.config.plan.name == 'a2' and not verify_run(run.path)\n"
+        "assert run.is_done and run.manifest['plan'] == sys.argv[2] and not verify_run(run.path)\n"
+        "assert [run.path] == [summary.path for summary in list_runs(run.path.parents[1])]\n"
+        "if sys.argv[2] == 'fp':  # methods that a plan names are imported with its config\n"
+        "    assert run.config.plan.name == 'fp'\n"
         "assert time.process_time() - start < 0.5\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code, str(path), plan], cwd=ROOT, check=True)
 
 
 def test_a_path_that_is_not_utf8_can_be_recorded(tmp_path: Path, config: Config) -> None:

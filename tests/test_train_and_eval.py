@@ -323,5 +323,5 @@ def test_the_branch_trains_at_the_rate_of_the_config(workload: Path) -> None:
 
     assert set(rates().values()) == {1e-3}
     own = rates("training.low_rank_learning_rate=3e-5")
-    assert own["low_rank_up"] == own["low_rank_down"] == pytest.approx(3e-5)
+    assert own["up"] == own["down"] == pytest.approx(3e-5)
     assert own["weight"] == own["bias"] == 1e-3

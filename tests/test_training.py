@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckpointError, RobuqError
+from robuq_bench.methods.branches.svd import LowRankBranch
 from robuq_bench.models.dit import DiT
 from robuq_bench.training import (
     BatchSource,
@@ -150,8 +151,8 @@ class Branched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("weight", "low_rank_up", "low_rank_down"):
-            self.register_parameter(name, nn.Parameter(torch.zeros(4)))
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.branch = LowRankBranch(torch.zeros(4, 1), torch.zeros(1, 4))
 
     def drop_labels(self, y: Tensor, uniform: Tensor) -> Tensor:
         return y
@@ -174,12 +175,25 @@ def test_the_branch_has_its_own_learning_rate() -> None:
     assert_same(weights(shared), weights(same))
     assert own_rates == rates  # what is logged is the main rate
     assert torch.equal(own.parameters["weight"], shared.parameters["weight"])
-    for name in ("low_rank_up", "low_rank_down"):
+    for name in ("branch.up", "branch.down"):
         ratio = own.parameters[name] / shared.parameters[name]
         assert ((ratio > 0.099) & (ratio < 0.102)).all()  # Adam's steps are as long as its rate
     resumed = Trainer(Branched(), TinyRecipe(weight_decay=0.0), "cpu", 1e-3)
     resumed.load_state(6, weights(own), "memory")
     assert_same(weights(resumed), weights(own))
+
+
+def test_a_checkpoint_of_older_code_called_the_branch_otherwise() -> None:
+    trainer, _ = branched(1e-3)
+    renamed = {"branch.up": "low_rank_up", "branch.down": "low_rank_down"}
+    old = {}
+    for key, value in weights(trainer).items():
+        part, _, name = key.rpartition("/")
+        old[f"{part}/{renamed.get(name, name)}"] = value
+    assert len(old.keys() - weights(trainer).keys()) == 2 * 4  # model, EMA and two moments
+    resumed = Trainer(Branched(), TinyRecipe(weight_decay=0.0), "cpu", 1e-3)
+    resumed.load_state(6, old, "memory")
+    assert_same(weights(resumed), weights(trainer))
 
 
 def test_a_model_without_a_branch_takes_any_rate_for_it() -> None:

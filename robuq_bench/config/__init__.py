@@ -14,6 +14,7 @@ from robuq_bench.config.files import (
     workload_names,
 )
 from robuq_bench.config.older import modern_plan
+from robuq_bench.config.overrides import quoted
 from robuq_bench.config.plan import (
     AttentionConfig,
     BitsConfig,
@@ -27,7 +28,6 @@ from robuq_bench.config.resolve import (
     canonical_json,
     config_from_toml,
     config_hash,
-    quoted,
     resolve,
     sensitivity_steps,
     to_toml,

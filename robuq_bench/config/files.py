@@ -18,6 +18,7 @@ from robuq_bench.config.plan import BitsConfig, Plan
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import expand_user, read_text, sha256_file
+from robuq_bench.methods import SLOTS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ASSET_PREFIX = "asset:"
@@ -135,7 +136,8 @@ def validate(model: type[ModelT], values: Mapping[str, Any], origin: str) -> Mod
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(model, item, origin) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        lines = [_explain(model, item, origin, values) for item in items]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -260,6 +262,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     merged = {key: value for key, value in base.items() if key not in stale or key in over}
     for key, value in over.items():
         below = merged.get(key)
+        if key in SLOTS:  # a method's name is short for a table of nothing else
+            below, value = as_table(below), as_table(value)
         if key == "layers" and isinstance(below, list) and isinstance(value, list):
             merged[key] = _merge_rules(below, value)
         elif isinstance(value, Mapping) and isinstance(below, Mapping):
@@ -269,13 +273,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     return merged
 
 
+def as_table(value: Any) -> Any:
+    """The table that a slot's value means, where it is the name of a method."""
+    return {"method": value} if isinstance(value, str) and value != "none" else value
+
+
 def _merge_rules(base: list[Any], over: list[Any]) -> list[Any]:
-    named = {rule.get("name"): rule for rule in over if isinstance(rule, Mapping)}
+    changes: dict[str, Mapping[str, Any]] = {}
     known = {rule.get("name") for rule in base}
-    return [
-        *(rule for rule in over if not isinstance(rule, Mapping) or rule.get("name") not in known),
-        *(merge(rule, named.get(rule.get("name"), {})) for rule in base),
-    ]
+    new: list[Any] = []
+    for rule in over:
+        name = rule.get("name") if isinstance(rule, Mapping) else None
+        if isinstance(name, str) and name in known and name not in changes:
+            changes[name] = rule
+        else:  # also a second of one name, which the plan then refuses
+            new.append(rule)
+    return [*new, *(merge(rule, changes.get(rule.get("name"), {})) for rule in base)]
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -286,9 +299,9 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _explain(model: type[BaseModel], error: Any, origin: str) -> str:
+def _explain(model: type[BaseModel], error: Any, origin: str, values: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"] if part != "function-before"]
-    key = ".".join(location)
+    key = ".".join(_with_names(location, values))
     prefix = f"{origin}: {key}: " if key else f"{origin}: "
     if error["type"] == "extra_forbidden":
         return f"{prefix}unknown key{nearest_key(model, location)}"
@@ -303,6 +316,25 @@ def _explain(model: type[BaseModel], error: Any, origin: str) -> str:
         return f"{prefix}must be a section [{key}], got {error['input']!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{prefix}{message}, got {error['input']!r}"
+
+
+def _with_names(location: list[str], values: Any) -> list[str]:
+    """A place in `values` with what its tables are called instead of their numbers.
+
+    So it is `layers.block.weight`, which is also what `--set` calls it.
+    """
+    named: list[str] = []
+    for part in location:
+        inner = None
+        if isinstance(values, Mapping):
+            inner = values.get(part)
+        elif isinstance(values, list | tuple) and part.isdigit() and int(part) < len(values):
+            inner = values[int(part)]
+            name = inner.get("name") if isinstance(inner, Mapping) else None
+            part = name if isinstance(name, str) and name else part
+        named.append(part)
+        values = inner
+    return named
 
 
 def _near(error: Any) -> str:

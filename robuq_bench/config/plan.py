@@ -7,7 +7,7 @@ no slot, stays in full precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,9 @@ from robuq_bench.methods import (
     Method,
     RotationMethod,
     ScalingMethod,
+    Slot,
     WeightMethod,
+    method_class,
     read_method,
 )
 from robuq_bench.sections import (
@@ -81,7 +83,7 @@ class Rule(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=32)] = "layers"
     match: Strings = ("*",)
-    kind: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("block",)
+    kind: tuple[Kind, ...] = ("block",)
     fixed_bits: bool = False
     scaling: SerializeAsAny[ScalingMethod] | None = None
     rotation: SerializeAsAny[RotationMethod] | None = None
@@ -92,7 +94,11 @@ class Rule(Section):
     @field_validator("kind", "match", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value)
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError("must not be empty: the rule would fit no layer; leave it out")
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator(*SLOTS, mode="before")
     @classmethod
@@ -114,26 +120,23 @@ class Rule(Section):
         return kind in self.kind and matches(name, self.match)
 
 
-def _why_invalid(slot: str, values: Mapping[str, Any], error: ValidationError) -> str:
-    found = read_class(slot, values)
+def _why_invalid(slot: Slot, value: Any, error: ValidationError) -> str:
+    name = value if isinstance(value, str) else value["method"]
+    found = method_class(slot, name)
     fields = [key for key in found.model_fields if key not in ("method", "sha256")]
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(map(str, item["loc"]))
         if item["type"] == "extra_forbidden":
-            lines.append(f"method {values['method']!r} has no {key!r}{suggest(key, fields)}")
+            hint = suggest(key, fields) if fields else "; it has no parameters"
+            lines.append(f"method {name!r} has no {key!r}{hint}")
+        elif item["type"] == "missing":
+            lines.append(f"method {name!r} needs {key!r}; add it")
         elif item["type"] == "value_error":
             lines.append(str(item["ctx"]["error"]))
         else:
             lines.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
     return "; ".join(lines)
-
-
-def read_class(slot: str, values: Mapping[str, Any]) -> type[Method]:
-    """The class of a slot's table, which is known to name one."""
-    from robuq_bench.methods import method_class
-
-    return method_class(slot, values["method"])  # type: ignore[arg-type]
 
 
 class AttentionConfig(Section):
@@ -265,6 +268,25 @@ class Plan(Section):
         """What its methods read of calibration inputs."""
         return frozenset().union(*(method.needs for method in self.methods()))
 
+    def _check_choices(self, bits: BitsConfig) -> None:
+        """Refuse bits that nothing takes, or that a method has no grid for."""
+        found = [getattr(rule, bits.of) for rule in self.layers if not rule.fixed_bits]
+        methods = [each for each in found if each and "bits" in type(each).model_fields]
+        if not methods:
+            raise ValueError(
+                f"bits of {bits.of}s are to be allocated, but no rule without fixed_bits has a "
+                f"{bits.of} method with bits to choose"
+            )
+        for method in methods if bits.mean is not None else ():
+            for choice in bits.choices:
+                try:
+                    method.model_validate({**method.model_dump(), "bits": choice})
+                except ValidationError:
+                    raise ValueError(
+                        f"bits.choices: {bits.of} method {method.method!r} does not take {choice} "
+                        "bits; leave them out"
+                    ) from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         names = [rule.name for rule in self.layers]
@@ -286,9 +308,7 @@ class Plan(Section):
                     "ignored; leave it out, or choose a method"
                 )
         if self.bits is not None:
-            slot = self.bits.of
-            if not any(getattr(r, slot) is not None and not r.fixed_bits for r in self.layers):
-                raise ValueError(f"bits of {slot}s need a rule of layers with a {slot} method")
+            self._check_choices(self.bits)
         if self.train.steps == 0 and self.bits is not None and self.bits.steps:
             raise ValueError(
                 f"bits.steps = {self.bits.steps} QAT steps cannot come before the metric when "

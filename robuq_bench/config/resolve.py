@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import difflib
 import json
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import tomli_w
 from pydantic import Field
 
-from robuq_bench.config.files import (
-    keys_of,
-    load_plan,
-    load_workload,
-    parse_toml,
-    section_of,
-    sections_of,
-    validate,
-)
+from robuq_bench.config.files import load_plan, load_workload, parse_toml, validate
 from robuq_bench.config.identity import (
     INPUTS_OF_EVALUATION,
     INPUTS_OF_STUDIES,
@@ -30,7 +19,8 @@ from robuq_bench.config.identity import (
     identify_evaluation,
     identify_input,
 )
-from robuq_bench.config.older import NEW_NAMES, modern_plan
+from robuq_bench.config.older import modern_plan
+from robuq_bench.config.overrides import apply_overrides, refuse_unknown
 from robuq_bench.config.plan import Plan
 from robuq_bench.config.studies import (
     STUDY_SETTINGS,
@@ -43,9 +33,8 @@ from robuq_bench.config.studies import (
     default_settings,
 )
 from robuq_bench.config.workload import Workload
-from robuq_bench.errors import ConfigError, suggest
+from robuq_bench.errors import ConfigError
 from robuq_bench.files import sha256_bytes
-from robuq_bench.methods import SLOTS
 from robuq_bench.sections import Name, Section, none_word
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
@@ -66,8 +55,6 @@ _STEPS_OF_STUDIES = {
     "normality": "qat_steps",
     "sensitivity": "qat_steps",
 }
-
-Override = tuple[str, list[str], Any]  # "plan", "workload" or the study, key path, value
 
 
 class Config(Section):
@@ -105,6 +92,7 @@ def resolve(
         ConfigError: unknown name or key, invalid value, or seed out of range.
         CheckpointError: the teacher's folder does not say which file is meant.
     """
+    refuse_unknown(study, overrides)
     parts: dict[str, dict[str, Any]] = {
         "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
         "workload": _dump(workload if isinstance(workload, Workload) else load_workload(workload)),
@@ -112,14 +100,7 @@ def resolve(
     settings = default_settings(study)
     if settings is not None:
         parts[study] = settings
-    for text in overrides:
-        # Digests last, whatever the order they are given in.
-        if text.partition("=")[0].strip().endswith("sha256"):
-            continue
-        _override(parts, _parse_override(text, study, parts["plan"]))
-    for text in overrides:
-        if text.partition("=")[0].strip().endswith("sha256"):
-            _override(parts, _parse_override(text, study, parts["plan"]))
+    apply_overrides(parts, study, overrides)
     origin = "--set" if overrides else "config"
     bits = parts["plan"]["bits"]
     if isinstance(bits, dict) and none_word(bits.get("path")):
@@ -154,27 +135,6 @@ def resolve(
         sensitivity_steps(config)  # refuses here what would show only after the training
     _check_steps(config)
     return config
-
-
-def _override(parts: dict[str, dict[str, Any]], override: Override) -> None:
-    """Set one key of the parts of a config, in place."""
-    part, keys, value = override
-    target: Any = parts[part]
-    for key in keys[:-1]:
-        inner = target.get(key) if isinstance(target, dict) else rule_named(target, key)
-        if inner is None:  # a section that may be absent begins with its first key
-            inner = target[key] = {}
-        target = inner
-    target[keys[-1]] = value
-    # A digest belongs to the file it was given for.
-    if keys[-1] in ("path", "checkpoint", "source") and "sha256" in target:
-        target["sha256"] = None if keys[:-1] == ["data"] else ""
-    if f"{keys[-1]}_sha256" in target:
-        target[f"{keys[-1]}_sha256"] = None if part == "workload" else ""
-    if part == "plan" and keys[-1] == "method" and len(keys) == 4:
-        # Parameters belong to their method.
-        target.clear()
-        target["method"] = value
 
 
 def _check_steps(config: Config) -> None:
@@ -300,119 +260,3 @@ def _none_as_word(value: Any) -> Any:
 
 def _dump(part: Plan | Workload) -> dict[str, Any]:
     return part.model_dump(mode="json")
-
-
-def _parse_override(text: str, study: str, plan: dict[str, Any]) -> Override:
-    if text.encode("utf-8", "ignore").decode() != text:
-        # Bytes of a file name; neither config.toml nor the manifest could hold them.
-        raise ConfigError(f"--set {text!a}: is not UTF-8 text; rename that file or folder")
-    key, equals, value = text.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise ConfigError(f"--set {text}: expected section.key=value, e.g. training.steps=2000")
-    part, _, inner = key.partition(".")
-    models = _overridable(study)
-    known = {name: keys_of(model) for name, model in models.items()}
-    known["plan"] = [key for key in known["plan"] if key != "layers"] + rule_keys(plan)
-    if part in known and inner in known[part]:
-        return part, inner.split("."), _parse_value(value, models[part], inner)
-    owners = [owner for owner, keys in known.items() if key in keys]
-    if len(owners) > 1:
-        full = " or ".join(f"{owner}.{key}" for owner in owners)
-        raise ConfigError(f"--set {key}: is a key of both; write {full}")
-    if owners:
-        return owners[0], key.split("."), _parse_value(value, models[owners[0]], key)
-    if key.removeprefix("plan.") in NEW_NAMES:
-        raise ConfigError(f"--set {key}: is now {NEW_NAMES[key.removeprefix('plan.')]}")
-    raise ConfigError(f"--set {key}: {_why_unknown(key, known, models)}")
-
-
-def rule_named(rules: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The rule of a plan's `layers` that has this name."""
-    return next(rule for rule in rules if rule["name"] == name)
-
-
-def rule_keys(plan: dict[str, Any]) -> list[str]:
-    """What `--set` can set of a plan's rules: layers.RULE.KEY and layers.RULE.SLOT.PARAMETER."""
-    keys: list[str] = []
-    for rule in plan["layers"]:
-        for key, value in rule.items():
-            keys.append(f"layers.{rule['name']}.{key}")
-            if isinstance(value, dict):
-                keys += [f"layers.{rule['name']}.{key}.{inner}" for inner in value]
-            elif key in SLOTS:
-                keys.append(f"layers.{rule['name']}.{key}.method")
-    return keys
-
-
-def _overridable(study: str) -> dict[str, type[Section]]:
-    models: dict[str, type[Section]] = {"workload": Workload, "plan": Plan}
-    if study in STUDY_SETTINGS:
-        models[study] = STUDY_SETTINGS[study]
-    return models
-
-
-def _why_unknown(key: str, known: dict[str, list[str]], models: dict[str, type[Section]]) -> str:
-    part, _, inner = key.partition(".")
-    if key in known:
-        return f"is a section, not a key; its keys: {', '.join(known[key])}"
-    bare = inner if part in known else key
-    for owner, model in models.items():
-        if bare in sections_of(model):
-            inside = [full for full in known[owner] if full.startswith(f"{bare}.")]
-            return f"is a section, not a key; its keys: {', '.join(inside)}"
-    every = list(dict.fromkeys(key for keys in known.values() for key in keys))
-    if difflib.get_close_matches(bare, every, n=1, cutoff=0.8):
-        return f"unknown key{suggest(bare, every)}"
-    section, _, last = bare.rpartition(".")
-    same = [full for full in every if full.rpartition(".")[2] == last]
-    if same:
-        return f"unknown key; did you mean {' or '.join(map(repr, same))}?"
-    inside = [full for full in every if section and full.startswith(f"{section}.")]
-    if inside:
-        return f"unknown key; known there: {', '.join(inside)}"
-    sections = {full.rpartition(".")[0] for full in every if "." in full}
-    return f"unknown key{suggest(section or last, sections)}"
-
-
-def _parse_value(text: str, model: type[Section], key: str) -> Any:
-    """A TOML value where `text` is exactly one, else the text itself (dates stay text).
-
-    A field that holds text takes it as typed, so that a folder may be called 2024; quotes around
-    the whole are TOML's.
-    """
-    text = text.strip()
-    if "\n" in text:
-        return text
-    try:
-        value = parse_toml(f"value = {text}")["value"]
-    except ValueError:
-        return text
-    if isinstance(value, str) and not text.startswith("#"):
-        return value
-    is_date = isinstance(value, datetime.date | datetime.time)
-    return text if is_date or text.startswith("#") or _is_text(model, key) else value
-
-
-def _is_text(model: type[Section], key: str) -> bool:
-    """Whether the field `key` of a model holds text (or nothing) and nothing else."""
-    *sections, last = key.split(".")
-    if sections[:1] == ["layers"] and model is Plan:
-        return last in ("name", "method")
-    for name in sections:
-        found = section_of(model.model_fields[name].annotation)
-        model = model if found is None else found  # type: ignore[assignment]
-    annotation = model.model_fields[last].annotation
-    is_union = get_origin(annotation) in (Union, types.UnionType)
-    options = get_args(annotation) if is_union else (annotation,)
-    return all(
-        option in (str, types.NoneType)
-        or (get_origin(option) is Literal and all(isinstance(a, str) for a in get_args(option)))
-        for option in options
-    )
-
-
-def quoted(text: str) -> str:
-    """`text` as a TOML string: what `--set KEY=...` takes literally, whatever it holds."""
-    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -51,6 +52,8 @@ BASES: dict[Slot, type[Method]] = {
     "activation": ActivationMethod,
 }
 _FOLDERS: dict[Slot, str] = {slot: "branches" if slot == "branch" else f"{slot}s" for slot in SLOTS}
+_LOG = logging.getLogger(__name__)
+
 _registered: dict[tuple[Slot, str], type[Method]] = {}
 
 MethodT = TypeVar("MethodT", bound=type[Method])
@@ -129,7 +132,7 @@ def read_method(slot: Slot, values: Any) -> Method | None:
         values = {"method": values}
     if not isinstance(values, Mapping) or not isinstance(values.get("method"), str):
         raise ConfigError(
-            f'a {slot} is "none", or a table with a method: {slot} = '
+            f'write "none", or a table with a method, such as {slot} = '
             f'{{ method = "{method_names(slot)[0]}" }}'
         )
     if values["method"] == "none":
@@ -137,10 +140,32 @@ def read_method(slot: Slot, values: Any) -> Method | None:
             raise ConfigError(f'{slot} method "none" has no parameters')
         return None
     found = method_class(slot, values["method"])
-    if ":" in values["method"] and not values.get("sha256"):
-        source = inspect.getsourcefile(found)
-        values = {**values, "sha256": sha256_file(Path(source)) if source else ""}
+    if values["method"] not in _packaged(slot):
+        values = {**values, "sha256": _source_digest(found, values)}
     return found.model_validate(dict(values))
+
+
+def _source_digest(method: type[Method], values: Mapping[str, Any]) -> Any:
+    """SHA-256 of the file that a method from outside is in; a stated one is kept.
+
+    What a notebook defines is in no file, and has none.
+    """
+    try:
+        source = Path(inspect.getsourcefile(method) or "")
+        digest = sha256_file(source) if source.is_file() else ""
+    except (OSError, TypeError):  # TypeError is how `inspect` says "no file"
+        digest = ""
+    stated = values.get("sha256")
+    if stated in (None, "", "none"):
+        return digest
+    if stated != digest:
+        # An error would make old runs unreadable.
+        _LOG.warning(
+            "method %r: its source is not the one this plan was written with; it computes as the "
+            "new one does",
+            values["method"],
+        )
+    return stated
 
 
 @functools.cache
