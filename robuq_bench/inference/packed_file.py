@@ -225,13 +225,10 @@ def size_table(path: Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     tensors, header = _read(path)
-    parts = dict.fromkeys(
-        ("ternary codes", "scales", "low-rank branch", "signs", "biases of packed layers", "rest"),
-        0,
-    )
+    parts = dict.fromkeys(_ROWS, 0)
     for name, tensor in tensors.items():
-        part = _part_of(name, header)
-        parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
+        parts[_part_of(name, header)] += tensor.numel() * tensor.element_size()
+    parts = {part: count for part, count in parts.items() if count or part not in _OPTIONAL_ROWS}
     size = path.stat().st_size
     parts["header (names, configuration)"] = size - sum(parts.values())
     full_precision = 4 * header.parameters
@@ -245,6 +242,18 @@ def size_table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+_ROWS = (
+    "ternary codes",
+    "uniform codes",
+    "scales",
+    "zero points",
+    "low-rank branch",
+    "signs",
+    "other slots",
+    "biases of packed layers",
+    "rest",
+)
+_OPTIONAL_ROWS = ("uniform codes", "zero points", "other slots")
 _PARTS = {
     "scale": "scales",
     "zero": "zero points",

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.config import Plan, load_plan
-from robuq_bench.config.workload import ModelConfig
+from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
 from robuq_bench.inference import PackedLinear, export_packed, load_packed, pack_
 from robuq_bench.inference import prepare_for_inference as prepare
@@ -21,7 +20,6 @@ from robuq_bench.inference.packed_uniform import PackedUniform
 from robuq_bench.methods import SLOTS, is_packaged, method_names, register_method
 from robuq_bench.methods.base import ActivationMethod, WeightMethod
 from robuq_bench.methods.weights._ternary import TernaryMethod
-from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.runs.checkpoints import read_safetensors
 
@@ -181,28 +179,6 @@ def test_a_layer_of_a_real_width(tmp_path: Path) -> None:
     assert rows["total"]["fp32_bytes"] == 4 * (3456 * 1152 + 3456)
     loaded, _ = load_packed(path, into=linear)
     assert torch.equal(loaded(x), expected)
-
-
-@pytest.mark.parametrize("name", ["rtn-w4a4", "quarot-w4a4"])
-@torch.no_grad()
-def test_the_packaged_plans_pack_a_dit(
-    teacher: DiT, model_config: ModelConfig, inputs: tuple[Tensor, ...], tmp_path: Path, name: str
-) -> None:
-    plan, path = load_plan(name), tmp_path / "m.safetensors"
-    model = quantize_(copy.deepcopy(teacher), plan, calibration=[inputs]).eval()
-    expected = model(*inputs)
-    export_packed(pack_(model), path, plan=plan, model_config=model_config)
-    loaded, facts = load_packed(path)
-    assert torch.equal(loaded(*inputs), expected)
-    assert facts["bits_by_layer"]["blocks.0.mlp.fc1"] == 4
-    shown = describe(path)
-    assert shown["mean_weight_bits"] == dict.fromkeys(("qkv", "proj", "fc1", "fc2", "adaLN"), 4)
-    assert shown["mean_activation_bits"]["adaLN"] == 8
-    for backend in ("integer", "triton"):
-        with pytest.raises(UsageError, match=r"layer 'blocks\.0\..*activation method 'rtn' is not"):
-            prepare(loaded, backend)
-    prepared = prepare(loaded, "reference", torch.float32)
-    assert torch.equal(prepared(*inputs), expected)
 
 
 def test_other_backends_refuse_uniform_codes_by_method() -> None:

@@ -18,8 +18,8 @@ from robuq_bench.inference import PackedLinear, pack_, prepare_for_inference
 from robuq_bench.inference.fused_blocks import FusedBlocks
 from robuq_bench.inference.packed_linear import packed_layers
 from robuq_bench.inference.prepare import weight_bytes
-from robuq_bench.models.dit import DiT
 from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
