@@ -98,3 +98,5 @@ def test_the_account_predicts_every_byte(
     assert rows["biases of packed layers"] + rows["rest"] == said["rest_bytes"]
     total = said["total_bytes"] + rows["header (names, configuration)"]
     assert rows["total"] == total == path.stat().st_size
+    parameters = sum(p.numel() for p in DiT.from_config(model_config).parameters())
+    assert table[-1]["fp32_bytes"] == 4 * parameters, "of the model before packing"

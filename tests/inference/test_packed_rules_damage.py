@@ -19,6 +19,8 @@ from robuq_bench.config import Plan
 from robuq_bench.errors import CheckpointError
 from robuq_bench.inference import export_packed, load_packed, pack_
 from robuq_bench.inference.packed_file import _digest, describe, size_table
+from robuq_bench.methods import register_method
+from robuq_bench.methods.weights.rtn import Rtn
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.runs.checkpoints import read_safetensors, save_tensors
 
@@ -215,6 +217,18 @@ def test_a_file_names_no_code_to_import(
     with pytest.raises(CheckpointError, match="a method from outside the suite"):
         load_packed(path, into=make())
     assert "evil_plan" not in sys.modules
+
+
+def test_a_method_registered_in_this_process_is_none_of_the_file(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robuq_bench.methods._registered", {})
+    register_method("mine", Rtn)
+    path, content = tmp_path / "m.safetensors", read_safetensors(exported)
+    rule(0, "weight", {"method": "mine", "bits": 3, "group": 4, "symmetric": False})(content)
+    write(path, content)
+    with pytest.raises(CheckpointError, match="weight method 'mine' is not one of the suite"):
+        load_packed(path, into=make())
 
 
 # Values of every JSON type, and words that mean something to a reader.
