@@ -301,9 +301,8 @@ def _group(members: list[RunData], by_id: Mapping[str, RunData]) -> Group:
     for run in members:
         by_plan.setdefault(_canonical(_row_config(run)), []).append(run)
     rows = [_row(runs) for _, runs in sorted(by_plan.items())]
-    differ = differences([_row_config(row.runs[0]) for row in rows])
-    for row, differs in zip(rows, differ, strict=True):
-        row.differs = differs
+    for row, text in zip(rows, differences([_row_config(r.runs[0]) for r in rows]), strict=True):
+        row.differs = text
     teacher = _teacher_row(members, by_id)
     rows = [row for row in rows if not _is_teacher(row, teacher)]
     starts = {
@@ -324,11 +323,8 @@ def _group(members: list[RunData], by_id: Mapping[str, RunData]) -> Group:
 
 def _row_config(run: RunData) -> dict[str, Any]:
     plan = {k: v for k, v in run.plan.items() if k not in ("description", "expected")}
-    training = {
-        key: value
-        for key, value in section(run.workload, "training").items()
-        if key not in ("checkpoint_every_steps", "log_every_steps")
-    }
+    skipped = ("checkpoint_every_steps", "log_every_steps")
+    training = {k: v for k, v in section(run.workload, "training").items() if k not in skipped}
     return {**plan, "training": training}
 
 
@@ -391,15 +387,12 @@ def _is_teacher(row: Row, teacher: Row) -> bool:
 
 def _row_rank(row: Row) -> tuple[Any, ...]:
     has_bits = any("activation" in rule for rule in row.plan.get("layers", []))
-    bits = row.bits if has_bits else math.inf
-    order = -(bits if bits is not None else 0)
-    return (order, FAMILIES.index(row.family), row.is_ptq, row.label)
+    bits = (row.bits or 0) if has_bits else math.inf
+    return (-bits, FAMILIES.index(row.family), row.is_ptq, row.label)
 
 
 def _metric_rank(name: str) -> tuple[int, str]:
-    base = stem(name)
-    rank = _METRIC_ORDER.index(base) if base in _METRIC_ORDER else len(_METRIC_ORDER)
-    return (rank, name)
+    return ([*_METRIC_ORDER, stem(name)].index(stem(name)), name)
 
 
 def _canonical(value: object) -> str:

@@ -156,11 +156,8 @@ def plans_table(group: Group) -> Table:
     """What each plan does, read from its settings; parts that few have only where one does."""
     recipes = [(row, recipe(row.plan)) for row in group.rows]
     absent = {"scaling": "none", "other layers": FULL_PRECISION}
-    names = [
-        name
-        for name in (recipes[0][1] if recipes else ())
-        if any(parts[name] != absent.get(name) for _, parts in recipes)
-    ]
+    used = {k for _, parts in recipes for k, text in parts.items() if text != absent.get(k)}
+    names = [name for name in (recipes[0][1] if recipes else ()) if name in used]
     columns = [Column(name, is_number=False) for name in ("plan", *names, "QAT steps")]
     table = Table(f"What each plan on {group.title} does", columns)
     for row, parts in recipes:
@@ -194,9 +191,7 @@ def layer_type_table(group: Group, bits: float, published: Mapping[str, float]) 
         Column("difference"),
     ]
     table = Table(f"Mean activation bits per layer type: {row.label} on {group.title}", columns)
-    names = sorted(
-        by_type, key=lambda n: (_TYPE_ORDER.index(n) if n in _TYPE_ORDER else len(_TYPE_ORDER), n)
-    )
+    names = sorted(by_type, key=lambda name: ([*_TYPE_ORDER, name].index(name), name))
     for name in names:
         values = by_type[name]
         mean = math.fsum(values) / len(values)
@@ -212,8 +207,8 @@ def layer_type_table(group: Group, bits: float, published: Mapping[str, float]) 
                 else text_cell(signed(mean - paper)),
             ]
         )
-    seeds = listing(f"seed {run.seed}" for run in row.runs)
-    table.note = f"Training {seeds}. The mean counts layers equally."
+    listed = listing(f"seed {run.seed}" for run in row.runs)
+    table.note = f"Training {listed}. The mean counts layers equally."
     return table
 
 
@@ -239,15 +234,13 @@ def accounting_table(group: Group) -> Table:
         record, href = run.first("accounting"), f"#{run.anchor}"
         with_rotation = _ratio(record.get("compute_reduction_with_rotation"))
         blocks = section(section(record, "bits_by_kind"), "block")  # not in older records
-        stored_weight, stored_activation = (
-            significant(float(blocks[name]), 3) if name in blocks else ""
-            for name in ("effective_weight_bits", "effective_activation_bits")
-        )
-        if record.get("weight_bits") is None and "weight_bits" in blocks:  # layers differ
-            record = {**record, "weight_bits": blocks["weight_bits"]}
+        exact = {name: significant(float(v), 3) for name, v in blocks.items()}
+        weight, inputs = (exact.get(f"effective_{x}_bits", "") for x in ("weight", "activation"))
+        # Where layers differ there are no bits of all, but a mean.
+        record = {**blocks, **{key: v for key, v in record.items() if v is not None}}
         for name, render, sub in (
-            ("weight_bits", lambda v: significant(v, 3), stored_weight),
-            ("mean_activation_bits", lambda v: significant(v, 4), stored_activation),
+            ("weight_bits", lambda v: significant(v, 3), weight),
+            ("mean_activation_bits", lambda v: significant(v, 4), inputs),
             ("bit_ops", count_text, ""),
             ("effective_flops", count_text, ""),
             ("compute_reduction", lambda v: f"{significant(v, 3)}×", with_rotation),

@@ -84,7 +84,8 @@ def test_a_finished_run_is_exported_with_its_allocation(
 def test_random_weights_need_no_teacher(bench: Bench) -> None:
     arguments = (
         "export", "a2", "--on", "imagenet256", "--random-weights", "--quiet", "--json",
-        "--set", "model.depth=1", "--set", "layers.block.branch.rank=16", "--storage", "base3/fp16/fp16",
+        "--set", "model.depth=1", "--set", "layers.block.branch.rank=16",
+        "--storage", "base3/fp16/fp16",
     )  # fmt: skip
     code, out, err = bench(*arguments, "-o", "m.safetensors")
     assert code == 0, err
@@ -100,6 +101,7 @@ def test_random_weights_need_no_teacher(bench: Bench) -> None:
     [
         (["export", "a22"], 2, "'a22' is neither a run nor a plan; did you mean 'a2'?"),
         (["export", "fp"], 2, "plan 'fp' is full precision; there is nothing to pack"),
+        (["export", "quarot-w4a4"], 2, "run `train-and-eval --plan quarot-w4a4` and export that"),
         (["export", "a2", "--on", "imagenet256"], 4, "has no teacher checkpoint"),
         (["export", "a2", "-o", "."], 2, ". is a folder; -o names the file to write"),
         (["export", "a2", "--storage", "base3"], 2, "'base3' is not CODES/LOW_RANK/REST"),
@@ -146,6 +148,35 @@ def test_a_plan_that_allocates_bits_says_that_it_has_none_yet(
     code, out, _ = bench("packed", "model.safetensors")
     assert code == 0
     assert "'qkv': 4.0" in out
+
+
+@pytest.mark.parametrize("of", ["activation", "weight"])
+def test_a_plan_whose_bits_are_in_a_file_is_converted_at_these(
+    tiny_workload: Path, tmp_path: Path, of: str
+) -> None:
+    from robuq_bench.config import load_plan, resolve
+    from robuq_bench.context import Context
+    from robuq_bench.models.checkpoints import load_teacher
+    from robuq_bench.progress import Progress
+    from robuq_bench.quantization.convert import quantized_layers
+    from studies.export_packed import convert
+
+    kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    names = [f"blocks.{i}.{kind}" for i in range(2) for kind in kinds]
+    bits = {name: 3 + index % 4 for index, name in enumerate(names)}
+    (tmp_path / "bits.json").write_text(json.dumps(bits))
+    (tmp_path / "plan.toml").write_text(
+        f'extends = "rtn-w4a4"\n[bits]\nof = "{of}"\npath = "{tmp_path / "bits.json"}"\n'
+    )
+    config = resolve("export", "1", load_plan(tmp_path / "plan.toml"), tiny_workload)
+    model, _ = load_teacher(config.workload, "cpu")
+    context = Context(device="cpu", threads=1, progress=Progress(quiet=True), argv=[])
+    convert(model, config, context)
+    layers = quantized_layers(model)
+    found = {name: (layers[name].methods["weight"].bits, layers[name].activation_bits)
+             for name in names}  # fmt: skip
+    expected = {name: (4, b) if of == "activation" else (b, 4) for name, b in bits.items()}
+    assert found == expected
 
 
 def test_triton_without_its_interpreter_is_missing_hardware(

@@ -225,7 +225,7 @@ def tensor_file(path: Path, content: int) -> Path:
     [
         ("toy", "data.path", "data.sha256"),
         ("toy", "teacher.checkpoint", "teacher.sha256"),
-        ("toy", "allocation.path", "allocation.sha256"),
+        ("toy", "bits.path", "bits.sha256"),
         ("toy", "evaluation.features", "evaluation.features_sha256"),
         ("toy", "evaluation.reference", "evaluation.reference_sha256"),
         ("toy", "evaluation.vae", "evaluation.vae_sha256"),
@@ -240,7 +240,7 @@ def test_a_digest_that_is_said_to_be_none_is_found_out(
     """A dry run prints "none"; copied back, it must not stand for whatever the path holds."""
     extra = {
         "data.path": ["data.source=latents"],
-        "allocation.path": ["allocation.method=file", "allocation.mean_bits=none"],
+        "bits.path": ["bits.mean=none"],
     }.get(key, [])
     file = tensor_file(tmp_path / "a.safetensors", 0)
     path = tmp_path if key in ("data.path", "normality.captured") else file

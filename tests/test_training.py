@@ -152,7 +152,8 @@ class Branched(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(4))
-        self.branch = LowRankBranch(torch.zeros(4, 1), torch.zeros(1, 4))
+        self.layer = nn.Module()
+        self.layer.branch = LowRankBranch(torch.zeros(4, 1), torch.zeros(1, 4))
 
     def drop_labels(self, y: Tensor, uniform: Tensor) -> Tensor:
         return y
@@ -162,7 +163,7 @@ def branched(rate: float | None) -> tuple[Trainer, list[float]]:
     trainer = Trainer(Branched(), TinyRecipe(weight_decay=0.0), "cpu", rate)
 
     def loss(model: nn.Module, batch: object) -> dict[str, Tensor]:
-        return {"loss": torch.stack(list(model.parameters())).sum()}
+        return {"loss": torch.cat([p.flatten() for p in model.parameters()]).sum()}
 
     source = tiny_source(trainer.model)  # type: ignore[arg-type]
     return trainer, [row["learning_rate"] for row in trainer.train(source, loss, 6)]
@@ -175,7 +176,7 @@ def test_the_branch_has_its_own_learning_rate() -> None:
     assert_same(weights(shared), weights(same))
     assert own_rates == rates  # what is logged is the main rate
     assert torch.equal(own.parameters["weight"], shared.parameters["weight"])
-    for name in ("branch.up", "branch.down"):
+    for name in ("layer.branch.up", "layer.branch.down"):
         ratio = own.parameters[name] / shared.parameters[name]
         assert ((ratio > 0.099) & (ratio < 0.102)).all()  # Adam's steps are as long as its rate
     resumed = Trainer(Branched(), TinyRecipe(weight_decay=0.0), "cpu", 1e-3)
@@ -185,12 +186,12 @@ def test_the_branch_has_its_own_learning_rate() -> None:
 
 def test_a_checkpoint_of_older_code_called_the_branch_otherwise() -> None:
     trainer, _ = branched(1e-3)
-    renamed = {"branch.up": "low_rank_up", "branch.down": "low_rank_down"}
+    renamed = {"layer.branch.up": "layer.low_rank_up", "layer.branch.down": "layer.low_rank_down"}
     old = {}
     for key, value in weights(trainer).items():
         part, _, name = key.rpartition("/")
         old[f"{part}/{renamed.get(name, name)}"] = value
-    assert len(old.keys() - weights(trainer).keys()) == 2 * 4  # model, EMA and two moments
+    assert len(old.keys() - weights(trainer).keys()) == 2 * 5  # model, EMA, steps, moments
     resumed = Trainer(Branched(), TinyRecipe(weight_decay=0.0), "cpu", 1e-3)
     resumed.load_state(6, old, "memory")
     assert_same(weights(resumed), weights(trainer))

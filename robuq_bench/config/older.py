@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from robuq_bench.config.plan import BOTH
 from robuq_bench.errors import suggest
 from robuq_bench.sections import none_word
 
@@ -134,6 +135,9 @@ def _rules(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     adaln, layers = plan.get("adaln", {}), plan.get("layers", {})
     quantizer = activations.get("quantizer", "none")
     block_weight = weights.get("quantizer", "none")
+    bits = activations.get("bits", 8)
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"activations.bits must be 1 to 8, got {bits!r}")
     adaln_bits = none_word(adaln.get("activation_bits", "none"))
     adaln_weight = adaln.get("weight_quantizer", "none")
     is_quantized = adaln_weight != "none" or adaln_bits is not None
@@ -154,7 +158,7 @@ def _rules(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     block = {
         "weight": {"method": block_weight},
-        "activation": _activation(quantizer, activations.get("bits", 8)),
+        "activation": _activation(quantizer, bits),
     }
     modulation = {
         "fixed_bits": True,
@@ -236,11 +240,7 @@ def _by_pattern(plan: Mapping[str, Any], rule: dict[str, Any]) -> list[dict[str,
 
 
 def _both(a: list[str], b: list[str]) -> list[str]:
-    """Patterns of the names that match one of `a` and one of `b`.
-
-    Raises:
-        ValueError: no list of patterns says that.
-    """
+    """Patterns of the names that match one of `a` and one of `b`."""
     if a == b:
         return a
     found: list[str] = []
@@ -251,10 +251,7 @@ def _both(a: list[str], b: list[str]) -> list[str]:
             elif _covers(one, other):
                 found.append(other)
             elif not _are_apart(one, other):
-                raise ValueError(
-                    f"patterns {one!r} and {other!r} of the older schema cannot be joined; write "
-                    "the plan as [[layers]]"
-                )
+                found.append(f"{one}{BOTH}{other}")
     return list(dict.fromkeys(found))
 
 

@@ -63,22 +63,30 @@ SOLVERS = (
 )
 
 
+BOTH = " & "
+"""Between two patterns in one, both of which a name has to match."""
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether an fnmatch pattern matches `name` or what follows one of its dots.
 
-    So a wrapper ("module.", "_orig_mod.", "dit.") changes nothing.
+    So a wrapper ("module.", "_orig_mod.", "dit.") changes nothing. "blocks.3.* & *.fc1" matches
+    where both of its patterns do.
     """
     parts = name.split(".")
     suffixes = [".".join(parts[start:]) for start in range(len(parts))]
-    return any(fnmatchcase(suffix, pattern) for pattern in patterns for suffix in suffixes)
+    return any(
+        all(any(fnmatchcase(s, part) for s in suffixes) for part in pattern.split(BOTH))
+        for pattern in patterns
+    )
 
 
 class Rule(Section):
     """What fills the slots of the layers that it fits; "none" or no entry leaves a slot empty.
 
     `name` is what `extends` and `--set layers.NAME...` call the rule by. `match` are fnmatch
-    patterns, each matching a layer's name from any of its components on. `fixed_bits` keeps the
-    layers out of the allocation of `[bits]`.
+    patterns, each matching a layer's name from any of its components on ("A & B": both patterns
+    do). `fixed_bits` keeps the layers out of the allocation of `[bits]`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=32)] = "layers"
@@ -281,7 +289,7 @@ class Plan(Section):
             for choice in bits.choices:
                 try:
                     method.model_validate({**method.model_dump(), "bits": choice})
-                except ValidationError:
+                except (ValidationError, ConfigError):
                     raise ValueError(
                         f"bits.choices: {bits.of} method {method.method!r} does not take {choice} "
                         "bits; leave them out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,24 @@ def move_aside(path: Path) -> None:
     _LOG.warning("the earlier run was moved to %s", target)
 
 
+def run_folder(root: Path, config: Config) -> Path:
+    """Return the folder that belongs to a config; equal configs share it.
+
+    A run of older code whose config says the same in the older schema is the same run.
+    """
+    start = f"{config.plan.name}-{config.workload.name}-"
+    path = root / config.study / f"{start}{config_hash(config)[:12]}"
+    if path.exists():
+        return path
+    older = (p for p in sorted(path.parent.glob(f"{glob.escape(start)}*")) if is_run_of(p, config))
+    return next(older, path)
+
+
 def is_run_of(path: Path, config: Config) -> bool:
     """Whether a folder holds the config `config` in the words of an older schema."""
     file = path / CONFIG
+    if REPLACED in path.name:
+        return False
     try:
         text = file.read_text("utf-8")
         is_older = is_old(parse_toml(text).get("plan", {}))

@@ -10,7 +10,6 @@ beside the folder, so that `--force` can move the folder aside while it is held.
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 import filelock
 
-from robuq_bench.config import Config, config_from_toml, config_hash, to_toml
+from robuq_bench.config import Config, config_from_toml, to_toml
 from robuq_bench.errors import CheckpointError, RobuqError
 from robuq_bench.files import (
     append_durably,
@@ -43,6 +42,7 @@ from robuq_bench.runs.opening import (
     load_or_create_manifest,
     move_aside,
     recover_results,
+    run_folder,
 )
 from robuq_bench.runs.run_files import (
     CHECKPOINTS,
@@ -65,19 +65,6 @@ __all__ = ["Run", "RunSummary", "list_runs", "open_existing", "run_folder", "ver
 
 _LOG = logging.getLogger(__name__)
 _RESERVED = frozenset({CONFIG, DONE, MANIFEST, RESULTS})
-
-
-def run_folder(root: Path, config: Config) -> Path:
-    """Return the folder that belongs to a config; equal configs share it.
-
-    A run of older code whose config says the same in the older schema is the same run.
-    """
-    start = f"{config.plan.name}-{config.workload.name}-"
-    path = root / config.study / f"{start}{config_hash(config)[:12]}"
-    if path.exists():
-        return path
-    older = (p for p in sorted(path.parent.glob(f"{glob.escape(start)}*")) if is_run_of(p, config))
-    return next(older, path)
 
 
 class Run:
@@ -138,6 +125,11 @@ class Run:
         try:
             if force:
                 move_aside(path)
+                if run_folder(root, config) != path:  # it had its name from older code
+                    lock.release()
+                    return cls.open(
+                        root, config, argv, wait_s=wait_s, device=device, threads=threads
+                    )
             elif (path / DONE).exists():  # finished while this process waited for the lock
                 lock.release()
                 return cls._open_done(path, config)

@@ -129,8 +129,11 @@ def with_nan(value: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change("plan", "fancy", 1), "plan: fancy: unknown key"),
-        (change("plan", "activations", {"bits": 99}), r"plan: activations\.bits"),
+        (change("plan", "fancy", 1), "plan is damaged: fancy: unknown key"),
+        (
+            change("plan", "activations", {"bits": 99}),
+            r"plan is damaged: activations\.bits must be 1 to 8",
+        ),
         (put("plan", "{"), "plan is not JSON"),
         (put("plan", "[]"), "plan is not a JSON object"),
         (put("plan", "[" * 100_000), "plan is not JSON"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import changed, like, of
 from torch import Tensor, nn
 
 from robuq_bench.accounting.account import packing_table
@@ -219,10 +220,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
 
 
 def test_weights_kept_in_full_precision_cannot_be_packed(student: Student) -> None:
-    plan = load_plan("a4").model_copy(
-        update={"weights": load_plan("a4").weights.model_copy(update={"quantizer": "none"})}
-    )
-    model, _ = student(plan)
+    model, _ = student(changed("a4", "block", weight="none"))
     with pytest.raises(UsageError, match=r"blocks\.0\.attn\.qkv.*quantizes its activations"):
         pack_(model)
 
@@ -299,9 +297,8 @@ def test_random_weights_have_the_sizes_of_real_ones(
 
 def test_a_branch_can_be_kept_to_some_layers(student: Student) -> None:
     plan = load_plan("a4")
-    only_mlp = plan.model_copy(
-        update={"low_rank": plan.low_rank.model_copy(update={"layers": ("*mlp*",)})}
-    )
+    mlp = like(of(plan, "block"), name="mlp", match="*mlp*")
+    only_mlp = changed(changed(plan, rank=0), first=[mlp])
     ranks = {name: layer.rank for name, layer in packed_layers(pack_(student(only_mlp)[0])).items()}
-    assert {rank for name, rank in ranks.items() if "mlp" in name} == {plan.low_rank.rank}
+    assert {rank for name, rank in ranks.items() if "mlp" in name} == {8}
     assert {rank for name, rank in ranks.items() if "mlp" not in name} == {0}

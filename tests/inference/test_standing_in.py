@@ -267,13 +267,20 @@ def test_parameters_say_dtype_and_device() -> None:
 
 def test_the_state_dict_holds_what_it_held() -> None:
     packed = pack_(quantized(nn.Linear(16, 24)))
-    names = {"planes", "scale", "weight_sums", "bias", "low_rank_up", "low_rank_down", "signs"}
-    assert packed.state_dict().keys() == names | {"activation_bits"}
+    names = {"planes", "scale", "weight_sums", "bias", "branch.up", "branch.down"}
+    assert packed.state_dict().keys() == names | {"rotation.signs", "activation_bits"}
     packed.activation_bits = 3
     other = pack_(quantized(nn.Linear(16, 24)))
     other.load_state_dict(packed.state_dict())
     x = torch.randn(2, 16)
     assert torch.equal(other(x), packed(x))
+    # And under the names of before slots.
+    old_names = {"branch.up": "low_rank_up", "branch.down": "low_rank_down"}
+    old_names["rotation.signs"] = "signs"
+    state = {name: 2 * value for name, value in packed.state_dict().items()}
+    other.load_state_dict({old_names.get(name, name): value for name, value in state.items()})
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, state[name]), name
     with pytest.raises(RuntimeError, match=r"Missing.*scale"):
         other.load_state_dict({k: v for k, v in packed.state_dict().items() if k != "scale"})
 

@@ -84,9 +84,7 @@ def test_what_the_paths_know_is_all_tried_here() -> None:
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("rotation", ROTATIONS)
-def test_the_cpu_path_is_the_plain_lines(
-    rotation: str, rank: int, weight: str, bias: bool
-) -> None:
+def test_the_cpu_path_is_the_plain_lines(rotation: str, rank: int, weight: str, bias: bool) -> None:
     """At every grid and all of its bits, with idle activations and with none."""
     layer = layer_of(bias, rotation=rotation, rank=rank, weight=weight)
     x = tokens(TOKENS)
@@ -106,14 +104,12 @@ def test_the_comparison_would_see_another_quantizer(name: str) -> None:
     layer = layer_of(activation=(name, 3))
     x = tokens(TOKENS)
     expected = results(PLAIN, layer, x)
-    for change in ("bits", "signs", "up", "bias"):
-        other: Any = copy.deepcopy(layer)
+    for change in ("bits", "rotation.signs", "branch.up", "bias"):
+        other = copy.deepcopy(layer)
         if change == "bits":
             other.activation_bits = 4
         else:
-            part = {"signs": lambda: other.rotation.signs, "up": lambda: other.branch.up}
-            part["bias"] = lambda: other.bias
-            part[change]().data.view(-1)[0].mul_(-1)
+            other.state_dict()[change].view(-1)[0].mul_(-1)
         found = results(CPU, other, x)["output"]
         assert float((found - expected["output"]).abs().max()) > 1e-3
 

@@ -167,6 +167,14 @@ def test_slots_are_fitted_one_on_the_other_in_their_order() -> None:
     torch.testing.assert_close(layer(tokens()), expected + rotated @ product.T)
 
 
+def test_the_order_in_which_methods_are_given_is_not_heard() -> None:
+    methods = layer_of(rank=2).methods
+    backwards = dict(reversed(methods.items()))
+    found = QuantizedLinear.from_linear(original(), backwards, Site("a", 0))
+    for name, value in layer_of(rank=2).state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
 class Tenfold(WeightMethod):
     """Q_w that is fitted to another weight than it was given, as GPTQ is."""
 

@@ -181,6 +181,17 @@ def test_bits_from_a_file_and_of_another_solver_are_not_ampn():
     assert recipe(greedy)["activation bits"] == "epsilon_mse by greedy, mean 2.0"
 
 
+def test_bits_of_another_solver_have_a_mark_of_their_own(fabricate, parse_page, tmp_path):
+    fabricate.run("a2")
+    html = tmp_path / "report.html"
+    assert "allocated otherwise" not in parse_page(build_report([fabricate.root], html)).text
+    fabricate.run("a2", overrides=["bits.solver=greedy"])
+    page = parse_page(build_report([fabricate.root], html))
+    assert "■ Hadamard, bits allocated otherwise" in page.text
+    notes = [row[0].small for row in page.table("Plans and metrics").rows]
+    assert notes[1:] == ["seed 0; bits.solver = exact", "seed 0; bits.solver = greedy"]
+
+
 def test_the_recipe_says_what_it_said():
     for plan in (read_plan(OLDER["bitnetv2-a4"], DIT), today("bitnetv2-a4")):
         assert recipe(plan) == {
@@ -240,6 +251,26 @@ def test_rules_for_some_layers_are_said_by_their_patterns():
     assert found["adaLN"] == "rtn, 4 bits, A4"
     assert found["other layers"] == "rtn, 8 bits, activations full precision"
     assert activation_bits(read) is None  # a mean would need the layers' MACs
+
+
+def test_plans_that_do_the_same_read_the_same():
+    """Rules split in two, under other names, behind one that takes all, and for layers of none."""
+    four, eight = ({"weight": {"method": "rtn", "bits": bits}} for bits in (4, 8))
+    plain = [
+        {"name": "some", "match": ["*.proj", "*.fc2"], **eight},
+        {"name": "block", **four, "activation": "none"},
+    ]
+    other = [
+        {"name": "a", "match": ["*.proj"], "kind": ["block", "adaLN"], **eight},
+        {"name": "b", "match": ["*.fc2"], "kind": "block", **eight, "rotation": "none"},
+        {"name": "c", "match": "*.to_out.0", **four},
+        {"name": "d", "match": ["x", "*"], "fixed_bits": False, **four},
+        {"name": "e", **eight},
+        {"name": "f", "kind": ["adaLN", "other"]},
+    ]
+    read = [read_plan({"name": "x", "layers": rules}, DIT) for rules in (plain, other)]
+    assert read[0] == read[1]
+    assert [rule["name"] for rule in read[0]["layers"]] == ["block[*.proj, *.fc2]", "block"]
 
 
 METHODS = st.sampled_from(["none", {"method": "rtn", "bits": 4}, {"method": "rtn", "bits": 8}])

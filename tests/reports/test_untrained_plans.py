@@ -10,6 +10,7 @@ from reports import build_report
 from reports.aggregate import group_runs
 from reports.claims import HOLDS, NOT_RUN, group_claims
 from reports.loading import find_runs
+from reports.settings import PARTIAL, UNIFORM
 from reports.story import plain_words
 from reports.text import plain
 
@@ -96,11 +97,16 @@ def test_a_claim_compares_weights_of_one_precision_only(fabricate):
 
 
 def test_w158_claims_are_of_ternary_weights(fabricate):
-    run_seeds(fabricate, "quarot-w4a4", fid=6)
-    partial = 'layers.block.match=["*.proj"]'
-    run_seeds(fabricate, "quarot-w4a4", fid=9, overrides=[partial])
-    _, about = judged(fabricate)
+    block, projections = (f"layers.{name}.weight.method=rtn" for name in ("block", "projections"))
+    run_seeds(fabricate, "a4", fid=6, overrides=[block])
+    run_seeds(fabricate, "bitnetv2-a4", fid=9, overrides=[block, projections])
+    group, about = judged(fabricate)
+    assert [row.family for row in group.rows] == [UNIFORM, PARTIAL]
     assert about("W1.58A4", "BitNet v2").verdict == NOT_RUN
+    run_seeds(fabricate, "a4", fid=6)
+    run_seeds(fabricate, "bitnetv2-a4", fid=9)
+    _, about = judged(fabricate)
+    assert about("W1.58A4", "BitNet v2").verdict == HOLDS
 
 
 def test_plain_words_do_not_call_a_plan_trained_that_is_not(fabricate):

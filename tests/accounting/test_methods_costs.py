@@ -6,21 +6,16 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robuq_bench.accounting.account import (
     account,
-    dit_layer_inputs,
     dit_layer_macs,
-    dit_layer_weights,
-    dit_structure,
     packing_table,
     with_branch_rank,
 )
-from robuq_bench.accounting.structure import allocatable
 from robuq_bench.config import ModelConfig, Plan, load_plan, load_workload
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.methods import (
@@ -31,23 +26,14 @@ from robuq_bench.methods import (
     register_method,
 )
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import allocatable_layers, quantize_, quantized_layers
+from robuq_bench.quantization.convert import quantize_, quantized_layers
 
-WIDTH, DEPTH, TOKENS = 48, 2, 16
+WIDTH, DEPTH, TOKENS = 48, 2, 16  # of `model_config`
 # Rows and columns of each layer of a block, in units of the width.
 SIZES = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
 TERNARY = math.log2(3)
 W4_GROUP_16 = {"method": "rtn", "bits": 4, "group": 16, "symmetric": False}
 A8 = {"method": "rtn", "bits": 8}
-
-
-@pytest.fixture(scope="module")
-def model_config() -> ModelConfig:
-    changes = {"hidden_size": WIDTH, "depth": DEPTH, "num_heads": 2}
-    fields = {**load_workload("digits").model.model_dump(), **changes}
-    config = ModelConfig.model_validate(fields)
-    assert (config.input_size // config.patch_size) ** 2 == TOKENS
-    return config
 
 
 def plan_of(*rules: dict[str, Any], **sections: Any) -> Plan:
@@ -127,6 +113,20 @@ def test_codes_and_scales_are_those_of_the_converted_model(
     parameters = dict(model.named_parameters())
     rest = sum(p.numel() for n, p in parameters.items() if not n.endswith("master_weight"))
     assert row["rest_bytes"] == 4 * rest
+
+
+def test_means_are_over_weights_and_over_macs(model_config: ModelConfig) -> None:
+    """Of all kinds: a modulation layer has 6 of a block's 18 units of weights, and one token."""
+    plan = plan_of(
+        {"kind": "adaLN", "weight": {"method": "rtn", "bits": 8}, "activation": A8},
+        {"weight": W4_GROUP_16, "activation": {**A8, "bits": 4}},
+    )
+    every = account(model_config, plan)["bits_by_kind"]["all"]
+    assert (every["layers"], every["quantized"]) == (10, 10)
+    assert every["weight_bits"] == pytest.approx((12 * 4 + 6 * 8) / 18)
+    assert every["effective_weight_bits"] == pytest.approx((12 * 6 + 6 * (8 + 16 / WIDTH)) / 18)
+    macs = 12 * TOKENS, 6
+    assert every["activation_bits"] == pytest.approx((macs[0] * 4 + macs[1] * 8) / sum(macs))
 
 
 def test_ternary_and_uniform_layers_in_one_plan(model_config: ModelConfig) -> None:
@@ -315,6 +315,8 @@ def test_a_branch_of_another_form_has_no_int8_packing(
     from robuq_bench import methods
 
     class Sparse(BranchMethod):
+        rank: int = 2  # of something, but not of two factors
+
         def values(self, out_features: int, in_features: int) -> int:
             return 7
 
@@ -363,93 +365,3 @@ def test_ranks_go_to_the_branches_that_are_there() -> None:
     kept, changed, alone = with_branch_rank(one, 16).layers
     assert (kept, alone) == (one.layers[0], one.layers[2])
     assert changed.branch.rank == 16  # type: ignore[union-attr]
-
-
-# Allocations of weights.
-
-
-def weight_plan(cost: str = "weights", **activation: Any) -> Plan:
-    bits = {"of": "weight", "mean": 3.0, "choices": [2, 3, 4], "cost": cost}
-    adaln = {"kind": "adaLN", "fixed_bits": True, "weight": {"method": "rtn", "bits": 8}}
-    block = {"weight": {"method": "rtn", "group": 16}, "activation": {**A8, **activation}}
-    return plan_of(adaln, block, bits=bits)
-
-
-def test_a_weight_budget_gives_what_any_allocation_that_spends_it_costs(
-    model_config: ModelConfig,
-) -> None:
-    plan = weight_plan()
-    sizes = dit_layer_weights(model_config)
-    names = [layer.name for layer in allocatable(dit_structure(model_config, plan), "weight")]
-    budget = account(model_config, plan)
-    assert (budget["weight_bits"], budget["weight_bits_source"]) == (3, "budget")
-    assert (budget["activation_bits_source"], budget["mean_activation_bits"]) == ("uniform", 8)
-    assert budget["bits_by_kind"]["block"]["effective_weight_bits"] == 3 + 16 / 16
-    assert budget["adaln_weight_bits"] == 8
-    by_type = {"attn.qkv": 4, "attn.proj": 4, "mlp.fc1": 2, "mlp.fc2": 3}
-    bits = {name: by_type[name.split(".", 2)[2]] for name in names}
-    assert np.average(list(bits.values()), weights=[sizes[n] for n in names]) == 3
-    found = account(model_config, plan, bits)
-    assert found["weight_bits_source"] == "allocation"
-    assert found["weight_bits"] is None
-    for key in ("bit_ops", "effective_flops", "packed_bytes", "mean_activation_bits"):
-        assert found[key] == pytest.approx(budget[key], rel=1e-12)
-    for key, value in budget["bits_by_kind"]["block"].items():
-        assert found["bits_by_kind"]["block"][key] == pytest.approx(value, rel=1e-12)
-    other = account(model_config, plan, {**bits, "blocks.0.mlp.fc1": 3})
-    assert other["bit_ops"] > budget["bit_ops"]
-    with pytest.raises(UsageError, match=r"no bits for layer 'blocks\.1\.mlp\.fc2'"):
-        account(model_config, plan, {n: b for n, b in bits.items() if n != names[-1]})
-    with pytest.raises(ConfigError, match=r"'blocks\.0\.mlp\.fc1': .*'rtn' does not take 11 bits"):
-        account(model_config, plan, {**bits, "blocks.0.mlp.fc1": 11})
-
-
-def test_a_budget_that_does_not_decide_a_figure_is_refused(model_config: ModelConfig) -> None:
-    """Means over inputs; and where the other operand's bits differ between the layers."""
-    message = r"a mean of 3 weight bits over inputs does not decide bit operations"
-    with pytest.raises(UsageError, match=message):
-        account(model_config, weight_plan("inputs"))
-    plan = weight_plan("macs")
-    assert account(model_config, plan)["weight_bits"] == 3
-    first, block = plan.layers
-    uneven = [first.model_dump(), {**block.model_dump(), "name": "q", "match": ["*.qkv"],
-              "activation": {**A8, "bits": 4}}, block.model_dump()]  # fmt: skip
-    uneven_plan = Plan.model_validate({**plan.model_dump(), "layers": uneven})
-    with pytest.raises(UsageError, match="a mean of 3 weight bits over macs does not decide"):
-        account(model_config, uneven_plan)
-    names = [layer.name for layer in allocatable(dit_structure(model_config, plan), "weight")]
-    assert account(model_config, uneven_plan, dict.fromkeys(names, 3))["weight_bits"] == 3
-    # Bits of activations over inputs: the same, but files hold none of them.
-    over_inputs = Plan.model_validate(
-        {**load_plan("a2").model_dump(), "bits": {"mean": 2.0, "cost": "inputs"}}
-    )
-    with pytest.raises(UsageError, match="a mean of 2 activation bits over inputs"):
-        account(model_config, over_inputs)
-    assert packing_table(model_config, over_inputs) == packing_table(model_config, load_plan("a2"))
-
-
-@pytest.mark.parametrize("of", ["activation", "weight"])
-def test_allocatable_layers_are_those_of_the_converted_model(
-    model_config: ModelConfig, of: str
-) -> None:
-    plan = plan_of(
-        {"match": "*.qkv", "weight": {"method": "ternary-twn"}, "activation": A8},
-        {"match": "*.proj", "fixed_bits": True, "weight": {"method": "rtn"}, "activation": A8},
-        {"match": "*.fc1", "weight": {"method": "rtn"}},
-        {"activation": A8},
-    )
-    model = quantize_(DiT.from_config(model_config), plan)
-    found = allocatable(dit_structure(model_config, plan), of)  # type: ignore[arg-type]
-    assert [layer.name for layer in found] == allocatable_layers(model, of)
-
-
-def test_costs_of_an_allocation_by_layer(model_config: ModelConfig) -> None:
-    weights, inputs = dit_layer_weights(model_config), dit_layer_inputs(model_config)
-    linears = {
-        name: module
-        for name, module in DiT.from_config(model_config).named_modules()
-        if hasattr(module, "in_features")
-    }
-    assert weights == {name: module.weight.numel() for name, module in linears.items()}  # type: ignore[union-attr]
-    assert inputs["blocks.1.mlp.fc2"] == TOKENS * 4 * WIDTH
-    assert inputs["blocks.1.adaLN_modulation.1"] == WIDTH
