@@ -18,6 +18,7 @@ from robuq_bench.errors import UsageError
 from robuq_bench.inference import export_packed, load_packed, pack_
 from robuq_bench.inference import prepare_for_inference as prepare
 from robuq_bench.inference.packed_file import describe
+from robuq_bench.inference.random_weights import pack_random_
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
 
@@ -100,3 +101,11 @@ def test_the_account_predicts_every_byte(
     assert rows["total"] == total == path.stat().st_size
     parameters = sum(p.numel() for p in DiT.from_config(model_config).parameters())
     assert table[-1]["fp32_bytes"] == 4 * parameters, "of the model before packing"
+
+
+def test_random_weights_are_for_what_kernels_know(model_config: ModelConfig) -> None:
+    for name, method in (("rtn-w4a4", "weight method 'rtn'"), ("quarot-w4a4", "method 'gptq'")):
+        model = DiT.from_config(model_config)
+        with pytest.raises(UsageError, match=f"{method} of 'blocks.0.attn.qkv' has no random form"):
+            pack_random_(model, load_plan(name))
+        assert type(model.blocks[0].attn.qkv) is torch.nn.Linear, "nothing was changed"
