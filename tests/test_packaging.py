@@ -54,7 +54,7 @@ def test_help_is_fast(arguments: tuple[str, ...]) -> None:
     assert cpu_seconds("bench.py", *arguments) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("plans",), ("workloads",)])
+@pytest.mark.parametrize("arguments", [("--help",), ("plans", "--help"), ("workloads",)])
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     done = python("-X", "importtime", "bench.py", *arguments)
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,7 @@ def imported(folder: Path) -> set[str]:
 @pytest.mark.parametrize("folder", ["robuq_bench", "studies", "reports", "kernels", "tests"])
 def test_every_import_is_declared(folder: str) -> None:
     providers = distributions()
-    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {"conftest"}
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {"conftest", "making"}
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     foreign = imported(ROOT / folder) - set(sys.stdlib_module_names) - ours
     undeclared = {
@@ -216,7 +216,10 @@ def test_readme_plan_file_is_valid(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = text.split("```toml\n")[1].split("```")[0]
     (tmp_path / "mine.toml").write_text(block)
-    assert load_plan(tmp_path / "mine.toml").allocation.mean_bits == 2.5
+    plan = load_plan(tmp_path / "mine.toml")
+    assert plan.bits is not None
+    assert plan.bits.mean == 2.5
+    assert plan.uniform_bits == 4
     assert not re.search(r"@[A-Z_]+@", text), "a placeholder was left in the README"
 
 

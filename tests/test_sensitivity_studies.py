@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from robuq_bench.cli import app as cli
-from robuq_bench.config import Config, load_allocation_file, load_plan, resolve
+from robuq_bench.config import BitsConfig, Config, load_allocation_file, resolve
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, ConfigError
 from robuq_bench.judging import evaluation
@@ -209,7 +209,7 @@ def test_allocation_trains_what_it_says(tiny_workload: Path, tmp_path: Path) -> 
     judged = {row["beats_uniform"] for row in allocation_tables.verdict_rows(first_seed)}
     assert judged == {"one seed: not judged"}
     file = run.path / "allocations" / "qat-2.toml"
-    plan = load_plan("a4").allocation.model_copy(update={"method": "file", "path": str(file)})
+    plan = BitsConfig(path=str(file))
     layers = {layer for (_, _, _, layer) in bits}
     loaded = load_allocation_file(plan, sorted(layers))
     assert loaded == {layer: bits["qat", "2.0", "all", layer] for layer in layers}
