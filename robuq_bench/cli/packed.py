@@ -42,7 +42,7 @@ def export(
         typer.Option(
             "--storage",
             metavar="CODES/LOW_RANK/REST",
-            help="base3 or 2bit codes; the others fp32 (lossless), fp16 or int8.",
+            help="base3 or 2bit ternary codes; the others fp32 (lossless), fp16 or int8.",
         ),
     ] = "base3/fp32/fp32",
     random_weights: Annotated[
@@ -62,7 +62,8 @@ def export(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write a packed model: one file of 1.6 or 2 bits a weight, with its configuration."""
+    """Write a packed model: one file of codes and scales (ternary, or 2 to 8 bits), with its
+    configuration."""
     run, plan = _run_or_plan(what, runs)
     if run is not None and random_weights:
         raise UsageError(f"{what} is a run, which has weights; --random-weights goes with a plan")

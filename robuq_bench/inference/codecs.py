@@ -1,4 +1,4 @@
-"""Codecs of a packed file: ternary codes in base 3, signs as bits, matrices in int8.
+"""Codecs of a packed file: ternary codes in base 3, codes of b bits, signs, matrices in int8.
 
 The other ternary codec, 2-bit planes, is the layout that kernels read: `kernels.ternary_matmul`.
 """
@@ -50,6 +50,70 @@ def decode_base3(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     values = torch.arange(3**TRITS_PER_BYTE, dtype=torch.int16)
     table = torch.stack([values // power % 3 - 1 for power in _POWERS], 1).to(torch.int8)
     return table[packed.to(torch.int64)].view(-1)[:count].reshape(shape)
+
+
+def encode_bits(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes int8 of any shape -> uint8 [ceil(numel · bits / 8)], without gaps.
+
+    One little-endian stream of bits: code i, plus 2^(bits-1), takes the bits i·bits to
+    (i+1)·bits - 1, least significant first; bit k is bit k mod 8 of byte k div 8. Rows are not
+    aligned, and the bits behind the last code are 0.
+
+    Raises:
+        ValueError: `bits` is not 2 to 8, or a code does not lie in [-2^(bits-1), 2^(bits-1) - 1].
+    """
+    _check_bits(bits)
+    flat = codes.reshape(-1)
+    half = 2 ** (bits - 1)
+    if flat.dtype != torch.int8 or (
+        flat.numel() and (int(flat.min()) < -half or int(flat.max()) >= half)
+    ):
+        raise ValueError(f"codes of {bits} bits must be int8 between {-half} and {half - 1}")
+    count = flat.numel()
+    # Eight codes are `bits` bytes, and one 64-bit word on the way.
+    values = torch.zeros(-(-count // 8) * 8, dtype=torch.uint8, device=flat.device)
+    values[:count] = (flat.to(torch.int16) + half).to(torch.uint8)
+    words = _joined(values.view(-1, 8), bits)
+    return _split(words, 8, bits).view(-1)[: -(-count * bits // 8)].clone()
+
+
+def decode_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `encode_bits`: uint8 -> int8 codes of `shape`.
+
+    Raises:
+        ValueError: `bits` is not 2 to 8, or the bytes do not hold `shape`.
+    """
+    _check_bits(bits)
+    count = torch.Size(shape).numel()
+    size = -(-count * bits // 8)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
+        raise ValueError(
+            f"{list(shape)} codes of {bits} bits take uint8 [{size}], "
+            f"got {packed.dtype} {list(packed.shape)}"
+        )
+    values = torch.zeros(-(-count // 8) * bits, dtype=torch.uint8, device=packed.device)
+    values[:size] = packed
+    codes = _split(_joined(values.view(-1, bits), 8), bits, 8).view(-1)[:count]
+    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).reshape(shape)
+
+
+def _check_bits(bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"codes take 2 to 8 bits, not {bits}")
+
+
+def _joined(parts: Tensor, bits: int) -> Tensor:
+    """uint8 [n, k], each below 2^bits -> int64 [n], part j at bit j·bits; k·bits is 64 at most."""
+    words = torch.zeros(len(parts), dtype=torch.int64, device=parts.device)
+    for j in range(parts.shape[1]):
+        words |= parts[:, j].to(torch.int64) << (bits * j)
+    return words
+
+
+def _split(words: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `_joined`: uint8 [n, count]."""
+    mask = 2**bits - 1
+    return torch.stack([((words >> (bits * j)) & mask).to(torch.uint8) for j in range(count)], 1)
 
 
 def encode_signs(signs: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """A quantized model as one self-describing safetensors file.
 
-Tensors of a packed layer `name`: `name.codes` (base 3: uint8 [ceil(out * in / 5)]; 2 bit: the
-kernels' planes), `name.scale`, and where it has them `name.bias`, `name.low_rank_up`,
-`name.low_rank_down`, `name.signs` (one bit each). Everything else keeps its name in the model; what
-has several names is stored under the first. A matrix stored in int8 has its scales beside it as
-`<tensor>.int8_scale`. The metadata (`packed_header`) holds the model's and the plan's
+Tensors of a packed layer `name`: `name.codes` (ternary in base 3: uint8 [ceil(out * in / 5)], or
+in 2 bits: the kernels' planes; codes of b bits: `codecs.encode_bits`), `name.scale`, and where it
+has them `name.zero`, `name.bias`, `name.low_rank_up`, `name.low_rank_down`, `name.signs` (one bit
+each), and `name.SLOT.TENSOR` for what else is in its slots. Everything else keeps its name in the
+model; what has several names is stored under the first. A matrix stored in int8 has its scales
+beside it as `<tensor>.int8_scale`. The metadata (`packed_header`) holds the model's and the plan's
 configuration, the bits of every layer, further names and dtypes, and a SHA-256 over all of it.
 """
 
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,24 +24,24 @@ from torch import Tensor, nn
 from robuq_bench.config import Plan
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, UsageError
-from robuq_bench.inference import codecs
 from robuq_bench.inference.fused_blocks import FusedBlocks
+from robuq_bench.inference.packed_content import Content, facts_of
 from robuq_bench.inference.packed_header import (
     DEFAULT_STORAGE,
     Header,
-    LayerFacts,
+    RuledFacts,
     Storage,
     check_format,
 )
-from robuq_bench.inference.packed_linear import PackedLinear, packed_layers
+from robuq_bench.inference.packed_linear import packed_layers
 from robuq_bench.inference.packed_restore import (
-    OPTIONAL_PARTS,
     new_model,
     replacements_of,
     rest_of,
     restored_layer,
 )
-from robuq_bench.inference.stored_tensors import INT8_SCALE, problem_of, stored
+from robuq_bench.inference.stored_tensors import INT8_SCALE
+from robuq_bench.methods.weights._ternary import TERNARY_BITS
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.quantization.linear import QuantizedLinear
@@ -60,7 +61,7 @@ def export_packed(
     """Write a packed model (see `pack_`) to `path`, atomically.
 
     Args:
-        model: with `PackedLinear`s, on any device, of any floating-point dtypes.
+        model: with packed layers, on any device, of any floating-point dtypes.
         path: the file, replaced if it exists; a `.sha256` sidecar is written beside it for
             `sha256sum -c`.
         plan: how it was quantized.
@@ -73,9 +74,9 @@ def export_packed(
         `size_table(path)`: every byte of the file by what it holds.
 
     Raises:
-        UsageError: unknown storage, no packed layer, one that is not packed yet or of another
-            activation quantizer than the plan's, fused blocks, or a value that cannot be stored:
-            not finite, of an unknown dtype, or beyond fp16.
+        UsageError: unknown storage, no packed layer, one that is not packed yet or of other
+            methods than the plan's, fused blocks, or a value that cannot be stored: not finite, of
+            an unknown dtype, or beyond fp16.
             Nothing was written.
         RobuqError: the file cannot be written.
     """
@@ -87,33 +88,17 @@ def export_packed(
         raise UsageError(f"layer {names[0]!r} is quantized but not packed; call pack_ first")
     if any(isinstance(module, FusedBlocks) for module in model.modules()):
         raise UsageError("the blocks are fused; export the model before prepare_for_inference")
-    content = _Content()
+    content = Content()
+    facts = {name: facts_of(name, layer, plan) for name, layer in layers.items()}
     for name, layer in layers.items():
-        known = {method.method for method in plan.methods() if method.slot == "activation"}
-        if layer.activation_bits is not None and layer.activation_method not in known:
-            raise UsageError(
-                f"layer {name!r} quantizes activations by {layer.activation_method!r}, plan "
-                f"{plan.name!r} by {', '.join(map(repr, sorted(known))) or 'nothing'}; pass the "
-                "plan that the model was made with"
-            )
         content.add_layer(name, layer, chosen)
-    for names in names_of(model, PackedLinear).values():
-        content.tied |= dict.fromkeys(names[1:], names[0])
-    _add_rest(model, content, chosen.rest)
+    content.add_rest(model, chosen.rest)
     header = Header(
         storage=chosen,
         source=source,
         plan=plan,
         model=model_config,
-        layers={
-            name: LayerFacts(
-                shape=(layer.out_features, layer.in_features),
-                activation_quantizer=layer.activation_method,
-                activation_bits=layer.activation_bits,
-                rotated=layer.rotated,
-            )
-            for name, layer in layers.items()
-        },
+        layers=facts,
         parameters=_parameters(model),
         tied=content.tied,
         dtypes=content.dtypes,
@@ -124,77 +109,12 @@ def export_packed(
     return size_table(path)
 
 
-@dataclass
-class _Content:
-    """Tensors on their way into a file, their further names, and dtypes other than float32."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)
-
-    def add_layer(self, name: str, layer: PackedLinear, storage: Storage) -> None:
-        codes = layer.planes
-        if storage.codes == "base3":
-            codes = codecs.encode_base3(layer.codes().cpu())
-        self.tensors[f"{name}.codes"] = codes
-        self._note(f"{name}.codes", layer.like.dtype)
-        # A per-tensor scale is kept once.
-        first = layer.scale[:1]
-        scale = first if bool((layer.scale == first).all()) else layer.scale
-        self.add(f"{name}.scale", scale, storage.rest)
-        if layer.signs is not None:
-            self.tensors[f"{name}.signs"] = codecs.encode_signs(layer.signs.cpu())
-        for part in OPTIONAL_PARTS:
-            value = getattr(layer, part)
-            if value is not None:
-                kind = storage.rest if part == "bias" else storage.low_rank
-                self.add(f"{name}.{part}", value, kind)
-
-    def add(self, name: str, value: Tensor, kind: str, *, may_be_infinite: bool = False) -> None:
-        problem = problem_of(value, may_be_infinite)
-        if problem:
-            raise UsageError(f"{name} {problem}; such a model cannot be exported")
-        self._note(name, value.dtype)
-        new = stored(name, value.detach(), kind)
-        if new.keys() & self.tensors.keys():
-            raise UsageError(f"two tensors of the model would be stored as {', '.join(new)}")
-        self.tensors |= new
-
-    def _note(self, name: str, dtype: torch.dtype) -> None:
-        if dtype.is_floating_point and dtype != torch.float32:
-            self.dtypes[name] = str(dtype).removeprefix("torch.")
-
-
-def _is_below(name: str, layers: Collection[str]) -> bool:
-    """Whether a tensor belongs to one of the layers, or to a module in one of its slots."""
-    holder = name.rpartition(".")[0]
-    return holder in layers or holder.rpartition(".")[0] in layers
-
-
-def _add_rest(model: nn.Module, content: _Content, kind: str) -> None:
-    """Everything outside the packed layers; a tensor under several names once."""
-    packed = {name for names in names_of(model, PackedLinear).values() for name in names}
-    first_names: dict[int, str] = {}
-    state: dict[str, Any] = model.state_dict(keep_vars=True)
-    for name, value in state.items():
-        if _is_below(name, packed):
-            continue
-        if not isinstance(value, Tensor):
-            raise UsageError(f"{name} is a {type(value).__name__}, a packed file holds tensors")
-        first = first_names.setdefault(id(value), name)
-        if first != name:
-            content.tied[name] = first
-        else:
-            # A buffer may hold infinities on purpose, such as an attention mask.
-            is_buffer = not isinstance(value, nn.Parameter)
-            content.add(name, value, kind, may_be_infinite=is_buffer)
-
-
 def _parameters(model: nn.Module) -> int:
     """Parameters of the model before packing: codes count, scales and low-rank factors do not."""
     packed = packed_layers(model).values()
     total = sum(layer.out_features * layer.in_features for layer in packed)
-    added = {id(p) for layer in packed for p in (layer.low_rank_up, layer.low_rank_down)}
+    slots = [module for layer in packed for module in layer.slots().values()]
+    added = {id(p) for module in slots for p in module.parameters()}
     return total + sum(p.numel() for p in model.parameters() if id(p) not in added)
 
 
@@ -246,7 +166,7 @@ def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, d
         model = new_model(header, len(tensors)) if into is None else into
         layers = {name: restored_layer(name, header, tensors) for name in header.layers}
         replacements = replacements_of(model, header, layers)
-        rest = rest_of(model, header, tensors)
+        rest = rest_of(model, header, tensors, layers)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit its model: {error}") from error
     dtypes = {value.dtype for value in rest.values() if value.is_floating_point()}
@@ -269,53 +189,46 @@ def load_packed(path: Path, into: nn.Module | None = None) -> tuple[nn.Module, d
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Plan, source, storage, layers and mean activation bits by layer type of a packed file.
+    """Plan, source, storage, layers and mean bits by layer type (codes alone) of a packed file.
 
     Raises:
         CheckpointError: as `load_packed`.
     """
     _, header = _read(Path(path))
-    kinds: dict[str, list[int]] = {}
+    weights: dict[str, list[float]] = {}
+    activations: dict[str, list[float]] = {}
     for name, facts in header.layers.items():
+        weights.setdefault(layer_type(name), []).append(facts.weight_bits or TERNARY_BITS)
         if facts.activation_bits is not None:
-            kinds.setdefault(layer_type(name), []).append(facts.activation_bits)
+            activations.setdefault(layer_type(name), []).append(facts.activation_bits)
     return {
         "plan": header.plan.name,
         "source": header.source,
         "storage": str(header.storage),
         "packed_layers": len(header.layers),
-        "mean_activation_bits": {kind: sum(bits) / len(bits) for kind, bits in kinds.items()},
+        "mean_weight_bits": {kind: round(fmean(bits), 3) for kind, bits in weights.items()},
+        "mean_activation_bits": {kind: fmean(bits) for kind, bits in activations.items()},
     }
 
 
 def size_table(path: Path) -> list[dict[str, Any]]:
     """Every byte of a packed file by what it holds, and the reduction against FP32.
 
-    Rows: ternary codes, scales, low-rank branch, signs, biases of packed layers, everything else,
-    the file's header, and the total, whose `size_reduction` is 4 bytes times the parameters of
-    the model before packing, divided by the size of the file.
+    Rows: ternary codes, scales, low-rank branch, signs, biases of packed layers, everything else;
+    where there are any, uniform codes (2 to 8 bits), zero points, and other slots (values of
+    scalings, static activation quantizers and other rotations); the file's header, and the total,
+    whose `size_reduction` is 4 bytes times the parameters of the model before packing, divided by
+    the size of the file.
 
     Raises:
         CheckpointError: as `load_packed`.
     """
     path = Path(path)
     tensors, header = _read(path)
-    parts = dict.fromkeys(
-        ("ternary codes", "scales", "low-rank branch", "signs", "biases of packed layers", "rest"),
-        0,
-    )
-    kinds = {
-        "codes": "ternary codes",
-        "scale": "scales",
-        "signs": "signs",
-        "bias": "biases of packed layers",
-        "low_rank_up": "low-rank branch",
-        "low_rank_down": "low-rank branch",
-    }
+    parts = dict.fromkeys(_ROWS, 0)
     for name, tensor in tensors.items():
-        layer, _, kind = name.removesuffix(INT8_SCALE).rpartition(".")
-        part = kinds.get(kind, "rest") if layer in header.layers else "rest"
-        parts[part] += tensor.numel() * tensor.element_size()
+        parts[_part_of(name, header)] += tensor.numel() * tensor.element_size()
+    parts = {part: count for part, count in parts.items() if count or part not in _OPTIONAL_ROWS}
     size = path.stat().st_size
     parts["header (names, configuration)"] = size - sum(parts.values())
     full_precision = 4 * header.parameters
@@ -327,3 +240,43 @@ def size_table(path: Path) -> list[dict[str, Any]]:
     rows[-1]["fp32_bytes"] = full_precision
     rows[-1]["size_reduction"] = full_precision / size
     return rows
+
+
+_ROWS = (
+    "ternary codes",
+    "uniform codes",
+    "scales",
+    "zero points",
+    "low-rank branch",
+    "signs",
+    "other slots",
+    "biases of packed layers",
+    "rest",
+)
+_OPTIONAL_ROWS = ("uniform codes", "zero points", "other slots")
+_PARTS = {
+    "scale": "scales",
+    "zero": "zero points",
+    "signs": "signs",
+    "bias": "biases of packed layers",
+    "low_rank_up": "low-rank branch",
+    "low_rank_down": "low-rank branch",
+}
+
+
+def _part_of(name: str, header: Header) -> str:
+    """What a stored tensor is, in the words of `size_table`."""
+    layer, _, kind = name.removesuffix(INT8_SCALE).rpartition(".")
+    facts = header.layers.get(layer)
+    if facts is not None:
+        if kind == "codes":
+            return "ternary codes" if facts.weight_bits is None else "uniform codes"
+        return _PARTS.get(kind, "rest")
+    above = [layer]
+    while above[-1]:
+        above.append(above[-1].rpartition(".")[0])
+    return (
+        "other slots"
+        if any(isinstance(header.layers.get(n), RuledFacts) for n in above)
+        else "rest"
+    )

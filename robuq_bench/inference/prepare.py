@@ -10,11 +10,8 @@ from torch import nn
 from kernels.launch import INTERPRETED
 from robuq_bench.errors import MissingResourceError, UsageError
 from robuq_bench.inference.fused_blocks import FusedBlocks
-from robuq_bench.inference.packed_linear import (
-    PackedLinear,
-    packed_layers,
-    packed_replacements,
-)
+from robuq_bench.inference.packed_layer import PackedLayer
+from robuq_bench.inference.packed_linear import packed_layers, packed_replacements
 from robuq_bench.models.dit import Blocks
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, move_hooks
@@ -42,9 +39,9 @@ def prepare_for_inference(
 
     Args:
         model: converted by `quantize_`, or loaded by `load_packed`; move it to its device first.
-        backend: "reference" (dequantized floats, bit for bit what training evaluates), "integer"
-            (the kernels' arithmetic in plain PyTorch), or "triton" (a CUDA device, or anywhere
-            with TRITON_INTERPRET=1).
+        backend: "reference" (dequantized floats, bit for bit what training evaluates; any packed
+            layer), "integer" (the kernels' arithmetic in plain PyTorch), or "triton" (a CUDA
+            device, or anywhere with TRITON_INTERPRET=1).
         dtype: of everything but codes and scales, and of the inputs the model then takes; None
             leaves them as they are for "reference", and is float32 for "integer" and bfloat16
             for "triton".
@@ -63,7 +60,7 @@ def prepare_for_inference(
         raise UsageError("the model is prepared already; load it again for another backend")
     replacements = packed_replacements(model)
     new: list[Any] = list(replacements.values())
-    layers: list[PackedLinear] = [*packed_layers(model).values(), *new]
+    layers: list[PackedLayer] = [*packed_layers(model).values(), *new]
     if not layers:
         raise UsageError(
             f"{type(model).__name__} has no quantized layers; convert it with quantize_, or load "
@@ -71,7 +68,7 @@ def prepare_for_inference(
         )
     for layer in layers:
         layer.check_backend(backend)
-    device = layers[0].planes.device
+    device = layers[0].like.device
     if backend == "triton" and device.type != "cuda" and not INTERPRETED:
         raise MissingResourceError(
             f'the model is on {device}; backend "triton" needs a CUDA device, or Triton\'s '
@@ -90,9 +87,9 @@ def prepare_for_inference(
     model = exchange_layers(model, replacements)
     model.eval().requires_grad_(False)
     dtype = DEFAULT_DTYPE[backend] if dtype is None else dtype
-    scales = {id(layer.scale) for layer in layers}
+    exact = {id(getattr(layer, name)) for layer in layers for name in layer.exact}
     floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    if dtype and any(tensor.dtype != dtype and id(tensor) not in scales for tensor in floats):
+    if dtype and any(tensor.dtype != dtype and id(tensor) not in exact for tensor in floats):
         model.to(dtype)
     for layer in layers:
         layer.backend = backend
@@ -117,7 +114,7 @@ def _all_packed(blocks: Blocks) -> bool:
     """Whether all linears of the blocks are packed, or quantized and about to be."""
     members: Any = blocks  # nn.ModuleList does not say what it holds
     return all(
-        isinstance(linear, PackedLinear | QuantizedLinear)
+        isinstance(linear, PackedLayer | QuantizedLinear)
         for block in members
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     )

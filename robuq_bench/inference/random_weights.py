@@ -12,11 +12,22 @@ from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.rotation import random_signs
 from robuq_bench.inference.packed_linear import PackedLinear
+from robuq_bench.methods import Method
+from robuq_bench.methods.activations._token_grid import GridMethod, GridQuantizer
+from robuq_bench.methods.branches.svd import SVD, LowRankBranch
+from robuq_bench.methods.rotations._hadamard import HadamardMethod, HadamardRotation
 from robuq_bench.methods.weights._ternary import TernaryMethod
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import target_layers
 from robuq_bench.quantization.module_tree import exchange_layers
 from robuq_bench.quantization.selection import select_layers
+
+_KNOWN: dict[str, type[Method]] = {
+    "rotation": HadamardMethod,
+    "branch": SVD,
+    "weight": TernaryMethod,
+    "activation": GridMethod,
+}
 
 
 @torch.no_grad()
@@ -32,7 +43,8 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
         seed: of codes and factors.
 
     Raises:
-        UsageError: the plan keeps the weights of a layer in full precision; nothing was changed.
+        UsageError: the plan keeps the weights of a layer in full precision, or has methods that the
+            kernels do not know; nothing was changed.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -48,11 +60,16 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
     for name, linear in layers.items():
         methods = selected[name].rule.slots()  # type: ignore[union-attr]
         weight, rotation = methods.get("weight"), methods.get("rotation")
+        activation: Any = methods.get("activation")
+        for method in methods.values():
+            if not isinstance(method, _KNOWN.get(method.slot, ())):
+                raise UsageError(
+                    f"plan {plan.name!r}: {method.slot} method {method.method!r} of {name!r} has "
+                    "no random form, which is for ternary weights and what kernels compute with "
+                    "them; export a run of the plan instead"
+                )
         if not isinstance(weight, TernaryMethod):
-            raise UsageError(
-                f"plan {plan.name!r} does not make the weight of {name!r} ternary; random packed "
-                "models are ternary"
-            )
+            raise UsageError(f"plan {plan.name!r} does not quantize the weight of {name!r}")
         out_features, in_features = linear.out_features, linear.in_features
         codes = torch.randint(
             -1, 2, (out_features, in_features), generator=generator, device=device
@@ -61,25 +78,24 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
         scale = 1 + 0.1 * torch.rand(count, generator=generator, device=device)
         scale /= math.sqrt(in_features)
         rank = getattr(methods.get("branch"), "rank", 0)
-        low_rank = None
+        slots: dict[str, nn.Module] = {}
         if rank:
             up = normal(out_features, rank) / math.sqrt(rank)
-            down = normal(rank, in_features) / math.sqrt(in_features)
-            low_rank = (up, down)
-        signs = None
-        if rotation is not None and rotation.method == "randomized-hadamard":
-            signs = random_signs(in_features, name, seed)
-        activation: Any = methods.get("activation")
+            slots["branch"] = LowRankBranch(up, normal(rank, in_features) / math.sqrt(in_features))
+        if rotation is not None:
+            signs = None
+            if rotation.method == "randomized-hadamard":
+                signs = random_signs(in_features, name, seed).to(device)
+            slots["rotation"] = HadamardRotation(signs)
+        if activation is not None:
+            slots["activation"] = GridQuantizer(activation.grid)
         replacements[linear] = PackedLinear(
             codes.to(torch.int8),
             scale,
             linear.bias,
             name=name,
-            activation_quantizer="none" if activation is None else activation.method,
+            slots=slots,
             activation_bits=None if activation is None else activation.bits,
-            rotated=rotation is not None,
-            signs=signs,
-            low_rank=low_rank,
             dtype=linear.weight.dtype,
         )
     model = exchange_layers(model, replacements)

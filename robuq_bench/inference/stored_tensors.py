@@ -91,6 +91,11 @@ def is_int8(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return has_scale and value is not None and value.dtype == torch.int8 and value.dim() >= 2
 
 
+def holds_signs(value: Tensor) -> bool:
+    """Whether a slot's tensor is of the kind that is stored as bits where all of it is ±1."""
+    return value.dim() == 1 and value.is_floating_point()
+
+
 def _as_matrix(value: Tensor) -> Tensor:
     """A table [1, T, C] by rows; a convolution [out, in, p, p] as [out, in p p]."""
     return value.flatten(0, -2) if value.dim() == 3 else value.flatten(1)

@@ -37,6 +37,7 @@ __all__ = [
     "ScalingMethod",
     "Slot",
     "WeightMethod",
+    "is_packaged",
     "method_class",
     "method_names",
     "read_method",
@@ -78,6 +79,11 @@ def register_method(name: str, method: MethodT) -> MethodT:
 def method_names(slot: Slot) -> list[str]:
     """Names that a plan may give `slot`, sorted, "none" left out."""
     return sorted({*_packaged(slot), *(name for kind, name in _registered if kind == slot)})
+
+
+def is_packaged(slot: Slot, name: str) -> bool:
+    """Whether `name` is a method of this package, which any installation of the suite has."""
+    return name in _packaged(slot)
 
 
 def method_class(slot: Slot, name: str) -> type[Method]:

@@ -145,7 +145,7 @@ def with_nan(value: Tensor) -> Tensor:
         (put("storage", "base4/fp32/fp32"), "unknown 'base4'; did you mean 'base3'"),
         (put("parameters", "-1"), "parameters is '-1', not a number"),
         (put("parameters", "9" * 5000), "not a number"),
-        (put("format_version", "3"), "format version 3, this code reads 1 and 2"),
+        (put("format_version", "4"), "format version 4, this code reads 1, 2 and 3"),
         *[
             (change("layers", "activation_bits", bits), r"layers\[0\].*activation_bits")
             for bits in (99, 0, -4, True, "4", "none", 4.5, [4], 10**30)

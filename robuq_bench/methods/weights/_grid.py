@@ -16,7 +16,7 @@ reads itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -24,35 +24,7 @@ from torch import Tensor, nn
 
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods.base import SCALE_BITS, WeightMethod
-
-
-class Codes(NamedTuple):
-    """Integer codes of a weight and what turns them back into numbers.
-
-    Attributes:
-        codes: [out, in] int8.
-        scale: [out, groups] or [1, 1], float32, or float64 from float64 weights.
-        zero: integers as floats, shaped like `scale`; None where they would all be 0.
-        group: inputs that share a scale; 0 for all of a row.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None = None
-    group: int = 0
-
-    def dequantize(self) -> Tensor:
-        """(codes − zero)·scale in the dtype of the scale, [out, in]."""
-        return _place(self.codes.to(self.scale.dtype), self.scale, self.zero, self.group)
-
-    def as_int8(self) -> Codes:
-        """The same with `codes` as int8, where a forward has left them as floats."""
-        return self._replace(codes=self.codes.to(torch.int8))
-
-
-def working(values: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+from robuq_bench.methods.weights._codes import Codes, by_cell, place, working
 
 
 def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
@@ -71,22 +43,11 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _by_cell(values: Tensor, group: int) -> Tensor:
-    return values.unflatten(1, (-1, group or values.shape[1]))
-
-
-def _place(levels: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Tensor:
-    cells = _by_cell(levels, group)
-    if zero is not None:
-        cells = cells - zero[..., None]
-    return (cells * scale[..., None]).flatten(1)
-
-
 def levels(
     weight: Tensor, scale: Tensor, zero: Tensor | None, group: int, low: int, high: int
 ) -> Tensor:
     """Codes of `weight` [out, in] as floats of its dtype; NaN stays NaN."""
-    cells = (_by_cell(weight, group) / scale[..., None]).round_()
+    cells = (by_cell(weight, group) / scale[..., None]).round_()
     # Adding 0 turns -0 into 0, which is what an integer would be.
     cells.add_(0.0 if zero is None else zero[..., None])
     return cells.clamp_(low, high).flatten(1)
@@ -190,7 +151,7 @@ class Rule:
             candidate = torch.full_like(best, 1 - index * self.shrink_step)
             scale, zero = self.fit(cells, candidate)
             codes = levels(cells, scale, zero, 0, self.low, self.high)
-            error = (cells - _place(codes, scale, zero, 0)).abs_().pow_(self.shrink_power)
+            error = (cells - place(codes, scale, zero, 0)).abs_().pow_(self.shrink_power)
             total = error.sum(1, keepdim=True)
             best = torch.where(total < least, candidate, best)
             least = torch.minimum(least, total)

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from robuq_bench.methods import WeightMethod, method_class
 from robuq_bench.methods.base import SCALE_BITS
+from robuq_bench.methods.weights._codes import Codes, working
 
 if TYPE_CHECKING:
     from robuq_bench.methods.site import Site
 
 TERNARY_BITS = math.log2(3)
-
-
-class QuantizedWeight(NamedTuple):
-    """Ternary `codes` [out, in] int8 in {-1, 0, 1} and `scale` [out, 1] or [1, 1]."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """`scale * codes` in the dtype of the scale, [out, in]."""
-        return self.codes.to(self.scale.dtype).mul_(self.scale)
 
 
 class TernaryMethod(WeightMethod):
@@ -82,10 +72,10 @@ class TernaryWeight(nn.Module):
         )
         return result
 
-    def codes(self, weight: Tensor) -> QuantizedWeight:
-        """Codes and scale, which is float32, or float64 for float64 weights."""
+    def codes(self, weight: Tensor) -> Codes:
+        """Codes in {-1, 0, 1} and scale [out, 1] or [1, 1]."""
         codes, scale = self.method.codes_and_scale(working(weight.detach()))
-        return QuantizedWeight(codes.to(torch.int8), scale)
+        return Codes(codes.to(torch.int8), scale)
 
     def extra_repr(self) -> str:
         return self.rule
@@ -108,11 +98,6 @@ class _TernaryFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         grad = grad.to(ctx.dtype)
         return (grad.clamp(-1, 1) if ctx.clamp else grad), None, None, None
-
-
-def working(weight: Tensor) -> Tensor:
-    """Statistics of half-precision weights are taken in float32."""
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
 # An operator that `torch.compile` leaves whole: torch 2.11 traces the function above to a gradient

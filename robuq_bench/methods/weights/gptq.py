@@ -8,13 +8,8 @@ from torch import Tensor, nn
 
 from robuq_bench.errors import UsageError
 from robuq_bench.methods.site import Site
-from robuq_bench.methods.weights._grid import (
-    Codes,
-    Rule,
-    UniformGrid,
-    UniformMethod,
-    levels,
-)
+from robuq_bench.methods.weights._codes import Codes
+from robuq_bench.methods.weights._grid import Rule, UniformGrid, UniformMethod, levels
 
 ROW_BLOCK = 128
 """Columns whose updates to the rest are applied as one product. Costs only; changes no result."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robuq_bench.methods.base import SCALE_BITS, WeightMethod
 from robuq_bench.methods.site import Site
-from robuq_bench.methods.weights._grid import Codes, working
+from robuq_bench.methods.weights._codes import Codes, working
 
 MIN_STEP = 1e-8
 """The least step that is used, far below that of any weight that does something."""

@@ -8,14 +8,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from robuq_bench.methods.site import Site
-from robuq_bench.methods.weights._grid import (
-    Codes,
-    Rule,
-    UniformMethod,
-    levels,
-    straight_through,
-    working,
-)
+from robuq_bench.methods.weights._codes import Codes, working
+from robuq_bench.methods.weights._grid import Rule, UniformMethod, levels, straight_through
 
 
 class Rtn(UniformMethod):
