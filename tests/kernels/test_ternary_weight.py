@@ -11,7 +11,8 @@ from torch import Tensor
 from kernels.launch import KernelInputError
 from kernels.ternary_weight import reference, triton
 from robuq_bench.methods import method_class
-from robuq_bench.methods.weights._ternary import QuantizedWeight, TernaryWeight
+from robuq_bench.methods.weights._codes import Codes
+from robuq_bench.methods.weights._ternary import TernaryWeight
 
 RULES = reference.RULES
 SHAPES = [(5, 7), (3, 48), (13, 384), (9, 1152), (2, 4608), (1, 1), (3, 5000)]
@@ -22,7 +23,7 @@ def library(rule: str) -> TernaryWeight:
     return TernaryWeight(method_class("weight", rule), rule)
 
 
-def quantize_weight(weight: Tensor, rule: str) -> QuantizedWeight:
+def quantize_weight(weight: Tensor, rule: str) -> Codes:
     return library(rule).codes(weight)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods import read_method
 from robuq_bench.methods.site import Site
-from robuq_bench.methods.weights._ternary import QuantizedWeight, TernaryWeight
+from robuq_bench.methods.weights._codes import Codes
+from robuq_bench.methods.weights._ternary import TernaryWeight
 
 NAMES = ("ternary-twn", "ternary-absmean")
 
@@ -26,7 +27,7 @@ def fitted(name: str, weight: Tensor) -> TernaryWeight:
     return module
 
 
-def quantize_weight(weight: Tensor, name: str) -> QuantizedWeight:
+def quantize_weight(weight: Tensor, name: str) -> Codes:
     return fitted(name, weight).codes(weight)
 
 
