@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from robuq_bench.checkpointing import load_tensors, save_tensors
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckpointError
 from robuq_bench.quantization.convert import Calibration, quantize_
-from robuq_bench.runs.checkpoints import load_tensors, save_tensors
 from robuq_bench.sensitivity.calibration import ModelInputs, calibration_batches, calibration_set
 from robuq_bench.training import BatchSource, LossFunction, Trainer, qat_loss
 

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from robuq_bench import seeds
+from robuq_bench.checkpointing import CheckpointStore, load_tensors, save_tensors
 from robuq_bench.config import Config, NormalityConfig
 from robuq_bench.config.studies import MIN_IMAGES, TRANSFORMS
 from robuq_bench.context import Context
@@ -50,7 +51,6 @@ from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.normality.transforms import NotApplicable, Transform, make_transform
 from robuq_bench.qat import prepare_training
 from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
-from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors, save_tensors
 from robuq_bench.runs.digests import walk
 from robuq_bench.runs.run import Run
 from studies.sample_images import load_student

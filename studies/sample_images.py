@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, Plan, Workload, modern_plan
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, UsageError
@@ -23,7 +24,6 @@ from robuq_bench.quantization.convert import (
     set_activation_bits,
 )
 from robuq_bench.quantization.linear import rename_old_state
-from robuq_bench.runs.checkpoints import load_tensors
 from robuq_bench.runs.run import open_existing
 
 GRID_COLUMNS = 10

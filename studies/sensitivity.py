@@ -32,6 +32,7 @@ from torch import nn
 
 from robuq_bench.accounting.structure import dit_layer_macs
 from robuq_bench.allocation import mean_bits
+from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import UsageError
@@ -42,7 +43,6 @@ from robuq_bench.quantization.convert import (
     quantized_layers,
     set_activation_bits,
 )
-from robuq_bench.runs.checkpoints import CheckpointStore
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import (
     METRICS,

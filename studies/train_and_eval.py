@@ -27,6 +27,7 @@ from robuq_bench.allocation import mean_bits, mean_bits_by_type
 from robuq_bench.allocation.costs import Cost, activation_bytes_cost, mac_cost
 from robuq_bench.allocation.problem import allocation_problem
 from robuq_bench.allocation.solvers import solve
+from robuq_bench.checkpointing import CheckpointStore, save_tensors
 from robuq_bench.config import (
     Config,
     Workload,
@@ -52,7 +53,6 @@ from robuq_bench.quantization.convert import (
     quantized_layers,
     set_activation_bits,
 )
-from robuq_bench.runs.checkpoints import CheckpointStore, save_tensors
 from robuq_bench.runs.interrupts import at_step_boundary
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import MetricOptions

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
+from robuq_bench.checkpointing import CheckpointStore, save_tensors
 from robuq_bench.config import Config
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data.datasets import load_dataset
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.models.dit import DiT
-from robuq_bench.runs.checkpoints import CheckpointStore, save_tensors
 from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, Trainer, denoising_loss
 from studies.figures import plot_losses

@@ -86,9 +86,9 @@ def mnist_folder() -> Path:
 @pytest.fixture(scope="session")
 def tiny_workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DiT of two blocks of width 48 with open gates, as a workload file with its teacher."""
+    from robuq_bench.checkpointing import save_tensors
     from robuq_bench.config import load_workload
     from robuq_bench.models.dit import DiT
-    from robuq_bench.runs.checkpoints import save_tensors
 
     folder = tmp_path_factory.mktemp("workload")
     torch.manual_seed(0)

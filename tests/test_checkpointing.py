@@ -15,9 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from robuq_bench.errors import CheckpointError, RobuqError
-from robuq_bench.files import sha256_file, temporary_path
-from robuq_bench.runs.checkpoints import (
+from robuq_bench.checkpointing import (
     CheckpointStore,
     load_tensors,
     load_untrusted_checkpoint,
@@ -25,6 +23,8 @@ from robuq_bench.runs.checkpoints import (
     save_tensors,
     sidecar_path,
 )
+from robuq_bench.errors import CheckpointError, RobuqError
+from robuq_bench.files import sha256_file, temporary_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -279,7 +279,7 @@ KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors, save_tensors
+from robuq_bench.checkpointing import CheckpointStore, load_tensors, save_tensors
 from robuq_bench.files import remove_temporaries
 
 torch.set_num_threads(1)

@@ -153,7 +153,7 @@ def test_report_names_damaged_runs_also_when_none_is_asked_for(
 def test_export_of_a_finished_teacher_copies_it_with_its_checksum(
     bench: Any, tmp_path: Path
 ) -> None:
-    from robuq_bench.runs.checkpoints import load_tensors, save_tensors
+    from robuq_bench.checkpointing import load_tensors, save_tensors
 
     config = resolve("train-teacher", command_version("train_teacher"), "fp", "digits")
     with Run.open(Path("runs"), config, ["test"]) as run:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from robuq_bench._compat import import_torchvision
+from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import DataConfig, load_workload
 from robuq_bench.data.datasets import (
     center_crop,
@@ -26,7 +27,6 @@ from robuq_bench.data.datasets import (
     to_uint8,
 )
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.runs.checkpoints import save_tensors
 
 # Counts of the ten digits in MNIST's test set, as published with the data set.
 MNIST_TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

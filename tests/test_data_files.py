@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import load_workload
 from robuq_bench.data.datasets import ImageData, load_dataset
 from robuq_bench.data.files import find_images
 from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError, UsageError
 from robuq_bench.files import sha256_file
-from robuq_bench.runs.checkpoints import save_tensors
 
 SECTION = load_workload("digits").data
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from reports.aggregate import group_runs
 from reports.loading import find_runs
+from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Config, config_hash, load_workload, resolve
 from robuq_bench.config.resolve import canonical_json, to_toml
 from robuq_bench.data.datasets import load_dataset, make_image_data
@@ -25,7 +26,6 @@ from robuq_bench.judging.evaluation import record_inputs
 from robuq_bench.judging.feature_networks import load_classifier, load_feature_network
 from robuq_bench.judging.features import ASSET
 from robuq_bench.models.checkpoints import load_teacher
-from robuq_bench.runs.checkpoints import save_tensors, sidecar_path
 from robuq_bench.runs.run import Run
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Workload, load_workload, resolve
 from robuq_bench.config.workload import EvaluationConfig
 from robuq_bench.context import Context
@@ -36,7 +37,6 @@ from robuq_bench.judging.features import (
 )
 from robuq_bench.judging.fidelity import compute_metrics
 from robuq_bench.progress import Progress
-from robuq_bench.runs.checkpoints import save_tensors, sidecar_path
 from studies import train_features
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
@@ -27,7 +28,6 @@ from robuq_bench.judging.features import (
     train_digits_features,
 )
 from robuq_bench.progress import Progress
-from robuq_bench.runs.checkpoints import save_tensors
 from studies import train_features
 
 

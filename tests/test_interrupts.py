@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from robuq_bench.checkpointing import CheckpointStore, load_tensors
 from robuq_bench.runs import interrupts
-from robuq_bench.runs.checkpoints import CheckpointStore, load_tensors
 from robuq_bench.runs.run import Run, list_runs, open_existing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from robuq_bench._compat import import_torchvision
+from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import Config, config_hash, load_workload, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.errors import CheckpointError, MissingResourceError
@@ -17,7 +18,6 @@ from robuq_bench.judging.feature_networks import load_classifier
 from robuq_bench.judging.fidelity import feature_statistics
 from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
-from robuq_bench.runs.checkpoints import save_tensors
 from robuq_bench.runs.run import open_existing
 from studies import train_and_eval
 from studies.train_and_eval import run_train_and_eval

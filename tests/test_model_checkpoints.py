@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from robuq_bench.checkpointing import save_tensors
 from robuq_bench.config import Workload, load_workload, resolve
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.files import sha256_file
@@ -25,8 +26,7 @@ from robuq_bench.models.checkpoints import (
     to_diffusers,
 )
 from robuq_bench.models.dit import DiT
-from robuq_bench.runs.checkpoints import save_tensors
-from robuq_bench.runs.weight_files import checkpoint_digest
+from robuq_bench.weight_files import checkpoint_digest
 
 TINY: dict[str, Any] = {"hidden_size": 24, "depth": 3, "num_heads": 2}
 State = dict[str, Tensor]

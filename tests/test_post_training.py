@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from reports.builder import build_report
+from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.inference import pack_
 from robuq_bench.progress import Progress
 from robuq_bench.quantization.convert import quantized_layers
-from robuq_bench.runs.checkpoints import load_tensors
 from robuq_bench.runs.run import open_existing, verify_run
 from studies import train_and_eval
 from studies.sample_images import load_student

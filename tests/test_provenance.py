@@ -134,7 +134,7 @@ def test_without_torch_nothing_imports_it() -> None:
     code = (
         "import sys\n"
         "from robuq_bench import files\n"
-        "from robuq_bench.runs import checkpoints, provenance, run\n"
+        "from robuq_bench import checkpointing\nfrom robuq_bench.runs import provenance, run\n"
         "facts = provenance.collect('cpu', 1)\n"
         "assert facts['torch'] is None, facts['torch']\n"
         "provenance.code_version()\n"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config, resolve
 from robuq_bench.errors import CheckpointError, UsageError
-from robuq_bench.runs.checkpoints import CheckpointStore
 from robuq_bench.runs.run import Run, list_runs, open_existing, verify_run
 
 ARGV = ["bench.py", "train-and-eval", "--plan", "a2"]

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config, resolve
 from robuq_bench.errors import CheckpointError, RobuqError, UsageError
-from robuq_bench.runs.checkpoints import CheckpointStore
 from robuq_bench.runs.run import Run, list_runs, open_existing, run_folder, verify_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config, config_from_toml, config_hash, resolve
 from robuq_bench.errors import CheckpointError, ConfigError, RobuqError
 from robuq_bench.files import sha256_file
 from robuq_bench.runs import run as runs
-from robuq_bench.runs.checkpoints import CheckpointStore
 from robuq_bench.runs.run import Run, open_existing, run_folder, verify_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from robuq_bench import allocation
+from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data.datasets import load_dataset
@@ -26,7 +27,6 @@ from robuq_bench.judging.kernel_distance import stratified_kid
 from robuq_bench.judging.sampling import sample_images
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
-from robuq_bench.runs.checkpoints import load_tensors
 from robuq_bench.runs.run import Run, open_existing, verify_run
 from robuq_bench.training import Trainer
 from studies import normality, train_and_eval

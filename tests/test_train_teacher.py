@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from robuq_bench.checkpointing import load_tensors
 from robuq_bench.cli.app import main
 from robuq_bench.config import Config, load_workload, resolve
 from robuq_bench.context import Context, RunResult
@@ -16,7 +17,6 @@ from robuq_bench.judging.evaluation import validation_losses
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
-from robuq_bench.runs.checkpoints import load_tensors
 from robuq_bench.training import Trainer
 from studies import train_teacher
 

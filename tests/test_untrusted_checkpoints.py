@@ -21,15 +21,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robuq_bench.errors import CheckpointError
-from robuq_bench.files import sha256_file
-from robuq_bench.runs.checkpoints import (
+from robuq_bench.checkpointing import (
     load_untrusted_checkpoint,
     read_safetensors,
     save_tensors,
     sidecar_path,
 )
-from robuq_bench.runs.weight_files import checkpoint_digest
+from robuq_bench.errors import CheckpointError
+from robuq_bench.files import sha256_file
+from robuq_bench.weight_files import checkpoint_digest
 
 
 def tensors_of(step: int, size: int = 1000) -> dict[str, torch.Tensor]:

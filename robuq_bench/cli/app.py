@@ -182,8 +182,8 @@ def train_features(
 
 def _export(source: Path, target: Path) -> None:
     """Copy trained weights out of their run with checksum and card, verified on the way."""
+    from robuq_bench.checkpointing import sidecar_path, verify_tensors
     from robuq_bench.files import atomic_write_bytes
-    from robuq_bench.runs.checkpoints import sidecar_path, verify_tensors
 
     console.check_writable(target.parent)
     verify_tensors(source)

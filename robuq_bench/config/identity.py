@@ -12,8 +12,8 @@ from robuq_bench.data.files import SOURCES, data_digest, data_path, data_variabl
 from robuq_bench.errors import CheckpointError, ConfigError, RobuqError
 from robuq_bench.files import read_checksums, sha256_bytes
 from robuq_bench.runs.digests import path_digest, walk
-from robuq_bench.runs.weight_files import checkpoint_digest
 from robuq_bench.sections import none_word
+from robuq_bench.weight_files import checkpoint_digest
 
 # Fields of study settings that name an input; `<field>_sha256` identifies it.
 INPUTS_OF_STUDIES = ("captured", "student", "run")

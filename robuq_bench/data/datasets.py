@@ -314,7 +314,7 @@ def _load_latents(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, 
 
 def _read_shard(shard: Path) -> tuple[Tensor, Tensor]:
     """Latents float32 [n,C,H,W] and labels int64 [n] of one shard, all finite."""
-    from robuq_bench.runs.checkpoints import load_tensors, sidecar_path
+    from robuq_bench.checkpointing import load_tensors, sidecar_path
 
     sidecar = sidecar_path(shard)
     if not sidecar.is_file():

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robuq_bench.checkpointing import read_safetensors, save_tensors
 from robuq_bench.config import Plan
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, UsageError
@@ -46,7 +47,6 @@ from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, names_of
-from robuq_bench.runs.checkpoints import read_safetensors, save_tensors
 
 
 def export_packed(

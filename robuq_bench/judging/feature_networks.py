@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robuq_bench._compat import import_torch_fidelity
+from robuq_bench.checkpointing import load_untrusted_checkpoint
 from robuq_bench.config import asset_path
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import make_folder, sha256_file
@@ -24,7 +25,6 @@ from robuq_bench.judging.features import (
     Features,
     load_features,
 )
-from robuq_bench.runs.checkpoints import load_untrusted_checkpoint
 from robuq_bench.runs.digests import refuse_change
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robuq_bench.checkpointing import load_tensors, save_tensors, sidecar_path
 from robuq_bench.data.datasets import ImageData
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import atomic_write_text, sha256_file
 from robuq_bench.models.checkpoints import check_weights
-from robuq_bench.runs.checkpoints import load_tensors, save_tensors, sidecar_path
 
 ASSET = Path(__file__).parents[1] / "assets" / "digits_features.safetensors"
 ASSET_SHA256 = "b2aaef0a1f1b76cc4054549f0a4e8d4c27b08d43a662e32c525296e9cf4ee31a"

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from robuq_bench._compat import import_torch_fidelity
+from robuq_bench.checkpointing import load_tensors, save_tensors
 from robuq_bench.data.datasets import ImageData
 from robuq_bench.errors import CheckpointError, MissingResourceError, RobuqError, UsageError
 from robuq_bench.files import cache_folder, expand_user, sha256_bytes
 from robuq_bench.judging.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.judging.features import Features
 from robuq_bench.judging.kernel_distance import stratified_kid
-from robuq_bench.runs.checkpoints import load_tensors, save_tensors
 
 __all__ = [
     "FeatureNetwork",

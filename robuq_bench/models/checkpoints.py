@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robuq_bench.checkpointing import load_untrusted_checkpoint
 from robuq_bench.config import asset_path
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
 from robuq_bench.models.dit import DiT, sincos_position_embedding
-from robuq_bench.runs.checkpoints import load_untrusted_checkpoint
-from robuq_bench.runs.weight_files import checkpoint_digest
+from robuq_bench.weight_files import checkpoint_digest
 
 ASSET_PREFIX = "asset:"
 LISTED_PROBLEMS = 4

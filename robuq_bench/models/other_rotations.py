@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robuq_bench.checkpointing import read_safetensors
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user
 from robuq_bench.hadamard.rotation import rotate
 from robuq_bench.hadamard.transform import hadamard_matrix
-from robuq_bench.runs.checkpoints import read_safetensors
 
 __all__ = ["read_hadamard_table", "rebase_weight", "table_rotation", "unrotate_weight"]
 

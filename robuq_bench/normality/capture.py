@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robuq_bench.checkpointing import load_tensors, save_tensors
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.quantization.watching import find_layers, watching
-from robuq_bench.runs.checkpoints import load_tensors, save_tensors
 from robuq_bench.seeds import seeded
 
 FORMAT = "robuq-bench activations 1"

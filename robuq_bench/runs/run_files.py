@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from robuq_bench.checkpointing import sidecar_path, verify_tensors
 from robuq_bench.errors import CheckpointError, RobuqError, UsageError
 from robuq_bench.files import read_checksums, sha256_file
-from robuq_bench.runs.checkpoints import sidecar_path, verify_tensors
 from robuq_bench.runs.lock import is_running
 
 CHECKPOINTS = "checkpoints"

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from robuq_bench.checkpointing import load_tensors, read_safetensors, save_tensors
 from robuq_bench.config import load_plan
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.inference import export_packed, load_packed, pack_
 from robuq_bench.inference.packed_file import _digest, describe, size_table
 from robuq_bench.quantization.convert import quantize_
-from robuq_bench.runs.checkpoints import load_tensors, read_safetensors, save_tensors
 
 ASSETS = Path(__file__).parent / "assets"
 Content = tuple[dict[str, Tensor], dict[str, str]]

@@ -15,6 +15,7 @@ from making import changed, like, of
 from torch import Tensor, nn
 
 from robuq_bench.accounting.account import packing_table
+from robuq_bench.checkpointing import read_safetensors, save_tensors, sidecar_path
 from robuq_bench.config import Plan, load_plan
 from robuq_bench.config.workload import ModelConfig
 from robuq_bench.errors import CheckpointError, UsageError
@@ -24,7 +25,6 @@ from robuq_bench.inference.packed_linear import packed_layers
 from robuq_bench.inference.random_weights import pack_random_
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
-from robuq_bench.runs.checkpoints import read_safetensors, save_tensors, sidecar_path
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Student = Callable[..., tuple[DiT, Plan]]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robuq_bench.checkpointing import read_safetensors
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
 from robuq_bench.inference import PackedLinear, export_packed, load_packed, pack_
@@ -21,7 +22,6 @@ from robuq_bench.methods import SLOTS, is_packaged, method_names, register_metho
 from robuq_bench.methods.base import ActivationMethod, WeightMethod
 from robuq_bench.methods.weights._ternary import TernaryMethod
 from robuq_bench.quantization.convert import quantize_
-from robuq_bench.runs.checkpoints import read_safetensors
 
 RTN4 = {"method": "rtn", "bits": 4}
 TOKENS = {"method": "rtn", "bits": 4}

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from robuq_bench.checkpointing import read_safetensors, save_tensors
 from robuq_bench.config import Plan
 from robuq_bench.errors import CheckpointError
 from robuq_bench.inference import export_packed, load_packed, pack_
@@ -22,7 +23,6 @@ from robuq_bench.inference.packed_file import _digest, describe, size_table
 from robuq_bench.methods import register_method
 from robuq_bench.methods.weights.rtn import Rtn
 from robuq_bench.quantization.convert import quantize_
-from robuq_bench.runs.checkpoints import read_safetensors, save_tensors
 
 Content = tuple[dict[str, Tensor], dict[str, str]]
 Damage = Callable[[Content], None]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from robuq_bench._compat import import_torchvision
+from robuq_bench.checkpointing import save_tensors
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
-from robuq_bench.runs.checkpoints import save_tensors
 
 
 class Toy(nn.Module):

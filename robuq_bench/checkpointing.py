@@ -25,7 +25,7 @@ from robuq_bench.files import (
     replacing,
     sha256_file,
 )
-from robuq_bench.runs.weight_files import (
+from robuq_bench.weight_files import (
     checkpoint_digest,
     checkpoint_files,
     is_safetensors,
