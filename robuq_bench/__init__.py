@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from robuq_bench.config import Plan, Workload, load_plan, load_workload
     from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
     from robuq_bench.methods import Method, register_method
-    from robuq_bench.quantization.convert import Calibration, quantize_
+    from robuq_bench.quantization.convert import quantize_
+    from robuq_bench.quantization.fitting import Calibration
     from robuq_bench.quantization.gradient_clamp import clamp_gradients_, defer_gradient_clamp
     from robuq_bench.quantization.linear import cached_weights
     from robuq_bench.quantization.selection import select_layers
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Calibration": "robuq_bench.quantization.convert",
+    "Calibration": "robuq_bench.quantization.fitting",
     "Method": "robuq_bench.methods",
     "register_method": "robuq_bench.methods",
     "Plan": "robuq_bench.config",

@@ -16,7 +16,8 @@ from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckpointError
-from robuq_bench.quantization.convert import Calibration, quantize_
+from robuq_bench.quantization.convert import quantize_
+from robuq_bench.quantization.fitting import Calibration
 from robuq_bench.sensitivity.calibration import ModelInputs, calibration_batches, calibration_set
 from robuq_bench.training import BatchSource, LossFunction, Trainer, qat_loss
 

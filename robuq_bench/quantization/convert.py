@@ -3,59 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robuq_bench.config.plan import matches
 from robuq_bench.errors import UsageError, suggest
-from robuq_bench.methods.base import Need
-from robuq_bench.methods.site import Site
 from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.bits import check_bits
-from robuq_bench.quantization.blocks import blocks_in_order
-from robuq_bench.quantization.linear import QuantizedLinear, check_methods
-from robuq_bench.quantization.module_tree import exchange_layers, hidden_references
-from robuq_bench.quantization.observing import observe
+from robuq_bench.quantization.checks import check_layer, check_references, check_ties
+from robuq_bench.quantization.fitting import (
+    Calibration,
+    fit_by_blocks,
+    fit_layer,
+    needs_of,
+    site_of,
+)
+from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.quantization.module_tree import exchange_layers
 from robuq_bench.quantization.selection import (
     LayerFilter,
     Selected,
     is_modulation,
     select_layers,
 )
-from robuq_bench.quantization.watching import calls_of
 
 if TYPE_CHECKING:
     from robuq_bench.config import Plan, Rule
 
 logger = logging.getLogger(__name__)
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass
-class Calibration:
-    """What a plan's methods are fitted on, and how far that has come.
-
-    Attributes:
-        batches: inputs of the model, each a tensor, a tuple of arguments or a dict of keywords;
-            gone through once for every block.
-        tokens: at most so many are kept of each layer's input.
-        quantized_predecessors: whether a block sees the outputs of the quantized blocks before
-            it; otherwise those of the full-precision model.
-        done: states of blocks that are fitted already, by the first name in the block; what is
-            found there is not fitted again, and every block that is fitted is put there.
-        on_block: called with (blocks done, blocks in all).
-    """
-
-    batches: Sequence[Any]
-    tokens: int = 4096
-    quantized_predecessors: bool = True
-    done: MutableMapping[str, dict[str, Tensor]] | None = None
-    on_block: Callable[[int, int], None] | None = None
 
 
 def target_layers(
@@ -64,79 +41,6 @@ def target_layers(
     """The layers of an unquantized model that `quantize_` would replace, by first name."""
     selected = select_layers(model, plan, keep)
     return {name: layer.module for name, layer in selected.items() if layer.rule is not None}
-
-
-def _check(name: str, linear: nn.Linear, rule: Rule) -> None:
-    """Everything that can be known to fail, before the first layer is replaced."""
-    extra = sorted(set(linear._parameters) - {"weight", "bias"})
-    if extra:
-        raise UsageError(
-            f"layer {name!r} is reparametrised ({', '.join(extra)}), which its copy would lose; "
-            "remove the reparametrisation first, or keep it by a rule without methods"
-        )
-    inside = [*linear._buffers, *linear._modules]
-    if inside:
-        raise UsageError(
-            f"layer {name!r} holds more than a weight and a bias ({', '.join(inside)}), which its "
-            "copy would lose; move it elsewhere, or keep it by a rule without methods"
-        )
-    if "forward" in vars(linear):
-        raise UsageError(
-            f"layer {name!r} has a forward of its own, which its copy would lose (an offloading "
-            "hook?); remove it first, or keep it by a rule without methods"
-        )
-    weight = linear.weight
-    if weight.layout != torch.strided:
-        raise UsageError(f"layer {name!r} has a weight of layout {weight.layout}; make it dense")
-    if weight.is_meta:
-        raise UsageError(f"layer {name!r} is on the meta device; load its weights first")
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise UsageError(
-            f"layer {name!r} has a weight of {weight.dtype}; quantize_ takes "
-            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in WEIGHT_DTYPES)}"
-        )
-    for part, value in linear.named_parameters(recurse=False):
-        if not bool(torch.isfinite(value).all()):
-            raise UsageError(
-                f"layer {name!r} has {int((~torch.isfinite(value)).sum())} values in its {part} "
-                "that are NaN or infinite; find where the checkpoint was damaged"
-            )
-    check_methods(rule.slots(), linear, name)
-
-
-def _check_references(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    """Refuse a layer that something would go on calling after it was replaced."""
-    for place, name in hidden_references(model, set(layers.values())):
-        raise UsageError(
-            f"{place!r} holds layer {name!r} besides registering it (a list, or torch.compile of "
-            "the layer alone?) and would go on calling the old one; register it as a module, "
-            "compile after quantize_, or keep it by a rule without methods"
-        )
-
-
-def _check_ties(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    """Refuse a weight whose memory another module uses too: each use would get its own."""
-    targets = set(layers.values())
-    memory: dict[tuple[int, torch.device], list[tuple[int, int, str, nn.Module]]] = {}
-    for module_name, module in model.named_modules():
-        for part, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is None or value.is_meta or value.layout != torch.strided or not value.numel():
-                continue
-            # Parts of one memory need not overlap, as those of a flattened model do not.
-            reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
-            start = value.storage_offset() * value.element_size()
-            end = start + reach * value.element_size()
-            name = f"{module_name}.{part}" if module_name else part
-            place = (value.untyped_storage().data_ptr(), value.device)
-            for other_start, other_end, other, owner in memory.setdefault(place, []):
-                overlaps = start < other_end and other_start < end
-                if overlaps and owner is not module and not targets.isdisjoint((owner, module)):
-                    raise UsageError(
-                        f"{other!r} and {name!r} are one tied parameter, and quantizing would give "
-                        "each its own; untie them first (clone one), or keep them by a "
-                        "rule without methods"
-                    )
-            memory[place].append((start, end, name, module))
 
 
 def quantize_(
@@ -199,14 +103,14 @@ def quantize_(
     _warn_of_idle_rules(plan, selected)
     rules |= _at_weight_bits(rules, weight_bits_by_layer or {})
     for name, linear in layers.items():
-        _check(name, linear, rules[name])
-    _check_references(model, layers)
-    _check_ties(model, layers)
+        check_layer(name, linear, rules[name])
+    check_references(model, layers)
+    check_ties(model, layers)
     if bits_by_layer is not None:
         _check_bits_by_layer(bits_by_layer, rules)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
-    needs = {name: _needs(rule) for name, rule in rules.items()}
+    needs = {name: needs_of(rule) for name, rule in rules.items()}
     if any(needs.values()) and not blank:
         if calibration is None or not len(calibration.batches):
             name = next(name for name, found in needs.items() if found)
@@ -215,10 +119,10 @@ def quantize_(
                 f"plan {plan.name!r}: {', '.join(map(repr, asking))} of layer {name!r} needs to "
                 "see inputs of the layer; give quantize_(calibration=...) inputs of the model"
             )
-        model = _fit_by_blocks(model, layers, rules, needs, calibration, seed)
+        model = fit_by_blocks(model, layers, rules, needs, calibration, seed)
     else:
         fitted: dict[nn.Module, nn.Module] = {
-            linear: _fit(linear, rules[name], _site(name, linear, seed, blank=blank))
+            linear: fit_layer(linear, rules[name], site_of(name, linear, seed, blank=blank))
             for name, linear in layers.items()
         }
         model = exchange_layers(model, fitted)
@@ -230,109 +134,6 @@ def quantize_(
         set_activation_bits(model, bits_by_layer)
     logger.info("plan %s on %s: %s", plan.name, type(model).__name__, summary(selected))
     return model
-
-
-def _needs(rule: Rule) -> frozenset[Need]:
-    """What the methods of a layer read of its inputs."""
-    slots = rule.slots()
-    needs = frozenset[Need]().union(*(method.needs for method in slots.values()))
-    # After a rotation the largest magnitudes are those of the sample, see `Site.through`.
-    after = (m.needs for slot, m in slots.items() if slot not in ("scaling", "rotation"))
-    if rule.rotation is not None and any("absmax" in found for found in after):
-        needs |= {"tokens"}
-    return needs
-
-
-def _site(name: str, linear: nn.Linear, seed: int, *, blank: bool) -> Site:
-    return Site.blank(name, linear.in_features, seed) if blank else Site(name, seed)
-
-
-def _fit(linear: nn.Linear, rule: Rule, site: Site) -> QuantizedLinear:
-    layer = QuantizedLinear.from_linear(linear, rule.slots(), site)
-    layer.fixed_bits = rule.fixed_bits
-    for part, value in layer.named_parameters():
-        if not bool(torch.isfinite(value).all()):  # rotation can exceed half precision's range
-            raise UsageError(
-                f"{part!r} of layer {layer.name!r} overflows {value.dtype} once it is converted; "
-                "convert the model in float32"
-            )
-    return layer
-
-
-def _fit_by_blocks(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    rules: Mapping[str, Rule],
-    needs: Mapping[str, frozenset[Need]],
-    calibration: Calibration,
-    seed: int,
-) -> nn.Module:
-    """Observe, fit and replace the layers of one block after another; the model or its stand-in."""
-    calls = calls_of(model, layers, calibration.batches[0])
-    blocks = blocks_in_order(model, list(layers), calls)
-    fitted: dict[nn.Module, nn.Module] = {}
-    try:
-        for count, names in enumerate(blocks, 1):
-            now: dict[nn.Module, nn.Module] = {}
-            for name, layer in _fitted_block(
-                model, names, layers, rules, needs, calibration, calls, seed
-            ):
-                now[layers[name]] = layer
-            fitted |= now
-            if calibration.quantized_predecessors:
-                model = exchange_layers(model, now)
-            if calibration.on_block is not None:
-                calibration.on_block(count, len(blocks))
-    except BaseException:
-        if calibration.quantized_predecessors:  # leave the model as it was given
-            exchange_layers(model, {new: old for old, new in fitted.items()})
-        raise
-    return model if calibration.quantized_predecessors else exchange_layers(model, fitted)
-
-
-def _fitted_block(
-    model: nn.Module,
-    names: Sequence[str],
-    layers: Mapping[str, nn.Linear],
-    rules: Mapping[str, Rule],
-    needs: Mapping[str, frozenset[Need]],
-    calibration: Calibration,
-    calls: Sequence[str],
-    seed: int,
-) -> Iterator[tuple[str, QuantizedLinear]]:
-    done = calibration.done
-    known = None if done is None else done.get(names[0])
-    if known is not None:
-        for name in names:
-            site = _site(name, layers[name], seed, blank=True)
-            layer = _fit(layers[name], rules[name], site)
-            prefix = f"{name}/"
-            state = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
-            layer.load_state_dict(state)
-            yield name, layer
-        return
-    watched = {name: layers[name] for name in names if needs[name]}
-    wanted = frozenset[Need]().union(*(needs[name] for name in names))
-    sites = (
-        observe(
-            model,
-            watched,
-            calibration.batches,
-            wanted,
-            tokens_per_layer=calibration.tokens,
-            seed=seed,
-            calls=calls,
-        )
-        if watched
-        else {}
-    )
-    fitted: dict[str, Tensor] = {}
-    for name in names:
-        layer = _fit(layers[name], rules[name], sites.pop(name, Site(name, seed)))
-        fitted |= {f"{name}/{key}": value for key, value in layer.state_dict().items()}
-        yield name, layer
-    if done is not None:
-        done[names[0]] = fitted
 
 
 def _at_weight_bits(rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int]) -> dict[str, Rule]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import Calibration, quantize_, quantized_layers
+from robuq_bench.quantization.convert import quantize_, quantized_layers
+from robuq_bench.quantization.fitting import Calibration
 from robuq_bench.quantization.linear import QuantizedLinear
 
 GPTQ = {
