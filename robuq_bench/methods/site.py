@@ -38,11 +38,18 @@ class Site:
     count: int = 0
 
     @classmethod
-    def blank(cls, name: str, in_features: int, seed: int = 0) -> Site:
+    def blank(
+        cls,
+        name: str,
+        in_features: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Site:
         """A site that saw a few normal inputs: for layers whose values are loaded afterwards."""
         tokens = torch.randn(64, in_features, generator=torch.Generator().manual_seed(0))
-        eye = torch.eye(in_features, dtype=torch.float64)
-        return cls(name, seed, tokens, torch.ones(in_features), eye, in_features)
+        eye = torch.eye(in_features, dtype=torch.float64, device=device)
+        absmax = torch.ones(in_features, device=device)
+        return cls(name, seed, tokens.to(device), absmax, eye, in_features)
 
     def need(self, what: Need) -> Tensor:
         """`tokens`, `absmax` or `gram`; UsageError naming the layer if calibration saw none."""

@@ -56,7 +56,9 @@ def needs_of(rule: Rule) -> frozenset[Need]:
 
 
 def site_of(name: str, linear: nn.Linear, seed: int, *, blank: bool) -> Site:
-    return Site.blank(name, linear.in_features, seed) if blank else Site(name, seed)
+    if not blank:
+        return Site(name, seed)
+    return Site.blank(name, linear.in_features, seed, linear.weight.device)
 
 
 def fit_layer(linear: nn.Linear, rule: Rule, site: Site) -> QuantizedLinear:
@@ -141,7 +143,7 @@ def _fitted_block(
     fitted: dict[str, Tensor] = {}
     for name in names:
         layer = fit_layer(layers[name], rules[name], sites.pop(name, Site(name, seed)))
-        fitted |= {f"{name}/{key}": value for key, value in layer.state_dict().items()}
+        fitted |= {f"{name}/{key}": value.clone() for key, value in layer.state_dict().items()}
         yield name, layer
     if done is not None:
         done[names[0]] = fitted

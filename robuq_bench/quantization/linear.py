@@ -162,7 +162,7 @@ class QuantizedLinear(QuantizedInput):
         """The weight that `path` multiplies by; kept inside a `cached_weights` block."""
         if self._cache is None or torch.compiler.is_compiling():
             return path.weight(self)
-        sources = list(self.parameters())
+        sources = [*self.parameters(), *self.buffers()]
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
         if self.training or needs_grad or any(p.is_inference() for p in sources):
             return path.weight(self)
