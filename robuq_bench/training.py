@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
 LOW_RANK_PARAMETERS = (".branch.up", ".branch.down")
+GRID_SLOTS = (".weight_quantizer.", ".activation_quantizer.")
 OLD_BRANCH = ("low_rank_up", "low_rank_down")
 
 
@@ -161,14 +162,18 @@ def _parameter_groups(
     parameters: dict[str, nn.Parameter], learning_rate: float, low_rank_learning_rate: float | None
 ) -> list[dict[str, Any]]:
     """AdamW's groups; `rate_ratio` is what multiplies the scheduled learning rate."""
-    if low_rank_learning_rate is None:
-        return [{"params": list(parameters.values()), "rate_ratio": 1.0}]
-    branch = {n for n in parameters if f".{n}".endswith(LOW_RANK_PARAMETERS)}
-    groups = [
-        {"params": [p for n, p in parameters.items() if n not in branch], "rate_ratio": 1.0},
+    ratio = 1.0 if low_rank_learning_rate is None else low_rank_learning_rate / learning_rate
+    branch = {n for n in parameters if f".{n}".endswith(LOW_RANK_PARAMETERS) and ratio != 1.0}
+    grids = {n for n in parameters if any(slot in f".{n}" for slot in GRID_SLOTS)}
+    rest = parameters.keys() - branch - grids
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in parameters.items() if n in rest], "rate_ratio": 1.0},
+        {"params": [p for n, p in parameters.items() if n in branch], "rate_ratio": ratio},
+        # A step that decays is a finer grid, not a simpler model.
         {
-            "params": [p for n, p in parameters.items() if n in branch],
-            "rate_ratio": low_rank_learning_rate / learning_rate,
+            "params": [p for n, p in parameters.items() if n in grids],
+            "rate_ratio": 1.0,
+            "weight_decay": 0.0,
         },
     ]
     return [group for group in groups if group["params"]]

@@ -73,9 +73,13 @@ def allocated_weight_bits(
             bits = load_allocation_file(bits_config, layers)
         else:
             folder = run.path / "checkpoints" / "calibration"
+            # Each layer is measured alone, so none may be fitted to coarser ones before it.
+            alone = config.plan.calibration.model_copy(update={"quantized_predecessors": False})
+            plan = config.plan.model_copy(update={"calibration": alone})
+            own = config.model_copy(update={"plan": plan})
             variants = {
                 choice: convert_teacher(
-                    config,
+                    own,
                     context,
                     teacher,
                     data,

@@ -279,7 +279,13 @@ class Plan(Section):
     def _check_choices(self, bits: BitsConfig) -> None:
         """Refuse bits that nothing takes, or that a method has no grid for."""
         found = [getattr(rule, bits.of) for rule in self.layers if not rule.fixed_bits]
-        methods = [each for each in found if each and "bits" in type(each).model_fields]
+        methods = [
+            each
+            for each in found
+            if each
+            and "bits" in type(each).model_fields
+            and not getattr(each, "bits_are_fitted", False)
+        ]
         if not methods:
             raise ValueError(
                 f"bits of {bits.of}s are to be allocated, but no rule without fixed_bits has a "

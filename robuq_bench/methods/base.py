@@ -146,6 +146,8 @@ class ActivationMethod(Method):
     slot = "activation"
     min_bits: ClassVar[int] = 1
     max_bits: ClassVar[int] = 8
+    bits_are_fitted: ClassVar[bool] = False
+    """Whether what `fit` finds is for these bits alone, so that no allocation may change them."""
 
     bits: int = Field(default=8, ge=1, le=8)
 

@@ -25,9 +25,10 @@ class Site:
         absmax: [in] float32, largest magnitude of each channel over all inputs seen.
         gram: [in, in] float64, sum of x^T x over all inputs seen, and `count` their number.
 
-    All of them are in the basis of the slots that were fitted before: divided by the scaling,
-    rotated by the rotation. After a rotation `absmax` is that of the sample, because the one
-    of all inputs cannot be had from it.
+    `is_blank` says that values are loaded afterwards, so that only shapes count: a search for
+    good ones may be left out. All statistics are in the basis of the slots that were fitted
+    before: divided by the scaling, rotated by the rotation. After a rotation `absmax` is that of
+    the sample, because the one of all inputs cannot be had from it.
     """
 
     name: str = ""
@@ -36,6 +37,7 @@ class Site:
     absmax: Tensor | None = None
     gram: Tensor | None = None
     count: int = 0
+    is_blank: bool = False
 
     @classmethod
     def blank(
@@ -49,7 +51,7 @@ class Site:
         tokens = torch.randn(64, in_features, generator=torch.Generator().manual_seed(0))
         eye = torch.eye(in_features, dtype=torch.float64, device=device)
         absmax = torch.ones(in_features, device=device)
-        return cls(name, seed, tokens.to(device), absmax, eye, in_features)
+        return cls(name, seed, tokens.to(device), absmax, eye, in_features, is_blank=True)
 
     def need(self, what: Need) -> Tensor:
         """`tokens`, `absmax` or `gram`; UsageError naming the layer if calibration saw none."""

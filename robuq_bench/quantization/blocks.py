@@ -15,8 +15,9 @@ def blocks_in_order(
 ) -> list[list[str]]:
     """Layer names in groups to calibrate one after the other: those of a block are one group.
 
-    Layers outside the blocks are groups of their own. Groups, and the layers in them, are in the
-    order of their first calls (`calls_of`) if given, else in the model's order of modules.
+    Layers outside the blocks are groups of their own, as are all layers of a model without blocks.
+    Groups, and the layers in them, are in the order of their first calls (`calls_of`) if given,
+    else in the model's order of modules.
 
     Raises:
         UsageError: a layer that the model does not have, or that is not called.
@@ -28,6 +29,8 @@ def blocks_in_order(
         refuse_missing(wanted, calls, "is not among `calls`")
         order = [name for name in dict.fromkeys(calls) if name in wanted]
     blocks = blocks_of(model)
+    if None in blocks.values():  # no list of blocks: the model would be one group
+        return [[name] for name in order]
     groups: dict[tuple[bool, str], list[str]] = {}
     for name in order:
         parts = name.split(".")

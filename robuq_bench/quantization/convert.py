@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -50,7 +50,7 @@ def quantize_(
     filter_fn: LayerFilter | None = None,
     seed: int = 0,
     *,
-    calibration: Calibration | Sequence[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
     weight_bits_by_layer: Mapping[str, int] | None = None,
     blank: bool = False,
 ) -> nn.Module:
@@ -71,7 +71,7 @@ def quantize_(
         seed: of what methods draw, together with each layer's name.
         calibration: inputs of the model, for methods that need to see those of their layers; the
             layers are then fitted block by block.
-        weight_bits_by_layer: weight bits of layers whose weight method has bits to choose.
+        weight_bits_by_layer: weight bits of every layer in `allocatable_layers(..., "weight")`.
         blank: fit to unit inputs, for a model whose state is loaded afterwards.
 
     Returns:
@@ -109,7 +109,7 @@ def quantize_(
     if bits_by_layer is not None:
         _check_bits_by_layer(bits_by_layer, rules)
     if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration)
+        calibration = Calibration(list(calibration))
     needs = {name: needs_of(rule) for name, rule in rules.items()}
     if any(needs.values()) and not blank:
         if calibration is None or not len(calibration.batches):
@@ -119,35 +119,63 @@ def quantize_(
                 f"plan {plan.name!r}: {', '.join(map(repr, asking))} of layer {name!r} needs to "
                 "see inputs of the layer; give quantize_(calibration=...) inputs of the model"
             )
-        model = fit_by_blocks(model, layers, rules, needs, calibration, seed)
+        operands = matmul_quantizers(model)
+        try:
+            if calibration.quantized_predecessors:  # what follows attention sees them too
+                _quantize_operands(model, plan)
+            model = fit_by_blocks(model, layers, rules, needs, calibration, seed)
+        except BaseException:
+            for module, present in operands.items():
+                module.matmul_quantizer = present
+            raise
     else:
         fitted: dict[nn.Module, nn.Module] = {
             linear: fit_layer(linear, rules[name], site_of(name, linear, seed, blank=blank))
             for name, linear in layers.items()
         }
         model = exchange_layers(model, fitted)
-    if plan.attention.matmul_bits is not None:
-        for module in model.modules():
-            if hasattr(module, "matmul_quantizer"):
-                module.matmul_quantizer = matmul_quantizer(plan.attention.matmul_bits)  # type: ignore[assignment]
+    _quantize_operands(model, plan)
     if bits_by_layer is not None:
         set_activation_bits(model, bits_by_layer)
     logger.info("plan %s on %s: %s", plan.name, type(model).__name__, summary(selected))
     return model
 
 
+def _quantize_operands(model: nn.Module, plan: Plan) -> None:
+    if plan.attention.matmul_bits is not None:
+        for module in matmul_quantizers(model):
+            module.matmul_quantizer = matmul_quantizer(plan.attention.matmul_bits)
+
+
+def matmul_quantizers(model: nn.Module) -> dict[Any, Any]:
+    """The modules that quantize operands of attention's products, each with what it uses now."""
+    return {m: m.matmul_quantizer for m in model.modules() if hasattr(m, "matmul_quantizer")}
+
+
 def _at_weight_bits(rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int]) -> dict[str, Rule]:
     """The rules of the named layers with their weight methods at other bits."""
-    changed = {}
-    for name, bits in bits_by_layer.items():
-        if name not in rules:
-            raise UsageError(f"weight_bits names {name!r}, no such layer{suggest(name, rules)}")
-        method = rules[name].weight
-        if method is None:
-            raise UsageError(f"layer {name!r} has no weight method to give bits to")
-        weight = method.with_bits(bits)
-        changed[name] = rules[name].model_copy(update={"weight": weight})
-    return changed
+    if not bits_by_layer:
+        return {}
+    methods = {
+        name: rule.weight
+        for name, rule in rules.items()
+        if rule.weight and "bits" in type(rule.weight).model_fields and not rule.fixed_bits
+    }
+    for name in bits_by_layer:
+        if name not in methods:
+            raise UsageError(
+                f"weight_bits_by_layer names {name!r}, no layer whose weight has bits to choose"
+                f"{suggest(name, methods)}"
+            )
+    missing = [name for name in methods if name not in bits_by_layer]
+    if missing:
+        raise UsageError(
+            f"weight_bits_by_layer lacks {len(missing)} layers: {', '.join(missing[:5])}"
+        )
+    return {
+        name: rules[name].model_copy(update={"weight": methods[name].with_bits(bits)})
+        for name, bits in bits_by_layer.items()
+    }
 
 
 def _warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
@@ -218,12 +246,17 @@ def allocatable_layers(model: nn.Module, of: str = "activation") -> list[str]:
         for name, layer in quantized_layers(model).items()
         if not layer.fixed_bits
         and of in layer.methods
-        and (of == "activation" or "bits" in type(layer.methods[of]).model_fields)
+        and "bits" in type(layer.methods[of]).model_fields
+        and not getattr(layer.methods[of], "bits_are_fitted", False)
     ]
 
 
 def _check_bits_by_layer(bits_by_layer: Mapping[str, int], rules: Mapping[str, Rule]) -> None:
-    names = [n for n, rule in rules.items() if rule.activation is not None and not rule.fixed_bits]
+    names = [
+        name
+        for name, rule in rules.items()
+        if rule.activation and not rule.activation.bits_are_fitted and not rule.fixed_bits
+    ]
     for name, bits in bits_by_layer.items():
         if name not in names:
             raise UsageError(f"bits_by_layer names {name!r}, no such layer{suggest(name, names)}")

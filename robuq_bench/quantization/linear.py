@@ -101,13 +101,16 @@ class QuantizedLinear(QuantizedInput):
             fitted: Any = methods[slot].fit(weight, site)
             if slot == "weight" and isinstance(fitted, tuple):
                 fitted, weight = fitted
-            modules[slot] = fitted.to(device)
-            if slot in ("scaling", "rotation", "branch"):
-                weight = modules[slot].weight(weight)  # type: ignore[operator]
+            module = modules[slot] = fitted.to(device)
+            if slot == "branch":
+                weight = module.weight(weight)
+                _cast(module, dtype)
+                continue
+            # Float32 at least: what rounds here would no longer cancel, or move every point.
+            _cast(module, torch.promote_types(dtype, torch.float32))
             if slot in ("scaling", "rotation"):
-                site = site.through(modules[slot], diagonal=slot == "scaling")
-            is_grid = slot in ("weight", "activation")  # steps are kept in float32 at least
-            _cast(modules[slot], torch.promote_types(dtype, torch.float32) if is_grid else dtype)
+                weight = module.weight(weight)
+                site = site.through(module, diagonal=slot == "scaling")
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(weight.to(dtype), bias, site.name)
         layer.methods = dict(methods)

@@ -39,7 +39,7 @@ def rtn(**fields: Any) -> Rtn:
 
 
 def fitted(weight: Tensor, **fields: Any) -> Any:
-    return rtn(**fields).fit(weight.double(), Site.blank("layer", weight.shape[1]))
+    return rtn(**fields).fit(weight.double(), Site("layer"))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -346,3 +346,14 @@ def test_a_layer_in_float64_or_half_keeps_working() -> None:
     codes = grid.codes(weight.float())
     assert codes.scale.dtype == torch.float32
     assert torch.equal(grid(weight.float()), codes.dequantize())
+
+
+def test_a_blank_site_has_the_shapes_of_a_search_without_searching() -> None:
+    weight = randn(4, 16)
+    for fields in ({"shrink": 50}, {"shrink": 50, "group": 4}, {"shrink": 50, "per": "tensor"}):
+        searched = fitted(weight, **fields)
+        blank: Any = rtn(**fields).fit(weight.double(), Site.blank("layer", 16))
+        assert blank.ratio.shape == searched.ratio.shape
+        assert (blank.ratio == 1).all()
+        blank.load_state_dict(searched.state_dict())
+        assert torch.equal(blank(weight), searched(weight))

@@ -41,9 +41,9 @@ def test_layers_of_a_block_are_one_group() -> None:
         blocks_in_order(model, ["blocks.7"])
 
 
-def test_a_model_without_blocks_is_one_block() -> None:
+def test_of_a_model_without_blocks_every_layer_is_one() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
-    assert blocks_in_order(model, ["2", "0"]) == [["0", "2"]]
+    assert blocks_in_order(model, ["2", "0"]) == [["0"], ["2"]]
 
 
 class Backwards(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
 from robuq_bench.models.dit import DiT
-from robuq_bench.quantization.convert import quantize_, quantized_layers
+from robuq_bench.quantization.convert import allocatable_layers, quantize_, quantized_layers
 from robuq_bench.quantization.fitting import Calibration
 from robuq_bench.quantization.linear import QuantizedLinear
 
@@ -196,8 +196,100 @@ def test_it_works_on_any_module() -> None:
 def test_weight_bits_by_layer_reach_the_method() -> None:
     plan = plan_of(weight={"method": "rtn", "bits": 4})
     name = "blocks.1.mlp.fc2"
-    model = quantize_(dit(), plan, weight_bits_by_layer={name: 2})
-    layers = quantized_layers(model)
-    assert int(layers[name].weight_quantizer.codes(layers[name].master_weight).codes.max()) <= 1  # type: ignore[union-attr, operator]
-    with pytest.raises(UsageError, match="no such layer; did you mean"):
+    every = dict.fromkeys(allocatable_layers(quantize_(dit(), plan), of="weight"), 4)
+    assert len(every) == 15
+    model = quantize_(dit(), plan, weight_bits_by_layer={**every, name: 2})
+    for each, layer in quantized_layers(model).items():
+        quantizer: Any = layer.weight_quantizer
+        limit = 1 if each == name else 7
+        assert int(quantizer.codes(layer.master_weight).codes.abs().max()) == limit
+    with pytest.raises(UsageError, match="has bits to choose; did you mean"):
         quantize_(dit(), plan, weight_bits_by_layer={"blocks.1.mlp.fc3": 2})
+    with pytest.raises(UsageError, match="lacks 14 layers"):
+        quantize_(dit(), plan, weight_bits_by_layer={name: 2})
+    fixed = plan_of(weight={"method": "rtn", "bits": 4}, fixed_bits=True)
+    with pytest.raises(UsageError, match="no layer whose weight has bits to choose"):
+        quantize_(dit(), fixed, weight_bits_by_layer={name: 2})
+
+
+@pytest.mark.parametrize("change", ["plan", "seed", "model", "inputs", "tokens"])
+def test_what_was_kept_for_something_else_is_not_taken(change: str) -> None:
+    store = Store()
+
+    def fit(done: Store | None, change: str = "") -> nn.Module:
+        slots = {
+            **GPTQ,
+            "activation": {"method": "percentile", "bits": 8 if change == "plan" else 4},
+        }
+        model = dit()
+        if change == "model":
+            with torch.no_grad():
+                model.x_embedder.proj.weight.mul_(1.1)
+        given = Calibration(
+            batches(2 if change == "inputs" else 3),
+            done=done,
+            tokens=64 if change == "tokens" else 4096,
+        )
+        seed = int(change == "seed")
+        return quantize_(model, plan_of(**slots), calibration=given, seed=seed)
+
+    fit(store)
+    assert len(store) == 3
+    assert states_equal(fit(store, change), fit(None, change))
+    assert len(store) == 6
+
+
+def test_learned_steps_keep_their_bits() -> None:
+    slots = {"activation": {"method": "lsq", "bits": 4}}
+    model = dit()
+    with pytest.raises(UsageError, match="no such layer"):
+        quantize_(model, plan_of(**slots), {"blocks.0.mlp.fc1": 8}, calibration=batches())
+    assert not quantized_layers(model)
+    assert allocatable_layers(quantize_(model, plan_of(**slots), calibration=batches())) == []
+    with pytest.raises(ValueError, match="bits to choose"):
+        Plan.model_validate(
+            {"name": "a", "layers": [slots], "bits": {"mean": 3, "choices": [2, 4]}}
+        )
+
+
+def test_attention_is_quantized_while_what_follows_is_observed() -> None:
+    seen: list[bool] = []
+    model = dit()
+    attention = model.blocks[0].attn
+    attention.proj.register_forward_pre_hook(
+        lambda *_: seen.append(attention.matmul_quantizer is not None)
+    )
+    plan = Plan.model_validate(
+        {"name": "a", "layers": [{"weight": {"method": "gptq", "bits": 4}}],
+         "attention": {"matmul_bits": 8}}
+    )  # fmt: skip
+    quantize_(model, plan, calibration=iter(batches()))
+    assert seen[-1]
+    failing = dit()
+    with pytest.raises(TypeError, match="must be Tensor"):
+        quantize_(failing, plan, calibration=[(torch.randn(2, 1, 4, 4), torch.zeros(3), 0)])
+    assert failing.blocks[0].attn.matmul_quantizer is None
+
+
+def test_passes_that_differ_are_all_seen() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, times: int) -> Tensor:
+            for _ in range(times):
+                x = torch.tanh(self.layer(x))
+            return x
+
+    inputs = [(torch.randn(4, 8), 1), (torch.randn(4, 8), 3)]
+    seen: list[Tensor] = []
+    plain = Loop()
+    plain.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for each in inputs:
+        plain(*each)
+    peak = torch.cat(seen).abs().amax(0)
+    slots = {"scaling": {"method": "smooth", "alpha": 1.0}}
+    layer = quantize_(Loop(), plan_of(**slots), calibration=inputs).layer
+    torch.testing.assert_close(layer.scaling.scale, peak)

@@ -254,7 +254,7 @@ def test_signs_depend_on_name_and_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_everything_fitted_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+def test_what_is_fitted_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
     """Fitted in float64 from the weight as it is, and rounded once."""
     linear = original().to(dtype)
     layer = quantized(linear, "a", rank=2)
@@ -262,7 +262,9 @@ def test_everything_fitted_has_the_dtype_of_the_layer(dtype: torch.dtype) -> Non
     for name, value in exact.state_dict().items():
         found = layer.state_dict()[name]
         assert torch.equal(found, value.to(found.dtype)), name
-        assert found.dtype == dtype or not found.is_floating_point()
+        # A rotation is kept in float32 at least, so that it goes on cancelling.
+        expected = torch.promote_types(dtype, torch.float32) if "rotation" in name else dtype
+        assert found.dtype == expected or not found.is_floating_point()
     x = tokens().to(dtype)
     assert layer(x).dtype == dtype
 

@@ -42,12 +42,15 @@ def working(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def symmetric_grid(bound: Tensor, bits: int) -> Grid:
-    """abs-b: Δ = bound / (2^(b-1) - 1), codes ±(2^(b-1) - 1), z = 0. Bits from 2."""
+def symmetric_grid(bound: Tensor, bits: int, *, lowest: bool = False) -> Grid:
+    """abs-b: Δ = bound / (2^(b-1) - 1), codes ±(2^(b-1) - 1), z = 0. Bits from 2.
+
+    `lowest` adds the code -2^(b-1), which a bound below the largest magnitude can reach.
+    """
     top = 2 ** (bits - 1) - 1
     scale = bound / top
     scale = torch.where((scale == 0) | scale.isinf(), torch.ones_like(scale), scale)
-    return Grid(scale, torch.zeros_like(scale), -top, top)
+    return Grid(scale, torch.zeros_like(scale), -top - lowest, top)
 
 
 def affine_grid(low: Tensor, high: Tensor, bits: int) -> Grid:

@@ -33,6 +33,7 @@ class LearnedStep(ActivationMethod):
 
     needs = frozenset({"tokens"})
     min_bits: ClassVar[int] = 2
+    bits_are_fitted: ClassVar[bool] = True
 
     def scales_per_token(self, in_features: int) -> float:
         """None: the step is the layer's."""

@@ -34,7 +34,8 @@ class Percentile(ActivationMethod):
     """Static range between two quantiles of the calibration tokens. Any bits from 2, no refit.
 
     Attributes:
-        q: upper quantile; the lower one is 1 - q. 1 is the whole range.
+        q: upper quantile; the lower one is 1 - q. 1 is the whole range
+            of the sample.
         symmetric: abs-b of the larger of the two, else aff-b.
     """
 

@@ -1,6 +1,7 @@
 """Dynamic round-to-nearest: one grid for every token, or for every group of a token's channels.
 
-- `symmetric` (abs-b): Δ = c max|x| / (2^(b-1) - 1), codes ±(2^(b-1) - 1), x̂ = qΔ.
+- `symmetric` (abs-b): Δ = c max|x| / (2^(b-1) - 1), codes ±(2^(b-1) - 1), x̂ = qΔ. With
+  c < 1 the code -2^(b-1) is one too, as in QuaRot.
 - otherwise (aff-b): Δ = c (max x - min x) / (2^b - 1), z = round(-c min x / Δ), codes 0 to 2^b - 1,
   x̂ = (q - z)Δ.
 
@@ -85,7 +86,8 @@ class TokenQuantizer(ActivationModule):
             tokens = tokens.unflatten(-1, (-1, method.group))
         with torch.no_grad():
             if method.symmetric:
-                grid = symmetric_grid(tokens.abs().amax(-1, keepdim=True) * method.clip, bits)
+                peak = tokens.abs().amax(-1, keepdim=True)
+                grid = symmetric_grid(peak * method.clip, bits, lowest=method.clip < 1)
             else:
                 low, high = tokens.amin(-1, keepdim=True), tokens.amax(-1, keepdim=True)
                 grid = affine_grid(low * method.clip, high * method.clip, bits)

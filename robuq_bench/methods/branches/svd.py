@@ -66,6 +66,9 @@ class SVD(BranchMethod):
 
     def fit(self, weight: Tensor, site: Site) -> nn.Module:
         """Decompose the weight."""
+        if site.is_blank:
+            up = weight.new_zeros(weight.shape[0], self.rank)
+            return LowRankBranch(up, weight.new_zeros(self.rank, weight.shape[1]))
         return LowRankBranch(*low_rank_factors(weight, self.rank))
 
     def values(self, out_features: int, in_features: int) -> int:

@@ -74,7 +74,9 @@ class DualRotationMethod(RotationMethod):
         tokens = finite(site, "tokens")
         digest = hashlib.shake_256(f"{site.seed}:{site.name}".encode()).digest(7)
         seed = int.from_bytes(digest, "big")
-        rotation = fit_dual_rotation(tokens, self.block or None, self.steps, seed)
+        rotation = fit_dual_rotation(
+            tokens, self.block or None, 0 if site.is_blank else self.steps, seed
+        )
         return FittedDualRotation(
             rotation.first.to(weight),
             rotation.permutation.to(weight.device),

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from robuq_bench.methods.site import Site
 
 
+FLOOR = 1e-5
+
+
 class Smooth(ScalingMethod):
     """SmoothQuant's scaling. α: 0 leaves the inputs' range to them, 1 evens it out."""
 
@@ -31,20 +34,20 @@ class Smooth(ScalingMethod):
     alpha: float = Field(default=0.5, ge=0, le=1)
 
     def fit(self, weight: Tensor, site: Site) -> ChannelScale:
-        """The scaling; s_j = 1 where the formula gives 0 or infinity: a channel that is zero
-        in all inputs, or in all rows of the weight.
+        """The scaling; s_j and max|W_j| are at least `FLOOR`, and s_j = 1 for a channel that is
+        zero in all inputs, or in all rows of the weight.
 
         Raises:
             UsageError: no inputs were observed; they or the weight are not finite.
         """
         inputs = finite(site, "absmax").to(weight)
         rows = weight.abs().amax(0)
+        silent = (inputs == 0) | (rows == 0)
         if not bool(rows.isfinite().all()):
             raise UsageError(f"layer {site.name!r}: its weight is not finite")
-        scale = inputs**self.alpha / rows ** (1 - self.alpha)
-        # 0/0, which is NaN, is a channel that is zero on both sides.
-        usable = scale.isfinite() & (scale > 0)
-        return ChannelScale(torch.where(usable, scale, torch.ones_like(scale)))
+        # The floors are SmoothQuant's: a channel nearly silent in calibration may speak later.
+        scale = inputs**self.alpha / rows.clamp(min=FLOOR) ** (1 - self.alpha)
+        return ChannelScale(torch.where(silent, torch.ones_like(scale), scale.clamp(min=FLOOR)))
 
 
 class ChannelScale(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -51,7 +52,11 @@ class Rtn(UniformMethod):
         """
         self.check(*weight.shape)
         grid = DynamicGrid(self.rule(), self.group, self.per == "tensor")
-        ratio = grid.rule.ratio(grid.cells(weight.detach()))
+        cells = grid.cells(weight.detach())
+        if site.is_blank and self.shrink:  # loaded afterwards, so only the shape counts
+            ratio: Tensor | None = cells.new_ones(len(cells), dtype=torch.float32)
+        else:
+            ratio = grid.rule.ratio(cells)
         if ratio is not None:
             grid.ratio = ratio.reshape(1 if grid.per_tensor else len(weight), -1)
         return grid
