@@ -284,6 +284,9 @@ def _compute(structure: Structure, plan: Plan, costs: PlanCosts) -> dict[str, An
         "other": structure.other_macs,
         "low_rank": sum(cost.layer.tokens * cost.branch_values for cost in costs.layers),
     }
+    rotation_macs = sum(cost.layer.tokens * cost.rotation_macs for cost in costs.layers)
+    if rotation_macs:  # products of full precision, which a Hadamard transform has none of
+        macs["rotation"] = rotation_macs
     flops: dict[str, float] = {
         part: bit_ops[part] / BITS_PER_WORD if bit_ops.get(part) else count
         for part, count in macs.items()

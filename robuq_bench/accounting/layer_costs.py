@@ -60,7 +60,7 @@ class LayerCost:
         branch_values: numbers in the branch, as many multiply-adds a token.
         branch_rank: of a branch of two factors, 0 without a branch; None for any other branch.
         rotation_bits: what its rotation stores.
-        rotation_additions: of rotating one token.
+        rotation_additions, rotation_macs: of rotating one token.
         scaling_bits: what its scaling stores.
     """
 
@@ -71,6 +71,7 @@ class LayerCost:
     branch_rank: int | None
     rotation_bits: float
     rotation_additions: int
+    rotation_macs: int
     scaling_bits: float
 
     @property
@@ -214,6 +215,7 @@ def _cost(layer: LinearLayer, bits_by_layer: Mapping[str, int], of: Of) -> Layer
             rotation_additions=(
                 0 if rule.rotation is None else rule.rotation.additions(layer.in_features)
             ),
+            rotation_macs=0 if rule.rotation is None else rule.rotation.macs(layer.in_features),
             scaling_bits=0.0
             if rule.scaling is None
             else rule.scaling.stored_bits(layer.in_features),

@@ -92,8 +92,12 @@ class RotationMethod(Method):
         raise self.unknown("stored_bits")
 
     def additions(self, in_features: int) -> int:
-        """Additions (or multiply-adds) of rotating one token."""
+        """Additions of rotating one token by a matrix of ±1."""
         raise self.unknown("additions")
+
+    def macs(self, in_features: int) -> int:
+        """Multiply-adds in full precision of rotating one token; 0 where additions do."""
+        return 0
 
 
 class BranchMethod(Method):

@@ -325,3 +325,18 @@ def test_width_without_a_hadamard_matrix_is_refused(robuq: Plan) -> None:
     config = tiny_config(hidden_size=4 * 47, num_heads=2)
     with pytest.raises(UnsupportedHadamardOrder, match="188"):
         account(config, robuq)
+
+
+def test_a_dual_rotation_costs_products_of_full_precision() -> None:
+    rule = {"weight": {"method": "rtn", "bits": 4}, "activation": {"method": "rtn", "bits": 4}}
+    dual = {**rule, "rotation": {"method": "dual-rotation", "block": 36}}
+    model = load_workload("digits").model
+    without, with_it = (
+        account(model, Plan.model_validate({"name": "a", "layers": [each]}))
+        for each in (rule, dual)
+    )
+    tokens, width, depth = 16, 144, model.depth
+    macs = depth * tokens * (3 * 2 * width * 36 + 2 * 4 * width * 36)  # qkv, proj, fc1; fc2
+    assert with_it["macs_by_part"]["rotation"] == macs
+    assert with_it["effective_flops"] == pytest.approx(without["effective_flops"] + macs)
+    assert with_it["rotation_additions"] == 0

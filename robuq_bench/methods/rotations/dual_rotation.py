@@ -61,7 +61,11 @@ class DualRotationMethod(RotationMethod):
         return 16.0 * matrices + in_features * (in_features - 1).bit_length()
 
     def additions(self, in_features: int) -> int:
-        """Multiply-adds of the two block products."""
+        """None: its entries are no ±1, see `macs`."""
+        return 0
+
+    def macs(self, in_features: int) -> int:
+        """The two block products."""
         return 2 * in_features * block_size_of(in_features, self.block or None)
 
     def fit(self, weight: Tensor, site: Site) -> FittedDualRotation:
