@@ -227,8 +227,8 @@ def _budget_kept(group: Group) -> Claim:
     text = "AMPN keeps its budget of mean activation bits, weighted by MACs"
     found = [
         (row, run, float(run.first("allocation")["mean_bits"]))
-        for row in group.rows
-        if row.family == AMPN and row.bits is not None
+        for row in _w158(group.rows)
+        if row.family == AMPN and row.bits is not None and not row.is_ptq
         for run in row.runs
         if "mean_bits" in run.first("allocation")
     ]

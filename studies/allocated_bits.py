@@ -54,8 +54,9 @@ def activation_bits(
                 return metric(student, layers, choices, batches, done=done, on_item=on_item)
 
             bits, objective = solved(config, run, context, layers, measure)
-        record_allocation(run, config.workload, bits, objective)
-    return dict((run.get("allocation") or {})["bits_by_layer"])
+        if bits:  # of a plan that quantizes weights alone there are none
+            record_allocation(run, config.workload, bits, objective)
+    return dict((run.get("allocation") or {}).get("bits_by_layer", {}))
 
 
 def allocated_weight_bits(
@@ -98,7 +99,7 @@ def allocated_weight_bits(
 
             bits, objective = solved(config, run, context, layers, measure)
         record_allocation(run, config.workload, bits, objective, of="weight")
-    return dict((run.get("allocation") or {})["bits_by_layer"])
+    return dict((run.get("allocation") or {}).get("bits_by_layer", {}))
 
 
 def solved(

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from robuq_bench.accounting.account import account
+from robuq_bench.accounting.structure import meta_dit
 from robuq_bench.checkpointing import CheckpointStore, save_tensors
 from robuq_bench.config import (
     Config,
@@ -24,6 +25,7 @@ from robuq_bench.config import (
 )
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data.datasets import ImageData, load_dataset
+from robuq_bench.errors import ConfigError
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
     load_reference,
@@ -37,7 +39,9 @@ from robuq_bench.quantization.convert import (
     layer_type,
     quantized_layers,
     set_activation_bits,
+    warn_of_idle_rules,
 )
+from robuq_bench.quantization.selection import select_layers
 from robuq_bench.runs.interrupts import at_step_boundary
 from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, Trainer
@@ -53,6 +57,14 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
     """Run (or continue, or just report) the main job; return its run folder and table."""
     started = time.perf_counter()
     workload, plan = config.workload, config.plan
+    check_plan(config)
+    if not plan.is_full_precision:
+        steps = training_steps(config)
+        context.progress.log(
+            f"plan {plan.name}: {steps} QAT steps"
+            if steps
+            else f"plan {plan.name}: post-training quantization, no QAT step"
+        )
     data = load_dataset(workload.data, name=workload.name)
     network = load_feature_network(workload.evaluation, device=context.device)
     reference = load_reference(workload, data, network)
@@ -108,6 +120,22 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
     return result
 
 
+def check_plan(config: Config) -> None:
+    """Refuse a plan that does not fit the model, or has no account, before anything is computed."""
+    plan, model = config.plan, config.workload.model
+    if plan.is_full_precision:
+        return
+    selected = select_layers(meta_dit(model), plan)
+    if not any(layer.rule for layer in selected.values()):
+        raise ConfigError(
+            f"plan {plan.name!r} quantizes no layer of workload {config.workload.name!r}; see "
+            f"`plans {plan.name} --on {config.workload.name} --layers`"
+        )
+    warn_of_idle_rules(plan, selected)
+    # At the bits of its rules, because those of an allocation are not known yet.
+    account(model, plan.model_copy(update={"bits": None}))
+
+
 def train_student(
     config: Config, run: Run, context: Context, teacher: nn.Module, data: ImageData
 ) -> tuple[nn.Module, dict[str, int]]:
@@ -135,7 +163,7 @@ def train_student(
         student.eval()
     else:
         student = trained(config, run, context, teacher, data, states, weight_bits)
-    bits = dict((run.get("allocation") or {})["bits_by_layer"])
+    bits = dict((run.get("allocation") or {}).get("bits_by_layer", {}))
     save_student(run, config, student, bits)
     return student, bits
 
@@ -314,6 +342,7 @@ def write_outputs(run: Run) -> None:
             [
                 {
                     "layer": layer,
+                    "of": allocation.get("of", "activation"),
                     "layer_type": layer_type(layer),
                     "bits": bits,
                     "macs": allocation["macs"][layer],

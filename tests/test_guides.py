@@ -65,12 +65,10 @@ def test_the_guide_to_methods_runs(
         assert plan.layers[-1].activation is not None
         assert plan.layers[-1].activation.method == "pow2:PowerOfTwo"
         assert len(plan.layers[-1].activation.sha256) == 64
-        names = run("add-a-method.md", ["from torch import nn\n" + registered])
+        names = run("add-a-method.md", [registered])
         assert isinstance(names["model"][0], QuantizedLinear)
         assert "activation=pow2" in capsys.readouterr().out
-        names = run(
-            "add-a-method.md", ["import torch\nfrom torch import nn", registered, calibrated]
-        )
+        names = run("add-a-method.md", [calibrated])
         assert names["model"][2].scaling is not None
     finally:
         sys.modules.pop("pow2", None)

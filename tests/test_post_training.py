@@ -117,7 +117,7 @@ def test_weight_bits_are_allocated_by_metric_and_solver(
     tiny_workload: Path, tmp_path: Path
 ) -> None:
     overrides = ("bits.of=weight", "bits.mean=3", "bits.choices=[2,3,4]", "bits.solver=greedy",
-                 "bits.cost=weights")  # fmt: skip
+                 "bits.cost=weights", "bits.metric=epsilon_mse")  # fmt: skip
     result = run_job(config_for(tiny_workload, "rtn-w4a4", *overrides), tmp_path)
     run = open_existing(result.path)
     allocation = run.get("allocation") or {}
@@ -205,3 +205,64 @@ def test_a_method_from_outside_trains_and_says_why_it_does_not_pack(
     target = tmp_path / "report.html"
     build_report([tmp_path / "runs"], target)
     assert "mine" in target.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["layers.block.activation=none", "layers.adaln.activation=none"],
+        ["layers.block.fixed_bits=true"],
+        ["layers.block.activation=lsq"],
+        ["layers.block.weight=none", "layers.adaln.weight=none"],
+        ["layers.block.weight={method='lsq', bits=3, per='tensor'}", "train.steps=2"],
+        [
+            "layers.block.scaling=smooth",
+            "layers.block.rotation={method='block-hadamard', block=12}",
+        ],
+        ["layers.block.rotation={method='dual-rotation', block=12, steps=4}"],
+        ["layers.block.activation={method='percentile', bits=8}"],
+    ],
+)
+def test_slots_can_be_empty_fixed_or_learned(
+    overrides: list[str], tiny_workload: Path, runs: Path
+) -> None:
+    small = ["calibration.samples=16", "training.warmup_steps=1"]
+    result = run_job(config_for(tiny_workload, "rtn-w4a4", *overrides, *small), runs)
+    run = open_existing(result.path)
+    assert run.is_done
+    student = load_student(result.path, run.config.workload)
+    saved = state_of(result)
+    assert all(torch.equal(value, saved[key]) for key, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["layers.block.rotation={method='block-hadamard', block=10}"],
+            "take a divisor|no Hadamard",
+        ),
+        (["layers.block.weight.group=17"], r"blocks\.0.*17"),
+        (["layers.block.match=['*.atn.*']", "layers.adaln.match=['*.nothing']"], "no layer of"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_computed(
+    overrides: list[str], message: str, tiny_workload: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_job(config_for(tiny_workload, "rtn-w4a4", *overrides), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_without_an_account_is_refused_before_training(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = OUTSIDE.replace("    def scales_per_token(self, in_features):\n        return 1\n", "")
+    (tmp_path / "outside_silent.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = config_for(
+        tiny_workload, "rtn-w4a4", "layers.block.activation={method='outside_silent:Sign', bits=4}"
+    )
+    with pytest.raises(UsageError, match="does not say its scales_per_token"):
+        run_job(config, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -124,6 +124,11 @@ def dit_layer_macs(model_config: ModelConfig) -> dict[str, int]:
     return dict(_sizes(model_config).macs)
 
 
+def meta_dit(model_config: ModelConfig) -> DiT:
+    """The DiT of a workload without weights; it is shared, so leave it as it is."""
+    return _sizes(model_config).model
+
+
 def dit_layer_weights(model_config: ModelConfig) -> dict[str, int]:
     """Weights (bias left out) of every linear layer of a workload's DiT, in module order."""
     return {layer.name: layer.weights for layer in _sizes(model_config).linears}
@@ -223,13 +228,5 @@ def allocatable(structure: Structure, of: Literal["activation", "weight"]) -> li
 
     The same as `allocatable_layers` says of the quantized model.
     """
-    return [
-        layer
-        for layer in structure.quantized
-        if layer.rule is not None and not layer.rule.fixed_bits and _has_bits(layer.rule, of)
-    ]
-
-
-def _has_bits(rule: Rule, of: Literal["activation", "weight"]) -> bool:
-    method = getattr(rule, of)
-    return method is not None and "bits" in type(method).model_fields
+    layers = structure.quantized
+    return [layer for layer in layers if layer.rule is not None and layer.rule.has_choice(of)]

@@ -24,7 +24,7 @@ def save_allocation(
     sensitivities_sha256: str,
     **extra: str | int | float,
 ) -> Path:
-    """Write an allocation as TOML or JSON, by the suffix, for a plan with `allocation.path`.
+    """Write an allocation as TOML or JSON, by the suffix, for a plan with `bits.path`.
 
     The file holds `metric`, `solver`, `budget` (mean bits; left out when not limited), `mean_bits`,
     `objective`, `sensitivities_sha256`, whatever `extra` names, the reached `costs` and allowed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +25,8 @@ def methods(
     from robuq_bench.methods import SLOTS, method_class, method_names
 
     if slot is not None and slot not in SLOTS:
-        raise UsageError(f"unknown slot {slot!r}{suggest(slot, SLOTS)}")
+        hint = suggest(slot, SLOTS)
+        raise UsageError(f"unknown slot {slot!r}{hint}; there are {', '.join(SLOTS)}")
     rows: list[dict[str, Any]] = []
     for each in SLOTS:
         for name in method_names(each) if slot in (None, each) else ():
@@ -35,7 +37,7 @@ def methods(
                 if key not in ("method", "sha256")
             }
             parameters = (
-                key if field.is_required() else f"{key} = {str(field.default).lower()}"
+                key if field.is_required() else f"{key} = {json.dumps(field.default)}"
                 for key, field in fields.items()
             )
             about = inspect.getdoc(found) or ""

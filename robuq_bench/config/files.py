@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from robuq_bench.config.older import NEW_NAMES, is_old, modern_plan, old_keys
-from robuq_bench.config.plan import BitsConfig, Plan
+from robuq_bench.config.plan import BitsConfig, Plan, Rule
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.files import expand_user, read_text, sha256_file
@@ -75,7 +75,7 @@ def load_allocation_file(allocation: BitsConfig, layers: Iterable[str]) -> dict[
     try:
         if allocation.sha256 and sha256_file(path) != allocation.sha256:
             raise ConfigError(f"{path}: changed since this run was planned; start the run again")
-        bits_by_layer = _parse_allocation(path)
+        bits_by_layer = _parse_allocation(path, allocation.of)
     except OSError as error:
         raise ConfigError(f"allocation file {path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -95,12 +95,15 @@ def load_allocation_file(allocation: BitsConfig, layers: Iterable[str]) -> dict[
     return {name: bits_by_layer[name] for name in wanted}
 
 
-def _parse_allocation(path: Path) -> dict[str, int]:
+def _parse_allocation(path: Path, of: str) -> dict[str, int]:
     text = read_text(path)
     if path.suffix == ".csv":
         header = text.partition("\n")[0]
         delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # Excel's, by its locale
-        rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
+        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+        for row in rows:
+            if row.get("of", of) != of:
+                raise ValueError(f"it holds bits of {row['of']}s, and the plan asks for {of}s")
         return _without_repeats([(row["layer"], int(row["bits"])) for row in rows])
     if path.suffix == ".toml":
         values: Any = parse_toml(text)
@@ -142,7 +145,7 @@ def validate(model: type[ModelT], values: Mapping[str, Any], origin: str) -> Mod
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:
-    """Dotted names of every leaf field of a model, e.g. 'activations.bits'."""
+    """Dotted names of every leaf field of a model, e.g. 'attention.matmul_bits'."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
@@ -278,8 +281,16 @@ def as_table(value: Any) -> Any:
     return {"method": value} if isinstance(value, str) and value != "none" else value
 
 
+def _named(rule: Any) -> Any:
+    """A rule with the name it has without one."""
+    is_unnamed = isinstance(rule, Mapping) and "name" not in rule
+    return {"name": Rule.model_fields["name"].default, **rule} if is_unnamed else rule
+
+
 def _merge_rules(base: list[Any], over: list[Any]) -> list[Any]:
     changes: dict[str, Mapping[str, Any]] = {}
+    base = [_named(rule) for rule in base]
+    over = [_named(rule) for rule in over]
     known = {rule.get("name") for rule in base}
     new: list[Any] = []
     for rule in over:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from robuq_bench.config.files import as_table, keys_of, parse_toml, section_of, sections_of
+from robuq_bench.config.files import as_table, keys_of, merge, parse_toml, section_of, sections_of
 from robuq_bench.config.older import NEW_NAMES
 from robuq_bench.config.plan import Plan, Rule
 from robuq_bench.config.studies import STUDY_SETTINGS
@@ -68,16 +68,19 @@ def _override(parts: dict[str, dict[str, Any]], override: Override) -> None:
             # A section that may be absent begins with its first key.
             inner = target[key] = {}
         target = inner
+    if part == "plan" and keys[-1] in SLOTS and isinstance(as_table(value), dict):
+        # As in a file that extends the plan: parameters belong to their method.
+        present = target[keys[-1]] if isinstance(target[keys[-1]], dict) else {}
+        target[keys[-1]] = merge(present, as_table(value))
+        return
+    if part == "plan" and keys[-1] == "method" and len(keys) == 4 and target.get("method") != value:
+        target.clear()
     target[keys[-1]] = value
     # A digest belongs to the file it was given for.
     if keys[-1] in ("path", "checkpoint", "source") and "sha256" in target:
         target["sha256"] = None if keys[:-1] == ["data"] else ""
     if f"{keys[-1]}_sha256" in target:
         target[f"{keys[-1]}_sha256"] = None if part == "workload" else ""
-    if part == "plan" and keys[-1] == "method" and len(keys) == 4:
-        # Parameters belong to their method.
-        target.clear()
-        target["method"] = value
 
 
 def _parse_override(text: str, study: str, plan: dict[str, Any]) -> Override:

@@ -7,6 +7,7 @@ no slot, stays in full precision.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -76,7 +77,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     parts = name.split(".")
     suffixes = [".".join(parts[start:]) for start in range(len(parts))]
     return any(
-        all(any(fnmatchcase(s, part) for s in suffixes) for part in pattern.split(BOTH))
+        all(any(fnmatchcase(s, part) for s in suffixes) for part in re.split(r"\s*&\s*", pattern))
         for pattern in patterns
     )
 
@@ -122,6 +123,16 @@ class Rule(Section):
         """The methods of the slots that are filled, in the order in which they are fitted."""
         found = {slot: getattr(self, slot) for slot in SLOTS}
         return {slot: method for slot, method in found.items() if method is not None}
+
+    def has_choice(self, of: str) -> bool:
+        """Whether an allocation may decide the bits of its activations, or weights."""
+        method = getattr(self, of)
+        return (
+            method is not None
+            and not self.fixed_bits
+            and "bits" in type(method).model_fields
+            and not getattr(method, "bits_are_fitted", False)
+        )
 
     def fits(self, name: str, kind: Kind) -> bool:
         """Whether this rule is for the layer."""
@@ -172,6 +183,17 @@ class BitsConfig(Section):
     steps: OptionalInt = Field(default=None, ge=0)
     path: OptionalText = None
     sha256: TextDigest = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_of(cls, values: Any) -> Any:
+        """The metric that is taken where none is named.
+
+        Change from the model of the most bits says little about weights, all of which change it.
+        """
+        if isinstance(values, dict) and "metric" not in values and values.get("of") == "weight":
+            return {**values, "metric": "epsilon_mse_teacher"}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> BitsConfig:
@@ -278,14 +300,7 @@ class Plan(Section):
 
     def _check_choices(self, bits: BitsConfig) -> None:
         """Refuse bits that nothing takes, or that a method has no grid for."""
-        found = [getattr(rule, bits.of) for rule in self.layers if not rule.fixed_bits]
-        methods = [
-            each
-            for each in found
-            if each
-            and "bits" in type(each).model_fields
-            and not getattr(each, "bits_are_fitted", False)
-        ]
+        methods = [getattr(rule, bits.of) for rule in self.layers if rule.has_choice(bits.of)]
         if not methods:
             raise ValueError(
                 f"bits of {bits.of}s are to be allocated, but no rule without fixed_bits has a "

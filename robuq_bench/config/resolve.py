@@ -35,6 +35,7 @@ from robuq_bench.config.studies import (
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError
 from robuq_bench.files import sha256_bytes
+from robuq_bench.methods import check_sources
 from robuq_bench.sections import Name, Section, none_word
 
 _STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
@@ -131,6 +132,10 @@ def resolve(
         workload=validate(Workload, parts["workload"], f"{origin}: workload"),
         **sections,
     )
+    check_sources(config.plan.methods())
+    allocation = config.plan.bits
+    if allocation is not None and allocation.path is not None and not allocation.sha256:
+        raise ConfigError(f"bits.path: no such file: {allocation.path}")
     if study == _MAIN_JOB:
         sensitivity_steps(config)  # refuses here what would show only after the training
     _check_steps(config)
@@ -198,6 +203,11 @@ def canonical_json(config: Config) -> str:
     for section, path_key in ((values["plan"].get("bits", {}), "path"), (teacher, "checkpoint")):
         if section.get("sha256"):
             section.pop(path_key, None)
+    if config.study == _MAIN_JOB and training_steps(config) == 0:
+        # Nothing is trained, so how it would be decides nothing.
+        values["plan"]["train"] = {"steps": 0}
+        kept = values["workload"]["training"]["calibration_samples"]
+        values["workload"]["training"] = {"calibration_samples": kept}
     if not config.plan.needs:
         values["plan"].pop("calibration")  # it is read by no method
     data, evaluation = values["workload"]["data"], values["workload"]["evaluation"]

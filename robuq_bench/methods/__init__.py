@@ -11,7 +11,8 @@ import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -37,6 +38,7 @@ __all__ = [
     "ScalingMethod",
     "Slot",
     "WeightMethod",
+    "check_sources",
     "is_packaged",
     "method_class",
     "method_names",
@@ -70,8 +72,8 @@ def register_method(name: str, method: MethodT) -> MethodT:
     _check_class(method, f"register_method({name!r})")
     if name in _packaged(method.slot):
         raise ConfigError(f"{name!r} is a {method.slot} method of the suite; choose another name")
-    if not name or ":" in name or name == "none":
-        raise ConfigError(f"a method cannot be called {name!r}")
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,63}", name) or name == "none":
+        raise ConfigError(f"a method cannot be called {name!r}; use letters, digits and dashes")
     _registered[method.slot, name] = method
     return method
 
@@ -168,6 +170,29 @@ def _source_digest(method: type[Method], values: Mapping[str, Any]) -> Any:
     return stated
 
 
+def check_sources(methods: Iterable[Method]) -> None:
+    """Refuse methods whose code is not what a run's identity would say of it.
+
+    Raises:
+        ConfigError: a method from outside whose source changed since the plan was written, or that
+            is defined in no file.
+    """
+    for method in methods:
+        if method.method in _packaged(method.slot):
+            continue
+        digest = _source_digest(type(method), {})
+        if not digest:
+            raise ConfigError(
+                f"{method.slot} method {method.method!r} is defined in no file, so a run of it "
+                "could not be told from one of another; put it into a module"
+            )
+        if method.sha256 != digest:
+            raise ConfigError(
+                f"{method.slot} method {method.method!r}: its source is not the one whose sha256 "
+                "the plan states; leave the sha256 out to use what is there"
+            )
+
+
 @functools.cache
 def _packaged(slot: Slot) -> list[str]:
     folder = Path(__file__).parent / _FOLDERS[slot]
@@ -179,7 +204,7 @@ def _imported(slot: Slot, name: str) -> type[Method]:
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's file raises, with its name
+    except (Exception, SystemExit) as error:  # whatever the user's file raises, with its name
         raise ConfigError(
             f"{slot} method {name!r}: module {module_name!r} cannot be imported "
             f"({type(error).__name__}: {error}); it must be importable from where you are, or "

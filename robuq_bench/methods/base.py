@@ -59,7 +59,9 @@ class Method(Section):
         `weight` is [out, in] float64 as the earlier slots left it. What the module must offer
         is said by the base class of its slot.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no fit")
+        raise UsageError(
+            f"{self.slot} method {self.method!r}: {type(self).__name__} defines no fit"
+        )
 
     def unknown(self, what: str) -> UsageError:
         """The error of a method that cannot say `what` of itself."""

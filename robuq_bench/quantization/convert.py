@@ -100,7 +100,7 @@ def quantize_(
             f"plan {plan.name!r} matches no nn.Linear of {type(model).__name__}"
             f"{_why_none(selected)}; see the rules in [[layers]], and filter_fn"
         )
-    _warn_of_idle_rules(plan, selected)
+    warn_of_idle_rules(plan, selected)
     rules |= _at_weight_bits(rules, weight_bits_by_layer or {})
     for name, linear in layers.items():
         check_layer(name, linear, rules[name])
@@ -159,7 +159,7 @@ def _at_weight_bits(rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int])
     methods = {
         name: rule.weight
         for name, rule in rules.items()
-        if rule.weight and "bits" in type(rule.weight).model_fields and not rule.fixed_bits
+        if rule.weight and rule.has_choice("weight")
     }
     for name in bits_by_layer:
         if name not in methods:
@@ -178,7 +178,7 @@ def _at_weight_bits(rules: Mapping[str, Rule], bits_by_layer: Mapping[str, int])
     }
 
 
-def _warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
+def warn_of_idle_rules(plan: Plan, selected: Mapping[str, Selected]) -> None:
     """Name the rules that fit no layer: a slip of the pen leaves no other trace."""
     for rule in plan.layers:
         if rule.kind == ("adaLN",) and rule.match == ("*",):
@@ -238,25 +238,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 def allocatable_layers(model: nn.Module, of: str = "activation") -> list[str]:
     """Names of the quantized layers whose bits an allocation decides (`of` activations, weights).
 
-    Those with a method in that slot, for weights one that has bits to choose, and whose rule does
-    not say `fixed_bits`.
+    Those of rules with a method in that slot that has bits to choose (see `Rule.has_choice`).
     """
-    return [
-        name
-        for name, layer in quantized_layers(model).items()
-        if not layer.fixed_bits
-        and of in layer.methods
-        and "bits" in type(layer.methods[of]).model_fields
-        and not getattr(layer.methods[of], "bits_are_fitted", False)
-    ]
+    return [name for name, layer in quantized_layers(model).items() if of in layer.chooses]
 
 
 def _check_bits_by_layer(bits_by_layer: Mapping[str, int], rules: Mapping[str, Rule]) -> None:
-    names = [
-        name
-        for name, rule in rules.items()
-        if rule.activation and not rule.activation.bits_are_fitted and not rule.fixed_bits
-    ]
+    names = [name for name, rule in rules.items() if rule.has_choice("activation")]
     for name, bits in bits_by_layer.items():
         if name not in names:
             raise UsageError(f"bits_by_layer names {name!r}, no such layer{suggest(name, names)}")

@@ -66,7 +66,7 @@ def site_of(name: str, linear: nn.Linear, seed: int, *, blank: bool) -> Site:
 
 def fit_layer(linear: nn.Linear, rule: Rule, site: Site) -> QuantizedLinear:
     layer = QuantizedLinear.from_linear(linear, rule.slots(), site)
-    layer.fixed_bits = rule.fixed_bits
+    layer.chooses = frozenset(of for of in ("activation", "weight") if rule.has_choice(of))
     for part, value in (*layer.named_parameters(), *layer.named_buffers()):
         # Rotation can exceed half precision's range.
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):

@@ -53,6 +53,7 @@ class QuantizedLinear(QuantizedInput):
     Attributes:
         name: layer name in its model, which with a seed decides what is drawn.
         methods: by slot, what the plan chose.
+        chooses: of what an allocation may choose bits, "activation" or "weight".
         scaling, rotation, branch, weight_quantizer, activation_quantizer: the modules in the
             slots; None where a slot is empty.
         activation_bits: bits per activation, None = not quantized; may be changed at any time,
@@ -68,7 +69,7 @@ class QuantizedLinear(QuantizedInput):
         self.out_features, self.in_features = weight.shape
         self.name = name
         self.methods: dict[str, Method] = {}
-        self.fixed_bits = False
+        self.chooses = frozenset[str]()
         self.master_weight = nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.weight_quantizer = None

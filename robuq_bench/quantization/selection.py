@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from robuq_bench.config.plan import matches
 from robuq_bench.errors import UsageError
 from robuq_bench.quantization.module_tree import names_of
 
@@ -66,15 +67,6 @@ class Selected:
     def becomes(self) -> str:
         """The name of its rule, or "kept"."""
         return "kept" if self.rule is None else self.rule.name
-
-
-def rule_of(name: str, plan: Plan, blocks: Collection[str] = ()) -> Rule | None:
-    """The rule for the block layer `name`, of a model that is not at hand.
-
-    `blocks` are those of its model (`blocks_of`); without them, a block is taken to begin at the
-    first index in the name.
-    """
-    return plan.rule_for(name, "adaLN" if is_modulation(name, blocks) else "block")
 
 
 def is_modulation(name: str, blocks: Collection[str] = ()) -> bool:
@@ -280,6 +272,10 @@ def _select(
         reason = untouchable
     elif rule is None:
         reason = why or f"is of kind {kind}, and no rule of the plan fits it"
+        for each in plan.layers:
+            if each.match != ("*",) and matches(name, each.match):
+                reason += f" (rule {each.name!r} names it, but is not for kind {kind})"
+                break
     elif not rule.slots():
         reason = f"is kept by rule {rule.name!r}"
     elif keep is not None and not keep(module, name):
