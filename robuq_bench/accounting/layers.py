@@ -55,6 +55,7 @@ def _row(selected: Selected, cost: LayerCost | None) -> dict[str, Any]:
     methods = selected.rule.slots()
     return row | {
         "rule": selected.rule.name,
+        "fixed_bits": selected.rule.fixed_bits,
         "kept": None,
         "slots": {slot: method.model_dump(mode="json") for slot, method in methods.items()},
         "weight_bits": cost.weight_bits,

@@ -164,7 +164,11 @@ def _known_slots(
     if rotated:
         hadamard_factors(in_features)
         slots["rotation"] = HadamardRotation(
-            None if signs is None else codecs.decode_signs(signs, in_features).to(dtype)
+            None
+            if signs is None
+            else codecs.decode_signs(signs, in_features).to(
+                torch.promote_types(dtype, torch.float32)
+            )
         )
     if up is not None and down is not None:
         rank = len(down)

@@ -58,7 +58,7 @@ def test_robuq_converts_the_four_linears_and_adaln_of_every_block() -> None:
             "activation": "robust-midtread",
         }, name
         assert layer.activation_bits == 4, name
-        assert layer.fixed_bits == (name in adaln)
+        assert ("activation" in layer.chooses) == (name not in adaln)
         for module in (layer.rotation, layer.branch, layer.weight_quantizer):
             assert module is not None
     for untouched in ("x_embedder.proj", "t_embedder.mlp.0", "final_layer.linear"):

@@ -225,7 +225,7 @@ def test_weight_bits_are_nominal_and_parameters_are_shown():
     )
     assert family(allocated) == UNIFORM
     assert activation_bits(allocated) == 4
-    assert recipe(allocated)["weights"].endswith(", epsilon_mse by exact, mean 3.0")
+    assert recipe(allocated)["weights"].endswith(", epsilon_mse_teacher by exact, mean 3.0")
     assert weight_precision(allocated) != weight_precision(today("quarot-w4a4"))
 
 
