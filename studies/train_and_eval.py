@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from robuq_bench.accounting.account import account
-from robuq_bench.accounting.structure import meta_dit
+from robuq_bench.accounting.layers import check_plan
 from robuq_bench.checkpointing import CheckpointStore, save_tensors
 from robuq_bench.config import (
     Config,
@@ -25,7 +25,6 @@ from robuq_bench.config import (
 )
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data.datasets import ImageData, load_dataset
-from robuq_bench.errors import ConfigError
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
     load_reference,
@@ -39,9 +38,7 @@ from robuq_bench.quantization.convert import (
     layer_type,
     quantized_layers,
     set_activation_bits,
-    warn_of_idle_rules,
 )
-from robuq_bench.quantization.selection import select_layers
 from robuq_bench.runs.interrupts import at_step_boundary
 from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, Trainer
@@ -57,7 +54,7 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
     """Run (or continue, or just report) the main job; return its run folder and table."""
     started = time.perf_counter()
     workload, plan = config.workload, config.plan
-    check_plan(config)
+    check_plan(plan, workload)
     if not plan.is_full_precision:
         steps = training_steps(config)
         context.progress.log(
@@ -118,22 +115,6 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
         result = RunResult.store(run, summary_table(run), {"run": run.id})
         run.finish()
     return result
-
-
-def check_plan(config: Config) -> None:
-    """Refuse a plan that does not fit the model, or has no account, before anything is computed."""
-    plan, model = config.plan, config.workload.model
-    if plan.is_full_precision:
-        return
-    selected = select_layers(meta_dit(model), plan)
-    if not any(layer.rule for layer in selected.values()):
-        raise ConfigError(
-            f"plan {plan.name!r} quantizes no layer of workload {config.workload.name!r}; see "
-            f"`plans {plan.name} --on {config.workload.name} --layers`"
-        )
-    warn_of_idle_rules(plan, selected)
-    # At the bits of its rules, because those of an allocation are not known yet.
-    account(model, plan.model_copy(update={"bits": None}))
 
 
 def train_student(

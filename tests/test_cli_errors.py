@@ -36,6 +36,17 @@ ROOT = Path(cli.__file__).resolve().parents[2]
         (["train-and-eval", "--threads", "0"], "--threads"),
         (["train-and-eval", "--set", "bits.mean=0.5"], "choose between 1 and 4"),
         (["train-and-eval", "--set", "activations.bits=2"], "is now layers.block.activation.bits"),
+        (
+            [
+                "train-and-eval",
+                "--plan",
+                "rtn-w4a4",
+                "--dry-run",
+                "--set",
+                "layers.block.weight.group=17",
+            ],
+            "does not divide the 144 inputs",
+        ),
         (["train-and-eval", "--set", "layers.blok.weight=rtn"], "did you mean 'block'?"),
         (["train-and-eval", "--set", "layers.block.weight=rtm"], "did you mean 'rtn'?"),
         (["account", "--set", "layers.block.weight=svd"], "it is a method for branch"),

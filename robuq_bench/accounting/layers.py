@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from robuq_bench.accounting.layer_costs import LayerCost, plan_costs
 from robuq_bench.accounting.structure import allocatable, dit_selected, dit_structure
+from robuq_bench.errors import ConfigError
+from robuq_bench.quantization.convert import warn_of_idle_rules
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Plan
+    from robuq_bench.config import Plan, Workload
     from robuq_bench.config.workload import ModelConfig
     from robuq_bench.quantization.selection import Selected
 
@@ -46,6 +48,26 @@ def layer_rows(
             row["choices"] = list(plan.bits.choices)
         rows.append(row)
     return rows
+
+
+def check_plan(plan: Plan, workload: Workload) -> None:
+    """Refuse a plan that does not fit a workload's model, or has no account.
+
+    Raises:
+        ConfigError, UsageError: it quantizes no layer, or a method cannot serve one or does not say
+            what it costs.
+    """
+    if plan.is_full_precision:
+        return
+    selected = dit_selected(workload.model, plan)
+    if not any(layer.rule for layer in selected.values()):
+        raise ConfigError(
+            f"plan {plan.name!r} quantizes no layer of workload {workload.name!r}; see "
+            f"`plans {plan.name} --on {workload.name} --layers`"
+        )
+    warn_of_idle_rules(plan, selected)
+    # At the bits of its rules, because those of an allocation need not be known yet.
+    layer_rows(workload.model, plan.model_copy(update={"bits": None}))
 
 
 def _row(selected: Selected, cost: LayerCost | None) -> dict[str, Any]:

@@ -124,11 +124,6 @@ def dit_layer_macs(model_config: ModelConfig) -> dict[str, int]:
     return dict(_sizes(model_config).macs)
 
 
-def meta_dit(model_config: ModelConfig) -> DiT:
-    """The DiT of a workload without weights; it is shared, so leave it as it is."""
-    return _sizes(model_config).model
-
-
 def dit_layer_weights(model_config: ModelConfig) -> dict[str, int]:
     """Weights (bias left out) of every linear layer of a workload's DiT, in module order."""
     return {layer.name: layer.weights for layer in _sizes(model_config).linears}

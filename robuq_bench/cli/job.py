@@ -134,6 +134,10 @@ def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult
     folder = run_folder(job.output, config)
     is_complete = (folder / DONE).exists()
     if job.dry_run:
+        if job.study == "train-and-eval":
+            from robuq_bench.accounting.layers import check_plan
+
+            check_plan(config.plan, config.workload)
         show_dry_run(job, config, folder, is_complete)
         return None
     if is_complete and not job.force:
