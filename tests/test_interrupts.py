@@ -30,6 +30,14 @@ SMALL = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_a_shell_gives_them() -> Iterator[None]:
+    """Under nohup the suite inherits that SIGHUP is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def send_here(number: int) -> None:
     """To the main thread: a signal to the process may be taken by another, and so come later."""
     signal.pthread_kill(threading.main_thread().ident or 0, number)
