@@ -34,7 +34,8 @@ _KEYS = {
 }
 OLD_SECTIONS = tuple(section for section in _KEYS if section != "layers")
 _KEPT = ("name", "description", "attention")
-# What called a layer a modulation, where no patterns did.
+# What called a layer a modulation, where no patterns did: as that code had it, whatever
+# `quantization/selection.py` says today.
 _MODULATION = re.compile(
     r"(^|_|layer|rms|group)norm(_|\d|s?$)|modulation|ada_?ln|scale_shift|(^|_)(mod|ada|ln)(_|\d|$)",
     re.IGNORECASE,
