@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -16,17 +15,16 @@ from typing import Any
 import pydantic
 import pytest
 import tomli_w
+from configuring import make, quick, write
 
 from robuq_bench.config import (
     BitsConfig,
-    Config,
     asset_path,
     canonical_json,
     config_hash,
     load_allocation_file,
     load_plan,
     load_workload,
-    resolve,
     to_toml,
 )
 from robuq_bench.config.files import PACKAGE
@@ -42,28 +40,6 @@ from robuq_bench.methods import (
 )
 
 ROOT = PACKAGE.parent
-cached_plan, cached_workload = functools.cache(load_plan), functools.cache(load_workload)
-
-
-def make(overrides: list[str] | None = None, **kwargs: Any) -> Config:
-    arguments = {"study": "toy", "version": "1", "plan": "a2", "workload": "digits"} | kwargs
-    return resolve(**arguments, overrides=overrides or [])
-
-
-def quick(overrides: list[str]) -> Config:
-    """`make` for hypothesis: nothing is read from disk."""
-    workload = cached_workload("digits")
-    teacher = workload.teacher.model_copy(update={"checkpoint": ""})
-    parts = {
-        "plan": cached_plan("a2"),
-        "workload": workload.model_copy(update={"teacher": teacher}),
-    }
-    return make(overrides, **parts)
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 # frozen, and addressed by content

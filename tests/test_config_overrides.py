@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from configuring import make, quick, write
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,36 +18,11 @@ from robuq_bench.config import (
     Rule,
     Workload,
     load_plan,
-    load_workload,
-    resolve,
 )
 from robuq_bench.config.files import keys_of
 from robuq_bench.config.older import NEW_NAMES
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods import SLOTS, method_names
-
-cached_plan, cached_workload = functools.cache(load_plan), functools.cache(load_workload)
-
-
-def make(overrides: list[str] | None = None, **kwargs: Any) -> Config:
-    arguments = {"study": "toy", "version": "1", "plan": "a2", "workload": "digits"} | kwargs
-    return resolve(**arguments, overrides=overrides or [])
-
-
-def quick(overrides: list[str]) -> Config:
-    """`make` for hypothesis: nothing is read from disk."""
-    workload = cached_workload("digits")
-    teacher = workload.teacher.model_copy(update={"checkpoint": ""})
-    parts = {
-        "plan": cached_plan("a2"),
-        "workload": workload.model_copy(update={"teacher": teacher}),
-    }
-    return make(overrides, **parts)
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def rule(config: Config, name: str) -> Rule:

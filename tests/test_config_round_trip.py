@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import tomllib
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any, get_args
 
 import pydantic
 import pytest
+from configuring import make, quick, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robuq_bench.config import (
     CalibrationConfig,
-    Config,
     Plan,
     Rule,
     TrainConfig,
@@ -23,9 +22,7 @@ from robuq_bench.config import (
     config_from_toml,
     config_hash,
     load_plan,
-    load_workload,
     plan_names,
-    resolve,
     to_toml,
     workload_names,
 )
@@ -37,29 +34,6 @@ from robuq_bench.methods import (
     method_names,
     read_method,
 )
-
-cached_plan, cached_workload = functools.cache(load_plan), functools.cache(load_workload)
-
-
-def make(overrides: list[str] | None = None, **kwargs: Any) -> Config:
-    arguments = {"study": "toy", "version": "1", "plan": "a2", "workload": "digits"} | kwargs
-    return resolve(**arguments, overrides=overrides or [])
-
-
-def quick(overrides: list[str]) -> Config:
-    """`make` for hypothesis: nothing is read from disk."""
-    workload = cached_workload("digits")
-    teacher = workload.teacher.model_copy(update={"checkpoint": ""})
-    parts = {
-        "plan": cached_plan("a2"),
-        "workload": workload.model_copy(update={"teacher": teacher}),
-    }
-    return make(overrides, **parts)
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def _method(slot: Slot, name: str) -> Method:

@@ -140,7 +140,11 @@ def imported(folder: Path) -> set[str]:
 @pytest.mark.parametrize("folder", ["robuq_bench", "studies", "reports", "kernels", "tests"])
 def test_every_import_is_declared(folder: str) -> None:
     providers = distributions()
-    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {"conftest", "making"}
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {
+        "conftest",
+        "configuring",
+        "making",
+    }
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     foreign = imported(ROOT / folder) - set(sys.stdlib_module_names) - ours
     undeclared = {

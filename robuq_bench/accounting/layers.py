@@ -67,7 +67,8 @@ def check_plan(plan: Plan, workload: Workload) -> None:
         )
     warn_of_idle_rules(plan, selected)
     # At the bits of its rules, because those of an allocation need not be known yet.
-    layer_rows(workload.model, plan.model_copy(update={"bits": None}))
+    decided = plan.model_copy(update={"bits": None})
+    plan_costs(dit_structure(workload.model, decided), decided, None)
 
 
 def _row(selected: Selected, cost: LayerCost | None) -> dict[str, Any]:

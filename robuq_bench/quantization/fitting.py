@@ -59,12 +59,18 @@ def needs_of(rule: Rule) -> frozenset[Need]:
 
 
 def site_of(name: str, linear: nn.Linear, seed: int, *, blank: bool) -> Site:
+    """The site of a layer that nothing is observed of: bare, or blank for values to be loaded."""
     if not blank:
         return Site(name, seed)
     return Site.blank(name, linear.in_features, seed, linear.weight.device)
 
 
 def fit_layer(linear: nn.Linear, rule: Rule, site: Site) -> QuantizedLinear:
+    """What replaces a layer by its rule.
+
+    Raises:
+        ConfigError, UsageError: as `QuantizedLinear.from_linear`, or a value is no longer finite.
+    """
     layer = QuantizedLinear.from_linear(linear, rule.slots(), site)
     layer.chooses = frozenset(of for of in ("activation", "weight") if rule.has_choice(of))
     for part, value in (*layer.named_parameters(), *layer.named_buffers()):

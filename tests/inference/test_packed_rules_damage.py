@@ -281,4 +281,4 @@ def test_any_damage_is_a_checkpoint_error(
     write(path, (tensors, metadata))
     with contextlib.suppress(CheckpointError):
         loaded, _ = load_packed(path, into=make())
-        loaded(torch.zeros(1, 12))
+        assert loaded(torch.zeros(1, 12)).shape == make()(torch.zeros(1, 12)).shape

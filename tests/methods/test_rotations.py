@@ -136,7 +136,7 @@ def test_gradients_pass(slot: Slot, name: str, values: dict[str, Any]) -> None:
     module: Any = method(slot, name, values).fit(weight(n), seen(n))
     x = weight(n, 2).requires_grad_()
     for function in (module.forward, module.weight):
-        torch.autograd.gradcheck(function, (x,), fast_mode=True)
+        assert torch.autograd.gradcheck(function, (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize(("slot", "name", "values"), CASES)

@@ -433,6 +433,7 @@ def test_a_layer_that_is_called_by_keyword() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 2))
     forward = lambda model, x: model[0](input=x)  # noqa: E731
     site = observe(model, ["0"], [samples()], ALL, forward=forward)["0"]
+    assert site.count == samples().numel() // WIDTH
     check_against_numpy(site, [samples().double().numpy().reshape(-1, WIDTH)])
 
 

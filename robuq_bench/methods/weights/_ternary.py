@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,9 +31,9 @@ class TernaryMethod(WeightMethod):
     scale_per_row: ClassVar[bool] = False
 
     @staticmethod
+    @abstractmethod
     def codes_and_scale(weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (as floats) and scale of a weight [out, in], float32 or float64."""
-        raise NotImplementedError
 
     def fit(self, weight: Tensor, site: Site) -> nn.Module:
         """Nothing to fit: the rule reads the weight as it is trained."""
