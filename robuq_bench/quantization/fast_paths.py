@@ -7,6 +7,7 @@ the same paths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,9 +56,9 @@ class Path:
     """
 
     name: str
-    supports: Any
-    weight: Any
-    product: Any
+    supports: Callable[[Layer, Tensor], bool]
+    weight: Callable[[Layer], Tensor]
+    product: Callable[[Layer, Tensor, Tensor], Tensor]
 
 
 def path_for(layer: Layer, x: Tensor) -> Path:
