@@ -17,10 +17,10 @@ from robuq_bench.context import Context, RunResult
 from robuq_bench.data.datasets import load_dataset
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.models.dit import DiT
+from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, Trainer, denoising_loss
 from studies.figures import plot_losses
-from studies.train_and_eval import resume, train_with_checkpoints
 
 VERSION = "1"
 SUMMARY = "Train a workload's full-precision teacher."

@@ -18,10 +18,11 @@ from robuq_bench.errors import CheckError, ConfigError, UsageError
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from studies import efficiency, efficiency_variants
-from studies.efficiency import packed_bytes
-from studies.efficiency_claims import speed_factor
-from studies.efficiency_variants import (
+from studies.efficiency import study as efficiency
+from studies.efficiency import variants as efficiency_variants
+from studies.efficiency.claims import speed_factor
+from studies.efficiency.study import packed_bytes
+from studies.efficiency.variants import (
     VARIANTS,
     Sampler,
     build,

@@ -19,8 +19,9 @@ from robuq_bench.errors import CheckError, ConfigError
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from studies import kernel_checks, kernels
-from studies.kernel_cases import (
+from studies.kernels import checks as kernel_checks
+from studies.kernels import study as kernels
+from studies.kernels.cases import (
     FAKE,
     FAKE_BACKWARD,
     GROUPED,
@@ -33,8 +34,8 @@ from studies.kernel_cases import (
     make_inputs,
     weight_cases_of,
 )
-from studies.kernel_checks import Check, check, deviations, poisoned_memory
-from studies.kernel_tables import OURS, roofline_rows, rows_of, settings_of
+from studies.kernels.checks import Check, check, deviations, poisoned_memory
+from studies.kernels.tables import OURS, roofline_rows, rows_of, settings_of
 
 SMALL = (
     'kernels.models=["S"]',

@@ -19,8 +19,8 @@ from robuq_bench.judging.fidelity import feature_statistics
 from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import open_existing
-from studies import train_and_eval
-from studies.train_and_eval import run_train_and_eval
+from studies.train_and_eval import study as train_and_eval
+from studies.train_and_eval.study import run_train_and_eval
 
 WORKLOAD = """
 extends = "imagenet256"

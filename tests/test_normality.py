@@ -18,7 +18,7 @@ from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceErro
 from robuq_bench.normality.capture import CapturedTokens, save_shard
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from studies import normality
+from studies.normality import study as normality
 
 TINY = (
     "normality.images=16",

@@ -11,7 +11,7 @@ import pytest
 
 from robuq_bench.cli.app import main
 from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
-from studies import packed
+from studies.packed import study as packed
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_packing_is_judged_beside_the_trained_student(
 
 def test_settings_and_study_know_the_same_variants() -> None:
     from robuq_bench.config.studies import PACKED_VARIANTS
-    from studies.packed import VARIANTS
+    from studies.packed.study import VARIANTS
 
     assert tuple(VARIANTS) == PACKED_VARIANTS
 

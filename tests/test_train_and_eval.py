@@ -28,10 +28,11 @@ from robuq_bench.judging.sampling import sample_images
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run, open_existing, verify_run
+from robuq_bench.students import load_student
 from robuq_bench.training import Trainer
-from studies import normality, train_and_eval
-from studies.sample_images import load_student
-from studies.train_and_eval import run_train_and_eval
+from studies.normality import study as normality
+from studies.train_and_eval import study as train_and_eval
+from studies.train_and_eval.study import run_train_and_eval
 
 ROOT = Path(__file__).parents[1]
 

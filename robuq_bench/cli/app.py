@@ -110,7 +110,7 @@ def train_and_eval(
               dry_run, force, as_json, quiet)  # fmt: skip
 
     def work(config: Config, context: Context) -> RunResult:
-        from studies.train_and_eval import run_train_and_eval
+        from studies.train_and_eval.study import run_train_and_eval
 
         return run_train_and_eval(config, output, context)
 
@@ -239,7 +239,7 @@ def sample(
         show_dry_run(job, config, target, target.exists())
         return
     context = job.context()
-    from studies.sample_images import run_sample
+    from robuq_bench.judging.sample_grid import run_sample
 
     run_sample(
         config,

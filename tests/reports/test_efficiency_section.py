@@ -21,9 +21,9 @@ from robuq_bench.measuring.memory import split_peak
 from robuq_bench.measuring.roofline import Transformer, end_to_end_rows
 from robuq_bench.measuring.statistics import Timing
 from robuq_bench.runs.run import Run
-from studies.efficiency import columns, weight_rows
-from studies.efficiency_claims import claims
-from studies.efficiency_variants import VARIANTS, packed_plan
+from studies.efficiency.claims import claims
+from studies.efficiency.study import columns, weight_rows
+from studies.efficiency.variants import VARIANTS, packed_plan
 
 GPU = "NVIDIA H100 80GB HBM3"
 BATCHES = (1, 8)

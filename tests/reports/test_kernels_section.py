@@ -17,10 +17,10 @@ from robuq_bench.config import resolve
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.measuring.statistics import Timing
 from robuq_bench.runs.run import Run
-from studies.kernel_cases import GROUPED, MATMUL, QUANTIZE, cases_of, weight_cases_of
-from studies.kernel_checks import Check
-from studies.kernel_peers import BASELINE, peers_of
-from studies.kernel_tables import MODEL, OURS, facts, roofline_rows, rows_of, settings_of
+from studies.kernels.cases import GROUPED, MATMUL, QUANTIZE, cases_of, weight_cases_of
+from studies.kernels.checks import Check
+from studies.kernels.peers import BASELINE, peers_of
+from studies.kernels.tables import MODEL, OURS, facts, roofline_rows, rows_of, settings_of
 
 GPU = "NVIDIA H100 80GB HBM3"
 CEILINGS = Ceilings(3.0e12, 700e12, 1300e12)

@@ -15,9 +15,9 @@ from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.measuring.statistics import Timing
 from robuq_bench.runs import provenance
 from robuq_bench.runs.run import Run
-from studies.kernel_cases import QUANTIZE, cases_of
-from studies.kernel_checks import Check
-from studies.kernel_tables import OURS, roofline_rows, rows_of
+from studies.kernels.cases import QUANTIZE, cases_of
+from studies.kernels.checks import Check
+from studies.kernels.tables import OURS, roofline_rows, rows_of
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "cuda": "12.8", "driver": "570.00", "cudnn": 91000}
 CEILINGS = Ceilings(3.0e12, 700e12, 1300e12)

@@ -36,7 +36,8 @@ from robuq_bench.qat import metric_batches, prepare_training
 from robuq_bench.quantization.convert import allocatable_layers, set_activation_bits
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, MetricOptions, by_timestep, distillation_loss
-from studies.allocation_tables import (
+from robuq_bench.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
+from studies.allocation.tables import (
     SOURCES,
     Table,
     bucket_rows,
@@ -45,7 +46,6 @@ from studies.allocation_tables import (
     write_allocations,
     write_comparison,
 )
-from studies.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
 
 VERSION = "2"
 SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."

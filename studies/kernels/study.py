@@ -52,7 +52,7 @@ from robuq_bench.measuring.timing import (
     time_interleaved,
 )
 from robuq_bench.runs.run import Run
-from studies.kernel_cases import (
+from studies.kernels.cases import (
     KERNELS,
     Case,
     cases_of,
@@ -60,9 +60,9 @@ from studies.kernel_cases import (
     make_inputs,
     weight_cases_of,
 )
-from studies.kernel_checks import Check, check
-from studies.kernel_peers import PeerUnavailableError, make_layer, make_peer, peers_of
-from studies.kernel_tables import (
+from studies.kernels.checks import Check, check
+from studies.kernels.peers import PeerUnavailableError, make_layer, make_peer, peers_of
+from studies.kernels.tables import (
     MODEL,
     OURS,
     facts,
@@ -169,10 +169,10 @@ def interpreter(cases: list[Case], seed: int) -> Iterator[Check]:
     """Checks of `cases` from a process with Triton's interpreter switched on, as they finish."""
     if not cases:
         return
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "studies.kernel_checks"]
+    command = [sys.executable, "-m", "studies.kernels.checks"]
     text = "".join(json.dumps({"case": asdict(case), "seed": seed}) + "\n" for case in cases)
     with subprocess.Popen(
         command,

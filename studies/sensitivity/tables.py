@@ -11,7 +11,7 @@ from robuq_bench.config import Config
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, agreement_gain, rank_agreement, recovered_layers
-from studies.ground_truth import truth_differences
+from studies.sensitivity.truth import truth_differences
 
 MAIN_METRIC, MAIN_TARGET = "epsilon_mse", "distillation_loss"
 #: What counts as no worthwhile gain in rank correlation.
@@ -120,7 +120,7 @@ def agreement_fields(
 
 
 def verdict_rows(gains: Rows) -> Rows:
-    """Apply the rule of `studies/sensitivity.py` at each bit width of the truth, and over all."""
+    """Apply the rule of `study.py` at each bit width of the truth, and over all."""
     rows = []
     for row in gains:
         if row["metric"] != MAIN_METRIC:

@@ -50,8 +50,8 @@ from robuq_bench.measuring.timing import (
     time_interleaved,
 )
 from robuq_bench.runs.run import Run
-from studies.efficiency_claims import Item, claims, shown
-from studies.efficiency_variants import (
+from studies.efficiency.claims import Item, claims, shown
+from studies.efficiency.variants import (
     NotRunError,
     Sampler,
     Variant,

@@ -8,7 +8,6 @@ with and without AMPN get the same number of steps; evaluate the averaged weight
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 
 from robuq_bench.accounting.account import account
 from robuq_bench.accounting.layers import check_plan
-from robuq_bench.checkpointing import CheckpointStore, save_tensors
+from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import (
     Config,
     sensitivity_steps,
@@ -32,19 +31,19 @@ from robuq_bench.judging.evaluation import (
     validation_losses,
 )
 from robuq_bench.judging.feature_networks import load_feature_network
+from robuq_bench.judging.summary import metric_summary
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.qat import convert_teacher, prepare_training
 from robuq_bench.quantization.convert import (
     layer_type,
-    quantized_layers,
     set_activation_bits,
 )
-from robuq_bench.runs.interrupts import at_step_boundary
+from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.run import Run
-from robuq_bench.training import BatchSource, Trainer
+from robuq_bench.students import save_student
 from studies import teacher_eval
-from studies.allocated_bits import activation_bits, allocated_weight_bits
 from studies.figures import plot_allocation, plot_losses
+from studies.train_and_eval.allocated_bits import activation_bits, allocated_weight_bits
 
 VERSION = "2"
 SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
@@ -179,82 +178,6 @@ def trained(
     return student.eval()
 
 
-def save_student(run: Run, config: Config, student: nn.Module, bits: dict[str, int]) -> None:
-    """Write the student with what is needed to build it again."""
-    of = "activation" if config.plan.bits is None else config.plan.bits.of
-    activations = {
-        name: layer.activation_bits
-        for name, layer in quantized_layers(student).items()
-        if layer.activation_bits is not None
-    }
-    save_tensors(
-        run.path / "checkpoints" / "student-ema.safetensors",
-        {name: value.contiguous() for name, value in student.state_dict().items()},
-        {
-            "format": "robuq-bench student (fake-quantized, averaged weights)",
-            "run": run.id,
-            "plan": config.plan.model_dump_json(),
-            "model": config.workload.model.model_dump_json(),
-            "bits_by_layer": json.dumps(activations, sort_keys=True),
-            "weight_bits_by_layer": json.dumps(bits if of == "weight" else {}, sort_keys=True),
-        },
-    )
-
-
-def resume(trainer: Trainer, store: CheckpointStore, at_most: int | None = None) -> None:
-    """Take up the newest checkpoint (no later than step `at_most`) that is ahead of the trainer."""
-    found = store.load_latest(at_most)
-    if found is not None and found[0] > trainer.step:
-        step, tensors, metadata = found
-        trainer.load_state(step, tensors, str(store.path(step)))
-        trainer.window = json.loads(metadata.get("window", "[]"))
-
-
-def train_with_checkpoints(
-    trainer: Trainer,
-    source: BatchSource,
-    loss_function: Any,
-    until: int,
-    run: Run,
-    store: CheckpointStore,
-    context: Context,
-    *,
-    phase: str,
-) -> None:
-    """Train to step `until`, logging window means and saving atomically every N steps.
-
-    The logging window restarts at each checkpoint, so a resumed run logs the same numbers. When the
-    process is asked to end, the step under way is finished and saved, with its window.
-    """
-    recipe = trainer.recipe
-    if trainer.step >= until:
-        return
-    with (
-        at_step_boundary() as asked_to_end,
-        context.progress.task(f"QAT {phase}", until, trainer.step) as task,
-    ):
-        for values in trainer.train(source, loss_function, until):
-            step, window = trainer.step, trainer.window
-            window.append(values)
-            task.update(f"loss {values['loss']:.4f}")
-            task.reach(step)
-            if step % recipe.log_every_steps == 0 or step == until:
-                key = f"train/{step:08d}"
-                if not run.has(key):
-                    means = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
-                    run.append(key, kind="train", step=step, phase=phase, **means)
-                window.clear()
-            is_regular = step % recipe.checkpoint_every_steps == 0 or step == until
-            if is_regular:
-                window.clear()
-            ending = asked_to_end()
-            if is_regular or ending:
-                facts = {"run": run.id, "phase": phase, "window": json.dumps(window)}
-                store.save(step, trainer.state(), facts)
-            if ending:
-                break
-
-
 def copy_teacher_rows(teacher_run: Run, run: Run, subject: str = "teacher") -> None:
     """Cite the teacher's metrics (same seeds, N, sampler) and grid in this run."""
     for record in teacher_run.results():
@@ -267,31 +190,6 @@ def copy_teacher_rows(teacher_run: Run, run: Run, subject: str = "teacher") -> N
     grid = teacher_run.path / "samples" / "grid-teacher.png"
     if grid.exists():
         run.write_bytes(f"samples/grid-{subject}.png", grid.read_bytes())
-
-
-def metric_names(records: list[dict[str, Any]]) -> list[str]:
-    """Return the metric columns of `metrics` records, in the order they were measured."""
-    prefixes = ("fid", "sfid", "is", "kid", "precision", "recall")
-    return [
-        name
-        for name, value in records[0].items()
-        if isinstance(value, float)
-        and name.split("_")[0] in prefixes
-        and not name.endswith(("_std", "_torch_fidelity"))  # details of a metric
-    ]
-
-
-def metric_summary(records: list[dict[str, Any]], subject: str) -> dict[str, Any]:
-    """N, seed ranges, and mean, minimum and maximum of a subject's metrics; {} without any."""
-    own = [r for r in records if r["kind"] == "metrics" and r["subject"] == subject]
-    if not own:
-        return {}
-    row: dict[str, Any] = {"num_samples": own[0]["num_samples"], "seed_ranges": len(own)}
-    for name in metric_names(own):
-        values = [record[name] for record in own]
-        row[name] = sum(values) / len(values)
-        row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
-    return row
 
 
 def summary_table(run: Run) -> list[dict[str, Any]]:

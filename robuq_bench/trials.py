@@ -30,6 +30,8 @@ from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.runs.run_files import run_folders
 
 _LOG = logging.getLogger(__name__)
+#: What can be worse in a trained network; every one is "lower is better".
+TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
 
 
 class Judge(NamedTuple):
@@ -100,6 +102,18 @@ def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[st
         features = judge.network.extract(to_uint8(values), judge.workload.evaluation.batch_size)
         result |= compute_fid(features, judge.reference, judge.network.suffix)
     return result
+
+
+def metric_key(record: dict[str, Any], target: str) -> str | None:
+    """The field of a record that holds the target; None if absent.
+
+    "fid" is called after the workload's features ("fid_digits"). `compute_fid` writes its
+    `..._is_rank_deficient` beside it, which tells it from every other field.
+    """
+    if target != "fid":
+        return target if target in record else None
+    names = [name for name in record if f"{name}_is_rank_deficient" in record]
+    return next((name for name in names if name.split("_")[0] == "fid"), None)
 
 
 def adopt_shards(run: Run, config: Config, kind: str) -> None:

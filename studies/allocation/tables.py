@@ -25,7 +25,7 @@ from robuq_bench.files import make_folder
 from robuq_bench.normality.summaries import block_of
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
-from studies.ground_truth import TARGETS, metric_key
+from robuq_bench.trials import TARGETS, metric_key
 
 #: Candidate -> (metric, whether it is measured after the warm-up).
 SOURCES = {
@@ -212,7 +212,7 @@ def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdict_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rule of `studies/allocation.py` for every candidate against uniform."""
+    """The rule of `study.py` for every candidate against uniform."""
     rows = []
     for budget in dict.fromkeys(trial["budget"] for trial in trials):
         for candidate in dict.fromkeys(trial["candidate"] for trial in trials):

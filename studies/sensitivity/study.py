@@ -3,7 +3,7 @@
 RobuQ says that layers which look bad after post-training quantization recover in training, so that
 sensitivities must be measured after about 1,000 steps of it. The truth is what training itself
 says: for every layer and bit width, networks trained with that layer alone at those bits
-(`studies/ground_truth.py`), three seeds each. A metric is good if it orders layers as the truth
+(`truth.py`), three seeds each. A metric is good if it orders layers as the truth
 does.
 
 **Verdict rule, fixed before any number was seen.** At one bit width, or over all, with the increase
@@ -43,6 +43,7 @@ from robuq_bench.quantization.convert import (
     quantized_layers,
     set_activation_bits,
 )
+from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import (
     METRICS,
@@ -53,10 +54,9 @@ from robuq_bench.sensitivity import (
 )
 from robuq_bench.sensitivity.epsilon import mean_squared_error
 from robuq_bench.sensitivity.probing import predict
-from studies.ground_truth import measure_truth
-from studies.sensitivity_tables import MAIN_METRIC, metric_table, summarise
-from studies.train_and_eval import resume, train_with_checkpoints
-from studies.trials import Judge, make_judge
+from robuq_bench.trials import Judge, make_judge
+from studies.sensitivity.tables import MAIN_METRIC, metric_table, summarise
+from studies.sensitivity.truth import measure_truth
 
 VERSION = "2"
 SUMMARY = "Do sensitivities of the post-training-quantized model mislead? Metrics against training."

@@ -51,10 +51,10 @@ from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.normality.transforms import NotApplicable, Transform, make_transform
 from robuq_bench.qat import prepare_training
 from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
+from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.digests import walk
 from robuq_bench.runs.run import Run
-from studies.sample_images import load_student
-from studies.train_and_eval import resume, train_with_checkpoints
+from robuq_bench.students import load_student
 
 VERSION = "3"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"

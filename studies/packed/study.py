@@ -35,10 +35,10 @@ from robuq_bench.judging.evaluation import (
     validation_losses,
 )
 from robuq_bench.judging.feature_networks import load_feature_network
+from robuq_bench.judging.summary import metric_summary
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.runs.run import Run, open_existing
-from studies.sample_images import load_student
-from studies.train_and_eval import metric_summary
+from robuq_bench.students import load_student
 
 VERSION = "2"
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
