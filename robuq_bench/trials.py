@@ -121,21 +121,22 @@ def adopt_shards(run: Run, config: Config, kind: str) -> None:
 
     A run that cannot be read is left out with a warning: what it holds is computed again.
     """
-    if getattr(config, config.study).shard is not None:
+    own: Any = config.settings
+    if own.shard is not None:
         return
     for path in run_folders(run.path.parents[1]):
         if path == run.path or path.parent.name != config.study:
             continue
         try:
             other = open_existing(path)
-            theirs = getattr(other.config, config.study)
+            theirs: Any = other.config.settings
         except RobuqError as error:
             _LOG.warning("run %s is left out, what it holds is computed again: %s", path, error)
             continue
         if theirs is None or theirs.shard is None:
             continue
         whole = other.config.model_copy(
-            update={config.study: theirs.model_copy(update={"shard": None})}
+            update={"settings": theirs.model_copy(update={"shard": None})}
         )
         if whole != config:
             continue

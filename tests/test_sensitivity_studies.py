@@ -71,7 +71,7 @@ def perform(study: Any, config: Config, root: Path) -> Run:
         device="cpu", threads=torch.get_num_threads(), progress=Progress(quiet=True), argv=[]
     )
     with Run.open(root, config, []) as run:
-        study.run(config, run, context)
+        study.measure(config, run, context)
         run.finish()
     return run
 

@@ -10,6 +10,7 @@ from robuq_bench.errors import UsageError
 from robuq_bench.judging.sampling import shard
 from robuq_bench.runs.run import Run
 from robuq_bench.trials import TARGETS, Judge, adopt_shards, metric_key, train_trial
+from studies.sensitivity.settings import Settings
 
 BASELINE = "none"
 
@@ -40,8 +41,7 @@ def measure_truth(
     config: Config, run: Run, context: Context, judge: Judge, layers: list[str]
 ) -> None:
     """Train and judge every item of this shard that neither this run nor another shard has."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     plan_bits = config.plan.uniform_bits
     if plan_bits is None:
         raise UsageError(

@@ -1,14 +1,16 @@
 """The main job: quantize a teacher by a plan, train it, allocate its bits, and judge it.
 
-Steps, in the order of the run: load what can fail (data, metric reference, teacher, the teacher's
-own evaluation); convert; train `sensitivity_steps` at the warm-up bits and measure every layer's
-sensitivity; solve AMPN; train on at the allocated bits to `training.steps` in total, so that plans
-with and without AMPN get the same number of steps; evaluate the averaged weights; account.
+Steps, in the order of the run: load what can fail (data, metric reference, teacher); have the
+teacher's own run, which all plans of a workload share; convert; train `sensitivity_steps` at the
+warm-up bits and measure every layer's sensitivity; solve AMPN; train on at the allocated bits to
+`training.steps` in total, so that plans with and without AMPN get the same number of steps;
+evaluate the averaged weights; account.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,10 @@ from torch import nn
 from robuq_bench.accounting.account import account
 from robuq_bench.accounting.layers import check_plan
 from robuq_bench.checkpointing import CheckpointStore
-from robuq_bench.config import (
-    Config,
-    sensitivity_steps,
-    training_steps,
-)
-from robuq_bench.context import Context, RunResult
+from robuq_bench.config import Config, config_for, sensitivity_steps, training_steps
+from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset
+from robuq_bench.errors import CheckpointError
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
     load_reference,
@@ -39,21 +38,26 @@ from robuq_bench.quantization.convert import (
     set_activation_bits,
 )
 from robuq_bench.resumable import resume, train_with_checkpoints
-from robuq_bench.runs.run import Run
+from robuq_bench.runs.run import Run, open_existing, run_folder
+from robuq_bench.runs.study import run_study
 from robuq_bench.students import save_student
-from studies import teacher_eval
 from studies.figures import plot_allocation, plot_losses
 from studies.train_and_eval.allocated_bits import activation_bits, allocated_weight_bits
 
 VERSION = "2"
 SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
+LOCK_WAIT_S = 3600.0  # for a teacher that another job is sampling
 
 
-def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResult:
-    """Run (or continue, or just report) the main job; return its run folder and table."""
+def check(config: Config) -> None:
+    """Refuse a plan that does not fit the workload's model, or whose bits no method says."""
+    check_plan(config.plan, config.workload)
+
+
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Train and judge the student; one row per subject."""
     started = time.perf_counter()
     workload, plan = config.workload, config.plan
-    check_plan(plan, workload)
     if not plan.is_full_precision:
         steps = training_steps(config)
         context.progress.log(
@@ -65,55 +69,56 @@ def run_train_and_eval(config: Config, root: Path, context: Context) -> RunResul
     network = load_feature_network(workload.evaluation, device=context.device)
     reference = load_reference(workload, data, network)
     teacher, teacher_sha256 = load_teacher(workload, context.device)
-    teacher_run = teacher_eval.run_teacher_eval(
-        config, root, context, teacher, network, reference, data
-    )
+    teacher_run = teacher_eval(config, run, context)
+    record_inputs(teacher_run, workload, data, network)
+    resumed = bool(run.results())
+    run.add_input_digest("teacher", teacher_sha256)
+    record_inputs(run, workload, data, network)
+    copy_teacher_rows(teacher_run, run)
+    student: nn.Module = teacher
+    bits: dict[str, int] | None = None
+    if plan.is_full_precision:
+        copy_teacher_rows(teacher_run, run, subject="student")
+    else:
+        student, bits = train_student(config, run, context, teacher, data)
+        evaluate_samples(
+            student,
+            workload,
+            run,
+            context,
+            subject="student",
+            network=network,
+            reference=reference,
+        )
+    if not run.has("validation"):
+        losses = validation_losses(student, teacher, data, workload, context.device)
+        run.append("validation", kind="validation", **losses)
+    if not run.has("accounting"):
+        run.append("accounting", kind="accounting", **account(workload.model, plan, bits))
+    if not run.has("timing"):
+        seconds = round(time.perf_counter() - started, 1)
+        run.append("timing", kind="timing", total_s=seconds, resumed=resumed)
+    write_outputs(run)
+    return summary_table(run)
 
-    with Run.open(
-        root,
-        config,
-        context.argv,
-        force=context.force,
-        device=context.device,
-        threads=context.threads,
-    ) as run:
-        if run.is_done:
-            return RunResult.from_run(run)
-        resumed = bool(run.results())
-        run.add_input_digest("teacher", teacher_sha256)
-        record_inputs(run, workload, data, network)
-        copy_teacher_rows(teacher_run, run)
-        student: nn.Module = teacher
-        bits: dict[str, int] | None = None
-        if plan.is_full_precision:
-            copy_teacher_rows(teacher_run, run, subject="student")
-        else:
-            student, bits = train_student(config, run, context, teacher, data)
-            evaluate_samples(
-                student,
-                workload,
-                run,
-                context,
-                subject="student",
-                network=network,
-                reference=reference,
-            )
-        if not run.has("validation"):
-            losses = validation_losses(student, teacher, data, workload, context.device)
-            run.append("validation", kind="validation", **losses)
-        if not run.has("accounting"):
-            run.append(
-                "accounting",
-                kind="accounting",
-                **account(workload.model, plan, bits),
-            )
-        if not run.has("timing"):
-            seconds = round(time.perf_counter() - started, 1)
-            run.append("timing", kind="timing", total_s=seconds, resumed=resumed)
-        write_outputs(run)
-        result = RunResult.store(run, summary_table(run), {"run": run.id})
-        run.finish()
-    return result
+
+def teacher_eval(config: Config, run: Run, context: Context) -> Run:
+    """The finished teacher-eval run of this workload beside `run`, computing what is missing.
+
+    Two jobs that start together share it: the second waits for the first's lock.
+
+    Raises:
+        CheckpointError: it is damaged, or was measured on other data or features.
+    """
+    root, own = run.path.parents[1], config_for("teacher-eval", config)
+    try:
+        result = run_study(own, root, replace(context, force=False), wait_s=LOCK_WAIT_S)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. It is the teacher's own run, which --force of this command leaves alone: "
+            f"remove {run_folder(root, own)} to have it made anew"
+        ) from error
+    return open_existing(result.path)
 
 
 def train_student(

@@ -88,7 +88,7 @@ def items(**changes):
 
 def make_run(root, found=(), workload="imagenet256"):
     config, tables = configure(workload=workload), dict(exact(workload))
-    options = config.efficiency
+    options = config.settings
     if found:
         tables["end_to_end"] = [columns(row) for row in found]
     given = (tables["checkpoints"], tables["weights"], tables["end_to_end_model"])
