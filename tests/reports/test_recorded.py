@@ -11,11 +11,13 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from copies import copy_runs
 
 from reports import build_report
 from reports.loading import find_runs
@@ -226,3 +228,16 @@ def test_packed_study_judged_the_recorded_student_alike() -> None:
     losses = next(record for record in records if record["key"] == "validation")
     for name in ("distillation_loss", "denoising_loss"):
         assert losses[name] == pytest.approx(float(trained[name]), rel=0.001), name
+
+
+def test_copies_are_sound_runs_of_other_seeds(tmp_path: Path) -> None:
+    originals = sorted(RECORDED.glob("digits/runs/train-and-eval/*"))
+    copy_runs(originals, tmp_path, 30)
+    runs, left_out = find_runs([tmp_path])
+    assert left_out == []
+    assert {run.seed for run in runs} == set(range(1000, 1030))
+    assert all(verify_run(run.path) == [] for run in runs)
+    assert len({run.path.name for run in runs}) == 30
+    counts = Counter(run.plan_name for run in runs)
+    assert counts["fp"] == 1
+    assert counts["a2"] == 6  # three originals, each taken twice
