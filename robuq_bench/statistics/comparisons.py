@@ -225,7 +225,7 @@ def _estimate(d: pd.Series[float]) -> _Estimate:
     return _Estimate(
         float(fit.fe_params[0]) * spread,
         error,
-        float(np.clip(freedom, min(R, S) - 1, S - 1)),
+        min(float(freedom), S - 1.0),
         "mixed model, seeds and image ranges random (REML, Satterthwaite t)",
     )
 
