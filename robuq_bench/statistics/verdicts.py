@@ -28,7 +28,7 @@ WORDS = (
 enough to be judged and leave it open; "not judged": they were too few, or something is missing."""
 
 MAX_DECIMALS = 6
-"""An interval that needs more decimals, or reaches ±10^6, is printed with exponents."""
+"""Of an interval's text; one that needs more, or reaches ±10^6, is printed with exponents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +151,8 @@ def _cell(name: str, value: Any) -> Any:
 def interval_text(low: float, high: float, thresholds: Sequence[float] = (0.0, 1.0)) -> str:
     """`[low to high]`, rounded so that no limit changes its side of a threshold.
 
-    Both limits have the same decimals: as few as leave two significant digits of each and print a
-    limit as a threshold only where it is one.
+    Both limits have the same decimals, as few as leave two significant digits of each and print no
+    limit as a threshold that it is not; with more than `MAX_DECIMALS`, each has its own digits.
 
     Raises:
         ValueError: a limit is NaN, or low lies above high.
@@ -183,7 +183,7 @@ def _shortest(limit: float, thresholds: Sequence[float]) -> str:
 
 def _same_side(value: float, text: str, thresholds: Sequence[float]) -> bool:
     shown = float(text)
-    return all((shown > t, shown < t) == (value > t, value < t) for t in thresholds)
+    return all(shown != t and (shown < t) == (value < t) for t in thresholds if value != t)
 
 
 def _sign(text: str) -> str:
