@@ -317,7 +317,10 @@ def paired_bootstrap(
 
     def effect(a: Floats, b: Floats, size: Floats, axis: int = -1) -> Floats:
         total = size.sum(axis=axis)
-        return statistic(a.sum(axis=axis) / total, b.sum(axis=axis) / total)
+        found = statistic(a.sum(axis=axis) / total, b.sum(axis=axis) / total)
+        if not np.isfinite(found).all():
+            raise UsageError("the statistic is not finite in every draw")
+        return found
 
     data = sums["a"].to_numpy(), sums["b"].to_numpy(), sums["size"].to_numpy()
     found = stats.bootstrap(
@@ -331,8 +334,6 @@ def paired_bootstrap(
         random_state=np.random.default_rng(seeded("paired-bootstrap", seed)),
     )
     drawn = found.bootstrap_distribution
-    if not np.isfinite(drawn).all():
-        raise UsageError("the statistic is not finite in every draw")
     tail = min(int((drawn <= null).sum()), int((drawn >= null).sum()))
     interval = found.confidence_interval
     return PairedBootstrap(
