@@ -6,6 +6,7 @@ here against the manifest.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from reports.plans import read_plan
 from reports.settings import section
@@ -39,7 +42,7 @@ _MAX_DEPTH = 3
 _REDO = "restore it, or delete the folder and run the plan again"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunData:
     """One run folder, read and checked.
 
@@ -83,6 +86,54 @@ class RunData:
     def anchor(self) -> str:
         """The fragment under which the report describes this run."""
         return "run-" + re.sub(r"[^A-Za-z0-9_-]+", "-", self.id)
+
+    @property
+    def href(self) -> str:
+        return f"#{self.anchor}"
+
+    @property
+    def title(self) -> str:
+        """What tells this run from others of its study."""
+        return f"{self.plan_name} on {self.workload_name}, seed {self.seed}"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The study's own settings."""
+        return section(self.config, self.study)
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Machine, packages and code of the last session."""
+        sessions = self.manifest.get("sessions", [])
+        return section(sessions[-1], "provenance") if sessions else {}
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables that the run wrote."""
+        names = (Path(name) for name in self.manifest.get("outputs", {}))
+        return sorted(n.stem for n in names if n.parent.name == "tables" and n.suffix == ".csv")
+
+    def table(self, name: str) -> pd.DataFrame:
+        """`tables/<name>.csv`, without rows or columns when the run has none.
+
+        Raises:
+            CheckpointError: the file is not what the manifest says, or no table.
+        """
+        relative = f"tables/{name}.csv"
+        data = self.read_output(relative)
+        if data is None:
+            return pd.DataFrame()
+        try:
+            return pd.read_csv(io.BytesIO(data), keep_default_na=False, na_values=[""])
+        except ValueError as error:  # pandas' parser errors are some
+            raise CheckpointError(
+                f"{self.path / relative} is no table: {error}; {_REDO}"
+            ) from error
+
+    def frame(self, kind: str) -> pd.DataFrame:
+        """Records of one kind as a table, without `key` and `kind`."""
+        frame = pd.DataFrame(self.of_kind(kind))
+        return frame.drop(columns=["key", "kind"], errors="ignore")
 
     def of_kind(self, kind: str) -> list[Record]:
         """Records of one kind, in the order they were written."""

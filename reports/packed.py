@@ -1,0 +1,128 @@
+"""What packing costs in quality: a trained student beside its packed variants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import seaborn as sns
+
+from reports.generic import answer_of, claims_of, rule_of
+from reports.loading import RunData
+from reports.page import Block, Figures, Fold, Section, Sheet, sentence
+from reports.text import Phrase, bytes_text, of_metric, percent, significant, spread, stem, times
+from robuq_bench.figures import Picture, colour, panel
+
+ORDER = 70
+QUESTION = "Does a packed model keep the quality of the trained one?"
+OPEN: tuple[str, ...] = ()
+EXPORTS = ("packed.csv",)
+_NOTE = (
+    "Mean over seed ranges, the least and the greatest below. `pixel_difference` is the mean "
+    "absolute difference to the trained student’s images in grey levels of 255."
+)
+
+
+def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
+    """Size and quality of each variant; None where no run wrote its table."""
+    frames = {run: run.table("packed") for run in runs}
+    whole = [run for run, frame in frames.items() if not frame.empty]
+    if not whole:
+        return None
+    blocks: list[Block] = []
+    for run in whole:
+        fid = _fid(frames[run])
+        if fid:
+            caption = f"{fid} of each variant on {run.title}: mean and range over seed ranges."
+            blocks.append(Figures([_fid_panel(run, frames[run], fid)], caption))
+        blocks.append(_sheet(run, frames[run]))
+    blocks.append(
+        Fold(
+            "What the variants are",
+            [
+                Sheet(
+                    frames[run][["variant", "storage", "backend", "plan", "run"]],
+                    f"Variants of {run.title}",
+                )
+                for run in whole
+            ],
+        )
+    )
+    claims = claims_of(whole)
+    return Section(
+        anchor="packed",
+        title="Packed models",
+        answer=answer_of(claims) or _answer(whole[0], frames[whole[0]]),
+        blocks=blocks,
+        claims=claims,
+        rule=rule_of(whole),
+        exports={"packed": pd.concat([frames[run].assign(packed_run=run.id) for run in whole])},
+    )
+
+
+def _fid(frame: pd.DataFrame) -> str:
+    names = [str(name) for name in frame if stem(str(name)) == "fid"]
+    return names[0] if names else ""
+
+
+def _answer(run: RunData, frame: pd.DataFrame) -> list[Phrase]:
+    by_variant = {str(row["variant"]): row for row in frame.to_dict("records")}
+    fid = _fid(frame)
+    if not fid or not {"trained", "reference"} <= by_variant.keys():
+        return sentence("The run holds no variant to compare.")
+    trained, packed = by_variant["trained"], by_variant["reference"]
+    equal = percent(packed["share_of_images_equal"])
+    return sentence(
+        f"A packed file of {bytes_text(packed['file_bytes'])} ({times(packed['size_reduction'])} "
+        f"smaller) gives {equal} of the trained student’s images unchanged, at {fid} ",
+        Phrase(
+            f"{of_metric(fid)(packed[fid])} "
+            f"{spread(fid, packed[f'{fid}_min'], packed[f'{fid}_max'])}",
+            run.href,
+        ),
+        f" where the trained student has {of_metric(fid)(trained[fid])} "
+        f"{spread(fid, trained[f'{fid}_min'], trained[f'{fid}_max'])}.",
+    )
+
+
+def _fid_panel(run: RunData, frame: pd.DataFrame, fid: str) -> Picture:
+    ranges = frame.melt("variant", [fid, f"{fid}_min", f"{fid}_max"])
+    alt = "; ".join(
+        f"{v} {of_metric(fid)(x)}" for v, x in zip(frame["variant"], frame[fid], strict=True)
+    )
+    with panel(f"packed-{run.anchor}", f"{fid} by variant: {alt}", height=1.9) as drawn:
+        sns.pointplot(
+            ranges, x="value", y="variant", ax=drawn.axes, color=colour("rotated"),
+            linestyle="none", errorbar=("pi", 100), marker="D", markersize=5,
+        )  # fmt: skip
+        drawn.axes.set(xlabel=f"{fid} (lower is better)", ylabel="")
+    return drawn.picture
+
+
+def _sheet(run: RunData, frame: pd.DataFrame) -> Sheet:
+    metrics = [str(name) for name in frame if f"{name}_min" in frame]
+    shown = frame[["variant", "file_bytes", "size_reduction", "share_of_images_equal",
+                   "pixel_difference", "distillation_loss", *metrics]].copy()  # fmt: skip
+    for name in metrics:
+        limits = zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
+        shown[f"{name} range"] = [spread(name, low, high) for low, high in limits]
+    shown["file_bytes"] = shown["file_bytes"].map(bytes_text, na_action="ignore").astype(object)
+    shown["run"] = run.href
+    return Sheet(
+        shown,
+        f"Variants of {run.title}",
+        _NOTE,
+        formats={
+            "size_reduction": times,
+            "share_of_images_equal": percent,
+            "pixel_difference": significant,
+            **{name: of_metric(name) for name in metrics},
+        },
+        heads={
+            "file_bytes": "file",
+            "size_reduction": "smaller",
+            "share_of_images_equal": "images equal",
+        },
+        links={"variant": "run"},
+        small={name: f"{name} range" for name in metrics},
+    )

@@ -1,0 +1,248 @@
+"""How every figure looks, in reports and in runs: one size, one palette, light and dark.
+
+seaborn and matplotlib draw at the width of a phone, so that no text is ever scaled down; a picture
+of several panels is several pictures. A colour has one meaning (`MEANINGS`) in all of them. The SVG
+stays as matplotlib wrote it: `style_sheet` maps its colours to those of a dark page by selectors.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+#: Width of a panel in inches: 336 CSS pixels, which a screen of 390 shows whole.
+WIDTH = 3.5
+#: Name -> colour on a light page, colour on a dark one. Each reaches the contrast of text on its
+#: page; hues are chosen to stay apart for colour-blind readers (a test says by how much).
+COLOURS = {
+    "text": ("#1b1e23", "#e7e9ea"),
+    "muted": ("#565e68", "#a3abb4"),
+    "line": ("#d8dbdc", "#363c43"),
+    "page": ("#fcfcfb", "#14171a"),
+    "neutral": ("#5b6470", "#a9b1ba"),
+    "blue": ("#3370cc", "#99adf5"),
+    "brown": ("#663300", "#c27014"),
+    "green": ("#298547", "#52eb7a"),
+    "purple": ("#7000ff", "#ad5cff"),
+    "gold": ("#8f7014", "#f5cc29"),
+    "wine": ("#85003d", "#ff297a"),
+}
+#: What a hue stands for, in every figure of the project; a mark tells apart what shares one.
+MEANINGS = {
+    "rotated": "blue",
+    "uniform bits": "green",
+    "partly rotated": "purple",
+    "not rotated": "brown",
+    "reference": "neutral",
+    "before training": "gold",
+    "after training": "wine",
+}
+#: Of ordered values; equal steps of it look equal, to colour-blind readers too.
+SEQUENTIAL = "cividis"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "robuq-bench",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": COLOURS["muted"][0],
+    "axes.labelcolor": COLOURS["muted"][0],
+    "axes.titlecolor": COLOURS["text"][0],
+    "xtick.color": COLOURS["muted"][0],
+    "ytick.color": COLOURS["muted"][0],
+    "text.color": COLOURS["text"][0],
+    "grid.color": COLOURS["line"][0],
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "patch.edgecolor": "none",
+}
+
+
+def colour(meaning: str) -> str:
+    """The colour of a meaning, or of a name in `COLOURS`; KeyError names what there is."""
+    name = MEANINGS.get(meaning, meaning)
+    if name not in COLOURS:
+        raise KeyError(f"no colour means {meaning!r}; there are {sorted({*MEANINGS, *COLOURS})}")
+    return COLOURS[name][0]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished panel; `alt` says in words what it shows, `svg` is an element for a page."""
+
+    svg: str
+    alt: str
+
+    def save(self, path: Path) -> Path:
+        """Write it as a file of its own, with the dark colours in it; return `path`."""
+        from robuq_bench.files import atomic_write_text
+
+        head, _, rest = self.svg.partition(">")
+        return atomic_write_text(path, f"{head}><style>{style_sheet()}</style>{rest}\n")
+
+
+class Panel:
+    """One panel while it is drawn: `axes` for seaborn, and `picture` when the block has ended."""
+
+    def __init__(self, figure: Figure, axes: Axes) -> None:
+        self.figure, self.axes = figure, axes
+        self._picture: Picture | None = None
+
+    @property
+    def picture(self) -> Picture:
+        if self._picture is None:
+            raise RuntimeError("a panel is a picture after its `with` block has ended")
+        return self._picture
+
+
+@contextmanager
+def panel(name: str, alt: str, *, height: float = 2.3, title: str = "") -> Iterator[Panel]:
+    """Draw one panel: `with panel("loss", "Loss by step ...") as drawn: lineplot(ax=drawn.axes)`.
+
+    Args:
+        name: unique on its page; makes the ids of the SVG unique.
+        alt: what the picture says, for those who do not see it.
+        height: in inches; the width is always `WIDTH`.
+        title: printed above the axes.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        sns.set_theme(style="ticks", rc=_STYLE)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        drawn = Panel(figure, figure.subplots())
+        yield drawn
+        if title:
+            drawn.axes.set_title(title)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    drawn._picture = Picture(_element(buffer.getvalue(), name, alt), alt)
+
+
+def log_axis(axes: Axes, which: str) -> None:
+    """Make "x" or "y" logarithmic, with plain numbers at 1, 2 and 5 (at decades, where many)."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    decades = np.log10(high / low) if low > 0 else np.inf
+    if decades < 0.7:
+        axis.set_major_locator(MaxNLocator(4))
+    else:
+        subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def heat(
+    frame: pd.DataFrame,
+    axes: Axes,
+    edges: Sequence[float],
+    label: str,
+    *,
+    texts: pd.DataFrame | bool | None = None,
+    limit: float | None = None,
+) -> None:
+    """A heat map of few colours, so that a colour can be read off its bar.
+
+    Args:
+        frame: values; rows and columns label the axes, NaN is left blank.
+        axes: where to draw.
+        edges: ascending limits of the colours; values beyond the ends take the outer ones.
+        label: what the colour says.
+        texts: what is printed in the cells; True prints the values.
+        limit: an edge that is marked on the bar, such as that of a rule.
+    """
+    steps = len(edges) - 1
+    colours = ListedColormap(sns.color_palette(SEQUENTIAL, steps + 2)[1:-1])
+    norm = BoundaryNorm(list(edges), steps)
+    shown = frame.clip(edges[0], np.nextafter(edges[-1], -np.inf))
+    is_frame = isinstance(texts, pd.DataFrame)
+    sns.heatmap(
+        shown,
+        ax=axes,
+        cmap=colours,
+        norm=norm,
+        annot=texts if is_frame else bool(texts),
+        fmt="" if is_frame else ".3g",
+        annot_kws={"fontsize": 8.5},
+        linewidths=0.6 if frame.size <= 400 else 0,
+        linecolor=COLOURS["page"][0],
+        cbar_kws={"orientation": "horizontal", "label": label, "aspect": 40, "pad": 0.02},
+    )
+    for text in axes.texts:  # seaborn's choice of black or white is too faint on middle tones
+        x, y = text.get_position()
+        cell = colours(norm(shown.to_numpy(float)[int(y), int(x)]))
+        text.set_color("#ffffff" if _luminance(cell) < 0.179 else "#010101")
+    axes.grid(visible=False)
+    axes.tick_params(length=0, rotation=0)
+    bar = axes.collections[0].colorbar
+    assert bar is not None  # cbar is on
+    bar.set_ticks(list(edges), labels=[f"{edge:g}" for edge in edges])
+    bar.outline.set_visible(False)
+    bar.ax.grid(visible=False)
+    if limit is not None:
+        bar.ax.axvline(limit, color=COLOURS["text"][0], linewidth=1.6)
+
+
+def style_sheet() -> str:
+    """CSS that colours figures and their keys (`.key .blue`) as the page is: light or dark."""
+    dark = "".join(
+        f'.chart [style*="{part}: {light}"]{{{part}:{other}!important}}'
+        for light, other in COLOURS.values()
+        for part in ("fill", "stroke")
+    )
+    texts, keys = (
+        [
+            f".chart text{{fill:{COLOURS['text'][side]}}}",
+            "".join(f".key .{name}{{color:{pair[side]}}}" for name, pair in COLOURS.items()),
+        ]
+        for side in (0, 1)
+    )
+    return (
+        f".chart text{{font-family:inherit!important}}{''.join(texts)}"
+        f"@media screen and (prefers-color-scheme:dark){{{''.join(keys)}{dark}}}"
+    )
+
+
+def _luminance(rgba: Sequence[float]) -> float:
+    """Relative luminance of an sRGB colour as WCAG defines it; both inks reach 4.6 at 0.179."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _element(svg: str, name: str, alt: str) -> str:
+    """The `<svg>` of a file, with ids that no other picture of the page has."""
+    prefix = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + "-"
+    svg = svg[svg.index("<svg") :].strip()
+    for before in (' id="', '="#', "url(#"):
+        svg = svg.replace(before, before + prefix)
+    start, end = svg.index("<metadata>"), svg.index("</metadata>") + len("</metadata>")
+    head = f'<svg class="chart" role="img" aria-label="{escape(alt)}"'
+    return head + (svg[:start] + svg[end:]).removeprefix("<svg")

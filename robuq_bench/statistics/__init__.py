@@ -1,0 +1,1 @@
+"""Verdicts and the comparisons they rest on, for studies and reports alike; free of torch."""
