@@ -92,7 +92,7 @@ def test_the_sentence_and_the_exit_codes(
         assert cli.main([*arguments, "--device", "cuda"]) == 4
 
 
-def test_settings_are_checked(tiny_workload: Path, tmp_path: Path) -> None:
+def test_settings_are_checked(tiny_workload: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown 'fp16'"):
         configure(tiny_workload, 'efficiency.variants=["fp16"]')
     with pytest.raises(ConfigError, match="sampling_batches must be among batches"):
@@ -101,7 +101,7 @@ def test_settings_are_checked(tiny_workload: Path, tmp_path: Path) -> None:
         variant_of("fp3")
     without_null = configure(tiny_workload, "model.class_dropout_prob=0.0")
     with pytest.raises(UsageError, match=r"efficiency\.guidance=false"):
-        perform(without_null, tmp_path)
+        efficiency.check(without_null)
 
 
 @pytest.mark.parametrize("plan", ["a8", "a2-uniform"])

@@ -298,7 +298,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return Check(False, 9.0, "made to fail") if case.layer in facts["wrong"] else Check(True, 0)
 
     monkeypatch.setattr(kernels, "GraphReplay", graph)
-    monkeypatch.setattr(kernels, "check", fake_check)
+    monkeypatch.setattr(kernels, "check_case", fake_check)
     monkeypatch.setattr(
         kernels, "kernel_function", lambda case, _: kernel_function(case, "reference")
     )
