@@ -29,9 +29,14 @@ from reports.settings import (
 )
 from reports.text import fixed, listing, number
 from robuq_bench.errors import UsageError
-from robuq_bench.statistics.comparisons import CONFIDENCE, MARGIN, MIN_SEEDS, compare_plans
+from robuq_bench.statistics.comparisons import (
+    CONFIDENCE,
+    MARGIN,
+    MIN_SEEDS,
+    compare_plans,
+    judge_family,
+)
 from robuq_bench.statistics.comparisons import RULE as RULE_OF_PAIRS
-from robuq_bench.statistics.comparisons import judge_family
 from robuq_bench.statistics.verdicts import Verdict
 
 LAYER_TYPES = ("proj", "qkv", "fc1", "fc2")
@@ -65,11 +70,11 @@ def judge(group: Group) -> Judged:
     needs: dict[str, str] = {}
     found: list[tuple[Verdict | None, Row | None]] = []
 
-    def add(claim: str, pair: Pair | None, what: str) -> None:
+    def add(claim: str, pair: Pair | None, what: str, about: str = ".rotation.") -> None:
         if pair is None:
             needs[claim] = what
         else:
-            found.append((_compared(group, claim, pair), pair.better))
+            found.append((_compared(group, claim, pair, about), pair.better))
 
     for bits in (8, 4, 3, 2):
         pair = _nearest(group, UNIFORM, UNROTATED, bits)
@@ -79,7 +84,7 @@ def judge(group: Group) -> Judged:
     for bits in (3, 2):
         add(f"At a mean of {bits} bits, AMPN beats the same {bits} bits in every layer",
             _nearest(group, AMPN, UNIFORM, bits),
-            f"needs an AMPN plan and a uniform plan at {bits} bits")  # fmt: skip
+            f"needs an AMPN plan and a uniform plan at {bits} bits", about=".bits")  # fmt: skip
     for bits in (4, 3):
         add(f"At W1.58A{bits}, RobuQ beats BitNet v2",
             _nearest(group, UNIFORM, PARTIAL, bits, only_ternary=True),
@@ -116,8 +121,11 @@ def mean_bits_by_type(group: Group, bits: float) -> tuple[Row, pd.DataFrame] | N
     return None
 
 
-def _compared(group: Group, claim: str, pair: Pair) -> Verdict:
-    """The verdict on a pair by the protocol's FID; its word is that of a comparison."""
+def _compared(group: Group, claim: str, pair: Pair, about: str) -> Verdict:
+    """The verdict on a pair by the protocol's FID; its word is that of a comparison.
+
+    Settings with `about` in their key are what is claimed; others that differ are noted.
+    """
     a, b = pair
     metric = group.fid or ""
     values = group.values[(group.values["metric"] == metric) & group.values["seed_range"].notna()]
@@ -127,7 +135,7 @@ def _compared(group: Group, claim: str, pair: Pair) -> Verdict:
         teacher = values[values["plan"] == TEACHER].drop(columns="seed").merge(seeds, how="cross")
         values = pd.concat([values[values["plan"] == a.label], teacher])
     note = f"{a.label}: {group.text(a, metric)}; {b.label}: {group.text(b, metric)}"
-    others = [key for key in _differing(a, b) if ".rotation." not in f".{key}"]
+    others = [key for key in _differing(a, b) if about not in f".{key}"]
     if others and b is not group.teacher:
         note += f"; the two also differ in {listing(others)}"
     return _verdict(values, claim, (a.label, b.label), metric, note)
@@ -137,9 +145,10 @@ def _verdict(
     values: pd.DataFrame, claim: str, plans: tuple[str, str], metric: str, note: str
 ) -> Verdict:
     """Judge `plans[0]` beside `plans[1]`, whose values may be of several runs of one seed."""
-    means = values.groupby(["plan", "seed", "seed_range"], as_index=False)["value"].mean()
+    values = values.rename(columns={"seed_range": "image_range"})
+    means = values.groupby(["plan", "seed", "image_range"])["value"].mean().reset_index()
     try:
-        found = compare_plans(means.rename(columns={"seed_range": "image_range"}), *plans, metric)
+        found = compare_plans(means, *plans, metric)
     except UsageError as error:
         found = Verdict(claim=claim, subject="", verdict="not judged", effect=None,
                         effect_name=metric, low=None, high=None, n=0, n_of="training seeds",
@@ -218,10 +227,11 @@ def _of_allocations(group: Group) -> Iterable[_OfRuns]:
         verdict = None
         if of_row and set(LAYER_TYPES) <= set(of_row[1].index):
             frame = of_row[1].loc[list(LAYER_TYPES)]
-            agrees = (frame.loc["proj"] == frame.max()) & (frame.loc["fc2"] == frame.min())
+            most, least = frame.eq(frame.max()), frame.eq(frame.min())
+            agrees = (most.T["proj"] & least.T["fc2"]).tolist()
             means = " / ".join(fixed(mean, 2) for mean in frame.mean(axis=1))
             note = f"{' / '.join(LAYER_TYPES)}: {means}; in the paper {paper}"
-            verdict = _of_seeds(claim, of_row[0].label, list(agrees), "share in that order", note)
+            verdict = _of_seeds(claim, of_row[0].label, agrees, "share in that order", note)
         yield claim, verdict, f"needs a run of an AMPN plan at {bits} bits"
 
 
@@ -232,7 +242,9 @@ def _stable(group: Group) -> _OfRuns:
     seeds = set()
     for row in rows:
         for run in row.runs:
-            losses = pd.Series([r["loss"] for r in run.of_kind("train") if "loss" in r], dtype=float)
+            losses = pd.Series(
+                [r["loss"] for r in run.of_kind("train") if "loss" in r], dtype=float
+            )
             if len(losses) >= 2:
                 tenth = max(1, len(losses) // 10)
                 falls = losses[-tenth:].mean() < losses[:tenth].mean()
@@ -273,7 +285,7 @@ def _ternary(rows: Iterable[Row]) -> list[Row]:
 
 
 def _measured(group: Group, *rows: Row) -> bool:
-    return all(group.mean(row, group.fid) is not None for row in rows)
+    return all(group.found(row, group.fid) is not None for row in rows)
 
 
 def _nearest(

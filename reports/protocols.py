@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -49,7 +49,16 @@ _DETAILS = (
 _SHOWN = 16  # hexadecimal digits of a digest that tell protocols apart
 
 
-@dataclass(frozen=True)
+class Summary(NamedTuple):
+    """What a table prints of one plan and metric."""
+
+    mean: float
+    low: float
+    high: float
+    is_rank_deficient: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """One line of the summary: a plan and its runs, one per training seed, in order of seeds."""
 
@@ -93,7 +102,7 @@ class Row:
         return not is_full_precision(self.plan) and self.qat_steps == 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Rows that share a protocol and may be compared; `version` is the study's, 0 if unknown."""
 
@@ -149,18 +158,26 @@ class Group:
         )
         return found.reindex(places[places.isin(found.index)])
 
-    def mean(self, row: Row, metric: str | None) -> float | None:
-        """Mean over training seeds and seed ranges, None if not run."""
-        is_there = (row.label, metric) in self.summary.index
-        return float(self.summary.at[(row.label, metric), "mean"]) if is_there else None
+    @cached_property
+    def _found(self) -> dict[tuple[str, str], Summary]:
+        lines = self.summary.reset_index().to_dict("records")
+        return {
+            (line["plan"], line["metric"]): Summary(
+                line["mean"], line["min"], line["max"], line["is_rank_deficient"]
+            )
+            for line in lines
+        }
+
+    def found(self, row: Row, metric: str | None) -> Summary | None:
+        """Mean and range over training seeds and seed ranges, None if not run."""
+        return self._found.get((row.label, metric or ""))
 
     def text(self, row: Row, metric: str) -> str:
         """`mean [min–max]` as printed, "not run" where it is absent."""
-        mean = self.mean(row, metric)
-        if mean is None:
+        found = self.found(row, metric)
+        if found is None:
             return NOT_RUN
-        low, high = (float(self.summary.at[(row.label, metric), k]) for k in ("min", "max"))
-        return f"{number(metric, mean)} {spread(metric, low, high)}".strip()
+        return f"{number(metric, found.mean)} {spread(metric, found.low, found.high)}".strip()
 
     @property
     def protocol(self) -> str:
@@ -269,7 +286,7 @@ def _group(members: Sequence[RunData], by_id: Mapping[str, RunData]) -> Group:
         if _is_teacher(students[own], teachers):
             # The plan without quantization: its metrics are the teacher's, its losses are new.
             losses = students[own & students["seed_range"].isna()]
-            losses = losses.assign(plan=TEACHER, subject=TEACHER, seed=pd.NA)
+            losses = losses.assign(plan=TEACHER, subject=TEACHER, seed=None)
             teachers, students = _joined([teachers, losses]), students[~own]
             rows.remove(row)
     values = _joined([teachers, students]).astype({"seed": "Int64", "seed_range": "Int64"})
@@ -305,7 +322,7 @@ def _student_lines(row: Row, run: RunData) -> list[dict[str, Any]]:
 def _teacher_values(members: Sequence[RunData], by_id: Mapping[str, RunData]) -> pd.DataFrame:
     """Teacher metrics are copied into every run, so equal ones count once."""
     lines = [
-        {"plan": TEACHER, "subject": TEACHER, "seed": pd.NA, "start": record.get("seed_start")}
+        {"plan": TEACHER, "subject": TEACHER, "seed": None, "start": record.get("seed_start")}
         | {"run": by_id.get(str(record.get("source_run")), run).id}
         | line
         for run in members
