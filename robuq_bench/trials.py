@@ -1,0 +1,149 @@
+"""Short trainings that differ in activation bits alone, judged alike: what studies compare.
+
+Every trial starts from the teacher converted by the plan, trains with the plan's losses, and is
+judged by its validation losses and by samples from the same noise as every other trial. Trials of
+one seed see the same batches, so their differences are paired.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from robuq_bench.config import Config, Workload
+from robuq_bench.context import Context
+from robuq_bench.data.datasets import ImageData, load_dataset, to_uint8
+from robuq_bench.errors import RobuqError
+from robuq_bench.judging.evaluation import load_reference, record_inputs, validation_losses
+from robuq_bench.judging.feature_networks import FeatureNetwork, load_feature_network
+from robuq_bench.judging.features import Features
+from robuq_bench.judging.fidelity import Reference, compute_fid
+from robuq_bench.judging.sampling import sample_values
+from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.qat import prepare_training
+from robuq_bench.quantization.convert import set_activation_bits
+from robuq_bench.runs.run import Run, open_existing
+from robuq_bench.runs.run_files import run_folders
+
+_LOG = logging.getLogger(__name__)
+#: What can be worse in a trained network; every one is "lower is better".
+TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
+
+
+class Judge(NamedTuple):
+    """What every trial is judged with; `workload` has the short sampling protocol.
+
+    `teacher_values` [samples, C, H, W]: what the teacher draws from the same noise.
+    """
+
+    teacher: nn.Module
+    data: ImageData
+    network: FeatureNetwork
+    reference: Features | Reference
+    workload: Workload
+    teacher_values: torch.Tensor
+
+
+def make_judge(
+    config: Config, run: Run, context: Context, samples: int, sampling_steps: int
+) -> Judge:
+    """Load teacher, data and metric, and draw the teacher's own samples (none for samples = 0)."""
+    workload = config.workload
+    data = load_dataset(workload.data, name=workload.name)
+    network = load_feature_network(workload.evaluation, device=context.device)
+    teacher, digest = load_teacher(workload, context.device)
+    run.add_input_digest("teacher", digest)
+    record_inputs(run, workload, data, network)
+    evaluation = workload.evaluation.model_copy(update={"sampling_steps": sampling_steps})
+    short = workload.model_copy(update={"evaluation": evaluation})
+    values = torch.empty(0)
+    if samples:
+        values = sample_values(teacher, short, seeds=range(samples), device=context.device)
+    reference = load_reference(workload, data, network)
+    return Judge(teacher, data, network, reference, short, values)
+
+
+def train_trial(
+    config: Config,
+    context: Context,
+    judge: Judge,
+    bits_by_layer: Mapping[str, int],
+    *,
+    seed: int,
+    steps: int,
+) -> dict[str, Any]:
+    """Train `steps` steps with the named layers at these bits (others as the plan says); judge."""
+    recipe = config.workload.training.model_copy(update={"steps": steps})
+    workload = config.workload.model_copy(update={"training": recipe})
+    own = config.model_copy(update={"seed": seed, "workload": workload})
+    trainer, source, loss_function = prepare_training(own, context, judge.teacher, judge.data)
+    student = trainer.model
+    set_activation_bits(student, bits_by_layer)
+    for _ in trainer.train(source, loss_function, steps):
+        pass
+    trainer.copy_ema_to(student)
+    return judge_student(student, judge, context)
+
+
+def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[str, Any]:
+    """Validation losses; with samples also their MSE to the teacher's, and FID."""
+    student.eval()
+    result: dict[str, Any] = validation_losses(
+        student, judge.teacher, judge.data, judge.workload, context.device
+    )
+    count = len(judge.teacher_values)
+    if count:
+        values = sample_values(student, judge.workload, seeds=range(count), device=context.device)
+        result["sample_mse"] = float((values - judge.teacher_values).square().mean())
+        features = judge.network.extract(to_uint8(values), judge.workload.evaluation.batch_size)
+        result |= compute_fid(features, judge.reference, judge.network.suffix)
+    return result
+
+
+def metric_key(record: dict[str, Any], target: str) -> str | None:
+    """The field of a record that holds the target; None if absent.
+
+    "fid" is called after the workload's features ("fid_digits"). `compute_fid` writes its
+    `..._is_rank_deficient` beside it, which tells it from every other field.
+    """
+    if target != "fid":
+        return target if target in record else None
+    names = [name for name in record if f"{name}_is_rank_deficient" in record]
+    return next((name for name in names if name.split("_")[0] == "fid"), None)
+
+
+def adopt_shards(run: Run, config: Config, kind: str) -> None:
+    """Take over the records of `kind` from runs that differ from this one in their shard alone.
+
+    A run that cannot be read is left out with a warning: what it holds is computed again.
+    """
+    own: Any = config.settings
+    if own.shard is not None:
+        return
+    for path in run_folders(run.path.parents[1]):
+        if path == run.path or path.parent.name != config.study:
+            continue
+        try:
+            other = open_existing(path)
+            theirs: Any = other.config.settings
+        except RobuqError as error:
+            _LOG.warning("run %s is left out, what it holds is computed again: %s", path, error)
+            continue
+        if theirs is None or theirs.shard is None:
+            continue
+        whole = other.config.model_copy(
+            update={"settings": theirs.model_copy(update={"shard": None})}
+        )
+        if whole != config:
+            continue
+        for record in _records(other, kind):
+            if not run.has(record["key"]):
+                run.append(**record, source_run=other.id)
+
+
+def _records(run: Run, kind: str) -> Iterator[dict[str, Any]]:
+    return (record for record in run.results() if record["kind"] == kind)

@@ -1,0 +1,251 @@
+"""Tables of `study allocation`: solvers, fronts, trained candidates, verdicts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from robuq_bench.allocation import (
+    SOLVERS,
+    Allocation,
+    allocation_problem,
+    allocation_table,
+    expand_over_buckets,
+    mac_cost,
+    mean_bits_by_type,
+    save_allocation,
+    sensitivities_sha256,
+    solve,
+)
+from robuq_bench.config import Config
+from robuq_bench.files import make_folder
+from robuq_bench.normality.summaries import block_of
+from robuq_bench.quantization.convert import layer_type
+from robuq_bench.runs.run import Run
+from robuq_bench.trials import TARGETS, metric_key
+from studies.allocation.settings import CANDIDATES, Settings
+
+#: Candidate -> (metric, whether it is measured after the warm-up).
+SOURCES = {
+    "ptq": ("epsilon_mse", False),
+    "qat": ("epsilon_mse", True),
+    "qat-teacher": ("epsilon_mse_teacher", True),
+    "output-mse": ("output_mse", False),
+    "fisher": ("fisher", False),
+}
+JUDGED = ("distillation_loss", "fid")
+MIN_SEEDS = 2  # on either side, for a verdict
+
+Table = dict[str, dict[int, float]]
+
+
+def write_allocations(
+    run: Run,
+    chosen: dict[tuple[str, float], Allocation],
+    tables: dict[str, Table],
+    trials: list[dict[str, Any]],
+) -> None:
+    """Allocation files that any plan can load, and one table of all bits."""
+    make_folder(run.path / "allocations")
+    rows = []
+    for (candidate, budget), allocation in chosen.items():
+        metric = SOURCES[candidate][0] if candidate in SOURCES else "none"
+        save_allocation(
+            run.path / "allocations" / f"{candidate}-{budget:g}.toml",
+            allocation,
+            metric=metric,
+            solver=candidate if candidate in SOLVERS else "exact",
+            sensitivities_sha256=sensitivities_sha256(tables.get(candidate, tables["qat"])),
+        )
+        rows += _bit_rows(candidate, budget, "all", allocation.bits_by_layer)
+    for trial in trials:
+        if trial["candidate"] == "resolved":
+            rows += _bit_rows("resolved", trial["budget"], trial["seed"], trial["bits_by_layer"])
+    run.write_table("allocations", rows)
+    by_type = []
+    for (candidate, budget), allocation in chosen.items():
+        means = mean_bits_by_type(allocation.bits_by_layer)
+        by_type.append({"candidate": candidate, "budget": budget, **means})
+    run.write_table("by_type", by_type)
+
+
+def _bit_rows(
+    candidate: str, budget: float, seed: int | str, bits: dict[str, int]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "candidate": candidate,
+            "budget": budget,
+            "seed": seed,
+            "layer": layer,
+            "layer_type": layer_type(layer),
+            "block": block_of(layer),
+            "bits": value,
+        }
+        for layer, value in bits.items()
+    ]
+
+
+def solver_rows(
+    config: Config, tables: dict[str, Table], macs: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Every solver on the `qat` sensitivities: objective, gap to the optimum, seconds."""
+    options = config.settings_of(Settings)
+    rows = []
+    for budget in options.budgets:
+        problem = allocation_problem(tables["qat"], macs, [mac_cost(macs, budget)])
+        best = solve(problem, "exact").objective
+        for name in SOLVERS:
+            start = time.perf_counter()
+            found = solve(problem, name, seed=config.seed)
+            rows.append(
+                {
+                    "budget": budget,
+                    "solver": name,
+                    "objective": found.objective,
+                    "above_optimum": found.objective / best - 1 if best > 0 else 0.0,
+                    "mean_bits": found.mean_bits,
+                    "layers": len(macs),
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+    return rows
+
+
+def front_rows(
+    config: Config, tables: dict[str, Table], macs: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The whole Pareto front of every source, exact at every budget."""
+    options = config.settings_of(Settings)
+    rows = []
+    for name, table in tables.items():
+        means, objectives = allocation_table(table, macs, options.choices).pareto()
+        for mean, objective in zip(means, objectives, strict=True):
+            rows.append({"source": name, "mean_bits": float(mean), "objective": float(objective)})
+    return rows
+
+
+def bucket_rows(
+    config: Config, buckets: dict[str, Table], macs: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Predicted objective with bits per timestep bucket beside one allocation for all."""
+    options = config.settings_of(Settings)
+    steps = dict.fromkeys(buckets, 1)
+    mean: Table = {
+        layer: {
+            bits: float(np.mean([table[layer][bits] for table in buckets.values()]))
+            for bits in options.choices
+        }
+        for layer in macs
+    }
+    rows = []
+    for budget in options.budgets:
+        single = solve(allocation_problem(mean, macs, [mac_cost(macs, budget)]), "exact")
+        expanded = expand_over_buckets(buckets, macs, [mac_cost(macs, budget)], steps)
+        aware = solve(allocation_problem(*expanded), "exact")
+        rows.append(
+            {
+                "budget": budget,
+                "buckets": len(buckets),
+                "objective_single": single.objective,
+                "objective_by_bucket": aware.objective,
+                "ratio": aware.objective / single.objective if single.objective > 0 else None,
+                "mean_bits_by_bucket": aware.mean_bits,
+            }
+        )
+    return rows
+
+
+def write_comparison(run: Run, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the trained networks, the candidates' summary and the verdicts; return the summary."""
+    # Shards finish in any order.
+    trials = sorted(
+        trials, key=lambda t: (t["budget"], CANDIDATES.index(t["candidate"]), t["seed"])
+    )
+    run.write_table("trials", trial_rows(trials))
+    summary = candidate_rows(trials)
+    run.write_table("candidates", summary)
+    verdicts = verdict_rows(trials)
+    if verdicts:
+        run.write_table("verdicts", verdicts)
+    return summary
+
+
+def trial_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per trained network."""
+    rows = []
+    for trial in trials:
+        row = {name: trial[name] for name in ("candidate", "budget", "seed", "mean_bits")}
+        for target in TARGETS:
+            name = metric_key(trial, target)
+            if name is not None:
+                row[name] = trial[name]
+        rows.append(row)
+    return rows
+
+
+def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and range over seeds of every candidate, and the mean paired difference to uniform."""
+    rows = []
+    for budget in dict.fromkeys(trial["budget"] for trial in trials):
+        for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
+            row: dict[str, Any] = {"budget": budget, "candidate": candidate}
+            for target in TARGETS:
+                own = _values(trials, candidate, budget, target)
+                base = _values(trials, "uniform", budget, target)
+                if not own:
+                    continue
+                row["seeds"] = len(own)
+                row[target] = float(np.mean(list(own.values())))
+                row[f"{target}_min"] = min(own.values())
+                row[f"{target}_max"] = max(own.values())
+                paired = [own[seed] - base[seed] for seed in own if seed in base]
+                if paired and candidate != "uniform":
+                    row[f"{target}_vs_uniform"] = float(np.mean(paired))
+            rows.append(row)
+    return rows
+
+
+def verdict_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rule of `study.py` for every candidate against uniform."""
+    rows = []
+    for budget in dict.fromkeys(trial["budget"] for trial in trials):
+        for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
+            for target in JUDGED:
+                own = list(_values(trials, candidate, budget, target).values())
+                base = list(_values(trials, "uniform", budget, target).values())
+                if candidate == "uniform" or not own or not base:
+                    continue
+                verdict = "undecided"
+                if min(len(own), len(base)) < MIN_SEEDS:
+                    verdict = "one seed: not judged"
+                elif max(own) < min(base):
+                    verdict = "holds"
+                elif min(own) > max(base):
+                    verdict = "does not hold"
+                rows.append(
+                    {
+                        "budget": budget,
+                        "candidate": candidate,
+                        "target": target,
+                        "beats_uniform": verdict,
+                        "ratio_of_means": float(np.mean(own) / np.mean(base)),
+                        "seeds": min(len(own), len(base)),
+                    }
+                )
+    return rows
+
+
+def _values(
+    trials: list[dict[str, Any]], candidate: str, budget: float, target: str
+) -> dict[int, float]:
+    """{seed: value} of one candidate at one budget."""
+    found = {}
+    for trial in trials:
+        if trial["candidate"] == candidate and trial["budget"] == budget:
+            name = metric_key(trial, target)
+            if name is not None:
+                found[trial["seed"]] = trial[name]
+    return found

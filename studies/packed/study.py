@@ -1,0 +1,159 @@
+"""What packing costs in quality: a trained run's student, judged as it was and as it is deployed.
+
+Every variant is sampled from the same image seeds under the run's own protocol and set beside the
+trained, fake-quantized student:
+
+    trained     as `train-and-eval` judged it
+    reference   a lossless packed file, dequantized: must give the very same images
+    integer     the same file in the kernels' arithmetic (integer sums, one dequantization)
+    triton      the same file on the kernels, in float32
+    fp16, int8  low-rank branch and everything full-precision stored so, dequantized
+
+`pixel_difference` is the mean absolute difference to the trained student's images in grey levels
+(0 to 255); `share_of_images_equal` is that of images without any difference. `distillation_loss`
+is the mean squared difference to the teacher's prediction on the protocol's fixed batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from robuq_bench.config import Config, Workload
+from robuq_bench.context import Context
+from robuq_bench.data.datasets import load_dataset
+from robuq_bench.errors import CheckError, UsageError
+from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
+from robuq_bench.judging.evaluation import (
+    evaluate_samples,
+    load_reference,
+    record_inputs,
+    validation_losses,
+)
+from robuq_bench.judging.feature_networks import load_feature_network
+from robuq_bench.judging.summary import metric_summary
+from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.runs.run import Run, open_existing
+from robuq_bench.students import load_student
+from studies.packed.settings import Settings
+
+VERSION = "2"
+SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
+TRAINED = "trained"
+#: Variant -> storage of its file, and the backend that computes it.
+VARIANTS = {
+    "reference": ("base3/fp32/fp32", "reference"),
+    "integer": ("base3/fp32/fp32", "integer"),
+    "triton": ("base3/fp32/fp32", "triton"),
+    "fp16": ("base3/fp16/fp16", "reference"),
+    "int8": ("base3/int8/int8", "reference"),
+}
+
+
+def check(config: Config) -> None:
+    """Refuse to go without the run of a student on this workload."""
+    trained_run(config)
+
+
+def trained_run(config: Config) -> Run:
+    """The run whose student is judged."""
+    folder = config.settings_of(Settings).run
+    if folder is None:
+        raise UsageError("study packed needs a finished train-and-eval run: --checkpoint RUN")
+    trained = open_existing(Path(folder))
+    workload = trained.config.workload
+    if workload.name != config.workload.name:
+        raise UsageError(f"{trained.id} is of workload {workload.name!r}; give it as --on")
+    return trained
+
+
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Judge every variant; one row each. CheckError (exit 3) if a lossless file changes images."""
+    options = config.settings_of(Settings)
+    trained = trained_run(config)
+    workload, plan = trained.config.workload, trained.config.plan
+    data = load_dataset(workload.data, name=workload.name)
+    network = load_feature_network(workload.evaluation, device=context.device)
+    reference = load_reference(workload, data, network)
+    teacher, _ = load_teacher(workload, context.device)
+    record_inputs(trained, workload, data, network)
+    run.add_input_digest("teacher", workload.teacher.sha256, run=trained.id)
+    for variant in (TRAINED, *options.variants):
+        model, facts = make_variant(variant, trained, workload, run, context)
+        evaluate_samples(
+            model, workload, run, context, subject=variant, network=network, reference=reference
+        )
+        if not run.has(f"variant/{variant}"):
+            losses = validation_losses(model, teacher, data, workload, context.device)
+            difference = image_difference(run, variant, workload)
+            run.append(
+                f"variant/{variant}", kind="variant", variant=variant, plan=plan.name,
+                run=trained.id, **facts, **difference, **losses,
+            )  # fmt: skip
+    rows = table(run, options.variants)
+    run.write_table("packed", rows)
+    for row in rows:
+        if row["variant"] == "reference" and row["share_of_images_equal"] < 1:
+            raise CheckError(
+                f"the lossless file changed {1 - row['share_of_images_equal']:.1%} of the images; "
+                f"see {run.path / 'tables' / 'packed.csv'}"
+            )
+    return rows
+
+
+def make_variant(
+    variant: str, trained: Run, workload: Workload, run: Run, context: Context
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a variant on the device, and what its file weighs."""
+    student = load_student(trained.path, workload).eval()
+    if variant == TRAINED:
+        facts = {"storage": None, "backend": None, "file_bytes": None, "size_reduction": None}
+        return student.to(context.device), facts
+    storage, backend = VARIANTS[variant]
+    path = run.path / "checkpoints" / f"{storage.replace('/', '-')}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    total = export_packed(
+        pack_(student),
+        path,
+        plan=trained.config.plan,
+        model_config=workload.model,
+        storage=storage,
+        source=trained.id,
+    )[-1]
+    model, _ = load_packed(path)
+    prepared = prepare_for_inference(model.to(context.device), backend, torch.float32)
+    return prepared, {
+        "storage": storage,
+        "backend": backend,
+        "file_bytes": total["bytes"],
+        "size_reduction": total["size_reduction"],
+    }
+
+
+def image_difference(run: Run, variant: str, workload: Workload) -> dict[str, float]:
+    """How far the images of a variant are from the trained student's, over all seed ranges."""
+    total, equal, count = 0.0, 0, 0
+    for index in range(workload.evaluation.seed_ranges):
+        mine, theirs = (
+            np.load(run.path / "samples" / f"{subject}-{index}.npz")["arr_0"].astype(np.int16)
+            for subject in (variant, TRAINED)
+        )
+        difference = np.abs(mine - theirs).reshape(len(mine), -1)
+        total += float(difference.mean(1).sum())
+        equal += int((difference.max(1) == 0).sum())
+        count += len(mine)
+    return {"pixel_difference": total / count, "share_of_images_equal": equal / count}
+
+
+def table(run: Run, variants: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row per variant: file, metrics as mean [min, max] over seed ranges, differences."""
+    rows = []
+    for variant in (TRAINED, *variants):
+        found = run.get(f"variant/{variant}") or {}
+        facts = {key: value for key, value in found.items() if key not in ("key", "kind")}
+        rows.append(facts | metric_summary(run.results(), variant))
+    return rows

@@ -1,0 +1,265 @@
+"""Tables of `study sensitivity`: the truth, its ceiling, agreement, verdicts, additivity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from robuq_bench.config import Config
+from robuq_bench.quantization.convert import layer_type
+from robuq_bench.runs.run import Run
+from robuq_bench.sensitivity import METRICS, agreement_gain, rank_agreement, recovered_layers
+from studies.sensitivity.settings import Settings
+from studies.sensitivity.truth import truth_differences
+
+MAIN_METRIC, MAIN_TARGET = "epsilon_mse", "distillation_loss"
+#: What counts as no worthwhile gain in rank correlation.
+NO_GAIN = 0.05
+#: Agreement between seeds below which the truth is noise and nothing is judged.
+MIN_RELIABILITY = 0.3
+#: So that the bootstrap's own seed does not decide a verdict.
+MIN_RESAMPLES = 20_000
+
+Table = dict[str, dict[int, float]]
+Rows = list[dict[str, Any]]
+
+
+def metric_table(run: Run, steps: int, metric: str) -> Table:
+    """A recorded metric as {layer: {bits: value}}."""
+    record = run.get(f"metric/{steps}/{metric}") or {}
+    return {
+        layer: {int(bits): value for bits, value in by_bits.items()}
+        for layer, by_bits in record["values"].items()
+    }
+
+
+def summarise(config: Config, run: Run) -> list[dict[str, Any]]:
+    """Write the tables from the run's records, and return the headline."""
+    options = config.settings_of(Settings)
+    differences = truth_differences(run)
+    truth = {
+        target: {
+            layer: {bits: float(np.mean(values)) for bits, values in by_bits.items()}
+            for layer, by_bits in by_layer.items()
+        }
+        for target, by_layer in differences.items()
+    }
+    run.write_table("truth", truth_rows(differences))
+    ceiling = ceiling_rows(differences, options.truth_bits)
+    if ceiling:
+        run.write_table("ceiling", ceiling)
+    metric_rows, agreement_rows = [], []
+    for steps in options.qat_steps:
+        for metric in METRICS:
+            table = metric_table(run, steps, metric)
+            for layer, by_bits in table.items():
+                for bits, value in by_bits.items():
+                    fields = {"steps": steps, "metric": metric, "layer": layer}
+                    kind = layer_type(layer)
+                    metric_rows.append({**fields, "layer_type": kind, "bits": bits, "value": value})
+            for target, by_layer in truth.items():
+                for width in (*options.truth_bits, None):
+                    agreement_rows.append(
+                        {
+                            "steps": steps,
+                            "metric": metric,
+                            "target": target,
+                            **agreement_fields(config, table, by_layer, width),
+                        }
+                    )
+    run.write_table("metrics", metric_rows)
+    run.write_table("agreement", agreement_rows)
+    gains = gain_rows(config, run, truth[MAIN_TARGET], ceiling)
+    run.write_table("gains", gains)
+    run.write_table("verdicts", verdict_rows(gains))
+    recovered = recovered_rows(config, run, truth[MAIN_TARGET])
+    if recovered:
+        run.write_table("recovered", recovered)
+    run.write_table("timesteps", timestep_rows(run))
+    interactions = interaction_rows(run)
+    if interactions:
+        run.write_table("interactions", interactions)
+    headline = []
+    for row in agreement_rows:
+        if row["target"] == MAIN_TARGET and row["bits"] == "all":
+            names = ("metric", "steps", "spearman", "spearman_low", "spearman_high", "kendall")
+            headline.append({name: row[name] for name in names})
+    return headline
+
+
+def agreement_fields(
+    config: Config, table: Table, truth: Table, bits: int | None
+) -> dict[str, Any]:
+    """Rank agreement at one bit width, or over all pairs of layer and bits, as columns."""
+    options = config.settings_of(Settings)
+    found = rank_agreement(
+        table,
+        truth,
+        bits=bits,
+        top=(options.top_k,),
+        resamples=options.bootstrap_draws,
+        seed=config.seed,
+    )
+    return {
+        "bits": "all" if bits is None else bits,
+        "items": found.items,
+        "spearman": found.spearman.value,
+        "spearman_low": found.spearman.low,
+        "spearman_high": found.spearman.high,
+        "kendall": found.kendall.value,
+        "kendall_low": found.kendall.low,
+        "kendall_high": found.kendall.high,
+        "top_k": options.top_k,
+        "top_k_overlap": found.overlap.get(options.top_k),
+        "resamples": options.bootstrap_draws,
+        "seed": config.seed,
+    }
+
+
+def verdict_rows(gains: Rows) -> Rows:
+    """Apply the rule of `study.py` at each bit width of the truth, and over all."""
+    rows = []
+    for row in gains:
+        if row["metric"] != MAIN_METRIC:
+            continue
+        low, high, reliability = row["low"], row["high"], row["seed_agreement"]
+        verdict = "undecided"
+        if low is not None and reliability is not None and reliability >= MIN_RELIABILITY:
+            if low > 0:
+                verdict = "holds"
+            elif high < NO_GAIN:
+                verdict = "does not hold"
+        rows.append({**row, "ptq_sensitivities_mislead": verdict})
+    return rows
+
+
+def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
+    """What training adds to every metric's rank correlation with the truth."""
+    options = config.settings_of(Settings)
+    last = options.qat_steps[-1]
+    resamples = max(options.bootstrap_draws, MIN_RESAMPLES)
+    rows = []
+    for metric in METRICS:
+        before, after = (metric_table(run, steps, metric) for steps in (0, last))
+        for bits in (*options.truth_bits, None):
+            gain = agreement_gain(
+                after, before, truth, bits=bits, resamples=resamples, seed=config.seed
+            )
+            name = "all" if bits is None else bits
+            seeds = [
+                row["spearman"]
+                for row in ceiling
+                if row["target"] == MAIN_TARGET and row["bits"] == name
+            ]
+            known = [value for value in seeds if value is not None]
+            rows.append(
+                {
+                    "bits": name,
+                    "metric": metric,
+                    "target": MAIN_TARGET,
+                    "steps_before": 0,
+                    "steps_after": last,
+                    "gain": gain.value,
+                    "low": gain.low,
+                    "high": gain.high,
+                    "resamples": resamples,
+                    "seed_agreement": float(np.mean(known)) if known else None,
+                }
+            )
+    return rows
+
+
+def truth_rows(
+    differences: Mapping[str, Mapping[str, Mapping[int, list[float]]]],
+) -> list[dict[str, Any]]:
+    """One row per target, layer and bits: mean and spread over seeds of the paired increase."""
+    return [
+        {
+            "target": target,
+            "layer": layer,
+            "layer_type": layer_type(layer),
+            "bits": bits,
+            "increase": float(np.mean(values)),
+            "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "seeds": len(values),
+        }
+        for target, by_layer in differences.items()
+        for layer, by_bits in by_layer.items()
+        for bits, values in by_bits.items()
+    ]
+
+
+def ceiling_rows(
+    differences: Mapping[str, Mapping[str, Mapping[int, list[float]]]], truth_bits: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """How well each seed's truth orders layers as the mean of the other seeds."""
+    rows = []
+    for target, by_layer in differences.items():
+        seeds = min(len(values) for by_bits in by_layer.values() for values in by_bits.values())
+        for left_out in range(seeds if seeds > 1 else 0):
+            one: Table = {}
+            rest: Table = {}
+            for layer, by_bits in by_layer.items():
+                one[layer] = {bits: values[left_out] for bits, values in by_bits.items()}
+                rest[layer] = {
+                    bits: float(np.mean([v for i, v in enumerate(values) if i != left_out]))
+                    for bits, values in by_bits.items()
+                }
+            for bits in (*truth_bits, None):
+                found = rank_agreement(one, rest, bits=bits, resamples=1)
+                rows.append(
+                    {
+                        "target": target,
+                        "bits": "all" if bits is None else bits,
+                        "seed": left_out,
+                        "spearman": found.spearman.value,
+                        "kendall": found.kendall.value,
+                    }
+                )
+    return rows
+
+
+def recovered_rows(config: Config, run: Run, truth: Table) -> list[dict[str, Any]]:
+    """Layers that the metric before training puts among the worst and the truth does not."""
+    options = config.settings_of(Settings)
+    before = metric_table(run, 0, MAIN_METRIC)
+    return [
+        {"bits": bits, "top_k": options.top_k, "metric": MAIN_METRIC, "layer": layer}
+        for bits in options.truth_bits
+        for layer in recovered_layers(before, truth, min(options.top_k, len(truth)), bits=bits)
+    ]
+
+
+def timestep_rows(run: Run) -> list[dict[str, Any]]:
+    """The main metric by timestep bucket, low t (little noise) first."""
+    return [
+        {
+            "steps": record["steps"],
+            "layer": layer,
+            "layer_type": layer_type(layer),
+            "bits": int(bits),
+            "bucket": bucket,
+            "value": value,
+        }
+        for record in run.results()
+        if record["kind"] == "timesteps"
+        for layer, by_bits in record["values"].items()
+        for bits, values in by_bits.items()
+        for bucket, value in enumerate(values)
+    ]
+
+
+def interaction_rows(run: Run) -> list[dict[str, Any]]:
+    """Predicted and actual change of every pair and whole allocation."""
+    names = ("steps", "layers", "mean_bits", "predicted", "actual")
+    return [
+        {
+            "kind": record["key"].partition("/")[0],
+            **{name: record[name] for name in names},
+            "ratio": record["actual"] / record["predicted"] if record["predicted"] > 0 else None,
+        }
+        for record in run.results()
+        if record["kind"] == "interaction"
+    ]
