@@ -32,13 +32,13 @@ from reports.normality_evidence import (
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
 from reports.text import Phrase, fixed, listing, significant
 from robuq_bench.figures import colour, heat, log_axis, panel
+from robuq_bench.normality.names import VERDICT_LIMIT as LIMIT
 from robuq_bench.statistics.verdicts import Verdict, interval_text
 
 ORDER = 40
 QUESTION = "Does a Hadamard transform make activations normal?"
 OPEN = ("After the Hadamard transform, activations of every token are normal",)
 EXPORTS = ("normality-types.csv", "normality-verdicts.csv", "normality.tex")
-LIMIT = 1.05
 BITS = 2  # where the paper needs normality most
 _EDGES = (0.9, 0.95, 1.0, LIMIT, 1.1, 1.25, 1.5, 2.0)
 _KEYS = ["subject", "layer_type", "width", "transform"]
@@ -68,7 +68,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
         answer=_answer(first, judged[first], types[first]),
         blocks=blocks,
         claims=[claim for run in judged for claim in _claims(run, judged[run], types[run])],
-        rule=rule_of([run for run in judged if not _is_old(run)]) or _OLD_RULE,
+        rule=rule_of([*judged]) or _OLD_RULE,
         exports={
             "normality-types": _with_run({run: run.table("types") for run in judged}),
             "normality-verdicts": _with_run({run: _details(run) for run in judged}),
@@ -141,7 +141,7 @@ def _highest(run: RunData, own: pd.DataFrame, bits: int) -> list[str | Phrase]:
 def _claims(run: RunData, judged: pd.DataFrame, types: pd.DataFrame) -> list[Claim]:
     """What the run says of its first subject with random signs; its table has the others."""
     subject = _subjects(types)[0]
-    if not _is_old(run):
+    if "judgements" in run.tables:
         start = f"{subject}, {SIGNS}, "
         return [c for c in claims_of([run]) if c.verdict.subject.startswith(start)]
     return [
@@ -236,18 +236,18 @@ def _heat_maps(run: RunData, subject: str) -> Iterator[Figures]:
     blocks = " " + cells["block"].map(significant, na_action="ignore")
     cells["row"] = cells["layer_type"] + blocks.fillna("")
     pictures = []
-    for transform, own in cells.groupby("transform"):
-        if transform not in WORDS:
+    for transform, title in WORDS.items():
+        own = cells[cells["transform"] == transform]
+        if own.empty:
             continue
         passing = (own[f"{ratio}_high"] < LIMIT).sum()
         alt = (
-            f"{WORDS[str(transform)]}: in {passing} of {len(own)} cells the whole interval lies "
+            f"{title}: in {passing} of {len(own)} cells the whole interval lies "
             f"below {LIMIT}; ratios from {significant(own[ratio].min())} to "
             f"{significant(own[ratio].max())}"
         )
         grid = own.pivot_table(ratio, "row", "timestep", sort=False).sort_index(axis=1)
         name = f"normality-heat-{transform}-{run.anchor}"
-        title = WORDS[str(transform)]
         with panel(name, alt, height=1.3 + 0.15 * len(grid), title=title) as drawn:
             heat(grid, drawn.axes, _EDGES, f"error ratio, {_bits(BITS)}", limit=LIMIT)
             drawn.axes.set(xlabel="timestep", ylabel="")
@@ -334,12 +334,7 @@ def _judged(run: RunData) -> pd.DataFrame:
 
 
 def _details(run: RunData) -> pd.DataFrame:
-    return run.table("verdicts" if _is_old(run) else "judgements")
-
-
-def _is_old(run: RunData) -> bool:
-    """Whether the run's details stand in the table that now has verdicts alone."""
-    return "normal_enough" in run.table("verdicts")
+    return run.table("judgements" if "judgements" in run.tables else "verdicts")
 
 
 def _of(judged: pd.DataFrame, subject: str, transform: str) -> pd.DataFrame:
