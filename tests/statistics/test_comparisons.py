@@ -254,6 +254,7 @@ def test_a_model_that_fails_gives_way_to_the_paired_t(monkeypatch: pytest.Monkey
         (lambda f: f[f["plan"] != "old"], {}, "no values of fid for plan old"),
         (lambda f: pd.concat([f, f[3:4]]), {}, "new, seed 101, range 50:100, is there twice"),
         (lambda f: f.replace(f["value"][2], np.nan), {}, "seed 101, range 0:50, is not finite"),
+        (lambda f: f.replace(104, np.nan), {}, "new, seed nan, range 0:50, has no seed or range"),
         (lambda f: f.replace("old", "new"), {"baseline": "new"}, "compared with itself"),
         (lambda f: f, {"difference_margin": 0.0}, "difference_margin"),
         (lambda f: f, {"confidence": 1.0}, "confidence"),
