@@ -24,9 +24,9 @@ from robuq_bench.normality.summaries import (
     block_of,
     cell_rows,
     error_rows,
+    judgement_rows,
     lyapunov_rows,
     type_rows,
-    judgement_rows,
 )
 from robuq_bench.normality.transforms import make_transform
 
