@@ -151,6 +151,9 @@ def log_axis(axes: Axes, which: str) -> None:
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low) if low > 0 else np.inf
     subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    ticks = LogLocator(subs=subs).tick_values(low, high) if len(subs) > 1 else []
+    if which == "x" and sum(len(f"{tick:g}") + 2 for tick in ticks if low <= tick <= high) > 40:
+        subs = (1.0,)  # more would touch
     if decades < 0.5:
         subs = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=6))
