@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import VERDICTS, claims_of, rule_of
+from reports.generic import VERDICTS, claims_of, rule_of, table_fold
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Heading, Points, Section, Sheet, sentence
 from reports.text import Phrase, fixed, listing, plural, significant
@@ -108,34 +108,41 @@ def _judged(run: RunData) -> pd.DataFrame:
     return frame.loc[:, list(_COLUMNS)].astype({"bits": str})
 
 
-def _agreement(run: RunData) -> pd.DataFrame:
-    """Agreement with the judged target, with the limits of ρ before and after training."""
+def _ends(run: RunData, frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows measured before and after training, in a column `when`, bits as texts."""
     judged = _judged(run).iloc[0]
-    frame = run.table("agreement").astype({"bits": str})
     steps = {judged["steps_before"]: _WHEN[0], judged["steps_after"]: _WHEN[1]}
-    return frame[frame["target"] == judged["target"]].assign(when=frame["steps"].map(steps))
+    frame = frame.astype({"bits": str}).assign(when=frame["steps"].map(steps))
+    return frame.dropna(subset="when")
+
+
+def _truth(run: RunData) -> pd.DataFrame:
+    truth = run.table("truth").astype({"bits": str})
+    return truth[truth["target"] == _judged(run)["target"].iloc[0]]
 
 
 def _by_width(run: RunData, claims: Sequence[Claim]) -> pd.DataFrame:
-    """Per bit width: ρ before and after, gain, verdict, agreement of seeds and the cap it sets."""
+    """Per bit width: ρ and τ before and after, gain, verdict, agreement of seeds and its cap."""
     judged = _judged(run).set_index("bits")
     metric, target = judged["metric"].iloc[0], judged["target"].iloc[0]
-    found = _agreement(run)
-    for when, name in zip(_WHEN, ("before", "after"), strict=True):
-        own = found[(found["metric"] == metric) & (found["when"] == when)].set_index("bits")
-        judged[name] = own["spearman"]
-        judged[f"{name}_limits"] = _limits(own["spearman_low"], own["spearman_high"])
-    seeds = run.table("truth").query("target == @target")["seeds"].min()
-    judged["seeds_agree"] = np.nan
+    found = _ends(run, run.table("agreement"))
+    found = found[(found["target"] == target) & (found["metric"] == metric)]
+    for name, sign in (("spearman", "ρ"), ("kendall", "τ")):
+        for when, own in found.set_index("bits").groupby("when"):
+            head = f"{sign} {str(when).split()[0]}"
+            judged[head] = own[name]
+            judged[f"{head} limits"] = _limits(own[f"{name}_low"], own[f"{name}_high"])
+    judged["seeds"] = np.nan
     ceiling = run.table("ceiling")
     if not ceiling.empty:
         own = ceiling[ceiling["target"] == target].astype({"bits": str})
-        judged["seeds_agree"] = own.groupby("bits")["spearman"].mean()
-    judged["cap"] = judged["seeds_agree"].map(lambda rho: _cap(rho, int(seeds)))
-    words = {claim.verdict.subject: claim.verdict.verdict for claim in claims}
+        judged["seeds"] = own.groupby("bits")["spearman"].mean()
+    seeds = int(_truth(run)["seeds"].min())
+    judged["cap"] = judged["seeds"].map(lambda rho: _cap(rho, seeds))
     judged["width"] = [_width(bits) for bits in judged.index]
+    words = {claim.verdict.subject: claim.verdict.verdict for claim in claims}
     judged["verdict"] = judged["width"].map(words)
-    judged["limits"] = _limits(judged["low"], judged["high"], (0.0, 0.05))
+    judged["gain limits"] = _limits(judged["low"], judged["high"], (0.0, 0.05))
     return judged.reset_index()
 
 
@@ -178,55 +185,48 @@ def _answer(run: RunData, claims: Sequence[Claim]) -> list[Phrase]:
         return sentence(f"{start}{row['metric']} with the trained truth is not defined.")
     cap = "" if math.isnan(row["cap"]) else f"; the truth’s noise caps ρ near {_rho(row['cap'])}"
     return sentence(
-        f"{start}{row['metric']} with the trained truth is {_rho(row['before'])} "
-        f"{row['before_limits']} before training and {_rho(row['after'])} {row['after_limits']} "
+        f"{start}{row['metric']} with the trained truth is {_rho(row['ρ before'])} "
+        f"{row['ρ before limits']} before training and {_rho(row['ρ after'])} "
+        f"{row['ρ after limits']} "
         f"after {plural(int(row['steps_after']), 'step')}, ",
-        Phrase(f"a gain of {significant(row['gain'], 2)} {row['limits']}", run.href),
+        Phrase(f"a gain of {significant(row['gain'], 2)} {row['gain limits']}", run.href),
         f"{cap}.",
     )
 
 
 def _blocks(run: RunData, claims: Sequence[Claim]) -> list[Block]:
     judged = _by_width(run, claims)
-    shown = list(dict.fromkeys([judged["bits"].iloc[-1], _usual(run)]))
-    found = _agreement(run).dropna(subset=["spearman", "when"])
+    found = _ends(run, run.table("agreement")).dropna(subset="spearman")
+    found = found[found["target"] == judged["target"].iloc[0]]
     caps = judged.set_index("bits")["cap"]
     pictures = [
         _agreement_panel(run, own, bits, float(caps[bits]))
-        for bits in shown
+        for bits in dict.fromkeys([judged["bits"].iloc[-1], _usual(run)])
         if not (own := found[found["bits"] == bits]).empty
     ]
-    blocks: list[Block] = []
-    if pictures:
-        key = [(when, f"● {when}") for when in _WHEN]
-        if not caps[shown].isna().all():
-            key.append(("reference", "┄ cap by the noise of the truth"))
-        blocks.append(
-            Figures(
-                pictures,
-                "Spearman’s ρ of every metric with the truth, with 95 % intervals from resampling "
-                "layers. A perfect metric would reach the cap, which follows from how well "
-                "training seeds agree (Spearman-Brown).",
-                key,
-            )
-        )
-    blocks += [_width_sheet(run, judged), *_truth_figures(run), *_regret(run)]
-    folds = [
+    caption = (
+        "Spearman’s ρ of every metric with the truth; 95 % intervals from resampling layers. A "
+        "perfect metric reaches the cap, which follows from how well training seeds agree."
+    )
+    key = [*((when, f"● {when}") for when in _WHEN), ("reference", "┄ cap by the truth’s noise")]
+    drawn = [Figures(pictures, caption, key[: 2 if caps.isna().all() else 3])] if pictures else []
+    folds = (_steps_fold(run), _type_fold(run), _additivity_fold(run), _timestep_fold(run))
+    raw = (name for name in ("agreement", "gains", "ceiling", "recovered") if name in run.tables)
+    return [
+        *drawn,
+        _width_sheet(run, judged),
+        *_truth_figures(run),
+        *_regret(run),
         Fold("What this cannot say", [Points(_caveats(run))]),
-        _agreement_fold(run),
-        _gain_fold(run),
-        _type_fold(run),
-        _recovered_fold(run),
-        _additivity_fold(run),
-        _timestep_fold(run),
+        *(fold for fold in folds if fold is not None),
+        *(table_fold(run, name) for name in raw),
     ]
-    return [*blocks, *(fold for fold in folds if fold is not None)]
 
 
 def _usual(run: RunData) -> str:
     """2 bits, or the fewest that the truth has."""
-    widths = sorted(run.table("truth")["bits"].unique())
-    return "2" if 2 in widths else str(widths[0])
+    widths = sorted(_truth(run)["bits"].unique())
+    return "2" if "2" in widths else str(widths[0])
 
 
 def _agreement_panel(run: RunData, found: pd.DataFrame, bits: str, cap: float) -> Picture:
@@ -249,43 +249,33 @@ def _agreement_panel(run: RunData, found: pd.DataFrame, bits: str, cap: float) -
 
 
 def _width_sheet(run: RunData, judged: pd.DataFrame) -> Sheet:
-    names = ["width", "before", "after", "gain", "verdict", "seeds_agree", "cap"]
-    small = {"before": "before_limits", "after": "after_limits", "gain": "limits"}
+    names = ("ρ before", "ρ after", "τ before", "τ after")
+    rhos = [name for name in names if name in judged]
+    small = {name: f"{name} limits" for name in [*rhos, "gain"]}
     first = judged.to_dict("records")[0]
     return Sheet(
-        judged[[*names, *small.values()]].assign(run=run.href),
+        judged[["width", "verdict", "gain", *rhos, "seeds", "cap", *small.values()]].assign(
+            run=run.href
+        ),
         f"Do sensitivities measured before training mislead? {run.title}",
-        f"ρ of {first['metric']} with the increase of {first['target']}; 95 % intervals below. "
-        "Seeds: one seed’s truth against the mean of the others.",
+        f"Agreement of {first['metric']} with the increase of {first['target']} before training "
+        f"and after {plural(int(first['steps_after']), 'step')}, 95 % intervals below; gain: of "
+        "Spearman’s ρ. Seeds: ρ of one seed’s truth with the mean of the others.",
         formats={
             "gain": lambda value: significant(value, 2),
-            **dict.fromkeys(("before", "after", "seeds_agree", "cap"), _rho),
+            **dict.fromkeys([*rhos, "seeds", "cap"], _rho),
         },
-        heads={
-            "width": "bits",
-            "before": "ρ before",
-            "after": f"ρ after {plural(int(first['steps_after']), 'step')}",
-            "seeds_agree": "ρ of seeds",
-            "cap": "cap of ρ",
-        },
+        heads={"width": "bits", "cap": "cap of ρ"},
         links={"gain": "run"},
         small=small,
     )
 
 
-def _truth(run: RunData) -> pd.DataFrame:
-    truth = run.table("truth")
-    return truth[truth["target"] == _judged(run)["target"].iloc[0]]
-
-
 def _paired(run: RunData) -> pd.DataFrame:
     """The judged metric beside the truth, per layer and bits, before and after training."""
-    judged = _judged(run).iloc[0]
-    metrics = run.table("metrics")
-    steps = {judged["steps_before"]: _WHEN[0], judged["steps_after"]: _WHEN[1]}
-    own = metrics[metrics["metric"] == judged["metric"]]
-    truth = _truth(run)[["layer", "bits", "increase"]]
-    return own.assign(when=own["steps"].map(steps)).dropna(subset="when").merge(truth)
+    metrics = _ends(run, run.table("metrics"))
+    own = metrics[metrics["metric"] == _judged(run)["metric"].iloc[0]]
+    return own.merge(_truth(run)[["layer", "bits", "increase"]])
 
 
 def _truth_figures(run: RunData) -> list[Block]:
@@ -312,14 +302,11 @@ def _truth_figures(run: RunData) -> list[Block]:
     below = int((truth["increase"] <= 0).sum())
     caption = "Metric against truth, one mark per layer and bit width, both axes logarithmic"
     caption += f" ({plural(below, 'truth')} not above 0 left out)" if below else ""
-    blocks: list[Block] = []
     heat_map = _truth_heat(run, truth)
     if heat_map is not None:
         pictures.append(heat_map)
         caption += ". The heat map is the truth itself"
-    if pictures:
-        blocks.append(Figures(pictures, f"{caption}."))
-    return blocks
+    return [Figures(pictures, f"{caption}.")] if pictures else []
 
 
 def _truth_heat(run: RunData, truth: pd.DataFrame) -> Picture | None:
@@ -391,9 +378,10 @@ def _after(steps: float) -> str:
     return plural(int(steps), "step") if steps else "before training"
 
 
-def _agreement_fold(run: RunData) -> Fold:
-    """Every metric after every number of steps: heat maps, and tables against every target."""
-    found = _agreement(run).dropna(subset=["spearman"])
+def _steps_fold(run: RunData) -> Fold | None:
+    """Heat maps of agreement by metric and training steps, one per bit width."""
+    found = run.table("agreement").dropna(subset="spearman").astype({"bits": str})
+    found = found[found["target"] == _judged(run)["target"].iloc[0]]
     pictures = []
     for bits, own in found.groupby("bits", sort=False):
         table = own.pivot_table("spearman", "metric", "steps", sort=False).sort_index(axis=1)
@@ -402,79 +390,16 @@ def _agreement_fold(run: RunData) -> Fold:
             f"Spearman's rho by metric and steps, {_width(bits)}; greatest: {best['metric']} "
             f"after {best['steps']} steps, {_rho(best['spearman'])}"
         )
-        height = 1.3 + 0.24 * len(table)
         name, edges = f"sensitivity-steps-{bits}-{run.anchor}", [-0.5, 0, 0.25, 0.5, 0.75, 1]
-        with panel(name, alt, height=height, title=_width(bits)) as at:
+        with panel(name, alt, height=1.3 + 0.24 * len(table), title=_width(bits)) as at:
             heat(table, at.axes, edges, "Spearman’s ρ", texts=table.map(_rho))
             at.axes.set(xlabel="training steps before measuring", ylabel="")
         pictures.append(at.picture)
-    blocks: list[Block] = []
-    if pictures:
-        blocks.append(
-            Figures(pictures, "Spearman’s ρ with the truth by training steps before measuring.")
-        )
-    blocks.append(_target_sheet(run))
-    ceiling = run.table("ceiling")
-    if not ceiling.empty:
-        by = ceiling.groupby(["target", "bits"], sort=False)[["spearman", "kendall"]].mean()
-        by = by.reset_index()
-        blocks.append(
-            Sheet(
-                by.assign(bits=by["bits"].map(_width)),
-                f"How well training seeds agree on the truth: {run.title}",
-                "One seed against the mean of the others, mean over seeds.",
-                formats={"spearman": _rho, "kendall": _rho},
-                heads={"spearman": "Spearman’s ρ", "kendall": "Kendall’s τ"},
-                kind="dense",
-            )
-        )
-    return Fold("Agreement of every metric, after every number of steps", blocks)
-
-
-def _target_sheet(run: RunData) -> Sheet:
-    """Agreement over all bit widths with every target, before and after training."""
-    found = run.table("agreement").astype({"bits": str})
-    judged = _judged(run).iloc[0]
-    found = found[found["bits"] == _judged(run)["bits"].iloc[-1]].set_index(["target", "metric"])
-    columns: dict[str, pd.Series] = {}
-    small = {}
-    for name, sign in (("spearman", "ρ"), ("kendall", "τ")):
-        for steps, word in ((judged["steps_before"], "before"), (judged["steps_after"], "after")):
-            own, head = found[found["steps"] == steps], f"{sign} {word}"
-            columns[head] = own[name]
-            small[head] = f"{head} limits"
-            columns[small[head]] = _limits(own[f"{name}_low"], own[f"{name}_high"])
-    return Sheet(
-        pd.DataFrame(columns).loc[found.index.unique()].reset_index(),
-        f"Rank agreement with every target, all bit widths: {run.title}",
-        "Spearman’s ρ and Kendall’s τ with 95 % intervals from resampling layers. Single bit "
-        "widths, all steps and the overlap of the worst layers: sensitivity-agreement.csv.",
-        formats=dict.fromkeys(small, _rho),
-        small=small,
-        kind="dense",
-    )
-
-
-def _gain_fold(run: RunData) -> Fold | None:
-    gains = run.table("gains")
-    if gains.empty:
-        return None
-    limits = _limits(gains["low"], gains["high"])
-    frame = gains.assign(width=gains["bits"].map(_width), limits=limits)
-    return Fold(
-        "Gain from measuring after training, every metric",
-        [
-            Sheet(
-                frame[["metric", "width", "gain", "limits"]],
-                f"Gain of Spearman’s ρ after training: {run.title}",
-                "95 % intervals from resampling layers. Only the first metric is judged; the "
-                "others are shown after the fact.",
-                formats={"gain": lambda value: significant(value, 2)},
-                heads={"width": "bits"},
-                small={"gain": "limits"},
-                kind="dense",
-            )
-        ],
+    caption = "Spearman’s ρ with the truth by training steps before measuring."
+    return (
+        Fold("Agreement after every number of steps", [Figures(pictures, caption)])
+        if pictures
+        else None
     )
 
 
@@ -484,52 +409,19 @@ def _type_fold(run: RunData) -> Fold | None:
     sums = paired.groupby(["layer_type", "bits", "when"], sort=False)[["increase", "value"]].sum()
     whole = paired.groupby(["bits", "when"])[["increase", "value"]].sum()
     ratio = (sums["increase"] / sums["value"]) / (whole["increase"] / whole["value"])
-    ratio = ratio[np.isfinite(ratio)]
-    if ratio.empty:
+    wide = ratio[np.isfinite(ratio)].unstack("when")
+    if wide.empty:
         return None
-    wide = ratio.rename("ratio").reset_index().pivot_table("ratio", ["layer_type", "bits"], "when")
-    wide = wide.reindex(columns=[when for when in _WHEN if when in wide]).reset_index()
-    return Fold(
-        "Truth over metric, by layer type",
-        [
-            Sheet(
-                wide,
-                f"Truth over metric by layer type: {run.title}",
-                "Sums over the layers of a type, relative to all layers at these bits: below 1, "
-                "training mends more than the metric says; below 0, the type lost nothing.",
-                heads={"layer_type": "layers"},
-                formats={when: _rho for when in _WHEN if when in wide},
-                kind="dense",
-            )
-        ],
+    sheet = Sheet(
+        wide[[when for when in _WHEN if when in wide]].reset_index(),
+        f"Truth over metric by layer type: {run.title}",
+        "Sums over the layers of a type, relative to all layers at these bits: below 1, training "
+        "mends more than the metric says; below 0, the type lost nothing.",
+        formats={when: _rho for when in _WHEN if when in wide},
+        heads={"layer_type": "layers"},
+        kind="dense",
     )
-
-
-def _recovered_fold(run: RunData) -> Fold | None:
-    """Layers among the worst before training and not of the truth, with their ranks."""
-    recovered, paired = run.table("recovered"), _paired(run)
-    if recovered.empty:
-        return None
-    ranks = paired.assign(
-        rank=paired.groupby(["when", "bits"])["value"].rank(ascending=False),
-        truth=paired.groupby(["when", "bits"])["increase"].rank(ascending=False),
-    )
-    wide = ranks.pivot_table("rank", ["layer", "bits", "truth"], "when", sort=False).reset_index()
-    frame = recovered[["layer", "bits"]].merge(wide)
-    order = ["layer", "bits", *(when for when in _WHEN if when in frame), "truth"]
-    return Fold(
-        f"Layers that look bad before training and are not: {len(recovered)}",
-        [
-            Sheet(
-                frame[order],
-                f"Layers among the {recovered['top_k'].iloc[0]} worst before training and not by "
-                f"the truth: {run.title}",
-                f"Ranks among {paired['layer'].nunique()} layers, 1 the most sensitive. With few "
-                "layers, noise alone moves some.",
-                kind="dense",
-            )
-        ],
-    )
+    return Fold("Truth over metric, by layer type", [sheet])
 
 
 def _additivity_fold(run: RunData) -> Fold | None:
@@ -537,15 +429,12 @@ def _additivity_fold(run: RunData) -> Fold | None:
     frame = run.table("interactions")
     if frame.empty:
         return None
-    frame = frame.assign(
-        what=frame["kind"].map({"pair": "pairs"}).fillna("whole allocations"),
-        measured=frame["steps"].map(_after),
-    )
-    ratios = frame.groupby(["what", "measured"], sort=False)["ratio"]
-    table = ratios.agg(["count", "median", "min", "max"]).reset_index()
-    above = frame[(frame["predicted"] > 0) & (frame["actual"] > 0)]
+    frame["bits lowered in"] = frame["kind"].map({"pair": "pairs", "whole": "whole allocations"})
+    ratios = frame.groupby(["bits lowered in", "steps"], sort=False)["ratio"]
     pictures = []
-    for what, own in above[above["steps"].isin([0, frame["steps"].max()])].groupby("what"):
+    for what, own in frame[(frame["predicted"] > 0) & (frame["actual"] > 0)].groupby(
+        "bits lowered in"
+    ):
         alt = f"Predicted against measured change, {what}: median ratio {own['ratio'].median():.2f}"
         with panel(f"sensitivity-add-{what}-{run.anchor}", alt, title=str(what)) as at:
             sns.scatterplot(
@@ -558,22 +447,16 @@ def _additivity_fold(run: RunData) -> Fold | None:
             at.axes.axline((1, 1), (2, 2), color=colour("reference"), linestyle=":")
             at.axes.set(xlabel="predicted", ylabel="measured")
         pictures.append(at.picture)
-    caption = "Change of the noise prediction, the sum over layers against measured at once."
-    key = [(when, f"● {when}") for when in _WHEN]
-    drawn = [Figures(pictures, caption, [*key, ("reference", "┄ exact sums")])] if pictures else []
-    return Fold(
-        "Additivity: do sensitivities of layers add up?",
-        [
-            *drawn,
-            Sheet(
-                table,
-                f"Measured over predicted change: {run.title}",
-                "1 is exact additivity.",
-                heads={"what": "bits lowered in"},
-                kind="dense",
-            ),
-        ],
+    sheet = Sheet(
+        ratios.agg(["count", "median", "min", "max"]).reset_index(),
+        f"Measured over predicted change of the noise prediction: {run.title}",
+        "1 is exact additivity.",
+        kind="dense",
     )
+    caption = "Change of the noise prediction: sum over layers against all at once."
+    key = [*((when, f"● {when}") for when in _WHEN), ("reference", "┄ exact sums")]
+    drawn = [Figures(pictures, caption, key)] if pictures else []
+    return Fold("Additivity: do sensitivities of layers add up?", [*drawn, sheet])
 
 
 def _timestep_fold(run: RunData) -> Fold | None:
@@ -581,23 +464,21 @@ def _timestep_fold(run: RunData) -> Fold | None:
     frame = run.table("timesteps")
     if frame.empty:
         return None
-    bits = _usual(run)
-    ends = {frame["steps"].min(): _WHEN[0], frame["steps"].max(): _WHEN[1]}
-    frame = frame[frame["bits"].astype(str) == bits].assign(when=frame["steps"].map(ends))
+    bits, frame = _usual(run), _ends(run, frame)
     pictures = []
-    for when, own in frame.dropna(subset="when").groupby("when", sort=False):
+    for when, own in frame[frame["bits"] == bits].groupby("when", sort=False):
         means = own.groupby("layer_type", sort=False)["value"].mean()
         listed = "; ".join(f"{kind} {value:.2g}" for kind, value in means.items())
         alt = f"Sensitivity by timestep bucket {when}, mean over buckets: {listed}"
         with panel(f"sensitivity-time-{when}-{run.anchor}", alt, height=2.5, title=str(when)) as at:
             sns.lineplot(
-                own.assign(bucket=own["bucket"] + 1), x="bucket", y="value", style="layer_type",
-                markers=True, ax=at.axes, color=colour(str(when)), errorbar=None,
+                own.assign(bucket=own["bucket"].map(lambda bucket: str(bucket + 1))), x="bucket",
+                y="value", style="layer_type", markers=True, ax=at.axes, color=colour(str(when)),
+                errorbar=None,
             )  # fmt: skip
             if (own["value"] > 0).all():
                 log_axis(at.axes, "y")
             at.axes.set(xlabel="timestep bucket, little noise first", ylabel="metric")
-            at.axes.set_xticks(sorted(own["bucket"].unique() + 1))
             at.axes.legend(title="")
         pictures.append(at.picture)
     caption = f"Change of the noise prediction at {_width(bits)}, mean over the layers of a type."
