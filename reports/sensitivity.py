@@ -430,33 +430,14 @@ def _additivity_fold(run: RunData) -> Fold | None:
     if frame.empty:
         return None
     frame["bits lowered in"] = frame["kind"].map({"pair": "pairs", "whole": "whole allocations"})
-    ratios = frame.groupby(["bits lowered in", "steps"], sort=False)["ratio"]
-    pictures = []
-    for what, own in frame[(frame["predicted"] > 0) & (frame["actual"] > 0)].groupby(
-        "bits lowered in"
-    ):
-        alt = f"Predicted against measured change, {what}: median ratio {own['ratio'].median():.2f}"
-        with panel(f"sensitivity-add-{what}-{run.anchor}", alt, title=str(what)) as at:
-            sns.scatterplot(
-                own.assign(when=np.where(own["steps"] == 0, *_WHEN)), x="predicted", y="actual",
-                hue="when", hue_order=_WHEN, palette=[colour(when) for when in _WHEN],
-                ax=at.axes, s=16, legend=False,
-            )  # fmt: skip
-            log_axis(at.axes, "x")
-            log_axis(at.axes, "y")
-            at.axes.axline((1, 1), (2, 2), color=colour("reference"), linestyle=":")
-            at.axes.set(xlabel="predicted", ylabel="measured")
-        pictures.append(at.picture)
+    ratios = frame.groupby(["bits lowered in", "steps"])["ratio"]
     sheet = Sheet(
         ratios.agg(["count", "median", "min", "max"]).reset_index(),
         f"Measured over predicted change of the noise prediction: {run.title}",
-        "1 is exact additivity.",
+        "Predicted is the sum over layers, as the allocator assumes; 1 is exact additivity.",
         kind="dense",
     )
-    caption = "Change of the noise prediction: sum over layers against all at once."
-    key = [*((when, f"● {when}") for when in _WHEN), ("reference", "┄ exact sums")]
-    drawn = [Figures(pictures, caption, key)] if pictures else []
-    return Fold("Additivity: do sensitivities of layers add up?", [*drawn, sheet])
+    return Fold("Additivity: do sensitivities of layers add up?", [sheet])
 
 
 def _timestep_fold(run: RunData) -> Fold | None:
@@ -465,24 +446,17 @@ def _timestep_fold(run: RunData) -> Fold | None:
     if frame.empty:
         return None
     bits, frame = _usual(run), _ends(run, frame)
-    pictures = []
-    for when, own in frame[frame["bits"] == bits].groupby("when", sort=False):
-        means = own.groupby("layer_type", sort=False)["value"].mean()
-        listed = "; ".join(f"{kind} {value:.2g}" for kind, value in means.items())
-        alt = f"Sensitivity by timestep bucket {when}, mean over buckets: {listed}"
-        with panel(f"sensitivity-time-{when}-{run.anchor}", alt, height=2.5, title=str(when)) as at:
-            sns.lineplot(
-                own.assign(bucket=own["bucket"].map(lambda bucket: str(bucket + 1))), x="bucket",
-                y="value", style="layer_type", markers=True, ax=at.axes, color=colour(str(when)),
-                errorbar=None,
-            )  # fmt: skip
-            if (own["value"] > 0).all():
-                log_axis(at.axes, "y")
-            at.axes.set(xlabel="timestep bucket, little noise first", ylabel="metric")
-            at.axes.legend(title="")
-        pictures.append(at.picture)
-    caption = f"Change of the noise prediction at {_width(bits)}, mean over the layers of a type."
-    return Fold("Sensitivity by timestep", [Figures(pictures, caption)]) if pictures else None
+    frame["bucket"] = "bucket " + (frame["bucket"] + 1).astype(str)
+    keys = ["layer_type", "when"]
+    means = frame[frame["bits"] == bits].groupby([*keys, "bucket"], sort=False)["value"].mean()
+    sheet = Sheet(
+        means.unstack("bucket").reset_index(),
+        f"Change of the noise prediction by timestep, {_width(bits)}: {run.title}",
+        "Mean over the layers of a type; bucket 1 has the least noise.",
+        heads={"layer_type": "layers", "when": "measured"},
+        kind="dense",
+    )
+    return Fold("Sensitivity by timestep", [sheet])
 
 
 def _caveats(run: RunData) -> list[str]:
