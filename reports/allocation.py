@@ -152,12 +152,11 @@ def _answer(run: RunData, claims: Sequence[Claim]) -> list[Phrase]:
     return [*phrases, Phrase(f", over {plural(int(own[0]['n']), 'training seed')}.")]
 
 
-def _limits(row: dict[str, float] | pd.Series) -> str:
-    return (
-        ""
-        if np.isnan(row["low"])
-        else interval_text(row["low"], row["high"], (0.97, 1.0, 1 / 0.97))
-    )
+def _limits(row: Mapping[Hashable, Any]) -> str:
+    """The interval, "" without one; no rounding takes a limit across the margin."""
+    if np.isnan(row["low"]):
+        return ""
+    return interval_text(row["low"], row["high"], (MARGIN, 1.0, 1 / MARGIN))
 
 
 def _blocks(run: RunData, claims: Sequence[Claim]) -> list[Block]:
@@ -187,7 +186,7 @@ def _blocks(run: RunData, claims: Sequence[Claim]) -> list[Block]:
                 pictures,
                 "Mean bits by layer type, the paper’s of DiT-XL/2 where it names some; and the "
                 "exact Pareto front of every source of sensitivities. Sources measure different "
-                "quantities, so only shapes compare; vertical lines are the budgets.",
+                "quantities, so only shapes compare.",
             )
         )
     blocks.append(Fold("What this cannot say", [Points(_caveats(run))]))
@@ -304,8 +303,6 @@ def _front(run: RunData) -> list[Picture]:
             front, x="mean_bits", y="relative", hue="source", style="source", ax=drawn.axes,
             palette=palette, errorbar=None, estimator=None,
         )  # fmt: skip
-        for budget in run.table("trials")["budget"].unique():
-            drawn.axes.axvline(budget, color=colour("uniform bits"), linewidth=0.8)
         log_axis(drawn.axes, "y")
         drawn.axes.set(xlabel="mean bits, weighted by MACs", ylabel="objective over its greatest")
         drawn.axes.legend(title="")
@@ -313,7 +310,7 @@ def _front(run: RunData) -> list[Picture]:
 
 
 def _candidate_fold(run: RunData) -> Fold:
-    """Mean and range of every target, and the difference to uniform paired by seed."""
+    """Mean and range of every target."""
     frame = run.table("candidates")
     columns = _metrics(run)
     bits = run.table("trials").groupby(["budget", "candidate"])["mean_bits"].mean().reset_index()
@@ -323,7 +320,6 @@ def _candidate_fold(run: RunData) -> Fold:
     for metric in columns:
         target = "fid" if stem(metric) == "fid" else metric
         shown[metric], small[metric] = frame[target], f"{metric} small"
-        shown[f"Δ {metric}"] = frame.get(f"{target}_vs_uniform")
         shown[small[metric]] = [
             "" if np.isnan(low) else spread(metric, low, high)
             for low, high in zip(frame[f"{target}_min"], frame[f"{target}_max"], strict=True)
@@ -332,8 +328,7 @@ def _candidate_fold(run: RunData) -> Fold:
     sheet = Sheet(
         shown,
         f"Trained networks of every candidate: {run.title}",
-        "Means over training seeds, least and greatest below. Δ: mean difference to uniform with "
-        "the same seed.",
+        "Means over training seeds, least and greatest below.",
         formats=formats,
         small=small,
         kind="dense",
