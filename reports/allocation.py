@@ -52,7 +52,7 @@ _OLD_RULE = (
     "is undecided otherwise. With few seeds it decides too often by chance; it is not corrected "
     "for the number of verdicts."
 )
-_SUBJECT = r"(?P<candidate>.+), (?P<budget>[\d.]+) bits, (?P<metric>.+)"
+_SUBJECT = r"(?P<candidate>.+) over (?P<baseline>.+), (?P<budget>[\d.]+) bits, (?P<metric>.+)"
 
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
@@ -97,12 +97,12 @@ def _claims(run: RunData) -> list[Claim]:
     claims = []
     for row in run.table(VERDICTS).to_dict("records"):
         metric = fid if row["target"] == "fid" else str(row["target"])
-        mean = f"{row['candidate']}, {row['budget']:g} bits, {metric}"
+        subject = f"{row['candidate']} over {UNIFORM}, {row['budget']:g} bits, {metric}"
         # Version 1 judged one seed, too.
         word = str(row["beats_uniform"]) if row["seeds"] > 1 else "not judged"
         verdict = Verdict(
             claim=f"{row['candidate']} beats uniform at a mean of {row['budget']:g} bits: {metric}",
-            subject=mean,
+            subject=subject,
             verdict=word,
             effect=float(row["ratio_of_means"]),
             effect_name=f"ratio of mean {metric}",
@@ -129,9 +129,8 @@ def _effects(claims: Sequence[Claim]) -> pd.DataFrame:
     if frame.empty:
         return pd.DataFrame(columns=["candidate", "budget", "metric", "verdict", "effect"])
     named = frame["subject"].str.extract(_SUBJECT).astype({"budget": float})
-    frame = frame.join(named).dropna(subset="candidate")
-    ends = ["effect", "low", "high"]
-    return frame.astype(dict.fromkeys(ends, float))
+    frame = frame.join(named).astype(dict.fromkeys(("effect", "low", "high"), float))
+    return frame[frame["baseline"] == UNIFORM]
 
 
 def _answer(run: RunData, claims: Sequence[Claim]) -> list[Phrase]:
