@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
@@ -175,7 +176,7 @@ def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
         f"{times(row['factor'])} less than in {row['baseline']}"
         for row in weights.to_dict("records")
     )
-    parts = [
+    parts: list[str | Phrase] = [
         f"Packed to W1.58, {_model(run)} is a file ",
         Phrase(times(best["size_reduction"]), run.href),
         f" smaller than FP32 ({best['packing']}; the paper: {_paper(factors, _CHECKPOINT)}), its "
@@ -212,9 +213,8 @@ def _blocks(run: RunData, factors: pd.DataFrame, sheet: Sheet) -> list[Block]:
     blocks.append(Fold("Bytes of a checkpoint by part", [_checkpoint_sheet(run)]))
     blocks.append(Fold("Weights in memory", [_weight_sheet(run)]))
     if is_measured:
-        blocks.append(
-            Fold("Measured times and memory", [_time_sheet(run), _ratio_sheet(run, factors)])
-        )
+        sheets = [_time_sheet(run), _ratio_sheet(run, factors)]
+        blocks.append(Fold("Measured times and memory", sheets))
     if "end_to_end_model" in run.tables:
         blocks.append(Fold(f"Times end to end on an H100, {_MODEL}", [_model_sheet(run)]))
     return blocks
@@ -223,57 +223,65 @@ def _blocks(run: RunData, factors: pd.DataFrame, sheet: Sheet) -> list[Block]:
 def _factor_sheet(run: RunData, factors: pd.DataFrame) -> Sheet:
     """One line per factor and baseline, over packed variants and batches."""
     ours = factors["ours"].where(factors["kind"] == "file", "packed")
-    grouped = factors.assign(ours=ours).groupby(
-        ["claim", "paper", "ours", "baseline", "kind", "basis"], sort=False
+    against = factors["baseline"].where(
+        factors["kind"] == "file", factors["baseline"] + ", " + factors["kind"]
     )
-    found = grouped.agg(
-        low=("factor", "min"), high=("factor", "max"),
-        modelled=("modelled_factor", lambda own: _span(own) if own.notna().any() else None),
-    ).reset_index()  # fmt: skip
+    found = (
+        factors.assign(ours=ours, against=against)
+        .groupby(["claim", "paper", "ours", "against", "basis"], sort=False)[
+            ["factor", "modelled_factor"]
+        ]
+        .agg(lambda own: _span(own) if own.notna().any() else "")
+        .reset_index()
+    )
     # A line for each baseline that was not run would say the same many times.
-    silent = found["low"].isna() & found["modelled"].isna()
-    found = pd.concat([
-        found[~silent],
-        found[silent].drop_duplicates(["claim", "kind"]).assign(baseline="every other baseline"),
-    ])  # fmt: skip
-    order = {claim: place for place, claim in enumerate(("theory", *_WORDS))}
-    found = found.sort_values("claim", key=lambda own: own.map(order), kind="stable")
-    rows = found.to_dict("records")
+    is_silent = (found["factor"] == "") & (found["modelled_factor"] == "")
+    silent = found[is_silent].drop_duplicates("claim").assign(against="every other baseline")
+    found = pd.concat([found[~is_silent], silent])
+    order = ["theory", *_WORDS]
+    found = found.sort_values("claim", key=lambda own: own.map(order.index), kind="stable")
     frame = pd.DataFrame(
         {
-            "the paper": [f"{r['paper']:g}× {_word(r['claim'])}" for r in rows],
-            "ours": [_span(pd.Series([r["low"], r["high"]])) if r["low"] == r["low"] else None
-                     for r in rows],
-            "basis": [r["basis"] for r in rows],
-            "of": [r["ours"] for r in rows],
-            "against": [r["baseline"] if r["kind"] == "file" else f"{r['baseline']}, {r['kind']}"
-                        for r in rows],
-            "the model expects": [r["modelled"] or "–" for r in rows],
+            "the paper": [f"{r['paper']:g}× {_word(r['claim'])}" for r in found.to_dict("records")],
+            "ours": found["factor"].replace("", None).to_numpy(),
+            "basis": found["basis"].replace("not run", None).to_numpy(),
+            "against": found["against"].to_numpy(),
+            "of": found["ours"].to_numpy(),
+            "the model expects": found["modelled_factor"].replace("", "–").to_numpy(),
         }
-    )  # fmt: skip
+    )
     return Sheet(
         frame.assign(run=run.href),
         f"The paper’s factors beside ours: {_title(run)}",
         "Ranges are over packed variants and batches. Exact numbers count bytes and need no GPU. "
         f"What the model expects of a step on an H100 is {_MODEL}.",
         links={"ours": "run"},
-        small={"ours": "basis"},
+        small={"ours": "basis", "against": "of"},
     )
 
 
 def _figures(run: RunData, factors: pd.DataFrame) -> Figures:
     pictures = [_checkpoint_panel(run)]
-    caption = "Bytes of a packed file by part, by packing (codes / low-rank branch / rest); exact."
-    measured = factors[factors["factor"].notna() & factors["batch"].notna()]
-    for kind, title in (("step", "Speed of a step"), ("peak of a step", "Peak memory of a step")):
-        rows = measured[measured["kind"] == kind]
+    device = _device(run)
+    panels = {
+        f"Speed of a step on {device}": ("step", "factor"),
+        f"Peak memory of a step on {device}": ("peak of a step", "factor"),
+    }
+    if not device:
+        panels = {f"Speed of a step, {_MODEL}": ("step", "modelled_factor")}
+    for title, (kind, column) in panels.items():
+        rows = factors[factors["kind"] == kind].dropna(subset=column)
         if not rows.empty:
-            pictures.append(_factor_panel(run, rows, title))
-    if len(pictures) > 1:
-        caption += (
-            f" Beside it, how many times better than each baseline on {_device(run)}, the least "
-            "and the greatest of the packed variants; grey: the paper’s factor."
+            pictures.append(_factor_panel(run, rows, column, title))
+    caption = (
+        "Bytes of a packed file by part, by packing (codes / low-rank branch / rest), exact"
+        + (
+            "; and how many times better than each baseline, the least and the greatest of packed "
+            "variants and batches. Grey: the paper’s factor."
+            if len(pictures) > 1
+            else "."
         )
+    )
     return Figures(pictures, caption)
 
 
@@ -282,32 +290,32 @@ def _checkpoint_panel(run: RunData) -> Picture:
     long = files.rename(columns={f"{part}_bytes": words for part, words in _PARTS.items()}).melt(
         ["packing", "size_reduction"], list(_PARTS.values()), "part", "bytes"
     )
+    long["packing"] = long["packing"].map(lambda name: "\n".join(textwrap.wrap(name, 16)))
     words = "; ".join(
         f"{row['packing']} {bytes_text(row['total_bytes'])}, {times(row['size_reduction'])} smaller"
         for row in files.to_dict("records")
     )
     alt = f"Bytes of a checkpoint of {_model(run)}: {words}"
-    height = 1.2 + 0.22 * len(files)
+    height = 1.4 + 0.22 * len(files)
     with panel(f"{run.anchor}-checkpoints", alt, height=height, title="Checkpoint") as drawn:
         sns.histplot(
             long.assign(mib=long["bytes"] / 2**20), y="packing", weights="mib", hue="part",
-            multiple="stack", discrete=True, shrink=0.75, palette=sns.color_palette(SEQUENTIAL, 5),
-            alpha=1, ax=drawn.axes,
+            multiple="stack", discrete=True, shrink=0.75, alpha=1, ax=drawn.axes,
+            palette=sns.color_palette(SEQUENTIAL, len(_PARTS)),
         )  # fmt: skip
         drawn.axes.set(xlabel="MiB", ylabel="")
-        sns.move_legend(
-            drawn.axes, "upper center", bbox_to_anchor=(0.35, -0.25), ncol=2, title=None
-        )
+        legend = drawn.axes.get_legend()
+        drawn.figure.legend(handles=legend.legend_handles, labels=list(_PARTS.values()),
+                            loc="outside lower left", ncols=2)  # fmt: skip
+        legend.remove()
     return drawn.picture
 
 
-def _factor_panel(run: RunData, rows: pd.DataFrame, title: str) -> Picture:
-    spans = rows.groupby("baseline", sort=False)["factor"].agg(["min", "max"])
-    words = "; ".join(f"{times(r['min'])} to {times(r['max'])} against {name}"
-                      for name, r in spans.iterrows())  # fmt: skip
-    alt = f"{title} of packed variants on {_device(run)}: {words}"
+def _factor_panel(run: RunData, rows: pd.DataFrame, column: str, title: str) -> Picture:
+    spans = rows.groupby("baseline", sort=False)[column].agg(_span)
+    alt = f"{title}: {'; '.join(f'{span} against {name}' for name, span in spans.items())}"
     with panel(f"{run.anchor}-{title}", alt, title=title) as drawn:
-        sns.pointplot(rows, x="factor", y="baseline", color=colour("rotated"), linestyle="none",
+        sns.pointplot(rows, x=column, y="baseline", color=colour("rotated"), linestyle="none",
                       errorbar=("pi", 100), markersize=5, ax=drawn.axes)  # fmt: skip
         drawn.axes.axvline(rows["paper"].iloc[0], color=colour("reference"), linewidth=1.4)
         drawn.axes.set(xlabel="times better than the baseline", ylabel="")
@@ -343,8 +351,8 @@ def _weight_sheet(run: RunData) -> Sheet:
 
 
 def _time_sheet(run: RunData) -> Sheet:
-    columns = ["variant", "measured", "batch", "status", "median_ms", "p20_ms", "p80_ms", "stability",
-               "weights_bytes", "activations_bytes", "workspace_bytes", "peak_bytes"]  # fmt: skip
+    columns = ["variant", "measured", "batch", "status", "median_ms", "p20_ms", "p80_ms",
+               "stability", "weights_bytes", "activations_bytes", "workspace_bytes", "peak_bytes"]  # fmt: skip
     frame = run.table("end_to_end").reindex(columns=columns)
     return Sheet(
         frame,
