@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import PurePath
 
+import pandas as pd
+
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Section, Sheet, claims_sheet, evidence
 from reports.text import Phrase, plural
-from robuq_bench.errors import CheckpointError
+from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import Picture
-from robuq_bench.statistics.verdicts import read_verdicts
+from robuq_bench.statistics.verdicts import COLUMNS, read_verdicts
 
 VERDICTS = "verdicts"
 MAX_ROWS = 200
@@ -31,7 +33,9 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
         pictures = [*drawn(run)]
         if pictures:
             blocks.append(Figures(pictures, f"Drawn by the run {run.title}."))
-    blocks += [table_fold(run, name) for run in runs for name in run.tables if name != VERDICTS]
+    for run in runs:
+        names = [n for n in run.tables if n != VERDICTS or not is_verdicts(run.table(n))]
+        blocks += [table_fold(run, name) for name in names]
     return Section(
         anchor=f"study-{study}",
         title=f"Study: {study}",
@@ -43,28 +47,32 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
 
 
 def claims_of(runs: Sequence[RunData]) -> list[Claim]:
-    """The verdicts that the runs wrote.
+    """The verdicts that the runs wrote; none of a run from before verdicts had one form.
 
     Raises:
-        CheckpointError: a run's table of verdicts is none; names the file.
+        CheckpointError: a verdict is none; names the file.
     """
     found = []
     for run in runs:
-        if VERDICTS in run.tables:
+        frame = run.table(VERDICTS)
+        if is_verdicts(frame):
             try:
-                verdicts = read_verdicts(run.table(VERDICTS))
-            except ValueError as error:
+                verdicts = read_verdicts(frame)
+            except UsageError as error:
                 raise CheckpointError(f"{run.path / 'tables/verdicts.csv'}: {error}") from error
             found += [Claim(verdict, run.title, run.href) for verdict in verdicts]
     return found
 
 
+def is_verdicts(frame: pd.DataFrame) -> bool:
+    """Whether a table is one of verdicts as `verdict_rows` makes it, and not an older one."""
+    return set(COLUMNS) <= set(frame.columns)
+
+
 def rule_of(runs: Sequence[RunData]) -> str:
     """The rule that the first run with verdicts gave them by."""
-    for run in runs:
-        if VERDICTS in run.tables:
-            return str(run.table(VERDICTS)["rule"].iloc[0])
-    return ""
+    tables = (run.table(VERDICTS) for run in runs)
+    return next((str(table["rule"].iloc[0]) for table in tables if is_verdicts(table)), "")
 
 
 def answer_of(claims: Sequence[Claim]) -> list[Phrase]:

@@ -122,7 +122,7 @@ class Sheet:
 class Figures:
     """Panels of one figure side by side (below each other on a phone) and their caption.
 
-    `key` pairs a meaning of `robuq_bench.figures.MEANINGS` with its words, mark included.
+    `key` pairs a meaning of `robuq_bench.figures.MEANINGS` with a mark and words: "◆ with AMPN".
     """
 
     kind_of_block: ClassVar[str] = "figures"
@@ -131,13 +131,16 @@ class Figures:
     caption: str
     key: Sequence[tuple[str, str]] = ()
 
-    def key_items(self) -> list[tuple[str, str]]:
-        """CSS class and words of each line of the key."""
-        named = [(MEANINGS.get(meaning, meaning), words) for meaning, words in self.key]
-        unknown = [name for name, _ in named if name not in COLOURS]
-        if unknown:
-            raise ValueError(f"figure {self.caption!r}: no colours {unknown}")
-        return named
+    def key_items(self) -> list[tuple[str, str, str]]:
+        """CSS class, mark and words of each line of the key."""
+        found = []
+        for meaning, text in self.key:
+            mark, _, words = text.partition(" ")
+            name = MEANINGS.get(meaning, meaning)
+            if name not in COLOURS or not words:
+                raise ValueError(f"figure {self.caption!r}: no key ({meaning!r}, {text!r})")
+            found.append((name, mark, words))
+        return found
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,11 @@ def significant(value: float, digits: int = 3) -> str:
         return "0"
     if float(value).is_integer() and abs(value) < 1e6:
         return f"{int(value)}".replace("-", "−")
+    rounded = f"{value:.{digits - 1}e}"
     if 1e-4 <= abs(value) < 1e6:
-        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        return f"{value:.{decimals}f}".replace("-", "−")
-    return f"{value:.{digits - 1}e}".replace("-", "−")
+        exponent = int(rounded.partition("e")[2])  # after rounding: 0.9996 is 1.00, not 1.000
+        rounded = f"{value:.{max(0, digits - 1 - exponent)}f}"
+    return rounded.replace("-", "−")
 
 
 def times(value: float) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,34 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 #: Width of a panel in inches: 336 CSS pixels, which a screen of 390 shows whole.
 WIDTH = 3.5
-#: Name -> colour on a light page, colour on a dark one. Hues are those that colour-blind readers
-#: tell apart (after Okabe and Ito), dark or light enough for text of their own colour.
+#: Name -> colour on a light page, colour on a dark one. Each reaches the contrast of text on its
+#: page; hues are chosen to stay apart for colour-blind readers (a test says by how much).
 COLOURS = {
     "text": ("#1b1e23", "#e7e9ea"),
     "muted": ("#565e68", "#a3abb4"),
     "line": ("#d8dbdc", "#363c43"),
     "page": ("#fcfcfb", "#14171a"),
     "neutral": ("#5b6470", "#a9b1ba"),
-    "blue": ("#1560b0", "#6fb0f2"),
-    "orange": ("#b8460e", "#ff9f68"),
-    "green": ("#0f766e", "#56c7b3"),
-    "purple": ("#7e3a9c", "#cf9df0"),
-    "gold": ("#7d5a00", "#e3bd55"),
-    "pink": ("#a82a62", "#f492ba"),
+    "blue": ("#3370cc", "#99adf5"),
+    "brown": ("#663300", "#c27014"),
+    "green": ("#298547", "#52eb7a"),
+    "purple": ("#7000ff", "#ad5cff"),
+    "gold": ("#8f7014", "#f5cc29"),
+    "wine": ("#85003d", "#ff297a"),
 }
 #: What a hue stands for, in every figure of the project; a mark tells apart what shares one.
 MEANINGS = {
     "rotated": "blue",
     "uniform bits": "green",
     "partly rotated": "purple",
-    "not rotated": "orange",
+    "not rotated": "brown",
     "reference": "neutral",
     "before training": "gold",
-    "after training": "pink",
+    "after training": "wine",
 }
 #: Of ordered values; equal steps of it look equal, to colour-blind readers too.
 SEQUENTIAL = "cividis"
@@ -150,10 +151,11 @@ def log_axis(axes: Axes, which: str) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low) if low > 0 else np.inf
-    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-    if decades < 0.5:
-        subs = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    if decades < 0.7:
+        axis.set_major_locator(MaxNLocator(4))
+    else:
+        subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -210,16 +212,22 @@ def heat(
 
 
 def style_sheet() -> str:
-    """CSS that colours figures as the page: text by its font, stand-ins by the dark twins."""
+    """CSS that colours figures and their keys (`.key .blue`) as the page is: light or dark."""
     dark = "".join(
         f'.chart [style*="{part}: {light}"]{{{part}:{other}!important}}'
         for light, other in COLOURS.values()
         for part in ("fill", "stroke")
     )
+    texts, keys = (
+        [
+            f".chart text{{fill:{COLOURS['text'][side]}}}",
+            "".join(f".key .{name}{{color:{pair[side]}}}" for name, pair in COLOURS.items()),
+        ]
+        for side in (0, 1)
+    )
     return (
-        f".chart text{{font-family:inherit!important;fill:{COLOURS['text'][0]}}}"
-        f"@media screen and (prefers-color-scheme:dark){{"
-        f".chart text{{fill:{COLOURS['text'][1]}}}{dark}}}"
+        f".chart text{{font-family:inherit!important}}{''.join(texts)}"
+        f"@media screen and (prefers-color-scheme:dark){{{''.join(keys)}{dark}}}"
     )
 
 
@@ -236,6 +244,5 @@ def _element(svg: str, name: str, alt: str) -> str:
     for before in (' id="', '="#', "url(#"):
         svg = svg.replace(before, before + prefix)
     start, end = svg.index("<metadata>"), svg.index("</metadata>") + len("</metadata>")
-    words = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    head = f'<svg class="chart" role="img" aria-label="{words}"'
+    head = f'<svg class="chart" role="img" aria-label="{escape(alt)}"'
     return head + (svg[:start] + svg[end:]).removeprefix("<svg")

@@ -1,0 +1,104 @@
+"""A study that no module here knows: what it wrote is shown, and nothing else is needed."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import seaborn as sns
+
+from reports import build_report
+from reports.builder import section_modules
+from robuq_bench.config import resolve
+from robuq_bench.figures import colour, panel
+from robuq_bench.runs.run import Run
+from robuq_bench.statistics.verdicts import Verdict, verdict_rows
+
+from .conftest import parse
+
+VERDICT = Verdict(
+    claim="Warm tokens are wider", subject="tokens", verdict="holds", effect=1.25,
+    effect_name="ratio of widths", low=1.1, high=1.4, n=6, n_of="images", test="paired t interval",
+    p_value=0.01,
+)  # fmt: skip
+
+
+def write_run(
+    root: Path, *, verdicts: list[dict[str, object]], rows: int = 2, seed: int = 0
+) -> Path:
+    config = resolve("my-question", "1", "a2", "digits", seed)
+    with Run.open(root, config, ["bench.py", "study", "my_question.py"]) as run:
+        run.write_table("verdicts", verdicts)
+        run.write_table("widths", [{"image": i, "width": 1.5 * i} for i in range(rows)])
+        with panel("widths", "widths by image") as drawn:
+            sns.lineplot(x=[0, 1], y=[0, 1.5], ax=drawn.axes, color=colour("rotated"))
+        drawn.picture.save(run.figure_path("widths"))
+        run.finish()
+        return run.path
+
+
+def test_its_verdict_figure_and_table_are_on_the_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "runs", verdicts=verdict_rows([VERDICT], "holds above 1"))
+    report = build_report([path], tmp_path / "report.html")
+    page = parse(report)
+    row = page.table("Verdicts").rows[0]
+    assert [cell.text for cell in row] == [
+        "Warm tokens are wider",
+        "holds",
+        "ratio of widths 1.25 [1.1 to 1.4]; n = 6 images; paired t interval",
+    ]
+    assert "Warm tokens are wider: holds" in page.text
+    assert "holds above 1" in page.text
+    assert page.table("widths of a2 on digits").cell("1", "width").text == "1.50"
+    drawn = [found for tag, found in page.tags if tag == "img"]
+    shown = base64.b64decode(drawn[0]["src"].partition(",")[2])
+    assert shown == (path / "figures" / "widths.svg").read_bytes()
+    claims = pd.read_csv(tmp_path / "report-claims.csv")
+    assert claims["verdict"].tolist() == ["holds"]
+
+
+def test_an_older_table_of_verdicts_is_a_table_among_others(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "runs", verdicts=[{"layer_type": "qkv", "verdict": "holds"}])
+    page = parse(build_report([path], tmp_path / "report.html"))
+    assert page.table("verdicts of a2 on digits").cell("qkv", "verdict").text == "holds"
+    assert pd.read_csv(tmp_path / "report-claims.csv").empty
+
+
+def test_a_damaged_verdict_leaves_the_run_out_and_names_the_file(tmp_path: Path) -> None:
+    rows = verdict_rows([VERDICT], "holds above 1")
+    bad = write_run(tmp_path / "bad", verdicts=[{**rows[0], "verdict": "perhaps"}])
+    good = write_run(tmp_path / "good", verdicts=rows, seed=1)
+    page = parse(build_report([bad, good], tmp_path / "report.html"))
+    assert "perhaps" in page.table("Runs left out").rows[0][1].text
+    assert "tables/verdicts.csv" in page.table("Runs left out").rows[0][1].text
+
+
+def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "runs", verdicts=[{"verdict": "holds"}], rows=240)
+    page = parse(build_report([path], tmp_path / "report.html"))
+    assert len(page.table("widths of a2").rows) == 200
+    assert "The first 200 of 240 rows" in page.text
+
+
+def test_every_section_says_what_it_asks_and_what_it_writes() -> None:
+    found = section_modules()
+    assert "packed" in found
+    assert "generic" not in found
+    orders = [module.ORDER for module in found.values()]
+    assert orders == sorted(set(orders))
+    for module in found.values():
+        assert module.QUESTION.endswith("?")
+        assert all(name.endswith((".csv", ".tex")) for name in module.EXPORTS)
+        assert isinstance(module.OPEN, tuple)
+
+
+@pytest.mark.parametrize("name", ["packed.csv"])
+def test_a_table_that_these_runs_lack_is_emptied(tmp_path: Path, name: str) -> None:
+    path = write_run(tmp_path / "runs", verdicts=verdict_rows([VERDICT], "rule"))
+    (tmp_path / f"report-{name}").write_text("of an older report\n")
+    (tmp_path / "report-notes.csv").write_text("mine\n")
+    build_report([path], tmp_path / "report.html")
+    assert (tmp_path / f"report-{name}").read_text() == ""
+    assert (tmp_path / "report-notes.csv").read_text() == "mine\n"
