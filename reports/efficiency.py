@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import VERDICTS, claims_of, rule_of
+from reports.generic import claims_of, rule_of
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
 from reports.settings import section
@@ -108,10 +108,8 @@ def _factors(run: RunData) -> pd.DataFrame:
 
 def _claims(run: RunData, factors: pd.DataFrame) -> list[Claim]:
     """The run's verdicts; of a run without them, its exact factors, unjudged as they were."""
-    if VERDICTS in run.tables:
-        return claims_of([run])
     exact = factors[factors["basis"] == "exact"]
-    return [
+    return claims_of([run]) or [
         Claim(
             Verdict(
                 claim=f"{_model(run)} has a {row['paper']:g}× {_word(row['claim'])}",
@@ -203,7 +201,7 @@ def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
 
 
 def _paper(factors: pd.DataFrame, claim: str) -> str:
-    return times(factors.loc[factors["claim"] == claim, "paper"].iloc[0])
+    return f"{factors.loc[factors['claim'] == claim, 'paper'].iloc[0]:g}×"
 
 
 def _blocks(run: RunData, factors: pd.DataFrame, sheet: Sheet) -> list[Block]:
@@ -296,7 +294,7 @@ def _checkpoint_panel(run: RunData) -> Picture:
         for row in files.to_dict("records")
     )
     alt = f"Bytes of a checkpoint of {_model(run)}: {words}"
-    height = 1.4 + 0.22 * len(files)
+    height = 1.4 + 0.25 * len(files)
     with panel(f"{run.anchor}-checkpoints", alt, height=height, title="Checkpoint") as drawn:
         sns.histplot(
             long.assign(mib=long["bytes"] / 2**20), y="packing", weights="mib", hue="part",
@@ -351,15 +349,16 @@ def _weight_sheet(run: RunData) -> Sheet:
 
 
 def _time_sheet(run: RunData) -> Sheet:
-    columns = ["variant", "measured", "batch", "status", "median_ms", "p20_ms", "p80_ms",
-               "stability", "weights_bytes", "activations_bytes", "workspace_bytes", "peak_bytes"]  # fmt: skip
+    columns = ["variant", "measured", "batch", "status", "median_ms", "p20_ms", "p80_ms"]
+    memory = [f"{part}_bytes" for part in ("weights", "activations", "workspace", "peak")]
+    columns += ["stability", *memory]
     frame = run.table("end_to_end").reindex(columns=columns)
     return Sheet(
         frame,
         f"Times and memory on {_device(run)}: {_model(run)}",
         "“unstable”: the interquartile range exceeds 10 % of the median. Memory is the peak of the "
         "allocator over a step; workspace is cuBLAS’s.",
-        formats={name: bytes_text for name in columns if name.endswith("_bytes")},
+        formats=dict.fromkeys(memory, bytes_text),
         heads={name: name.replace("_", " ") for name in columns},
         kind="dense",
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import VERDICTS, claims_of, rule_of
+from reports.generic import claims_of, rule_of
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, claims_sheet, sentence
 from reports.text import Phrase, listing, percent, plural, significant, times
@@ -23,7 +24,7 @@ OPEN: tuple[str, ...] = ()
 EXPORTS = ("kernels-kernels.csv", "kernels-kernel_checks.csv", "kernels-roofline.csv",
            "kernels.tex")  # fmt: skip
 _OURS, _BASELINE, _PRODUCT = "robuq-bench", "cuBLAS bf16", "ternary_matmul"
-_INTERPRETER = "Triton’s interpreter"
+_INTERPRETER = "in Triton’s interpreter"
 _SPEEDUP, _SHARE = "speedup_over_cublas_bf16", "share_of_ceiling"
 _MODEL = "a model from data-sheet peaks, not measured"
 _OLD_RULE = "A kernel holds where every call of it passed the check of its study."
@@ -67,18 +68,18 @@ class _Tables:
 
     @property
     def where(self) -> str:
-        return _INTERPRETER if self.timed.empty else str(self.timed["device_name"].iloc[0])
+        """With its preposition."""
+        return _INTERPRETER if self.timed.empty else f"on {self.timed['device_name'].iloc[0]}"
 
     @property
     def models(self) -> list[str]:
         """DiT sizes, the widest first."""
-        return list(
-            self.roofline.groupby("model")["width"].max().sort_values(ascending=False).index
-        )
+        widths = self.roofline.groupby("model")["width"].max()
+        return list(widths.sort_values(ascending=False).index)
 
     @property
     def title(self) -> str:
-        return f"DiT-{'/'.join(self.models)}, {self.where}"
+        return f"DiT-{'/'.join(self.models)} {self.where}"
 
     @cached_property
     def sheet(self) -> pd.DataFrame:
@@ -118,13 +119,10 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
 
 def _claims(tables: _Tables) -> list[Claim]:
     """The run's verdicts; of a run without them, what its checks say of each kernel."""
-    if VERDICTS in tables.run.tables:
-        return claims_of([tables.run])
-    summary = _by_kernel(tables).reset_index()
-    return [
+    return claims_of([tables.run]) or [
         Claim(
             Verdict(
-                claim=f"{row['kernel']} agrees with plain PyTorch, in {tables.where}.",
+                claim=f"{row['kernel']} agrees with plain PyTorch {tables.where}",
                 subject=str(row["kernel"]),
                 verdict="holds" if row["passed"] == row["calls"] else "does not hold",
                 effect=None if math.isnan(row["worst"]) else float(row["worst"]),
@@ -139,7 +137,7 @@ def _claims(tables: _Tables) -> list[Claim]:
             tables.title,
             tables.run.href,
         )
-        for row in summary.to_dict("records")
+        for row in _by_kernel(tables).reset_index().to_dict("records")
     ]
 
 
@@ -156,7 +154,7 @@ def _answer(tables: _Tables) -> list[Phrase]:
     parts: list[str | Phrase] = [
         Phrase(passed, href),
         f" of {listing(f'DiT-{model}/2' for model in tables.models)} agree with plain PyTorch "
-        f"on {tables.where}, with at most {significant(checks['max_error'].max(), 2)} of the "
+        f"{tables.where}, with at most {significant(checks['max_error'].max(), 2)} of the "
         "deviation that is allowed; ",
     ]
     timed = tables.ours.get(_SPEEDUP, pd.Series(dtype=float)).dropna()
@@ -205,7 +203,7 @@ def _figures(tables: _Tables) -> Figures:
     pictures = [_roofline(tables, model)]
     pictures += [_line_panel(tables, model, *line) for line in lines]
     what = (
-        f"products of a block as measured on {tables.where}, below the roofs of the data sheet"
+        f"products of a block as measured {tables.where}, below the roofs of the data sheet"
         if not tables.ours.get(_SPEEDUP, pd.Series(dtype=float)).dropna().empty
         else f"what the data sheet allows each product of a block, {_MODEL}"
     )
@@ -388,7 +386,7 @@ def _time_sheet(tables: _Tables, rows: pd.DataFrame, model: str) -> Sheet:
     )
     return Sheet(
         frame.rename(columns={"verdict": "judged"}),
-        f"DiT-{model}/2 on {tables.where}: times of our kernels",
+        f"DiT-{model}/2 {tables.where}: times of our kernels",
         "Medians of all replays of a CUDA graph, 20 and 80 % quantiles below. “faster” and “slower” "
         "need p < .002 (Mann-Whitney) and 5 %; “unstable”: the interquartile range exceeds 10 % of "
         "the median. A call whose check failed has no time.",
@@ -405,7 +403,7 @@ def _time_sheet(tables: _Tables, rows: pd.DataFrame, model: str) -> Sheet:
     )
 
 
-def _spread(row: dict[str, object]) -> str:
+def _spread(row: Mapping[Any, Any]) -> str:
     low, high = row.get("p20_us"), row.get("p80_us")
     if not (isinstance(low, float) and isinstance(high, float)) or math.isnan(low):
         return str(row["status"]) if row["status"] != "ok" else ""
