@@ -1,39 +1,61 @@
 """Which studies exist, read from their source without importing it (or torch).
 
-A study is a file in `studies/` with `VERSION: str`, `SUMMARY: str` and a function
-`run(config, run, context)`; its name is the file's, with dashes.
+A study is a file `studies/<name>.py` or a folder `studies/<name>/` with `study.py`; its name has
+dashes for underscores. A file outside works too, by its path or as `module.path`. It has
+
+    VERSION: str            a new one makes its runs other runs
+    SUMMARY: str            a line for the list of studies
+    measure(config, run, context) -> list[dict]     the headline table
+
+and may have
+
+    RULE: str               how its verdicts follow from its numbers
+    class Settings(Section) also in `settings.py` of a folder, where it is read without torch
+    check(config) -> None   refuses what cannot be done, before a run folder is opened
+    USES_TEACHER, USES_DATA, USES_PLAN, USES_TRAINING = False
+                            what of the config must not decide which run it is
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
-from robuq_bench.errors import RobuqError, UsageError, suggest
+from robuq_bench.errors import UsageError, suggest
+from robuq_bench.sections import Section
 
-# These have commands of their own.
-COMMAND_MODULES = frozenset(
-    {
-        "export_packed",
-        "sample_images",
-        "teacher_eval",
-        "train_and_eval",
-        "train_features",
-        "train_teacher",
-    }
-)
+#: Keys of a config, which a study's section must not hide.
+RESERVED = ("plan", "seed", "settings", "study", "study_version", "workload")
+
+ConstantT = TypeVar("ConstantT", str, bool)
+
+_outside: dict[str, StudyInfo] = {}
 
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """What a study's file says of itself; a changed `version` makes its runs other runs."""
+    """What a study's file says of itself; `settings` is the module of its `Settings`, if any."""
 
     name: str
     module: str
+    path: Path
     version: str
     summary: str
-    has_run: bool
+    rule: str = ""
+    settings: str | None = None
+    has_check: bool = False
+    is_packaged: bool = True
+    uses_teacher: bool = True
+    uses_data: bool = True
+    uses_plan: bool = True
+    uses_training: bool = True
 
 
 def studies_folder() -> Path:
@@ -41,57 +63,191 @@ def studies_folder() -> Path:
     return Path(__file__).resolve().parents[1] / "studies"
 
 
-def read_study(path: Path) -> StudyInfo:
-    """Read `VERSION` and `SUMMARY` of one file; RobuqError when it is not Python or has neither."""
+def list_studies(folder: Path | None = None) -> list[StudyInfo]:
+    """Every study of `folder` (default: the packaged ones), by name."""
+    folder = studies_folder() if folder is None else folder
+    paths = [*folder.glob("[!_]*.py"), *folder.glob("*/study.py")]
+    found = [_packaged(path) for path in paths if _is_study(path)]
+    return sorted(found, key=lambda study: study.name)
+
+
+def find_study(name: str, folder: Path | None = None) -> StudyInfo:
+    """The study called `name`: a packaged one, a `.py` file, or `module.path` of one.
+
+    Raises:
+        UsageError: there is none (with the nearest name), or the file is no study.
+    """
+    if name.endswith(".py"):
+        return _add_outside(Path(name), None)
+    found = look_up(name, folder)
+    if found is not None:
+        return found
+    if "." in name:
+        return _add_outside(_source_of(name), name)
+    hint = suggest(name, [study.name for study in list_studies(folder)])
+    raise UsageError(f"unknown study {name!r}{hint or '; there are none yet'}")
+
+
+def look_up(name: str, folder: Path | None = None) -> StudyInfo | None:
+    """The study of this name, packaged or named by its file before; None if there is none."""
+    stem = name.replace("-", "_")
+    folder = studies_folder() if folder is None else folder
+    for path in (folder / f"{stem}.py", folder / stem / "study.py"):
+        if stem.isidentifier() and path.is_file() and _is_study(path):
+            return _packaged(path)
+    return _outside.get(name)
+
+
+def load_study(study: StudyInfo) -> ModuleType:
+    """Import a study.
+
+    Raises:
+        UsageError: one from outside cannot be imported.
+    """
+    if study.is_packaged:
+        return importlib.import_module(study.module)
     try:
-        body = ast.parse(path.read_text(encoding="utf-8"), filename=str(path)).body
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise RobuqError(f"study {path} cannot be read: {error}") from error
-    texts: dict[str, str] = {}
-    for statement in body:
-        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-            target, value = statement.targets[0], statement.value
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            target, value = statement.target, statement.value
+        if study.module in sys.modules:
+            return sys.modules[study.module]
+        spec = importlib.util.spec_from_file_location(study.module, study.path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[study.module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file raises, with its name
+        sys.modules.pop(study.module, None)
+        raise UsageError(
+            f"study {study.path} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+    return module
+
+
+def settings_class(name: str) -> type[Section] | None:
+    """The `Settings` of the study called `name`; None if it has none, or is not here.
+
+    Raises:
+        UsageError: its `Settings` is no `Section`.
+    """
+    study = look_up(name)
+    if study is None or study.settings is None:
+        return None
+    if study.settings == study.module:
+        found = getattr(load_study(study), "Settings", None)
+    else:
+        found = importlib.import_module(study.settings).Settings
+    if not (isinstance(found, type) and issubclass(found, Section)):
+        raise UsageError(f"study {study.path}: Settings must be a subclass of Section")
+    return found
+
+
+def inputs_of(settings: type[Section]) -> list[str]:
+    """The fields that name an input, which `<field>_sha256` identifies by content."""
+    fields = settings.model_fields
+    return [name for name in fields if f"{name}_sha256" in fields]
+
+
+def read_study(path: Path, module: str, *, is_packaged: bool = True) -> StudyInfo:
+    """Read what a study's file says of itself.
+
+    Raises:
+        RobuqError: it is not Python, or lacks VERSION or measure.
+    """
+    body = _body(path)
+    texts, flags = _constants(body, str), _constants(body, bool)
+    functions = {item.name for item in body if isinstance(item, ast.FunctionDef)}
+    classes = {item.name for item in body if isinstance(item, ast.ClassDef)}
+    if "VERSION" not in texts:
+        raise UsageError(f'study {path} must set VERSION to a text, e.g. VERSION = "1"')
+    if "measure" not in functions:
+        raise UsageError(
+            f"study {path} must define measure(config, run, context), which returns the rows of "
+            "its headline table"
+        )
+    settings = module if "Settings" in classes else None
+    if is_packaged and path.with_name("settings.py").is_file():
+        settings = f"{module.rpartition('.')[0]}.settings"
+    stem = path.parent.name if path.name == "study.py" else path.stem
+    return StudyInfo(
+        name=stem.replace("_", "-"),
+        module=module,
+        path=path,
+        version=texts["VERSION"],
+        summary=texts.get("SUMMARY", ""),
+        rule=texts.get("RULE", ""),
+        settings=settings,
+        has_check="check" in functions,
+        is_packaged=is_packaged,
+        uses_teacher=flags.get("USES_TEACHER", True),
+        uses_data=flags.get("USES_DATA", True),
+        uses_plan=flags.get("USES_PLAN", True),
+        uses_training=flags.get("USES_TRAINING", True),
+    )
+
+
+def _packaged(path: Path) -> StudyInfo:
+    is_folder = path.name == "study.py"
+    module = f"studies.{path.parent.name}.study" if is_folder else f"studies.{path.stem}"
+    return read_study(path, module)
+
+
+def _is_study(path: Path) -> bool:
+    """Whether a file in `studies/` means to be one, rather than to help others."""
+    body = _body(path)
+    names = {item.name for item in body if isinstance(item, ast.FunctionDef)}
+    return "measure" in names or "VERSION" in _constants(body, str)
+
+
+def _add_outside(path: Path, module: str | None) -> StudyInfo:
+    if not path.is_file():
+        raise UsageError(f"study {path}: no such file")
+    study = read_study(path.resolve(), module or f"_study_{path.stem}", is_packaged=False)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", study.name):
+        raise UsageError(
+            f"study {path}: a study cannot be called {study.name!r}; rename the file, "
+            "with letters, digits and underscores"
+        )
+    packaged = look_up(study.name)
+    if (packaged is not None and packaged.is_packaged) or study.name in RESERVED:
+        taken = "a word of the config" if study.name in RESERVED else "a study of the suite"
+        raise UsageError(f"study {path}: {study.name!r} is {taken}; rename the file")
+    _outside[study.name] = study
+    return study
+
+
+def _source_of(module: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (Exception, SystemExit) as error:  # whatever a package above it raises
+        raise UsageError(
+            f"study {module!r}: no such module ({type(error).__name__}: {error}); it must be "
+            "importable from where you are, or installed"
+        ) from error
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise UsageError(f"study {module!r}: no such module; give the path of its .py file")
+    return Path(spec.origin)
+
+
+def _body(path: Path) -> list[ast.stmt]:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path)).body
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"study {path} cannot be read: {error}") from error
+
+
+def _constants(body: list[ast.stmt], kind: type[ConstantT]) -> dict[str, ConstantT]:
+    """Names that a file sets to a constant of this kind."""
+    found: dict[str, ConstantT] = {}
+    for item in body:
+        if isinstance(item, ast.Assign) and len(item.targets) == 1:
+            target, value = item.targets[0], item.value
+        elif isinstance(item, ast.AnnAssign) and item.value is not None:
+            target, value = item.target, item.value
         else:
             continue
         if (
             isinstance(target, ast.Name)
             and isinstance(value, ast.Constant)
-            and isinstance(value.value, str)
+            and isinstance(value.value, kind)
         ):
-            texts[target.id] = value.value
-    has_run = any(isinstance(item, ast.FunctionDef) and item.name == "run" for item in body)
-    if "VERSION" not in texts and (has_run or path.stem in COMMAND_MODULES):
-        raise RobuqError(f'study {path} must set VERSION to a text, e.g. VERSION = "1"')
-    return StudyInfo(
-        name=path.stem.replace("_", "-"),
-        module=f"studies.{path.stem}",
-        version=texts.get("VERSION", ""),
-        summary=texts.get("SUMMARY", ""),
-        has_run=has_run,
-    )
-
-
-def list_studies(folder: Path | None = None) -> list[StudyInfo]:
-    """Every study that `study NAME` can run, by name."""
-    folder = studies_folder() if folder is None else folder
-    paths = sorted(folder.glob("[!_]*.py"))
-    found = [read_study(path) for path in paths if path.stem not in COMMAND_MODULES]
-    return [study for study in found if study.has_run]
-
-
-def find_study(name: str, folder: Path | None = None) -> StudyInfo:
-    """Return the study called `name`; UsageError with the nearest name otherwise."""
-    studies = {study.name: study for study in list_studies(folder)}
-    if name in studies:
-        return studies[name]
-    if name.replace("_", "-") in studies:
-        return studies[name.replace("_", "-")]
-    hint = suggest(name, studies) or "; there are none yet"
-    raise UsageError(f"unknown study {name!r}{hint}")
-
-
-def command_version(module: str) -> str:
-    """VERSION of a module of `studies/` that has its own command, e.g. 'train_and_eval'."""
-    return read_study(studies_folder() / f"{module}.py").version
+            found[target.id] = value.value
+    return found

@@ -20,6 +20,7 @@ from robuq_bench.runs.run import Run
 
 VERSION = "1"
 SUMMARY = "Cost of the exact allocation at every budget, for 112 and 1,000 layers."
+USES_DATA = False
 SIZES = (112, 1000)
 BITS = (1, 2, 3, 4)
 MACS = (3, 1, 4, 4)
@@ -27,7 +28,7 @@ BUDGET = 2.0
 ALLOWED = 1e-6  # relative difference to HiGHS, whose default gap this is
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """One row per number of layers."""
     rows = []
     with context.progress.task("allocation-speed", len(SIZES)) as task:

@@ -27,6 +27,7 @@ from robuq_bench.runs.run import Run
 
 VERSION = "1"
 SUMMARY = "Cost of all normality statistics of a token beside scipy's Shapiro-Wilk test."
+USES_DATA = False
 WIDTHS = (384, 1152, 4608)
 TOKENS = 512
 WARMUP_ROUNDS = 1
@@ -42,15 +43,15 @@ ALLOWED = {
 }
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """Check, then time, one row per token width."""
     rows = []
     with context.progress.task("normality-speed", len(WIDTHS)) as task:
         for n in WIDTHS:
             generator = torch.Generator().manual_seed(config.seed)
             tokens = torch.randn(TOKENS, n, generator=generator)
-            deviations = check(tokens)
-            rows.append(row(tokens, measure(tokens), deviations, context))
+            deviations = compare_statistics(tokens)
+            rows.append(row(tokens, time_ways(tokens), deviations, context))
             task.advance()
     for item in rows:
         run.append(f"normality-speed/{item['n']}", kind="normality-speed", **item)
@@ -58,7 +59,7 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     return rows
 
 
-def check(tokens: torch.Tensor) -> dict[str, float]:
+def compare_statistics(tokens: torch.Tensor) -> dict[str, float]:
     """Return the largest absolute deviation of each statistic from its reference.
 
     References see the same values in float64: scipy centres in the dtype it is given.
@@ -90,7 +91,7 @@ def check(tokens: torch.Tensor) -> dict[str, float]:
     return deviations
 
 
-def measure(tokens: torch.Tensor) -> dict[str, float]:
+def time_ways(tokens: torch.Tensor) -> dict[str, float]:
     """Median microseconds per token of each way, interleaved over the rounds."""
     X = tokens.numpy()
     ways: dict[str, Callable[[], object]] = {

@@ -25,6 +25,7 @@ from robuq_bench.training import BatchSource, Trainer, denoising_loss
 
 VERSION = "1"
 SUMMARY = "Cost of a QAT step beside a full-precision step."
+USES_DATA = False
 PLANS = ("a4", "a2-uniform", "baseline-a4", "bitnetv2-a4")
 WARMUP_STEPS = 3
 TIMED_STEPS = 20
@@ -32,7 +33,7 @@ TIMED_STEPS = 20
 GATE_STD = 0.1
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """Time the full-precision model, `config.plan` and the standard plans; one row each."""
     plans = [config.plan, *(load_plan(name) for name in PLANS if name != config.plan.name)]
     models: dict[str, Plan] = {"fp": load_plan("fp")}

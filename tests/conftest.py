@@ -143,7 +143,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     folder.mkdir()
     source = (
         'VERSION: str = "7"\nSUMMARY = "Does it work?"\n'
-        "def run(config, run, context):\n    return []\n"
+        "def measure(config, run, context):\n    return []\n"
     )
     (folder / "toy_study.py").write_text(source)
     (folder / "helper.py").write_text("import torch\n")
@@ -153,13 +153,13 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     module = types.ModuleType("studies.toy_study")
 
-    def run(config: Any, run: Run, context: Context) -> list[dict[str, Any]]:
+    def measure(config: Any, run: Run, context: Context) -> list[dict[str, Any]]:
         calls.append(run.id)
         for index in context.progress.track(range(3), "toy"):
             run.append(f"item/{index}", kind="toy", value=index)
         return [{"layer": "a", "mse": 0.125}, {"layer": "b", "mse": None}]
 
-    module.run = run  # type: ignore[attr-defined]
+    module.measure = measure  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "studies.toy_study", module)
     return calls
 
@@ -169,11 +169,11 @@ def fail_with(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Base
     """Makes the toy study raise an error, with a secret among its local values."""
 
     def arrange(error: BaseException) -> None:
-        def run(config: Any, run: Run, context: Context) -> list[dict[str, Any]]:
+        def measure(config: Any, run: Run, context: Context) -> list[dict[str, Any]]:
             secret = "hunter" + "2"
             context.progress.update(secret)
             raise error
 
-        monkeypatch.setattr(sys.modules["studies.toy_study"], "run", run)
+        monkeypatch.setattr(sys.modules["studies.toy_study"], "measure", measure)
 
     return arrange

@@ -19,7 +19,7 @@ from robuq_bench.cli import app as cli
 from robuq_bench.config import resolve
 from robuq_bench.context import RunResult
 from robuq_bench.runs.run import Run
-from robuq_bench.study_index import command_version
+from robuq_bench.study_index import find_study
 
 ROOT = Path(cli.__file__).resolve().parents[2]
 COMMON = ["--device", "--dry-run", "--force", "--json", "--on", "--output", "--quiet", "--seed",
@@ -256,7 +256,7 @@ def test_the_manifest_holds_threads_and_device(
 def test_a_finished_main_job_answers_at_once(
     tmp_path: Path, plan: str, loaded: set[str], limit_s: float
 ) -> None:
-    version = command_version("train_and_eval")
+    version = find_study("train-and-eval").version
     config = resolve("train-and-eval", version, plan, "digits", 3)
     with Run.open(tmp_path / "out", config, ["test"]) as run:
         RunResult.store(run, [{"subject": "student", "fid_digits": 12.5}], {"more": 1})
@@ -276,40 +276,56 @@ def test_a_finished_main_job_answers_at_once(
     assert files(tmp_path) == before
 
 
-def test_the_commands_call_their_studies(
+@pytest.mark.parametrize("command", ["train-and-eval", "train-teacher", "train-features"])
+def test_the_commands_are_studies(bench: Any, command: str) -> None:
+    for more in ([], ["--set", "training.steps=777", "--seed", "1", "-o", "elsewhere"]):
+        of_command = bench(command, *more, "--dry-run", "--json").document
+        assert of_command["command"] == command
+        assert bench("study", command, *more, "--dry-run", "--json").document == of_command
+
+
+def test_what_a_study_does_not_use_is_refused(bench: Any) -> None:
+    outcome = bench("study", "train-teacher", "--plan", "a2", "--dry-run")
+    assert (outcome.code, "takes no --plan" in outcome.err) == (2, True)
+    outcome = bench("study", "teacher-eval", "--seed", "1", "--dry-run")
+    assert (outcome.code, "takes no --seed" in outcome.err) == (2, True)
+    paths = {
+        bench("study", "teacher-eval", *more, "--dry-run", "--json").document["path"]
+        for more in ([], ["--set", "training.steps=9"])
+    }
+    assert len(paths) == 1
+
+
+def test_the_commands_pass_on_what_they_are_told(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[Any] = []
 
-    def record(name: str) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            seen[name] = (arguments, named)
-            return RunResult(path=tmp_path / "s" / "r", table=[{"n": 1}])
+    def record(*arguments: Any) -> RunResult:
+        seen[:] = arguments
+        return RunResult(path=tmp_path / "s" / "r", table=[{"n": 1}])
 
-        return call
-
-    for module, function in [
-        ("train_and_eval", "run_train_and_eval"),
-        ("train_teacher", "run_train_teacher"),
-        ("train_features", "run_train_features"),
-        ("sample_images", "run_sample"),
-    ]:
-        fake = types.ModuleType(f"studies.{module}")
-        setattr(fake, function, record(module))
-        monkeypatch.setitem(sys.modules, f"studies.{module}", fake)
+    monkeypatch.setattr("robuq_bench.runs.study.run_study", record)
     assert bench("train-and-eval", "--plan", "a3", "-o", "o", "--device", "cpu").code == 0
-    (config, root, context), named = seen["train_and_eval"]
+    config, root, context = seen
     assert (config.study, config.plan.name, root) == ("train-and-eval", "a3", Path("o"))
-    assert (context.device, context.force, named) == ("cpu", False, {})
-    assert bench("train-teacher", "--on", "mnist32").code == 0
-    (config, _, _), _ = seen["train_teacher"]
-    assert (config.plan.name, config.workload.name) == ("fp", "mnist32")
+    assert (context.device, context.force) == ("cpu", False)
+    assert bench("train-teacher", "--on", "mnist32", "--force").code == 0
+    config, _, context = seen
+    assert (config.plan.name, config.workload.name, context.force) == ("fp", "mnist32", True)
     assert bench("train-features").code == 0
-    assert seen["train_features"][0][0].workload.name == "digits"
+    assert (seen[0].study, seen[2].device) == ("train-features", "cpu")
+
+
+def test_sample_passes_on_what_it_is_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "robuq_bench.judging.sample_grid.run_sample",
+        lambda config, context, **named: seen.update(named),
+    )
     outcome = bench("sample", "--num", "4", "--png", "x.png", "--json")
     assert outcome.document == {"command": "sample", "path": "x.png", "num": 4, "seed": 0}
-    named = seen["sample_images"][1]
-    assert named == {
+    assert seen == {
         "checkpoint": None,
         "packed": None,
         "backend": "reference",

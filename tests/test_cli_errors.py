@@ -148,15 +148,15 @@ def test_a_crash_has_a_traceback_without_local_values(
 def test_an_interrupted_study_continues_where_it_was(
     bench: Any, toy: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = sys.modules["studies.toy_study"].run
+    good = sys.modules["studies.toy_study"].measure
 
     def stop(config: Any, run: Run, context: Context) -> list[dict[str, Any]]:
         run.append("item/0", kind="toy", value=0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["studies.toy_study"], "run", stop)
+    monkeypatch.setattr(sys.modules["studies.toy_study"], "measure", stop)
     assert bench("study", "toy-study").code == 130
-    monkeypatch.setattr(sys.modules["studies.toy_study"], "run", good)
+    monkeypatch.setattr(sys.modules["studies.toy_study"], "measure", good)
     outcome = bench("study", "toy-study", "--json")
     assert outcome.code == 0
     assert "continues" in outcome.err

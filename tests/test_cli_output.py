@@ -16,7 +16,7 @@ from robuq_bench.config import load_plan, load_workload, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from robuq_bench.study_index import command_version
+from robuq_bench.study_index import find_study
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -155,7 +155,7 @@ def test_export_of_a_finished_teacher_copies_it_with_its_checksum(
 ) -> None:
     from robuq_bench.checkpointing import load_tensors, save_tensors
 
-    config = resolve("train-teacher", command_version("train_teacher"), "fp", "digits")
+    config = resolve("train-teacher", find_study("train-teacher").version, "fp", "digits")
     with Run.open(Path("runs"), config, ["test"]) as run:
         save_tensors(run.path / "checkpoints/teacher.safetensors", {"w": torch.ones(3)}, {"a": "b"})
         RunResult.store(run, [{"steps": 1}])

@@ -156,10 +156,10 @@ def test_a_plan_whose_bits_are_in_a_file_is_converted_at_these(
 ) -> None:
     from robuq_bench.config import load_plan, resolve
     from robuq_bench.context import Context
+    from robuq_bench.inference.exporting import convert
     from robuq_bench.models.checkpoints import load_teacher
     from robuq_bench.progress import Progress
     from robuq_bench.quantization.convert import quantized_layers
-    from studies.export_packed import convert
 
     kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     names = [f"blocks.{i}.{kind}" for i in range(2) for kind in kinds]

@@ -138,7 +138,7 @@ def test_quotes_are_those_of_toml_and_none_is_nothing() -> None:
 
 def test_other_fields_stay_typed() -> None:
     assert make("training.compile=true").workload.training.compile is True
-    assert make("normality.images=64", study="normality").normality is not None
+    assert make("normality.images=64", study="normality").settings is not None
     for override in ("training.steps=true", "training.steps=1e5", "training.steps=0800"):
         with pytest.raises(ConfigError, match=r"training\.steps"):
             make(override)

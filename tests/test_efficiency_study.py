@@ -18,10 +18,11 @@ from robuq_bench.errors import CheckError, ConfigError, UsageError
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from studies import efficiency, efficiency_variants
-from studies.efficiency import packed_bytes
-from studies.efficiency_claims import speed_factor
-from studies.efficiency_variants import (
+from studies.efficiency import study as efficiency
+from studies.efficiency import variants as efficiency_variants
+from studies.efficiency.claims import speed_factor
+from studies.efficiency.study import packed_bytes
+from studies.efficiency.variants import (
     VARIANTS,
     Sampler,
     build,
@@ -47,7 +48,7 @@ def configure(workload: Path | str, *overrides: str) -> Config:
 def perform(config: Config, root: Path, device: str = "cpu") -> tuple[Run, list[dict[str, Any]]]:
     context = Context(device=device, threads=1, progress=Progress(quiet=True), argv=[])
     with Run.open(root, config, []) as run:
-        rows = efficiency.run(config, run, context)
+        rows = efficiency.measure(config, run, context)
         run.finish()
     return run, rows
 
@@ -246,7 +247,7 @@ def test_the_gpu_path_measures_compares_and_resumes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "append", stop_at_the_last)
         with pytest.raises(KeyboardInterrupt), Run.open(tmp_path, config, []) as run:
-            efficiency.run(config, run, context)
+            efficiency.measure(config, run, context)
     assert pretend_gpu["built"] == [
         *[("w1.58a8", backend) for backend in ("integer", "triton")],
         ("bf16-graph", "triton"),
@@ -288,7 +289,7 @@ def test_a_packed_model_that_computes_something_else_has_no_time(
         pytest.raises(CheckError, match=r"w1\.58a8: check failed: the prediction differs"),
         Run.open(tmp_path, config, []) as run,
     ):
-        efficiency.run(config, run, context)
+        efficiency.measure(config, run, context)
     items = {(r["measured"], r["variant"], r["batch"]): r for r in table(run, "end_to_end")}
     assert items["step", "w1.58a8", "1"]["median_ms"] == ""
     assert items["step", "bf16", "1"]["median_ms"] != ""
@@ -310,7 +311,7 @@ def test_a_variant_that_fails_does_not_take_the_others_along(
         pytest.raises(CheckError, match=r"w1\.58a8: failed: OutOfMemoryError"),
         Run.open(tmp_path, config, []) as run,
     ):
-        efficiency.run(config, run, context)
+        efficiency.measure(config, run, context)
     items = {(r["measured"], r["variant"]): r for r in table(run, "end_to_end")}
     assert items["step", "bf16"]["status"] == "failed: OutOfMemoryError: CUDA out of memory."
     assert items["sampling", "bf16"]["status"] == "ok"

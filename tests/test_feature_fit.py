@@ -37,6 +37,7 @@ from robuq_bench.judging.features import (
 )
 from robuq_bench.judging.fidelity import compute_metrics
 from robuq_bench.progress import Progress
+from robuq_bench.runs.study import run_study
 from studies import train_features
 
 
@@ -170,7 +171,7 @@ def test_features_can_be_trained_for_any_images(
     monkeypatch.setattr("robuq_bench.judging.features.IMAGES_SEEN", 100)
     monkeypatch.setattr(train_features, "load_dataset", lambda *_, **__: data)
     context = Context.create(device="cpu", progress=Progress(quiet=True))
-    result = train_features.run_train_features(config, tmp_path, context)
+    result = run_study(config, tmp_path, context)
     path = result.path / "checkpoints" / "features.safetensors"
     network = load_classifier(path)
     assert (network.channels, network.size) == ((channels,), size)

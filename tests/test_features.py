@@ -28,6 +28,7 @@ from robuq_bench.judging.features import (
     train_digits_features,
 )
 from robuq_bench.progress import Progress
+from robuq_bench.runs.study import run_study
 from studies import train_features
 
 
@@ -238,11 +239,11 @@ def test_the_command_keeps_weights_and_card_in_its_run(
     monkeypatch.setattr(train_features, "train_digits_features", short)
     monkeypatch.setattr(train_features, "load_dataset", lambda data, name: small(digits, 100))
     context = Context.create(device="cpu", progress=Progress(quiet=True))
-    result = train_features.run_train_features(config, tmp_path, context)
+    result = run_study(config, tmp_path, context)
     weights_file = result.path / "checkpoints" / "features.safetensors"
     assert load_features(weights_file)[2] == result.table[0]["sha256"]
     card = json.loads(weights_file.with_suffix(".json").read_text())
     assert card["name"] == "digits"
-    again = train_features.run_train_features(config, tmp_path, context)
+    again = run_study(config, tmp_path, context)
     assert again.was_complete
     assert again.table == result.table

@@ -182,21 +182,21 @@ def test_a_study_keeps_its_items(
     bench: Any, toy: list[str], monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals, code: int, status: str,
 ) -> None:  # fmt: skip
-    good = sys.modules["studies.toy_study"].run
+    good = sys.modules["studies.toy_study"].measure
 
     def stop(config: Any, run: Run, context: Any) -> list[dict[str, Any]]:
         run.append("item/0", kind="toy", value=0)
         send(number)
         return []
 
-    monkeypatch.setattr(sys.modules["studies.toy_study"], "run", stop)
+    monkeypatch.setattr(sys.modules["studies.toy_study"], "measure", stop)
     outcome = bench("study", "toy-study", "--json")
     assert outcome.code == outcome.document["exit_code"] == code
     assert "the same command continues" in outcome.err
     assert "Traceback" not in outcome.err
     (summary,) = list_runs(Path("runs"))
     assert (summary.state, summary.items) == ("stopped", 1)
-    monkeypatch.setattr(sys.modules["studies.toy_study"], "run", good)
+    monkeypatch.setattr(sys.modules["studies.toy_study"], "measure", good)
     path = Path(bench("study", "toy-study", "--json").document["path"])
     sessions = open_existing(path).manifest["sessions"]
     assert [session["status"] for session in sessions] == [status, "finished"]

@@ -19,8 +19,9 @@ from robuq_bench.errors import CheckError, ConfigError
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from studies import kernel_checks, kernels
-from studies.kernel_cases import (
+from studies.kernels import checks as kernel_checks
+from studies.kernels import study as kernels
+from studies.kernels.cases import (
     FAKE,
     FAKE_BACKWARD,
     GROUPED,
@@ -33,8 +34,9 @@ from studies.kernel_cases import (
     make_inputs,
     weight_cases_of,
 )
-from studies.kernel_checks import Check, check, deviations, poisoned_memory
-from studies.kernel_tables import OURS, roofline_rows, rows_of, settings_of
+from studies.kernels.checks import Check, check, deviations, poisoned_memory
+from studies.kernels.settings import Settings
+from studies.kernels.tables import OURS, roofline_rows, rows_of, settings_of
 
 SMALL = (
     'kernels.models=["S"]',
@@ -52,7 +54,7 @@ def configure(*overrides: str) -> Config:
 def perform(config: Config, root: Path, device: str = "cpu") -> tuple[Run, list[dict[str, Any]]]:
     context = Context(device=device, threads=1, progress=Progress(quiet=True), argv=[])
     with Run.open(root, config, []) as run:
-        rows = kernels.run(config, run, context)
+        rows = kernels.measure(config, run, context)
         run.finish()
     return run, rows
 
@@ -92,20 +94,19 @@ def test_without_a_gpu_kernels_are_checked_and_times_are_a_model(
             again.append(record["key"], **{k: v for k, v in record.items() if k != "key"})
         context = Context(device="cpu", threads=1, progress=Progress(quiet=True), argv=[])
         with pytest.raises(CheckError, match=r"1 of 7 kernel checks failed.*adaLN of all blocks"):
-            kernels.run(more, again, context)
+            kernels.measure(more, again, context)
         assert [case.layer for case in asked] == ["adaLN of all blocks"]
         # What failed is asked for anew; what was right is not.
         monkeypatch.setattr(
             kernels, "interpreter", lambda cases, _: [Check(True, 0.1)] * len(cases)
         )
-        rows = kernels.run(more, again, context)
+        rows = kernels.measure(more, again, context)
     assert [row["correct"] for row in rows] == [True] * 7
 
 
 def replace_kernels(config: Config, names: tuple[str, ...]) -> Config:
-    options = config.kernels
-    assert options is not None
-    return config.model_copy(update={"kernels": options.model_copy(update={"kernels": names})})
+    settings = config.settings_of(Settings).model_copy(update={"kernels": names})
+    return config.model_copy(update={"settings": settings})
 
 
 def test_the_sentence_and_the_exit_codes(
@@ -329,7 +330,7 @@ def test_the_gpu_path_gates_times_and_resumes(tmp_path: Path, pretend_gpu: dict[
         pytest.raises(CheckError, match=r"1 of 4 kernel checks failed.*qkv; made to fail"),
         Run.open(tmp_path, config, []) as run,
     ):
-        kernels.run(config, run, context)
+        kernels.measure(config, run, context)
     rows = table(run, "kernels")
     ours = {row["layer"]: row for row in rows if row["implementation"] == OURS}
     assert ours["qkv"]["median_us"] == ours["qkv"]["verdict"] == ""  # wrong, so no speed anywhere
@@ -359,12 +360,12 @@ def test_another_gpu_measures_anew(tmp_path: Path, pretend_gpu: dict[str, Any]) 
     config = configure("kernels.autotune=false", "kernels.round_ms=0.01")
     context = Context(device="cuda", threads=1, progress=Progress(quiet=True), argv=[])
     with Run.open(tmp_path, config, []) as run:
-        kernels.run(config, run, context)
+        kernels.measure(config, run, context)
         first = len(pretend_gpu["made"])
-        kernels.run(config, run, context)
+        kernels.measure(config, run, context)
         assert len(pretend_gpu["made"]) == first
         pretend_gpu["name"] = "Pretend 2"
-        kernels.run(config, run, context)
+        kernels.measure(config, run, context)
         assert len(pretend_gpu["made"]) == 2 * first
     assert {row["device_name"] for row in table(run, "kernels")} == {"Pretend 2"}
 

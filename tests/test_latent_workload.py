@@ -19,8 +19,8 @@ from robuq_bench.judging.fidelity import feature_statistics
 from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import open_existing
-from studies import train_and_eval
-from studies.train_and_eval import run_train_and_eval
+from robuq_bench.runs.study import run_study
+from studies.train_and_eval import study as train_and_eval
 
 WORKLOAD = """
 extends = "imagenet256"
@@ -113,7 +113,7 @@ def make(folder: Path, *overrides: str) -> Config:
 
 def run_job(config: Config, root: Path) -> RunResult:
     context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True), argv=["test"])
-    return run_train_and_eval(config, root, context)
+    return run_study(config, root, context)
 
 
 @pytest.mark.filterwarnings("ignore:covariances are rank-deficient")

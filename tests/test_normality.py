@@ -12,13 +12,13 @@ import torch
 
 from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, resolve
-from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.normality.capture import CapturedTokens, save_shard
+from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from studies import normality
+from studies.normality import study as normality
 
 TINY = (
     "normality.images=16",
@@ -56,7 +56,7 @@ def context() -> Context:
 
 def perform(root: Path, config: Config) -> Run:
     with Run.open(root, config, []) as run:
-        normality.run(config, run, context())
+        normality.measure(config, run, context())
         run.finish()
     return run
 
@@ -137,7 +137,7 @@ def test_a_killed_study_continues_to_the_same_tables(
     live: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure("normality.save_activations=true")
-    real, seen = normality.measure, []
+    real, seen = normality.measure_tokens, []
 
     def dies_at_the_second(capture: Any, *args: Any) -> None:
         seen.append(capture.timestep)
@@ -145,10 +145,10 @@ def test_a_killed_study_continues_to_the_same_tables(
             raise KeyboardInterrupt
         real(capture, *args)
 
-    monkeypatch.setattr(normality, "measure", dies_at_the_second)
+    monkeypatch.setattr(normality, "measure_tokens", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         perform(tmp_path, config)
-    monkeypatch.setattr(normality, "measure", real)
+    monkeypatch.setattr(normality, "measure_tokens", real)
     analysed = []
     analyse = normality.analyse
 

@@ -11,7 +11,8 @@ import pytest
 
 from robuq_bench.cli.app import main
 from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
-from studies import packed
+from studies.packed import settings
+from studies.packed import study as packed
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +69,7 @@ def test_packing_is_judged_beside_the_trained_student(
 
 
 def test_settings_and_study_know_the_same_variants() -> None:
-    from robuq_bench.config.studies import PACKED_VARIANTS
-    from studies.packed import VARIANTS
-
-    assert tuple(VARIANTS) == PACKED_VARIANTS
+    assert tuple(packed.VARIANTS) == settings.VARIANTS
 
 
 def test_what_it_needs_is_said(

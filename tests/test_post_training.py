@@ -17,9 +17,9 @@ from robuq_bench.inference import pack_
 from robuq_bench.progress import Progress
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.runs.run import open_existing, verify_run
-from studies import train_and_eval
-from studies.sample_images import load_student
-from studies.train_and_eval import run_train_and_eval
+from robuq_bench.runs.study import run_study
+from robuq_bench.students import load_student
+from studies.train_and_eval import study as train_and_eval
 
 
 def config_for(workload: Path, plan: str | Path, *overrides: str) -> Config:
@@ -29,7 +29,7 @@ def config_for(workload: Path, plan: str | Path, *overrides: str) -> Config:
 
 def run_job(config: Config, root: Path) -> RunResult:
     context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True), argv=["test"])
-    return run_train_and_eval(config, root, context)
+    return run_study(config, root, context)
 
 
 def state_of(result: RunResult) -> dict[str, torch.Tensor]:

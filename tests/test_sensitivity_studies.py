@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
+from robuq_bench import trials
 from robuq_bench.cli import app as cli
 from robuq_bench.config import BitsConfig, Config, load_allocation_file, resolve
 from robuq_bench.context import Context
@@ -20,15 +21,12 @@ from robuq_bench.errors import CheckError, ConfigError
 from robuq_bench.judging import evaluation
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
-from studies import (
-    allocation,
-    allocation_speed,
-    allocation_tables,
-    ground_truth,
-    sensitivity,
-    sensitivity_tables,
-    trials,
-)
+from studies import allocation_speed
+from studies.allocation import study as allocation
+from studies.allocation import tables as allocation_tables
+from studies.sensitivity import study as sensitivity
+from studies.sensitivity import tables as sensitivity_tables
+from studies.sensitivity import truth as ground_truth
 
 COMMON = ("training.batch_size=4", "training.calibration_samples=8", "evaluation.batch_size=100")
 SENSITIVITY = (
@@ -73,7 +71,7 @@ def perform(study: Any, config: Config, root: Path) -> Run:
         device="cpu", threads=torch.get_num_threads(), progress=Progress(quiet=True), argv=[]
     )
     with Run.open(root, config, []) as run:
-        study.run(config, run, context)
+        study.measure(config, run, context)
         run.finish()
     return run
 

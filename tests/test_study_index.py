@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from robuq_bench.errors import RobuqError, UsageError
+from robuq_bench.errors import UsageError
 from robuq_bench.study_index import (
-    COMMAND_MODULES,
-    command_version,
     find_study,
+    inputs_of,
     list_studies,
-    read_study,
-    studies_folder,
+    load_study,
+    look_up,
+    settings_class,
 )
 
-RUN = "def run(config, run, context):\n    pass\n"
+STUDY = 'VERSION = "1"\ndef measure(config, run, context):\n    return []\n'
 
 
 def test_names_versions_and_summaries_are_read_without_running(tmp_path: Path) -> None:
     (tmp_path / "step_time.py").write_text(
-        f'raise SystemExit\nVERSION: str = "3"\nSUMMARY = "How long?"\n{RUN}'
+        f'raise SystemExit\n{STUDY}VERSION: str = "3"\nSUMMARY = "How long?"\nUSES_DATA = False\n'
     )
-    (tmp_path / "alpha.py").write_text(f'VERSION = "1"\n{RUN}')
+    (tmp_path / "alpha.py").write_text(f"{STUDY}def check(config): pass\nclass Settings: pass\n")
     (tmp_path / "figures.py").write_text("import matplotlib\n")
-    (tmp_path / "_private.py").write_text(RUN)
-    (tmp_path / "train_and_eval.py").write_text(f'VERSION = "1"\n{RUN}')
-    assert [study.name for study in list_studies(tmp_path)] == ["alpha", "step-time"]
-    study = find_study("step_time", tmp_path)
-    assert (study.module, study.version, study.summary) == ("studies.step_time", "3", "How long?")
+    (tmp_path / "_private.py").write_text(STUDY)
+    (tmp_path / "in_a_folder").mkdir()
+    (tmp_path / "in_a_folder" / "study.py").write_text(f'{STUDY}RULE = "if"\n')
+    (tmp_path / "in_a_folder" / "settings.py").write_text("class Settings: pass\n")
+    (tmp_path / "in_a_folder" / "tables.py").write_text(STUDY)
+    alpha, folder, step_time = list_studies(tmp_path)
+    assert (alpha.name, alpha.has_check, alpha.settings) == ("alpha", True, "studies.alpha")
+    assert (folder.name, folder.module) == ("in-a-folder", "studies.in_a_folder.study")
+    assert (folder.rule, folder.settings) == ("if", "studies.in_a_folder.settings")
+    assert step_time == find_study("step_time", tmp_path)
+    assert (step_time.version, step_time.summary, step_time.uses_data) == ("3", "How long?", False)
     with pytest.raises(UsageError, match="unknown study 'step-tiem'; did you mean 'step-time'"):
         find_study("step-tiem", tmp_path)
-
-
-def test_a_study_without_version_or_with_bad_syntax_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text(f"VERSION = 1\n{RUN}")
-    with pytest.raises(RobuqError, match=r"a\.py must set VERSION to a text"):
-        list_studies(tmp_path)
-    (tmp_path / "a.py").write_text("def run(:")
-    with pytest.raises(RobuqError, match=r"a\.py cannot be read"):
-        list_studies(tmp_path)
 
 
 def test_no_studies(tmp_path: Path) -> None:
@@ -48,15 +46,67 @@ def test_no_studies(tmp_path: Path) -> None:
         find_study("x", tmp_path)
 
 
-def test_the_commands_find_their_modules() -> None:
-    for module in COMMAND_MODULES:
-        assert (studies_folder() / f"{module}.py").is_file()
-    for module in ("train_and_eval", "train_teacher", "train_features"):
-        assert command_version(module)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (STUDY.replace('"1"', "1"), 'must set VERSION to a text, e.g. VERSION = "1"'),
+        ('VERSION = "1"\n', r"must define measure\(config, run, context\)"),
+        ("def measure(:", "cannot be read: "),
+        ("x = '\0'", "cannot be read: "),
+    ],
+)
+def test_a_file_that_is_no_study_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    for look in (lambda: list_studies(tmp_path), lambda: find_study(str(path))):
+        with pytest.raises(UsageError, match=rf"^study {path} {message}"):
+            look()
+
+
+@pytest.mark.parametrize("name", ["normality", "step_time", "train_and_eval", "plan", "seed"])
+def test_a_study_from_outside_does_not_hide_another(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text(STUDY)
+    with pytest.raises(UsageError, match="rename the file"):
+        find_study(str(tmp_path / f"{name}.py"))
+    assert (look_up(name.replace("_", "-")) is None) == (name in ("plan", "seed"))
+
+
+@pytest.mark.parametrize("name", ["a b", "a.b", "ä"])
+def test_a_study_is_called_by_a_plain_word(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text(STUDY)
+    with pytest.raises(UsageError, match="cannot be called"):
+        find_study(str(tmp_path / f"{name}.py"))
+
+
+def test_a_study_from_outside_that_breaks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "breaks.py"
+    path.write_text(f"{STUDY}import no_such_module\n")
+    with pytest.raises(UsageError, match=r"breaks\.py cannot be imported \(ModuleNotFoundError"):
+        load_study(find_study(str(path)))
+    path.write_text(f"{STUDY}class Settings: pass\n")
+    find_study(str(path))
+    with pytest.raises(UsageError, match="Settings must be a subclass of Section"):
+        settings_class("breaks")
+    sys.modules.pop("_study_breaks")
+    for name in ("no.such.module", "json.decoder.x", str(tmp_path / "nothing.py")):
+        with pytest.raises(UsageError, match="no such"):
+            find_study(name)
 
 
 def test_every_study_here_says_what_it_asks() -> None:
-    for study in list_studies():
-        assert study.version
+    studies = list_studies()
+    assert {"train-and-eval", "teacher-eval", "normality", "step-time"} < {s.name for s in studies}
+    for study in studies:
         assert study.summary
-        assert read_study(studies_folder() / f"{study.module.split('.')[1]}.py") == study
+        assert look_up(study.name) == study
+
+
+def test_settings_say_which_inputs_are_known_by_content() -> None:
+    kinds = {s.name: settings_class(s.name) for s in list_studies()}
+    found = {name: inputs_of(kind) for name, kind in kinds.items() if kind is not None}
+    assert found.pop("normality") == ["captured", "student"]
+    assert found.pop("packed") == ["run"]
+    assert set(found) == {"sensitivity", "allocation", "kernels", "efficiency"}
+    assert not any(found.values())

@@ -28,10 +28,12 @@ from robuq_bench.judging.sampling import sample_images
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run, open_existing, verify_run
+from robuq_bench.runs.study import run_study
+from robuq_bench.students import load_student
 from robuq_bench.training import Trainer
-from studies import normality, train_and_eval
-from studies.sample_images import load_student
-from studies.train_and_eval import run_train_and_eval
+from studies.normality import study as normality
+from studies.normality.settings import Settings
+from studies.train_and_eval import study as train_and_eval
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +51,7 @@ def config_for(workload: Path, plan: str = "a2", seed: int = 0, *overrides: str)
 
 def run_job(config: Config, root: Path) -> RunResult:
     context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True), argv=["test"])
-    return run_train_and_eval(config, root, context)
+    return run_study(config, root, context)
 
 
 def student_digest(path: Path) -> str:
@@ -77,11 +79,10 @@ def test_normality_of_the_trained_student(
     overrides = [f"normality.{name}={value}" for name, value in settings.items()]
     overrides.append(f"normality.student={json.dumps(str(finished.path))}")
     config = resolve("normality", normality.VERSION, "a2", workload, 0, overrides)
-    assert config.normality is not None
-    assert len(config.normality.student_sha256) == 64
+    assert len(config.settings_of(Settings).student_sha256) == 64
     context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True))
     with Run.open(tmp_path, config, []) as run:
-        rows = normality.run(config, run, context)
+        rows = normality.measure(config, run, context)
         run.finish()
     assert {row["subject"] for row in rows} == {"student"}
     assert "teacher" not in run.manifest["inputs"]

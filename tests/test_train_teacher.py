@@ -17,6 +17,7 @@ from robuq_bench.judging.evaluation import validation_losses
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.progress import Progress
+from robuq_bench.runs.study import run_study
 from robuq_bench.training import Trainer
 from studies import train_teacher
 
@@ -37,7 +38,7 @@ def config() -> Config:
 
 def run_job(root: Path) -> RunResult:
     context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True), argv=["test"])
-    return train_teacher.run_train_teacher(config(), root, context)
+    return run_study(config(), root, context)
 
 
 def test_interrupted_training_continues_to_the_same_bits(

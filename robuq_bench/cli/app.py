@@ -7,13 +7,12 @@ Exit codes: 0 done or already complete, 1 crash or failed write, 2 usage, plan o
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -42,6 +41,7 @@ from robuq_bench.cli.job import (
     execute,
     find_run,
     hardware_label,
+    plan_of,
     show,
     show_dry_run,
     show_rows,
@@ -51,10 +51,6 @@ from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.packed import packed_app
 from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
 from robuq_bench.runs import interrupts
-
-if TYPE_CHECKING:
-    from robuq_bench.config import Config
-    from robuq_bench.context import Context, RunResult
 
 _INTERRUPTED = 130
 
@@ -103,18 +99,9 @@ def train_and_eval(
     quiet: QuietFlag = False,
 ) -> None:
     """The main job: quantize a teacher by a plan, train it, allocate its bits, and judge it."""
-    from robuq_bench.study_index import command_version
-
-    version = command_version("train_and_eval")
-    job = Job("train-and-eval", version, plan, on, seed, overrides, device, threads, output,
-              dry_run, force, as_json, quiet)  # fmt: skip
-
-    def work(config: Config, context: Context) -> RunResult:
-        from studies.train_and_eval import run_train_and_eval
-
-        return run_train_and_eval(config, output, context)
-
-    show(job, execute(job, work))
+    job = Job.of_study("train-and-eval", plan, on, seed, overrides, device, threads, output,
+                       dry_run, force, as_json, quiet)  # fmt: skip
+    show(job, execute(job))
 
 
 @app.command("train-teacher")
@@ -132,18 +119,9 @@ def train_teacher(
     quiet: QuietFlag = False,
 ) -> None:
     """Train a workload's full-precision teacher from scratch."""
-    from robuq_bench.study_index import command_version
-
-    version = command_version("train_teacher")
-    job = Job("train-teacher", version, "fp", on, seed, overrides, device, threads, output,
-              dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
-
-    def work(config: Config, context: Context) -> RunResult:
-        from studies.train_teacher import run_train_teacher
-
-        return run_train_teacher(config, output, context)
-
-    result = execute(job, work)
+    job = Job.of_study("train-teacher", "fp", on, seed, overrides, device, threads, output,
+                       dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
+    result = execute(job)
     if result is not None and export is not None:
         _export(result.path / "checkpoints" / "teacher.safetensors", export)
     show(job, result)
@@ -163,18 +141,9 @@ def train_features(
     quiet: QuietFlag = False,
 ) -> None:
     """Train the digit classifier whose features `fid_digits` is measured in (on the CPU)."""
-    from robuq_bench.study_index import command_version
-
-    version = command_version("train_features")
-    job = Job("train-features", version, "fp", on, seed, overrides, "cpu", threads, output,
-              dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
-
-    def work(config: Config, context: Context) -> RunResult:
-        from studies.train_features import run_train_features
-
-        return run_train_features(config, output, context)
-
-    result = execute(job, work)
+    job = Job.of_study("train-features", "fp", on, seed, overrides, "cpu", threads, output,
+                       dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
+    result = execute(job)
     if result is not None and export is not None:
         _export(result.path / "checkpoints" / "features.safetensors", export)
     show(job, result)
@@ -239,7 +208,7 @@ def sample(
         show_dry_run(job, config, target, target.exists())
         return
     context = job.context()
-    from studies.sample_images import run_sample
+    from robuq_bench.judging.sample_grid import run_sample
 
     run_sample(
         config,
@@ -259,7 +228,10 @@ def sample(
 @app.command()
 def study(
     name: NameArgument = None,
-    plan: PlanFlag = "a2",
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="NAME|FILE", help="How to quantize (a2 if not given)."),
+    ] = None,
     activations: ActivationsFlag = None,
     checkpoint: StudentFlag = None,
     part: ShardFlag = None,
@@ -274,41 +246,21 @@ def study(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Answer one question about the method; without a name, list the studies that exist."""
+    """Answer one question about the method: NAME is a study, the .py file of one, or a
+    module.path; without it, list the studies that exist."""
     from robuq_bench.study_index import find_study, list_studies
 
     if name is None:
         rows = [{"study": item.name, "about": item.summary} for item in list_studies()]
-        if rows or as_json:
-            show_rows("studies", rows, as_json)
-        else:
-            print("no studies yet; the main job is `train-and-eval`", flush=True)
+        show_rows("studies", rows, as_json)
         return
     info = find_study(name)
-    inputs = study_inputs(info.name, activations, checkpoint, part, output)
-    inputs += hardware_label(info.name, device)
-    job = Job(info.name, info.version, plan, on, seed, [*inputs, *(overrides or [])], device,
-              threads, output, dry_run, force, as_json, quiet)  # fmt: skip
-
-    def work(config: Config, context: Context) -> RunResult:
-        from robuq_bench.context import RunResult
-        from robuq_bench.runs.run import Run
-
-        module = importlib.import_module(info.module)
-        with Run.open(
-            output,
-            config,
-            context.argv,
-            force=force,
-            device=context.device,
-            threads=context.threads,
-        ) as run:
-            table: list[dict[str, Any]] = module.run(config, run, context)
-            result = RunResult.store(run, table)
-            run.finish()
-        return result
-
-    show(job, execute(job, work))
+    plan = plan_of(info, plan, seed)
+    settings = study_inputs(info.name, activations, checkpoint, part, output)
+    settings += [*hardware_label(info.name, device), *(overrides or [])]
+    job = Job.of_study(info.name, plan, on, seed, settings, device, threads, output,
+                       dry_run, force, as_json, quiet)  # fmt: skip
+    show(job, execute(job))
 
 
 @app.command()

@@ -143,7 +143,7 @@ def account(
     """Count parameters, bits, BitOPs and packed bytes of a plan on a workload's model."""
     from robuq_bench.config import resolve
 
-    config = resolve("account", "1", plan, on, 0, overrides or ())
+    config = resolve("account", "1", plan, on, 0, overrides or (), uses_data=False)
     facts = _account(config)
     if as_json:
         console.print_json(

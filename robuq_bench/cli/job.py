@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robuq_bench.cli import console
-from robuq_bench.errors import MissingResourceError, UsageError, suggest
+from robuq_bench.errors import UsageError, suggest
 
 if TYPE_CHECKING:
     from robuq_bench.config import Config
     from robuq_bench.context import Context, RunResult
+    from robuq_bench.study_index import StudyInfo
 
 PlanFlag = Annotated[
     str, typer.Option("--plan", metavar="NAME|FILE", help="How to quantize; see `plans`.")
@@ -56,24 +57,21 @@ ExportFlag = Annotated[
 ActivationsFlag = Annotated[
     Path | None,
     typer.Option(
-        "--activations", metavar="FOLDER", help="normality: analyse these saved activations."
+        "--activations", metavar="FOLDER", help="Analyse these saved activations (normality)."
     ),
 ]
 StudentFlag = Annotated[
     str | None,
-    typer.Option("--checkpoint", metavar="RUN", help="normality, packed: this run's student."),
+    typer.Option("--checkpoint", metavar="RUN", help="Of this run's student (normality, packed)."),
 ]
 ShardFlag = Annotated[
     str | None,
     typer.Option(
-        "--shard", metavar="I/N", help="sensitivity, allocation: do this part of the trainings."
+        "--shard", metavar="I/N", help="Do this part of the trainings (sensitivity, allocation)."
     ),
 ]
 NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)]
 RUNS = Path("runs")
-SHARDED = ("sensitivity", "allocation")
-TIMED = ("efficiency", "kernels")
-OF_A_RUN = {"normality": "student", "packed": "run"}  # study -> the setting that names the run
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,13 @@ class Job:
     outputs: tuple[Path, ...] = ()  # files besides the run folder
     writes_run: bool = True  # below `output`, which otherwise is only read
 
+    @classmethod
+    def of_study(cls, study: str, *flags: Any) -> Job:
+        """The job of a study, of the version that its file says; `flags` are the fields after."""
+        from robuq_bench.study_index import find_study
+
+        return cls(study, find_study(study).version, *flags)
+
     def resolve(self) -> Config:
         """The frozen config; everything that can be wrong in the flags is refused here."""
         from robuq_bench.config import resolve
@@ -103,7 +108,13 @@ class Job:
 
         check_device_name(self.device)
         return resolve(
-            self.study, self.version, self.plan, self.workload, self.seed, self.overrides or ()
+            self.study,
+            self.version,
+            self.plan,
+            self.workload,
+            self.seed,
+            self.overrides or (),
+            uses_data=None if self.writes_run else False,
         )
 
     def context(self) -> Context:
@@ -124,20 +135,18 @@ class Job:
         )
 
 
-def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult | None:
-    """Resolve, then show (`--dry-run`), look up (finished) or do the work; None after a dry run."""
+def execute(job: Job) -> RunResult | None:
+    """Resolve; show (`--dry-run`), look up (finished) or run the study; None after a dry run."""
     from robuq_bench.context import RunResult
     from robuq_bench.runs.run import open_existing, run_folder
     from robuq_bench.runs.run_files import DONE
+    from robuq_bench.runs.study import check_study, run_study
 
     config = job.resolve()
     folder = run_folder(job.output, config)
     is_complete = (folder / DONE).exists()
     if job.dry_run:
-        if job.study == "train-and-eval":
-            from robuq_bench.accounting.layers import check_plan
-
-            check_plan(config.plan, config.workload)
+        check_study(config)
         show_dry_run(job, config, folder, is_complete)
         return None
     if is_complete and not job.force:
@@ -149,7 +158,7 @@ def execute(job: Job, work: Callable[[Config, Context], RunResult]) -> RunResult
     verb = "continues" if folder.exists() and not job.force else "starts"
     if not job.quiet:
         context.progress.log(f"{job.study}: {verb} {folder} on {context.device}")
-    return work(config, context)
+    return run_study(config, job.output, context)
 
 
 def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> None:
@@ -210,6 +219,19 @@ def find_run(text: str, root: Path) -> Path:
     raise UsageError(f"unknown run {text!r}{hint}")
 
 
+def plan_of(study: StudyInfo, plan: str | None, seed: int) -> str:
+    """The plan that a study runs with.
+
+    Raises:
+        UsageError: a plan or a seed for a study that uses none.
+    """
+    if plan is not None and not study.uses_plan:
+        raise UsageError(f"study {study.name} takes no --plan; it is of full precision")
+    if seed and not study.uses_training:
+        raise UsageError(f"study {study.name} takes no --seed; it trains nothing")
+    return (plan or "a2") if study.uses_plan else "fp"
+
+
 def study_inputs(
     study: str, activations: Path | None, checkpoint: str | None, part: str | None, root: Path
 ) -> list[str]:
@@ -220,30 +242,42 @@ def study_inputs(
     """
     from robuq_bench.config import quoted
 
-    overrides = []
-    if activations is not None and study != "normality":
-        raise UsageError(f"study {study} takes no --activations; study normality does")
-    if checkpoint is not None and study not in OF_A_RUN:
-        takers = " and ".join(OF_A_RUN)
-        raise UsageError(f"study {study} takes no --checkpoint; {takers} do")
+    given: dict[str, str] = {}
     if part is not None:
-        if study not in SHARDED:
-            raise UsageError(f"study {study} takes no --shard; {' and '.join(SHARDED)} do")
-        overrides.append(f"{study}.shard={quoted(part)}")
+        given["--shard"] = part
     if activations is not None:
         # A run that saved its activations stands for them.
         inside = activations / "activations"
-        folder = inside if inside.is_dir() else activations
-        if not folder.is_dir():
-            raise MissingResourceError(
-                f"{folder}: no such folder; save activations with "
-                "`study normality --set normality.save_activations=true`"
-            )
-        overrides.append(f"normality.captured={quoted(str(folder))}")
+        given["--activations"] = str(inside if inside.is_dir() else activations)
     if checkpoint is not None:
-        path = quoted(str(find_run(checkpoint, root)))
-        overrides.append(f"{study}.{OF_A_RUN[study]}={path}")
+        given["--checkpoint"] = checkpoint
+    overrides = []
+    for flag, value in given.items():
+        field = _field_of(flag, study)
+        if field is None:
+            raise UsageError(f"study {study} takes no {flag}; {_takers(flag)}")
+        text = str(find_run(value, root)) if flag == "--checkpoint" else value
+        overrides.append(f"{study}.{field}={quoted(text)}")
     return overrides
+
+
+def _field_of(flag: str, study: str) -> str | None:
+    """The field of a study's settings that a flag fills, None if there is none."""
+    from robuq_bench.study_index import settings_class
+
+    settings = settings_class(study)
+    fields = {} if settings is None else settings.model_fields
+    if flag in ("--shard", "--device"):
+        name = {"--shard": "shard", "--device": "hardware"}[flag]
+        return name if name in fields else None
+    return next((name for name, field in fields.items() if flag in field.metadata), None)
+
+
+def _takers(flag: str) -> str:
+    from robuq_bench.study_index import list_studies
+
+    names = [study.name for study in list_studies() if _field_of(flag, study.name)]
+    return f"{' and '.join(names)} {'does' if len(names) == 1 else 'do'}"
 
 
 def hardware_label(study: str, device: str) -> list[str]:
@@ -251,7 +285,8 @@ def hardware_label(study: str, device: str) -> list[str]:
 
     Settings decide which run a command means, so studies of speed name the device in theirs.
     """
-    if study not in TIMED:
+    field = _field_of("--device", study)
+    if field is None:
         return []
     from robuq_bench.context import check_device_name
 
@@ -265,7 +300,7 @@ def hardware_label(study: str, device: str) -> list[str]:
     index = int(device.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         return []  # `Context` refuses it by name
-    return [f"{study}.hardware={quoted(torch.cuda.get_device_name(index))}"]
+    return [f"{study}.{field}={quoted(torch.cuda.get_device_name(index))}"]
 
 
 def command_line() -> list[str]:

@@ -81,7 +81,7 @@ def export(
 
     Storage.parse(storage)
     context = job.context()
-    from studies.export_packed import run_export
+    from robuq_bench.inference.exporting import run_export
 
     rows = run_export(
         config, context, run=run, random_weights=random_weights, storage=storage, target=file

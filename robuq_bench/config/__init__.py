@@ -26,6 +26,7 @@ from robuq_bench.config.plan import (
 from robuq_bench.config.resolve import (
     Config,
     canonical_json,
+    config_for,
     config_from_toml,
     config_hash,
     resolve,
@@ -33,7 +34,6 @@ from robuq_bench.config.resolve import (
     to_toml,
     training_steps,
 )
-from robuq_bench.config.studies import AllocationStudyConfig, NormalityConfig, SensitivityConfig
 from robuq_bench.config.workload import (
     DataConfig,
     DiffusionConfig,
@@ -46,7 +46,6 @@ from robuq_bench.config.workload import (
 )
 
 __all__ = [
-    "AllocationStudyConfig",
     "AttentionConfig",
     "BitsConfig",
     "CalibrationConfig",
@@ -55,10 +54,8 @@ __all__ = [
     "DiffusionConfig",
     "EvaluationConfig",
     "ModelConfig",
-    "NormalityConfig",
     "Plan",
     "Rule",
-    "SensitivityConfig",
     "TeacherConfig",
     "TeacherTraining",
     "TrainConfig",
@@ -66,6 +63,7 @@ __all__ = [
     "Workload",
     "asset_path",
     "canonical_json",
+    "config_for",
     "config_from_toml",
     "config_hash",
     "load_allocation_file",

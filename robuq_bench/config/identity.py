@@ -15,9 +15,7 @@ from robuq_bench.runs.digests import path_digest, walk
 from robuq_bench.sections import none_word
 from robuq_bench.weight_files import checkpoint_digest
 
-# Fields of study settings that name an input; `<field>_sha256` identifies it.
-INPUTS_OF_STUDIES = ("captured", "student", "run")
-# The same of `workload.evaluation`.
+# Fields of `workload.evaluation` that name an input; `<field>_sha256` identifies it.
 INPUTS_OF_EVALUATION = ("features", "reference", "vae")
 
 

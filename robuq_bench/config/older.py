@@ -32,6 +32,8 @@ _KEYS = {
     "qat": ("distillation_weight", "denoising_weight"),
     "layers": ("skip", "include", "adaln"),
 }
+#: Studies whose settings a `config.toml` named even where it was another study's: as "none".
+NAMED_STUDIES = ("allocation", "efficiency", "kernels", "normality", "packed", "sensitivity")
 OLD_SECTIONS = tuple(section for section in _KEYS if section != "layers")
 _KEPT = ("name", "description", "attention")
 # What called a layer a modulation, where no patterns did: as that code had it, whatever

@@ -12,11 +12,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 from robuq_bench.config.files import as_table, keys_of, merge, parse_toml, section_of, sections_of
 from robuq_bench.config.older import NEW_NAMES
 from robuq_bench.config.plan import Plan, Rule
-from robuq_bench.config.studies import STUDY_SETTINGS
 from robuq_bench.config.workload import Workload
 from robuq_bench.errors import ConfigError, suggest
 from robuq_bench.methods import SLOTS, Slot, method_class
 from robuq_bench.sections import Section
+from robuq_bench.study_index import settings_class
 
 Override = tuple[str, list[str], Any]  # "plan", "workload" or the study, key path, value
 
@@ -144,8 +144,9 @@ def _parameters(slot: Slot, values: dict[str, Any]) -> list[str]:
 
 def _overridable(study: str) -> dict[str, type[Section]]:
     models: dict[str, type[Section]] = {"workload": Workload, "plan": Plan}
-    if study in STUDY_SETTINGS:
-        models[study] = STUDY_SETTINGS[study]
+    settings = settings_class(study)
+    if settings is not None:
+        models[study] = settings
     return models
 
 

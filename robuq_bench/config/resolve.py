@@ -5,73 +5,77 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import Field
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from robuq_bench.config.files import load_plan, load_workload, parse_toml, validate
 from robuq_bench.config.identity import (
     INPUTS_OF_EVALUATION,
-    INPUTS_OF_STUDIES,
     identify,
     identify_data,
     identify_evaluation,
     identify_input,
 )
-from robuq_bench.config.older import modern_plan
+from robuq_bench.config.older import NAMED_STUDIES, modern_plan
 from robuq_bench.config.overrides import apply_overrides, refuse_unknown
 from robuq_bench.config.plan import Plan
-from robuq_bench.config.studies import (
-    STUDY_SETTINGS,
-    OptionalAllocation,
-    OptionalEfficiency,
-    OptionalKernels,
-    OptionalNormality,
-    OptionalPacked,
-    OptionalSensitivity,
-    default_settings,
-)
-from robuq_bench.config.workload import Workload
-from robuq_bench.errors import ConfigError
+from robuq_bench.config.workload import TrainingConfig, Workload
+from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.files import sha256_bytes
 from robuq_bench.methods import check_sources
 from robuq_bench.sections import Name, Section, none_word
+from robuq_bench.study_index import find_study, inputs_of, look_up, settings_class
 
-_STUDIES_WITHOUT_TEACHER = ("train-teacher", "train-features")
-_STUDIES_WITHOUT_DATA = (
-    "kernels",
-    "efficiency",
-    "step-time",
-    "allocation-speed",
-    "normality-speed",
-    "sample",
-    "export",
-    "account",
-)
+SectionT = TypeVar("SectionT", bound=Section)
+
 _MAIN_JOB = "train-and-eval"  # the one study that trains by `training.sensitivity_steps`
-# Settings that say how far into the workload's training a study looks.
-_STEPS_OF_STUDIES = {
-    "allocation": "warmup_steps",
-    "normality": "qat_steps",
-    "sensitivity": "qat_steps",
-}
+_NO_TRAINING = TrainingConfig(steps=0, batch_size=1, learning_rate=1.0)
+
+
+class UnknownSettings(Section):
+    """Settings of a study that is not here, as its run wrote them."""
+
+    model_config = ConfigDict(extra="allow", strict=False)
 
 
 class Config(Section):
-    """Everything that decides a result. Equal configs have equal hashes, and share a run folder."""
+    """Everything that decides a result. Equal configs have equal hashes, and share a run folder.
+
+    Written down, `settings` are a section called as the study, such as `[normality]`.
+    """
 
     study: Name
     study_version: str
     seed: int = Field(default=0, ge=0, lt=2**63)
     plan: Plan
     workload: Workload
-    normality: OptionalNormality = None
-    sensitivity: OptionalSensitivity = None
-    allocation: OptionalAllocation = None
-    kernels: OptionalKernels = None
-    efficiency: OptionalEfficiency = None
-    packed: OptionalPacked = None
+    settings: SerializeAsAny[Section] | None = None
+
+    @model_serializer(mode="wrap")
+    def _with_section(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        settings = values.pop("settings", None)
+        return values if settings is None else {**values, self.study: settings}
+
+    def settings_of(self, kind: type[SectionT]) -> SectionT:
+        """The settings, which are a study's own class.
+
+        Raises:
+            UsageError: they are of another study.
+        """
+        if not isinstance(self.settings, kind):
+            raise UsageError(
+                f"this config is of study {self.study!r}, without {kind.__module__}.{kind.__name__}"
+            )
+        return self.settings
 
 
 def resolve(
@@ -81,13 +85,16 @@ def resolve(
     workload: str | Path | Workload,
     seed: int = 0,
     overrides: Sequence[str] = (),
+    *,
+    uses_data: bool | None = None,
 ) -> Config:
     """Return the frozen config of one run; precedence is override > file > default.
 
     `overrides` are 'section.key=value' texts: a key is looked up in the workload, then in the
     plan; 'plan.', 'workload.' or the study's name in front say which. Files that exist (teacher,
     allocation, data, features, reference, VAE, and what a study names) are identified by their
-    SHA-256, so that a change of content is another run.
+    SHA-256, so that a change of content is another run; `uses_data=False` leaves out data and
+    features, as commands do that write no run (None: as the study says).
 
     Raises:
         ConfigError: unknown name or key, invalid value, or seed out of range.
@@ -98,39 +105,39 @@ def resolve(
         "plan": _dump(plan if isinstance(plan, Plan) else load_plan(plan)),
         "workload": _dump(workload if isinstance(workload, Workload) else load_workload(workload)),
     }
-    settings = default_settings(study)
-    if settings is not None:
-        parts[study] = settings
+    info, kind = look_up(study), settings_class(study)
+    if kind is not None:
+        parts[study] = kind().model_dump(mode="json")
     apply_overrides(parts, study, overrides)
     origin = "--set" if overrides else "config"
     bits = parts["plan"]["bits"]
     if isinstance(bits, dict) and none_word(bits.get("path")):
         identify(bits, "path")
-    if study in _STUDIES_WITHOUT_TEACHER:
-        # What these runs make must not decide which run they are.
+    if uses_data is None:
+        uses_data = info is None or info.uses_data
+    if info is not None and not info.uses_teacher:
+        # What such a run makes must not decide which run it is.
         parts["workload"]["teacher"].update(checkpoint="", sha256="")
-    elif study not in _STUDIES_WITHOUT_DATA:
+    elif uses_data:
         identify_evaluation(parts["workload"]["evaluation"])
-    if study not in _STUDIES_WITHOUT_DATA:
+    if uses_data:
         identify_data(parts["workload"])
     identify(parts["workload"]["teacher"], "checkpoint")
-    if settings is not None:
-        for path_key in INPUTS_OF_STUDIES:
-            identify_input(settings, path_key)
+    if kind is not None:
+        for path_key in inputs_of(kind):
+            identify_input(parts[study], path_key)
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
-    sections: dict[str, Any] = {
-        name: validate(STUDY_SETTINGS[name], values, f"{origin}: {name}")
-        for name, values in parts.items()
-        if name in STUDY_SETTINGS
-    }
-    config = Config(
-        study=study,
-        study_version=version,
-        seed=seed,
-        plan=validate(Plan, parts["plan"], f"{origin}: plan"),
-        workload=validate(Workload, parts["workload"], f"{origin}: workload"),
-        **sections,
+    settings = None if kind is None else validate(kind, parts[study], f"{origin}: {study}")
+    config = _narrowed(
+        Config(
+            study=study,
+            study_version=version,
+            seed=seed,
+            plan=validate(Plan, parts["plan"], f"{origin}: plan"),
+            workload=validate(Workload, parts["workload"], f"{origin}: workload"),
+            settings=settings,
+        )
     )
     check_sources(config.plan.methods())
     allocation = config.plan.bits
@@ -142,11 +149,36 @@ def resolve(
     return config
 
 
+def config_for(study: str, config: Config) -> Config:
+    """The config of another study, with its default settings, on the same plan, workload and seed.
+
+    Raises:
+        UsageError: there is no such study.
+    """
+    info, kind = find_study(study), settings_class(study)
+    own = {"study": info.name, "study_version": info.version}
+    return _narrowed(config.model_copy(update={**own, "settings": kind and kind()}))
+
+
+def _narrowed(config: Config) -> Config:
+    """`config` without what its study does not use, which must not decide which run it is."""
+    info, changes = look_up(config.study), dict[str, Any]()
+    if info is not None and not info.uses_plan:
+        changes["plan"] = load_plan("fp")
+    if info is not None and not info.uses_training:
+        workload = config.workload.model_copy(update={"training": _NO_TRAINING})
+        changes |= {"workload": workload, "seed": 0}
+    return config.model_copy(update=changes)
+
+
 def _check_steps(config: Config) -> None:
-    """ConfigError when a study asks for more steps than the training's learning rate lasts."""
-    key, most = _STEPS_OF_STUDIES.get(config.study), 0
+    """ConfigError when a study asks for more steps than the training's learning rate lasts.
+
+    `LAST_STEP` of its settings names the field that says how far into the training it looks.
+    """
+    key, most = getattr(config.settings, "LAST_STEP", None), 0
     if key is not None:
-        value = getattr(getattr(config, config.study), key)
+        value = getattr(config.settings, key)
         most = max(value, default=0) if isinstance(value, tuple) else value
     steps = config.workload.training.steps
     if most > steps:
@@ -224,10 +256,10 @@ def canonical_json(config: Config) -> str:
     if "low_rank_learning_rate" in training:
         # Runs from before the rate was obeyed must not answer for those that obey it.
         training["low_rank_learning_rate_is_used"] = True
-    for name in STUDY_SETTINGS.keys() & values.keys():
-        for path_key in INPUTS_OF_STUDIES:
-            if values[name].get(f"{path_key}_sha256"):
-                values[name].pop(path_key, None)
+    if config.settings is not None:
+        settings = values[config.study]
+        for path_key in [key for key in settings if settings.get(f"{key}_sha256")]:
+            del settings[path_key]
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -256,6 +288,16 @@ def config_from_toml(text: str, origin: str) -> Config:
             values["plan"] = modern_plan(values["plan"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{origin}: plan of older code: {error}") from None
+    for name in NAMED_STUDIES:
+        if none_word(values.get(name, "none")) is None:
+            values.pop(name, None)
+    study = values.get("study")
+    if isinstance(study, str) and isinstance(values.get(study), dict):
+        section = values.pop(study)
+        kind = settings_class(study)
+        if kind is None:
+            kind, section = UnknownSettings, {k: none_word(v) for k, v in section.items()}
+        values["settings"] = validate(kind, section, f"{origin}: {study}")
     return validate(Config, values, origin)
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench._compat import import_torchvision
-from robuq_bench.config.studies import check_shard
 from robuq_bench.data.datasets import to_uint8
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user
 from robuq_bench.quantization.linear import cached_weights
+from robuq_bench.sections import check_shard
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]

@@ -14,7 +14,6 @@ from scipy.stats import norm
 from torch import Tensor
 
 from robuq_bench import seeds
-from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.hadamard.transform import is_supported
 from robuq_bench.normality.analysis import TESTS, analyse
 from robuq_bench.normality.berry_esseen import (
@@ -31,6 +30,7 @@ from robuq_bench.normality.capture import Captured
 from robuq_bench.normality.consequence import BITS, REFERENCE
 from robuq_bench.normality.controls import CONTROL_NAMES, control_tokens
 from robuq_bench.normality.intervals import rejected_share
+from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.normality.sign_sums import distance_of_signs, exact_distance
 from robuq_bench.normality.statistics import shapiro_wilk
 from robuq_bench.normality.summaries import Row, effect_sizes
@@ -48,7 +48,7 @@ EXAMPLE_BINS = 41
 
 
 class Options(Protocol):
-    """The settings read here; see `NormalityConfig`."""
+    """The settings read here; see `studies/normality/settings.py`."""
 
     @property
     def alpha(self) -> float: ...

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robuq_bench.config.studies import MIN_IMAGES
 from robuq_bench.errors import UsageError
+from robuq_bench.normality.names import MIN_IMAGES
 
 MIN_CLUSTERS = MIN_IMAGES
 """Fewer images than this give a percentile interval that is clearly too narrow."""

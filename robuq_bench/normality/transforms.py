@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from robuq_bench import seeds
-from robuq_bench.config.studies import TRANSFORMS
 from robuq_bench.errors import UsageError, suggest
 from robuq_bench.hadamard.rotation import random_signs, rotate
 from robuq_bench.hadamard.transform import hadamard_transform, is_supported
 from robuq_bench.methods.rotations.dual_rotation import fit_dual_rotation
+from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.normality.statistics import MIN_N
 
 _FULL_WIDTH = ("hadamard", "hadamard-without-dc", "randomized-hadamard")

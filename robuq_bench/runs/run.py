@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -34,7 +35,7 @@ from robuq_bench.files import (
 )
 from robuq_bench.runs import provenance
 from robuq_bench.runs.interrupts import Terminated
-from robuq_bench.runs.lock import process_started
+from robuq_bench.runs.lock import lock_path, process_started
 from robuq_bench.runs.opening import (
     acquire_lock,
     check_config,
@@ -88,6 +89,7 @@ class Run:
         self._records = records
         self._lock = lock
         self._config = config
+        self._made: list[Path] = []  # folders that were not there before, innermost first
 
     @classmethod
     def open(
@@ -120,6 +122,7 @@ class Run:
         path = run_folder(root, config)
         if (path / DONE).exists() and not force:
             return cls._open_done(path, config)
+        made = [folder for folder in (path.parent, root) if not folder.exists()]
         make_folder(path.parent)
         lock = acquire_lock(path, wait_s)
         try:
@@ -134,10 +137,13 @@ class Run:
                 lock.release()
                 return cls._open_done(path, config)
             manifest = load_or_create_manifest(path, config)
+            if not path.exists():
+                made.insert(0, path)
             make_folder(path)
             remove_temporaries(path, recursive=True)
             records = recover_results(path / RESULTS)
             run = cls(path, manifest, records, lock, config)
+            run._made = made
             run._begin_session(argv, device, threads)
         except BaseException:
             lock.release()
@@ -180,6 +186,25 @@ class Run:
         finally:
             self._lock.release()
             self._lock = None
+
+    def remove_if_untouched(self) -> None:
+        """Close the run and remove its folder, if this session made it and stored nothing in it.
+
+        So what is refused before any work leaves no trace.
+        """
+        files = {path.name for path in self.path.rglob("*") if path.is_file()}
+        is_touched = bool(self._records) or not files <= {CONFIG, MANIFEST, RESULTS}
+        if self._lock is None or self.path not in self._made or is_touched:
+            return
+        shutil.rmtree(self.path)
+        lock_path(self.path).unlink(missing_ok=True)
+        for folder in self._made[1:]:
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # another run is in it
+        self._lock.release()
+        self._lock = None
 
     @property
     def id(self) -> str:

@@ -11,7 +11,7 @@ from robuq_bench.config import load_plan, load_workload
 from robuq_bench.inference import load_packed
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.convert import quantize_
-from studies.sample_images import load_student
+from robuq_bench.students import load_student
 
 STUDENT = Path("finished") / "train-and-eval" / "a2-tiny-aa361f6c5cdf"
 PLANS = ("standalone",)

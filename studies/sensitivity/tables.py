@@ -11,7 +11,8 @@ from robuq_bench.config import Config
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, agreement_gain, rank_agreement, recovered_layers
-from studies.ground_truth import truth_differences
+from studies.sensitivity.settings import Settings
+from studies.sensitivity.truth import truth_differences
 
 MAIN_METRIC, MAIN_TARGET = "epsilon_mse", "distillation_loss"
 #: What counts as no worthwhile gain in rank correlation.
@@ -36,8 +37,7 @@ def metric_table(run: Run, steps: int, metric: str) -> Table:
 
 def summarise(config: Config, run: Run) -> list[dict[str, Any]]:
     """Write the tables from the run's records, and return the headline."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     differences = truth_differences(run)
     truth = {
         target: {
@@ -93,8 +93,7 @@ def agreement_fields(
     config: Config, table: Table, truth: Table, bits: int | None
 ) -> dict[str, Any]:
     """Rank agreement at one bit width, or over all pairs of layer and bits, as columns."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     found = rank_agreement(
         table,
         truth,
@@ -120,7 +119,7 @@ def agreement_fields(
 
 
 def verdict_rows(gains: Rows) -> Rows:
-    """Apply the rule of `studies/sensitivity.py` at each bit width of the truth, and over all."""
+    """Apply the rule of `study.py` at each bit width of the truth, and over all."""
     rows = []
     for row in gains:
         if row["metric"] != MAIN_METRIC:
@@ -138,8 +137,7 @@ def verdict_rows(gains: Rows) -> Rows:
 
 def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
     """What training adds to every metric's rank correlation with the truth."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     last = options.qat_steps[-1]
     resamples = max(options.bootstrap_draws, MIN_RESAMPLES)
     rows = []
@@ -225,8 +223,7 @@ def ceiling_rows(
 
 def recovered_rows(config: Config, run: Run, truth: Table) -> list[dict[str, Any]]:
     """Layers that the metric before training puts among the worst and the truth does not."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     before = metric_table(run, 0, MAIN_METRIC)
     return [
         {"bits": bits, "top_k": options.top_k, "metric": MAIN_METRIC, "layer": layer}

@@ -1,7 +1,8 @@
 """Whether a kernel of `study kernels` computes what its reference defines.
 
-`python -m studies.kernel_checks` reads cases as JSON lines and writes one check per line: the study
-starts it with Triton's interpreter switched on, which has to happen before a kernel is imported.
+`python -m studies.kernels.checks` reads cases as JSON lines and writes one check per line: the
+study starts it with Triton's interpreter switched on, which has to happen before a kernel is
+imported.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studies.kernel_cases import (
+from studies.kernels.cases import (
     FAKE,
     FAKE_BACKWARD,
     QUANTIZER,

@@ -50,8 +50,9 @@ from robuq_bench.measuring.timing import (
     time_interleaved,
 )
 from robuq_bench.runs.run import Run
-from studies.efficiency_claims import Item, claims, shown
-from studies.efficiency_variants import (
+from studies.efficiency.claims import Item, claims, shown
+from studies.efficiency.settings import Settings
+from studies.efficiency.variants import (
     NotRunError,
     Sampler,
     Variant,
@@ -65,6 +66,7 @@ from studies.efficiency_variants import (
 
 VERSION = "1"
 SUMMARY = "File size, GPU memory and speed of the packed model against five baselines."
+USES_DATA = False
 NEEDS_GPU = "timings and peak memory need a CUDA device; sizes are exact, times here are a model"
 # A round; nine in three rounds is enough for p < .002, which three are not.
 SAMPLING_SAMPLES = 3
@@ -77,18 +79,21 @@ ORDER = ("w1.58a8", "bf16-graph", "tf32", "w1.58a4", "w1.58a2", "bf16", "bf16-co
          "torchao-int8", "fp32")  # fmt: skip
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
-    """Count bytes, measure what this machine can, and set the paper's factors beside it."""
-    options = config.efficiency
-    if options is None:
-        raise UsageError("study efficiency needs its settings; resolve the config for it")
-    variants = [variant_of(name) for name in options.variants]
-    section = config.workload.model
-    if options.guidance and section.class_dropout_prob <= 0:
+def check(config: Config) -> None:
+    """Refuse guidance of a model that knows no null label."""
+    has_null_label = config.workload.model.class_dropout_prob > 0
+    if config.settings_of(Settings).guidance and not has_null_label:
         raise UsageError(
             "this workload's model has no null label; --set efficiency.guidance=false times it "
             "without guidance"
         )
+
+
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Count bytes, measure what this machine can, and set the paper's factors beside it."""
+    options = config.settings_of(Settings)
+    variants = [variant_of(name) for name in options.variants]
+    section = config.workload.model
     packed = [variant for variant in variants if variant.plan]
     plan = packed_plan(packed[0].plan if packed else "a4", options.rank)
     checkpoints = [
@@ -157,8 +162,7 @@ def weight_rows(config: Config, plan: Plan, variants: list[Variant]) -> list[dic
 
 def config_rank(config: Config) -> int:
     """Rank of the low-rank branch in this study."""
-    assert config.efficiency is not None
-    return config.efficiency.rank
+    return config.settings_of(Settings).rank
 
 
 def packed_bytes(model_config: Any, plan: Plan, float_bytes: int) -> int:
@@ -181,8 +185,7 @@ def packed_bytes(model_config: Any, plan: Plan, float_bytes: int) -> int:
 
 def measure_all(config: Config, variants: list[Variant], run: Run, context: Context) -> list[Item]:
     """Items of every variant, batch and kind ("step", "sampling") that is configured."""
-    options = config.efficiency
-    assert options is not None
+    options = config.settings_of(Settings)
     device_name = torch.cuda.get_device_name(context.device)
     plan = [
         (variant, batch, kind)
@@ -239,8 +242,7 @@ class Bench:
     """One variant on the device; its model is built when the first item asks for it."""
 
     def __init__(self, config: Config, variant: Variant, device: str) -> None:
-        assert config.efficiency is not None
-        self.config, self.options, self.variant = config, config.efficiency, variant
+        self.config, self.options, self.variant = config, config.settings_of(Settings), variant
         self.device, self.section = device, config.workload.model
         self.model: nn.Module | None = None
         self.resident_before = 0

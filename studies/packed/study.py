@@ -35,10 +35,11 @@ from robuq_bench.judging.evaluation import (
     validation_losses,
 )
 from robuq_bench.judging.feature_networks import load_feature_network
+from robuq_bench.judging.summary import metric_summary
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.runs.run import Run, open_existing
-from studies.sample_images import load_student
-from studies.train_and_eval import metric_summary
+from robuq_bench.students import load_student
+from studies.packed.settings import Settings
 
 VERSION = "2"
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
@@ -53,15 +54,28 @@ VARIANTS = {
 }
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
-    """Judge every variant; one row each. CheckError (exit 3) if a lossless file changes images."""
-    options = config.packed
-    if options is None or options.run is None:
+def check(config: Config) -> None:
+    """Refuse to go without the run of a student on this workload."""
+    trained_run(config)
+
+
+def trained_run(config: Config) -> Run:
+    """The run whose student is judged."""
+    folder = config.settings_of(Settings).run
+    if folder is None:
         raise UsageError("study packed needs a finished train-and-eval run: --checkpoint RUN")
-    trained = open_existing(Path(options.run))
-    workload, plan = trained.config.workload, trained.config.plan
+    trained = open_existing(Path(folder))
+    workload = trained.config.workload
     if workload.name != config.workload.name:
         raise UsageError(f"{trained.id} is of workload {workload.name!r}; give it as --on")
+    return trained
+
+
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Judge every variant; one row each. CheckError (exit 3) if a lossless file changes images."""
+    options = config.settings_of(Settings)
+    trained = trained_run(config)
+    workload, plan = trained.config.workload, trained.config.plan
     data = load_dataset(workload.data, name=workload.name)
     network = load_feature_network(workload.evaluation, device=context.device)
     reference = load_reference(workload, data, network)

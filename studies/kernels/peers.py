@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robuq_bench.hadamard.transform import hadamard_matrix
-from studies.kernel_cases import QUANTIZE, Case
+from studies.kernels.cases import QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"
 MAX_RELATIVE_ERROR = 0.05  # of the root mean square; peers round tokens to 8 bits

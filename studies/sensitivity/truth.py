@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import UsageError
 from robuq_bench.judging.sampling import shard
 from robuq_bench.runs.run import Run
-from studies.trials import Judge, adopt_shards, train_trial
+from robuq_bench.trials import TARGETS, Judge, adopt_shards, metric_key, train_trial
+from studies.sensitivity.settings import Settings
 
 BASELINE = "none"
-#: What can be worse in a trained network; every one is "lower is better".
-TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
 
 
 class Item(NamedTuple):
@@ -42,8 +41,7 @@ def measure_truth(
     config: Config, run: Run, context: Context, judge: Judge, layers: list[str]
 ) -> None:
     """Train and judge every item of this shard that neither this run nor another shard has."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     plan_bits = config.plan.uniform_bits
     if plan_bits is None:
         raise UsageError(
@@ -84,15 +82,3 @@ def truth_differences(run: Run) -> dict[str, dict[str, dict[int, list[float]]]]:
                 by_layer = found.setdefault(target, {}).setdefault(record["layer"], {})
                 by_layer.setdefault(record["bits"], []).append(change)
     return found
-
-
-def metric_key(record: dict[str, Any], target: str) -> str | None:
-    """The field of a record that holds the target; None if absent.
-
-    "fid" is called after the workload's features ("fid_digits"). `compute_fid` writes its
-    `..._is_rank_deficient` beside it, which tells it from every other field.
-    """
-    if target != "fid":
-        return target if target in record else None
-    names = [name for name in record if f"{name}_is_rank_deficient" in record]
-    return next((name for name in names if name.split("_")[0] == "fid"), None)

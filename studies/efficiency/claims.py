@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from robuq_bench.measuring.statistics import Timing, compare
-from studies.efficiency_variants import Variant, variant_of
+from studies.efficiency.variants import Variant, variant_of
 
 Item = dict[str, Any]
 PAPER = {"checkpoint size": 15.2, "GPU memory": 7.1, "speed": 3.5}

@@ -20,12 +20,12 @@ from robuq_bench.allocation import (
     solve,
 )
 from robuq_bench.config import Config
-from robuq_bench.config.studies import CANDIDATES
 from robuq_bench.files import make_folder
 from robuq_bench.normality.summaries import block_of
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
-from studies.ground_truth import TARGETS, metric_key
+from robuq_bench.trials import TARGETS, metric_key
+from studies.allocation.settings import CANDIDATES, Settings
 
 #: Candidate -> (metric, whether it is measured after the warm-up).
 SOURCES = {
@@ -92,8 +92,7 @@ def solver_rows(
     config: Config, tables: dict[str, Table], macs: dict[str, int]
 ) -> list[dict[str, Any]]:
     """Every solver on the `qat` sensitivities: objective, gap to the optimum, seconds."""
-    options = config.allocation
-    assert options is not None
+    options = config.settings_of(Settings)
     rows = []
     for budget in options.budgets:
         problem = allocation_problem(tables["qat"], macs, [mac_cost(macs, budget)])
@@ -119,8 +118,7 @@ def front_rows(
     config: Config, tables: dict[str, Table], macs: dict[str, int]
 ) -> list[dict[str, Any]]:
     """The whole Pareto front of every source, exact at every budget."""
-    options = config.allocation
-    assert options is not None
+    options = config.settings_of(Settings)
     rows = []
     for name, table in tables.items():
         means, objectives = allocation_table(table, macs, options.choices).pareto()
@@ -133,8 +131,7 @@ def bucket_rows(
     config: Config, buckets: dict[str, Table], macs: dict[str, int]
 ) -> list[dict[str, Any]]:
     """Predicted objective with bits per timestep bucket beside one allocation for all."""
-    options = config.allocation
-    assert options is not None
+    options = config.settings_of(Settings)
     steps = dict.fromkeys(buckets, 1)
     mean: Table = {
         layer: {
@@ -212,7 +209,7 @@ def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdict_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rule of `studies/allocation.py` for every candidate against uniform."""
+    """The rule of `study.py` for every candidate against uniform."""
     rows = []
     for budget in dict.fromkeys(trial["budget"] for trial in trials):
         for candidate in dict.fromkeys(trial["candidate"] for trial in trials):

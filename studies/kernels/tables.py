@@ -7,9 +7,9 @@ from typing import Any
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.measuring.roofline import DATA_SHEETS, least_seconds
 from robuq_bench.measuring.statistics import Timing, compare
-from studies.kernel_cases import Case
-from studies.kernel_checks import Check
-from studies.kernel_peers import BASELINE
+from studies.kernels.cases import Case
+from studies.kernels.checks import Check
+from studies.kernels.peers import BASELINE
 
 OURS = "robuq-bench"
 MODEL = "model, not measured"

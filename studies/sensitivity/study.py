@@ -3,20 +3,8 @@
 RobuQ says that layers which look bad after post-training quantization recover in training, so that
 sensitivities must be measured after about 1,000 steps of it. The truth is what training itself
 says: for every layer and bit width, networks trained with that layer alone at those bits
-(`studies/ground_truth.py`), three seeds each. A metric is good if it orders layers as the truth
-does.
-
-**Verdict rule, fixed before any number was seen.** At one bit width, or over all, with the increase
-of the distillation loss as the truth, let G be Spearman's rho of the end-to-end epsilon-MSE after K
-steps minus that of the same metric before training, with its 95 % interval from resampling layers.
-*PTQ sensitivities mislead* holds if the interval lies above 0, does not hold if it lies below 0.05
-(training improves the order by less than 0.05 at best), and is undecided otherwise. K is the
-largest of `qat_steps`.
-
-Amended after the first run, which judged 3 bits on a truth that was noise: a verdict also needs
-seeds that agree. Where one seed's truth orders layers as the mean of the others with a mean rho
-below 0.3, the verdict is undecided. And the interval takes 20,000 resamples, since with 1,000 their
-seed decided one verdict. The rule is for one metric; `gains.csv` has every metric, after the fact.
+(`truth.py`), three seeds each. A metric is good if it orders layers as the truth does.
+`RULE` was fixed before any number was seen.
 
 The allocator adds up sensitivities, so additivity is checked too: random pairs of layers, and whole
 random allocations, predicted by the sum against measured.
@@ -35,7 +23,6 @@ from robuq_bench.allocation import mean_bits
 from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config
 from robuq_bench.context import Context
-from robuq_bench.errors import UsageError
 from robuq_bench.judging.sampling import evaluation_mode
 from robuq_bench.qat import metric_batches, prepare_training
 from robuq_bench.quantization.convert import (
@@ -43,6 +30,7 @@ from robuq_bench.quantization.convert import (
     quantized_layers,
     set_activation_bits,
 )
+from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import (
     METRICS,
@@ -53,20 +41,31 @@ from robuq_bench.sensitivity import (
 )
 from robuq_bench.sensitivity.epsilon import mean_squared_error
 from robuq_bench.sensitivity.probing import predict
-from studies.ground_truth import measure_truth
-from studies.sensitivity_tables import MAIN_METRIC, metric_table, summarise
-from studies.train_and_eval import resume, train_with_checkpoints
-from studies.trials import Judge, make_judge
+from robuq_bench.trials import Judge, make_judge
+from studies.sensitivity.settings import Settings
+from studies.sensitivity.tables import MAIN_METRIC, metric_table, summarise
+from studies.sensitivity.truth import measure_truth
 
 VERSION = "2"
 SUMMARY = "Do sensitivities of the post-training-quantized model mislead? Metrics against training."
+RULE = """\
+Fixed before any number was seen. At one bit width, or over all, with the increase
+of the distillation loss as the truth, let G be Spearman's rho of the end-to-end epsilon-MSE after K
+steps minus that of the same metric before training, with its 95 % interval from resampling layers.
+*PTQ sensitivities mislead* holds if the interval lies above 0, does not hold if it lies below 0.05
+(training improves the order by less than 0.05 at best), and is undecided otherwise. K is the
+largest of `qat_steps`.
+
+Amended after the first run, which judged 3 bits on a truth that was noise: a verdict also needs
+seeds that agree. Where one seed's truth orders layers as the mean of the others with a mean rho
+below 0.3, the verdict is undecided. And the interval takes 20,000 resamples, since with 1,000 their
+seed decided one verdict. The rule is for one metric; `gains.csv` has every metric, after the fact.
+"""
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """Measure the truth (or this shard of it), the metrics, and how they agree."""
-    options = config.sensitivity
-    if options is None:
-        raise UsageError("study sensitivity needs its settings; resolve the config for it")
+    options = config.settings_of(Settings)
     judge = make_judge(config, run, context, options.truth_samples, options.truth_sampling_steps)
     trainer, source, loss_function = prepare_training(config, context, judge.teacher, judge.data)
     layers = allocatable_layers(trainer.model)
@@ -98,8 +97,7 @@ def measure_metrics(
     steps: int,
 ) -> None:
     """Every metric of the model after `steps` steps; the main one also by timestep."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     bound = MetricOptions(
         teacher=judge.teacher, loss=distillation_loss(judge.teacher), seed=config.seed
     )
@@ -136,8 +134,7 @@ def measure_interactions(
     steps: int,
 ) -> None:
     """Change of the prediction when several layers drop at once, beside the sum of each alone."""
-    options = config.sensitivity
-    assert options is not None
+    options = config.settings_of(Settings)
     alone = metric_table(run, steps, MAIN_METRIC)
     before = {name: layer.activation_bits for name, layer in quantized_layers(model).items()}
     present = {layer: before[layer] or 0 for layer in layers}

@@ -1,17 +1,6 @@
 """Is every token's activation normal after a Hadamard transform? The claim RobuQ rests on.
 
-**Verdict rule, fixed before any activation was seen.** For a layer type, a transform and b bits,
-take each token's mean squared error under the uniform mid-rise quantizer with RobuQ's steps and its
-mean-absolute-deviation scale, divide it by the token's variance and by the value for N(0, 1)
-(0.3634, 0.1188, 0.03744, 0.01154 at 1 to 4 bits), and average over tokens. The layer type is
-*normal enough for b bits* if the upper end of the 95 % interval of that mean is below 1.05. The
-interval resamples whole images, because tokens of one image are not independent. It is *not normal
-enough* if the lower end is at or above 1.05, and *undecided* in between.
-
-Amended once, after the first run: signs are a draw, and one draw moved `proj` by more than the
-interval over images. For the randomised transform the mean therefore also runs over `sign_draws`
-draws, and the interval allows for their spread. At 8 bits true Gaussian tokens of width 144 exceed
-1.05 themselves, because few values decide the overload; their ratio stands beside every verdict.
+`RULE` was fixed before any activation was seen.
 
 Steps: diffuse real images to evenly spread timesteps; sample tokens at the input of every layer
 that the plan quantizes; measure each token under every transform; do the same to tokens whose
@@ -32,8 +21,7 @@ from torch import nn
 
 from robuq_bench import seeds
 from robuq_bench.checkpointing import CheckpointStore, load_tensors, save_tensors
-from robuq_bench.config import Config, NormalityConfig
-from robuq_bench.config.studies import MIN_IMAGES, TRANSFORMS
+from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset
 from robuq_bench.diffusion import Diffusion
@@ -47,17 +35,33 @@ from robuq_bench.normality.analysis import (
     sign_draw_ratios,
 )
 from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
+from robuq_bench.normality.names import MIN_IMAGES, TRANSFORMS
 from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.normality.transforms import NotApplicable, Transform, make_transform
 from robuq_bench.qat import prepare_training
 from robuq_bench.quantization.convert import layer_type, quantized_layers, target_layers
+from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.digests import walk
 from robuq_bench.runs.run import Run
-from studies.sample_images import load_student
-from studies.train_and_eval import resume, train_with_checkpoints
+from robuq_bench.students import load_student
+from studies.normality.settings import Settings
 
 VERSION = "3"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
+RULE = """\
+Fixed before any activation was seen. For a layer type, a transform and b bits,
+take each token's mean squared error under the uniform mid-rise quantizer with RobuQ's steps and its
+mean-absolute-deviation scale, divide it by the token's variance and by the value for N(0, 1)
+(0.3634, 0.1188, 0.03744, 0.01154 at 1 to 4 bits), and average over tokens. The layer type is
+*normal enough for b bits* if the upper end of the 95 % interval of that mean is below 1.05. The
+interval resamples whole images, because tokens of one image are not independent. It is *not normal
+enough* if the lower end is at or above 1.05, and *undecided* in between.
+
+Amended once, after the first run: signs are a draw, and one draw moved `proj` by more than the
+interval over images. For the randomised transform the mean therefore also runs over `sign_draws`
+draws, and the interval allows for their spread. At 8 bits true Gaussian tokens of width 144 exceed
+1.05 themselves, because few values decide the overload; their ratio stands beside every verdict.
+"""
 CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16
 CALIBRATION_TOKENS = 8
@@ -74,11 +78,19 @@ class Capture(NamedTuple):
     layers: Captured
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+def check(config: Config) -> None:
+    """Refuse saved activations that are not here."""
+    captured = config.settings_of(Settings).captured
+    if captured and not Path(captured).is_dir():
+        raise MissingResourceError(
+            f"{captured}: no such folder; save activations with "
+            "`study normality --set normality.save_activations=true`"
+        )
+
+
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """Capture, measure, summarise; returns one line per subject and layer type."""
-    options = config.normality
-    if options is None:
-        raise UsageError("study normality needs its settings; resolve the config for it")
+    options = config.settings_of(Settings)
     transforms = options.transforms or TRANSFORMS
     settings = summaries.Settings(options.alpha, options.bootstrap_draws, config.seed)
     captures = saved_captures(options, run) if options.captured else live(config, run, context)
@@ -95,7 +107,9 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             }
         dtypes |= {part.tokens.dtype for part in capture.layers.values()}
         if capture.timestep >= 0:
-            measure(capture, rotations, probes[capture.subject], run, context, options.sign_draws)
+            measure_tokens(
+                capture, rotations, probes[capture.subject], run, context, options.sign_draws
+            )
     if not probes:
         raise MissingResourceError(f"{options.captured}: holds no shards of activations")
     if not any(probes.values()):
@@ -128,8 +142,7 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
 
 def live(config: Config, run: Run, context: Context) -> Iterator[Capture]:
     """Run every subject on the same diffused images; finished timesteps are not run again."""
-    options, workload = config.normality, config.workload
-    assert options is not None
+    options, workload = config.settings_of(Settings), config.workload
     data = load_dataset(workload.data, name=workload.name)
     run.add_input_digest("data", data.sha256, source=data.source)
     wanted = options.images + CALIBRATION_IMAGES
@@ -170,8 +183,7 @@ def subjects(
     config: Config, run: Run, context: Context, data: ImageData
 ) -> Iterator[tuple[str, nn.Module]]:
     """The models to look at: the teacher or a student, then the plan in the middle of training."""
-    options, workload = config.normality, config.workload
-    assert options is not None
+    options, workload = config.settings_of(Settings), config.workload
     if options.student:
         yield "student", load_student(Path(options.student), workload).to(context.device)
         return
@@ -226,14 +238,9 @@ def run_model(
     return recorder.result()
 
 
-def saved_captures(options: NormalityConfig, run: Run) -> Iterator[Capture]:
+def saved_captures(options: Settings, run: Run) -> Iterator[Capture]:
     """Shards of activations from a folder, calibration first."""
     folder = Path(str(options.captured))
-    if not folder.is_dir():
-        raise MissingResourceError(
-            f"{folder}: no such folder; save activations with "
-            "`study normality --set normality.save_activations=true`"
-        )
     found: dict[tuple[str, int], Path] = {}
     for path in sorted(path for path in walk(folder) if path.suffix == ".safetensors"):
         run.add_input(path)
@@ -279,7 +286,7 @@ class Rotations:
         return self._made[key]
 
 
-def measure(
+def measure_tokens(
     capture: Capture,
     rotations: Rotations,
     probes: Captured,

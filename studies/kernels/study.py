@@ -52,7 +52,7 @@ from robuq_bench.measuring.timing import (
     time_interleaved,
 )
 from robuq_bench.runs.run import Run
-from studies.kernel_cases import (
+from studies.kernels.cases import (
     KERNELS,
     Case,
     cases_of,
@@ -60,9 +60,11 @@ from studies.kernel_cases import (
     make_inputs,
     weight_cases_of,
 )
-from studies.kernel_checks import Check, check
-from studies.kernel_peers import PeerUnavailableError, make_layer, make_peer, peers_of
-from studies.kernel_tables import (
+from studies.kernels.checks import Check
+from studies.kernels.checks import check as check_case
+from studies.kernels.peers import PeerUnavailableError, make_layer, make_peer, peers_of
+from studies.kernels.settings import Settings
+from studies.kernels.tables import (
     MODEL,
     OURS,
     facts,
@@ -74,17 +76,20 @@ from studies.kernel_tables import (
 
 VERSION = "1"
 SUMMARY = "Correctness, speed and share of the hardware's ceiling of every kernel."
+USES_DATA = False
 NEEDS_GPU = "timings need a CUDA device; the roofline here is a model from data-sheet peaks"
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
-    """Check and, on a CUDA device, time every case; returns our kernels' rows."""
-    options = config.kernels
-    if options is None:
-        raise UsageError("study kernels needs its settings; resolve the config for it")
-    for name in options.kernels:
+def check(config: Config) -> None:
+    """Refuse kernels that do not exist."""
+    for name in config.settings_of(Settings).kernels:
         if name not in KERNELS:
             raise UsageError(f"kernels.kernels: unknown kernel {name!r}{suggest(name, KERNELS)}")
+
+
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Check and, on a CUDA device, time every case; returns our kernels' rows."""
+    options = config.settings_of(Settings)
     cases = list(all_cases(options))
     run.write_table("roofline", [row for case in cases for row in roofline_rows(case)])
     if context.device.startswith("cuda"):
@@ -169,10 +174,10 @@ def interpreter(cases: list[Case], seed: int) -> Iterator[Check]:
     """Checks of `cases` from a process with Triton's interpreter switched on, as they finish."""
     if not cases:
         return
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "studies.kernel_checks"]
+    command = [sys.executable, "-m", "studies.kernels.checks"]
     text = "".join(json.dumps({"case": asdict(case), "seed": seed}) + "\n" for case in cases)
     with subprocess.Popen(
         command,
@@ -219,7 +224,7 @@ def timed(
         run.append(f"ceilings/{session}", kind="ceilings", device_name=name, **ceilings.row())
     with context.progress.task("kernels", len(cases), len(cases) - len(missing)) as task:
         for case in missing:
-            rows = measure(case, options, seed, device, ceilings)
+            rows = measure_case(case, options, seed, device, ceilings)
             run.append(case.key, kind="kernel", device_name=name, rows=rows)
             task.advance()
             torch.cuda.empty_cache()
@@ -235,7 +240,7 @@ def timed(
     return table
 
 
-def measure(
+def measure_case(
     case: Case, options: Any, seed: int, device: str, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
     """Rows of our kernel and its peers at one case, timed in the same rounds."""
@@ -272,9 +277,9 @@ def measure(
 
 
 def guarded_check(case: Case, device: str, seed: int) -> Check:
-    """`check`; a shape whose reference does not fit the memory is not correct, nor timed."""
+    """`check_case`; a shape whose reference does not fit the memory is not correct, nor timed."""
     try:
-        return check(case, device, seed)
+        return check_case(case, device, seed)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return Check(False, None, "not checked: the reference does not fit the memory")

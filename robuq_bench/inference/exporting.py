@@ -17,7 +17,7 @@ from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.runs.run import open_existing
-from studies.sample_images import load_student
+from robuq_bench.students import load_student
 
 
 def run_export(

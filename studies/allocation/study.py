@@ -6,13 +6,7 @@ random; the exact optimum for sensitivities measured before training (`ptq`, `ou
 increase of its error against the teacher); and `resolved`, which solves again during its own
 training. Every network then trains the same number of steps at its own bits from the same start, so
 that the comparison is of allocations and not of schedules (train-and-eval's AMPN plans spend part
-of their steps at the warm-up bits).
-
-**Verdict rule, fixed before any network was trained.** For a candidate against uniform at one
-budget, on the distillation loss and on FID, over all training seeds: *holds* if the candidate's
-worst is better than uniform's best, *does not hold* if its best is worse than uniform's worst,
-*undecided* otherwise. Differences paired by seed are reported beside it. Added later: with one
-training seed on either side there is no verdict (*one seed: not judged*).
+of their steps at the warm-up bits). `RULE` was fixed before any network was trained.
 
 Solvers are compared on the same sensitivities without training, and so are allocations per timestep
 bucket, whose mean over the sampling steps meets the same budget.
@@ -30,13 +24,15 @@ from robuq_bench.allocation import Allocation, allocation_problem, mac_cost, mea
 from robuq_bench.allocation.solvers import SOLVERS
 from robuq_bench.config import Config
 from robuq_bench.context import Context
-from robuq_bench.errors import CheckError, UsageError
+from robuq_bench.errors import CheckError
 from robuq_bench.judging.sampling import shard
 from robuq_bench.qat import metric_batches, prepare_training
 from robuq_bench.quantization.convert import allocatable_layers, set_activation_bits
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, MetricOptions, by_timestep, distillation_loss
-from studies.allocation_tables import (
+from robuq_bench.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
+from studies.allocation.settings import Settings
+from studies.allocation.tables import (
     SOURCES,
     Table,
     bucket_rows,
@@ -45,10 +41,16 @@ from studies.allocation_tables import (
     write_allocations,
     write_comparison,
 )
-from studies.trials import Judge, adopt_shards, judge_student, make_judge, train_trial
 
 VERSION = "2"
 SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."
+RULE = """\
+Fixed before any network was trained. For a candidate against uniform at one
+budget, on the distillation loss and on FID, over all training seeds: *holds* if the candidate's
+worst is better than uniform's best, *does not hold* if its best is worse than uniform's worst,
+*undecided* otherwise. Differences paired by seed are reported beside it. Added later: with one
+training seed on either side there is no verdict (*one seed: not judged*).
+"""
 
 
 class Trial(NamedTuple):
@@ -63,13 +65,11 @@ class Trial(NamedTuple):
         return f"trial/{self.candidate}/{self.budget:g}/{self.seed}"
 
 
-def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """Measure, solve, train every trial (or this shard of them), summarise."""
-    options = config.allocation
-    if options is None:
-        raise UsageError("study allocation needs its settings; resolve the config for it")
+    options = config.settings_of(Settings)
     judge = make_judge(config, run, context, options.samples, options.sampling_steps)
-    layers, tables, buckets = measure(config, run, context, judge)
+    layers, tables, buckets = measure_sensitivities(config, run, context, judge)
     all_macs = dit_layer_macs(config.workload.model)
     macs = {layer: all_macs[layer] for layer in layers}
     chosen = allocations(config, tables, macs)
@@ -84,12 +84,11 @@ def run(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     return write_comparison(run, trials)
 
 
-def measure(
+def measure_sensitivities(
     config: Config, run: Run, context: Context, judge: Judge
 ) -> tuple[list[str], dict[str, Table], dict[str, Table]]:
     """Layers, sensitivities of every source, and those of `qat` by timestep bucket."""
-    options = config.allocation
-    assert options is not None
+    options = config.settings_of(Settings)
     trainer, source, loss_function = prepare_training(config, context, judge.teacher, judge.data)
     model = trainer.model
     layers = allocatable_layers(model)
@@ -151,8 +150,7 @@ def allocations(
     config: Config, tables: dict[str, Table], macs: dict[str, int]
 ) -> dict[tuple[str, float], Allocation]:
     """Bits of every candidate at every budget; `resolved` chooses its own while training."""
-    options = config.allocation
-    assert options is not None
+    options = config.settings_of(Settings)
     chosen = {}
     for budget in options.budgets:
         for candidate in options.candidates:
@@ -175,8 +173,7 @@ def train_all(
     chosen: dict[tuple[str, float], Allocation],
 ) -> None:
     """Train and judge every trial of this shard that is not there yet."""
-    options = config.allocation
-    assert options is not None
+    options = config.settings_of(Settings)
     trials = [
         Trial(candidate, budget, seed)
         for seed in range(options.seeds)
@@ -234,8 +231,7 @@ def train_resolved(
     trial: Trial,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Train with the allocation solved anew at each of `resolve_steps`; return its last bits."""
-    options = config.allocation
-    assert options is not None
+    options = config.settings_of(Settings)
     recipe = config.workload.training.model_copy(update={"steps": options.train_steps})
     workload = config.workload.model_copy(update={"training": recipe})
     own = config.model_copy(update={"seed": trial.seed, "workload": workload})

@@ -30,6 +30,8 @@ from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.runs.run_files import run_folders
 
 _LOG = logging.getLogger(__name__)
+#: What can be worse in a trained network; every one is "lower is better".
+TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
 
 
 class Judge(NamedTuple):
@@ -102,26 +104,39 @@ def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[st
     return result
 
 
+def metric_key(record: dict[str, Any], target: str) -> str | None:
+    """The field of a record that holds the target; None if absent.
+
+    "fid" is called after the workload's features ("fid_digits"). `compute_fid` writes its
+    `..._is_rank_deficient` beside it, which tells it from every other field.
+    """
+    if target != "fid":
+        return target if target in record else None
+    names = [name for name in record if f"{name}_is_rank_deficient" in record]
+    return next((name for name in names if name.split("_")[0] == "fid"), None)
+
+
 def adopt_shards(run: Run, config: Config, kind: str) -> None:
     """Take over the records of `kind` from runs that differ from this one in their shard alone.
 
     A run that cannot be read is left out with a warning: what it holds is computed again.
     """
-    if getattr(config, config.study).shard is not None:
+    own: Any = config.settings
+    if own.shard is not None:
         return
     for path in run_folders(run.path.parents[1]):
         if path == run.path or path.parent.name != config.study:
             continue
         try:
             other = open_existing(path)
-            theirs = getattr(other.config, config.study)
+            theirs: Any = other.config.settings
         except RobuqError as error:
             _LOG.warning("run %s is left out, what it holds is computed again: %s", path, error)
             continue
         if theirs is None or theirs.shard is None:
             continue
         whole = other.config.model_copy(
-            update={config.study: theirs.model_copy(update={"shard": None})}
+            update={"settings": theirs.model_copy(update={"shard": None})}
         )
         if whole != config:
             continue

@@ -1,0 +1,65 @@
+"""Training that keeps its state in a run's checkpoints, so that the same command goes on."""
+
+from __future__ import annotations
+
+import json
+
+from robuq_bench.checkpointing import CheckpointStore
+from robuq_bench.context import Context
+from robuq_bench.runs.interrupts import at_step_boundary
+from robuq_bench.runs.run import Run
+from robuq_bench.training import BatchSource, LossFunction, Trainer
+
+
+def resume(trainer: Trainer, store: CheckpointStore, at_most: int | None = None) -> None:
+    """Take up the newest checkpoint (no later than step `at_most`) that is ahead of the trainer."""
+    found = store.load_latest(at_most)
+    if found is not None and found[0] > trainer.step:
+        step, tensors, metadata = found
+        trainer.load_state(step, tensors, str(store.path(step)))
+        trainer.window = json.loads(metadata.get("window", "[]"))
+
+
+def train_with_checkpoints(
+    trainer: Trainer,
+    source: BatchSource,
+    loss_function: LossFunction,
+    until: int,
+    run: Run,
+    store: CheckpointStore,
+    context: Context,
+    *,
+    phase: str,
+) -> None:
+    """Train to step `until`, logging window means and saving atomically every N steps.
+
+    The logging window restarts at each checkpoint, so a resumed run logs the same numbers. When the
+    process is asked to end, the step under way is finished and saved, with its window.
+    """
+    recipe = trainer.recipe
+    if trainer.step >= until:
+        return
+    with (
+        at_step_boundary() as asked_to_end,
+        context.progress.task(f"QAT {phase}", until, trainer.step) as task,
+    ):
+        for values in trainer.train(source, loss_function, until):
+            step, window = trainer.step, trainer.window
+            window.append(values)
+            task.update(f"loss {values['loss']:.4f}")
+            task.reach(step)
+            if step % recipe.log_every_steps == 0 or step == until:
+                key = f"train/{step:08d}"
+                if not run.has(key):
+                    means = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
+                    run.append(key, kind="train", step=step, phase=phase, **means)
+                window.clear()
+            is_regular = step % recipe.checkpoint_every_steps == 0 or step == until
+            if is_regular:
+                window.clear()
+            ending = asked_to_end()
+            if is_regular or ending:
+                facts = {"run": run.id, "phase": phase, "window": json.dumps(window)}
+                store.save(step, trainer.state(), facts)
+            if ending:
+                break

@@ -1,0 +1,55 @@
+"""Running a study: check, open its run, measure what is missing, store the headline, finish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robuq_bench.config import Config
+from robuq_bench.context import Context, RunResult
+from robuq_bench.errors import RobuqError
+from robuq_bench.runs.run import Run
+from robuq_bench.study_index import find_study, load_study
+
+
+def run_study(config: Config, root: Path, context: Context, *, wait_s: float = 0.0) -> RunResult:
+    """Run the study that `config` is of, or continue it; a finished run answers at once.
+
+    Args:
+        config: resolved for the study.
+        root: the folder of all runs.
+        context: where and how to compute.
+        wait_s: how long to wait, in seconds, for another process to let go of the run.
+
+    Raises:
+        UsageError: there is no such study, or another process writes the run.
+        RobuqError: what the study refuses. A run that this call began and that holds no result yet
+            is removed again.
+    """
+    check_study(config)
+    info = find_study(config.study)
+    with Run.open(
+        root,
+        config,
+        context.argv,
+        force=context.force,
+        wait_s=wait_s,
+        device=context.device,
+        threads=context.threads,
+    ) as run:
+        if run.is_done:
+            return RunResult.from_run(run)
+        try:
+            table = load_study(info).measure(config, run, context)
+        except RobuqError:
+            run.remove_if_untouched()
+            raise
+        result = RunResult.store(run, table, {"run": run.id})
+        run.finish()
+    return result
+
+
+def check_study(config: Config) -> None:
+    """Let the study that `config` is of refuse what it cannot do, by raising a `RobuqError`."""
+    info = find_study(config.study)
+    if info.has_check:
+        load_study(info).check(config)

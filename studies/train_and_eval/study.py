@@ -1,0 +1,237 @@
+"""The main job: quantize a teacher by a plan, train it, allocate its bits, and judge it.
+
+Steps, in the order of the run: load what can fail (data, metric reference, teacher); have the
+teacher's own run, which all plans of a workload share; convert; train `sensitivity_steps` at the
+warm-up bits and measure every layer's sensitivity; solve AMPN; train on at the allocated bits to
+`training.steps` in total, so that plans with and without AMPN get the same number of steps;
+evaluate the averaged weights; account.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from robuq_bench.accounting.account import account
+from robuq_bench.accounting.layers import check_plan
+from robuq_bench.checkpointing import CheckpointStore
+from robuq_bench.config import Config, config_for, sensitivity_steps, training_steps
+from robuq_bench.context import Context
+from robuq_bench.data.datasets import ImageData, load_dataset
+from robuq_bench.errors import CheckpointError
+from robuq_bench.judging.evaluation import (
+    evaluate_samples,
+    load_reference,
+    record_inputs,
+    validation_losses,
+)
+from robuq_bench.judging.feature_networks import load_feature_network
+from robuq_bench.judging.summary import metric_summary
+from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.qat import convert_teacher, prepare_training
+from robuq_bench.quantization.convert import (
+    layer_type,
+    set_activation_bits,
+)
+from robuq_bench.resumable import resume, train_with_checkpoints
+from robuq_bench.runs.run import Run, open_existing, run_folder
+from robuq_bench.runs.study import run_study
+from robuq_bench.students import save_student
+from studies.figures import plot_allocation, plot_losses
+from studies.train_and_eval.allocated_bits import activation_bits, allocated_weight_bits
+
+VERSION = "2"
+SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
+LOCK_WAIT_S = 3600.0  # for a teacher that another job is sampling
+
+
+def check(config: Config) -> None:
+    """Refuse a plan that does not fit the workload's model, or whose bits no method says."""
+    check_plan(config.plan, config.workload)
+
+
+def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+    """Train and judge the student; one row per subject."""
+    started = time.perf_counter()
+    workload, plan = config.workload, config.plan
+    if not plan.is_full_precision:
+        steps = training_steps(config)
+        context.progress.log(
+            f"plan {plan.name}: {steps} QAT steps"
+            if steps
+            else f"plan {plan.name}: post-training quantization, no QAT step"
+        )
+    data = load_dataset(workload.data, name=workload.name)
+    network = load_feature_network(workload.evaluation, device=context.device)
+    reference = load_reference(workload, data, network)
+    teacher, teacher_sha256 = load_teacher(workload, context.device)
+    teacher_run = teacher_eval(config, run, context)
+    record_inputs(teacher_run, workload, data, network)
+    resumed = bool(run.results())
+    run.add_input_digest("teacher", teacher_sha256)
+    record_inputs(run, workload, data, network)
+    copy_teacher_rows(teacher_run, run)
+    student: nn.Module = teacher
+    bits: dict[str, int] | None = None
+    if plan.is_full_precision:
+        copy_teacher_rows(teacher_run, run, subject="student")
+    else:
+        student, bits = train_student(config, run, context, teacher, data)
+        evaluate_samples(
+            student,
+            workload,
+            run,
+            context,
+            subject="student",
+            network=network,
+            reference=reference,
+        )
+    if not run.has("validation"):
+        losses = validation_losses(student, teacher, data, workload, context.device)
+        run.append("validation", kind="validation", **losses)
+    if not run.has("accounting"):
+        run.append("accounting", kind="accounting", **account(workload.model, plan, bits))
+    if not run.has("timing"):
+        seconds = round(time.perf_counter() - started, 1)
+        run.append("timing", kind="timing", total_s=seconds, resumed=resumed)
+    write_outputs(run)
+    return summary_table(run)
+
+
+def teacher_eval(config: Config, run: Run, context: Context) -> Run:
+    """The finished teacher-eval run of this workload beside `run`, computing what is missing.
+
+    Two jobs that start together share it: the second waits for the first's lock.
+
+    Raises:
+        CheckpointError: it is damaged, or was measured on other data or features.
+    """
+    root, own = run.path.parents[1], config_for("teacher-eval", config)
+    try:
+        result = run_study(own, root, replace(context, force=False), wait_s=LOCK_WAIT_S)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. It is the teacher's own run, which --force of this command leaves alone: "
+            f"remove {run_folder(root, own)} to have it made anew"
+        ) from error
+    return open_existing(result.path)
+
+
+def train_student(
+    config: Config, run: Run, context: Context, teacher: nn.Module, data: ImageData
+) -> tuple[nn.Module, dict[str, int]]:
+    """Convert, calibrate, allocate and train; return the model with averaged weights, and its bits.
+
+    Bits are those that the plan allocates: of activations, or of weights.
+    """
+    plan = config.plan
+    steps = training_steps(config)
+    recipe = config.workload.training.model_copy(update={"steps": steps})
+    config = config.model_copy(
+        update={"workload": config.workload.model_copy(update={"training": recipe})}
+    )
+    states = run.path / "checkpoints" / "calibration"
+    weight_bits: dict[str, int] = {}
+    if plan.bits is not None and plan.bits.of == "weight":
+        weight_bits = allocated_weight_bits(config, run, context, teacher, data)
+        states = states / "allocated"
+    if steps == 0:
+        student = convert_teacher(config, context, teacher, data, states, weight_bits)
+        if not weight_bits:
+            set_activation_bits(
+                student, activation_bits(config, run, context, student, teacher, data)
+            )
+        student.eval()
+    else:
+        student = trained(config, run, context, teacher, data, states, weight_bits)
+    bits = dict((run.get("allocation") or {}).get("bits_by_layer", {}))
+    save_student(run, config, student, bits)
+    return student, bits
+
+
+def trained(
+    config: Config,
+    run: Run,
+    context: Context,
+    teacher: nn.Module,
+    data: ImageData,
+    states: Path,
+    weight_bits: dict[str, int],
+) -> nn.Module:
+    """QAT: warm up, allocate activation bits where the plan does, train on; averaged weights."""
+    trainer, source, loss_function = prepare_training(
+        config, context, teacher, data, states, weight_bits
+    )
+    student = trainer.model
+    store = CheckpointStore(run.path / "checkpoints" / "training")
+    resume(trainer, store)
+
+    def train_to(until: int, phase: str) -> None:
+        train_with_checkpoints(
+            trainer, source, loss_function, until, run, store, context, phase=phase
+        )
+
+    if not weight_bits:
+        train_to(sensitivity_steps(config), "warmup")
+        set_activation_bits(student, activation_bits(config, run, context, student, teacher, data))
+    train_to(trainer.recipe.steps, "qat")
+    trainer.copy_ema_to(student)
+    return student.eval()
+
+
+def copy_teacher_rows(teacher_run: Run, run: Run, subject: str = "teacher") -> None:
+    """Cite the teacher's metrics (same seeds, N, sampler) and grid in this run."""
+    for record in teacher_run.results():
+        if record["kind"] != "metrics":
+            continue
+        key = f"metrics/{subject}/{record['seed_range']}"
+        if not run.has(key):
+            fields = {k: v for k, v in record.items() if k not in ("key", "subject")}
+            run.append(key, subject=subject, source_run=teacher_run.id, **fields)
+    grid = teacher_run.path / "samples" / "grid-teacher.png"
+    if grid.exists():
+        run.write_bytes(f"samples/grid-{subject}.png", grid.read_bytes())
+
+
+def summary_table(run: Run) -> list[dict[str, Any]]:
+    """One row per subject: mean over the seed ranges of every metric, with N and ranges."""
+    records = run.results()
+    rows = {subject: metric_summary(records, subject) for subject in ("teacher", "student")}
+    return [{"subject": subject, **row} for subject, row in rows.items() if row]
+
+
+def write_outputs(run: Run) -> None:
+    """Write the tidy tables and figures of a finished job from its records alone."""
+    records = run.results()
+    metrics = [
+        {k: v for k, v in record.items() if k not in ("key", "kind")}
+        for record in records
+        if record["kind"] == "metrics"
+    ]
+    run.write_table("metrics", metrics)
+    losses = [record for record in records if record["kind"] == "train"]
+    if losses:
+        run.write_table(
+            "losses", [{k: v for k, v in r.items() if k not in ("key", "kind")} for r in losses]
+        )
+        plot_losses(losses, run.figure_path("losses"))
+    allocation = run.get("allocation")
+    if allocation is not None:
+        run.write_table(
+            "allocation",
+            [
+                {
+                    "layer": layer,
+                    "of": allocation.get("of", "activation"),
+                    "layer_type": layer_type(layer),
+                    "bits": bits,
+                    "macs": allocation["macs"][layer],
+                }
+                for layer, bits in allocation["bits_by_layer"].items()
+            ],
+        )
+        plot_allocation(allocation, run.figure_path("allocation"))
