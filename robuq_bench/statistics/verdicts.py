@@ -28,7 +28,7 @@ WORDS = (
 enough to be judged and leave it open; "not judged": they were too few, or something is missing."""
 
 MAX_DECIMALS = 6
-"""An interval that needs more decimals, or reaches ±10^6, is printed with exponents."""
+"""Of an interval's text; one that needs more, or reaches ±10^6, is printed with exponents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +142,17 @@ def _cell(name: str, value: Any) -> Any:
     if empty:
         raise ValueError(f"{name} is empty")
     if name == "n":
-        return int(value)
+        if not float(value).is_integer():
+            raise ValueError(f"n is a count, got {value}")
+        return int(float(value))
     return float(value) if name == "confidence" else str(value)
 
 
 def interval_text(low: float, high: float, thresholds: Sequence[float] = (0.0, 1.0)) -> str:
     """`[low to high]`, rounded so that no limit changes its side of a threshold.
 
-    Both limits have the same decimals: as few as leave two significant digits of each and print a
-    limit as a threshold only where it is one.
+    Both limits have the same decimals, as few as leave two significant digits of each and print no
+    limit as a threshold that it is not; with more than `MAX_DECIMALS`, each has its own digits.
 
     Raises:
         ValueError: a limit is NaN, or low lies above high.
@@ -158,35 +160,30 @@ def interval_text(low: float, high: float, thresholds: Sequence[float] = (0.0, 1
     if not low <= high:
         raise ValueError(f"an interval goes from low to high, got {low} and {high}")
     limits = [limit for limit in (low, high) if math.isfinite(limit)]
-    decimals = max((_decimals(limit, thresholds) for limit in limits), default=0)
-    plain = decimals <= MAX_DECIMALS and all(abs(limit) < 1e6 for limit in limits)
-    texts = [
-        _sign(f"{limit:.{decimals}f}" if plain else _exponent_text(limit, thresholds))
-        for limit in (low, high)
-    ]
-    return f"[{texts[0]} to {texts[1]}]"
-
-
-def _decimals(limit: float, thresholds: Sequence[float]) -> int:
-    """Fewest decimals that keep two significant digits and the side of every threshold."""
-    decimals = 0 if limit == 0 else max(0, 1 - math.floor(math.log10(abs(limit))))
-    while not _same_side(limit, f"{limit:.{decimals}f}", thresholds):
+    decimals = max((_decimals_of_two_digits(limit) for limit in limits), default=0)
+    while not all(_same_side(limit, f"{limit:.{decimals}f}", thresholds) for limit in limits):
         decimals += 1
-    return decimals
+    if decimals <= MAX_DECIMALS and all(abs(limit) < 1e6 for limit in limits):
+        texts = [f"{limit + 0.0:.{decimals}f}" for limit in (low, high)]  # + 0.0: no "-0"
+    else:
+        texts = [_shortest(limit + 0.0, thresholds) for limit in (low, high)]
+    return f"[{_sign(texts[0])} to {_sign(texts[1])}]"
 
 
-def _exponent_text(limit: float, thresholds: Sequence[float]) -> str:
-    if not math.isfinite(limit):
-        return f"{limit}"
+def _decimals_of_two_digits(limit: float) -> int:
+    return 0 if limit == 0 else max(0, 1 - math.floor(math.log10(abs(limit))))
+
+
+def _shortest(limit: float, thresholds: Sequence[float]) -> str:
     digits = 2
-    while not _same_side(limit, f"{limit:.{digits}g}", thresholds):
+    while math.isfinite(limit) and not _same_side(limit, f"{limit:.{digits}g}", thresholds):
         digits += 1
     return f"{limit:.{digits}g}"
 
 
 def _same_side(value: float, text: str, thresholds: Sequence[float]) -> bool:
     shown = float(text)
-    return all((shown > t, shown < t) == (value > t, value < t) for t in thresholds)
+    return all(shown != t and (shown < t) == (value < t) for t in thresholds if value != t)
 
 
 def _sign(text: str) -> str:

@@ -85,6 +85,25 @@ def test_agrees_with_one_token_at_a_time(n: int) -> None:
     assert not found.degenerate.any()
 
 
+@pytest.mark.parametrize("n", [8, 144, 1000, 4608])
+def test_p_values_are_those_of_statsmodels_row_by_row(n: int) -> None:
+    """Tokens from normal to skewed, so that p runs through all of Lilliefors' table."""
+    X = np.random.default_rng(n).normal(size=(200, n))
+    X = np.where(X > 0, 1 + np.linspace(0, 2, 200)[:, None], 1) * X
+    found = of(X)
+    expected = np.array([lilliefors(x) for x in X])
+    np.testing.assert_allclose(found.ks_distance, expected[:, 0], atol=1e-12)
+    np.testing.assert_allclose(found.lilliefors_p, expected[:, 1], atol=1e-9)
+    assert (expected[:, 1] > 0.5).any()
+    assert (expected[:, 1] < 0.01).any()
+    np.testing.assert_allclose(found.anderson_p, [normal_ad(x)[1] for x in X], rtol=1e-7)
+
+
+def test_lilliefors_p_ends_with_the_table() -> None:
+    ends = statistics.lilliefors_p(np.array([0.0, 0.02, 0.4, 1.0]), 100)
+    np.testing.assert_array_equal(ends, [0.99, 0.99, 0.001, 0.001])
+
+
 def test_anderson_is_that_of_statsmodels() -> None:
     X = np.random.default_rng(3).normal(size=(20, 200))
     np.testing.assert_allclose(of(X).anderson_a2, [normal_ad(x)[0] for x in X], atol=1e-10)

@@ -1,0 +1,343 @@
+"""Is one plan better than another: paired over training seeds, judged against a margin.
+
+Both plans are trained from the same seeds and sampled from the same image ranges, so they differ
+pair by pair: d[seed, range] = log(candidate) − log(baseline), or the plain difference where a
+metric can be 0 or less. The model is d = effect + seed + range + residual, all but the effect
+random and normal. Seeds share the ranges, whose part of the error does not shrink with more seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
+from statsmodels.stats.multitest import multipletests
+
+from robuq_bench.errors import UsageError
+from robuq_bench.seeds import seeded
+from robuq_bench.statistics.verdicts import Verdict
+
+Floats = NDArray[np.float64]
+Word = Literal["better", "equivalent", "worse", "undecided"]
+
+MIN_SEEDS = 5
+"""Fewer common training seeds are not judged."""
+
+MARGIN = 0.97
+"""Ratios from this to its reciprocal are of no consequence."""
+
+CONFIDENCE = 0.95
+POWER = 0.80
+
+RULE = (
+    "Two plans are compared over the training seeds and image ranges that both have, by the ratio "
+    f"of geometric means and its {CONFIDENCE:.0%} interval. Equivalent: the interval lies within "
+    f"{MARGIN} to 1/{MARGIN}, ends included. Otherwise better or worse: it lies wholly on that "
+    f"side of 1. Otherwise undecided. With fewer than {MIN_SEEDS} common seeds: not judged. "
+    "Metrics that can be 0 or less are compared by their difference, against 0 and a margin in "
+    "their own unit. Where comparisons are judged as a family, better and worse must also survive "
+    "Holm's correction."
+)
+
+_DECIDED = ("better", "worse", "holds", "does not hold")
+
+
+class PairedBootstrap(NamedTuple):
+    """Effect, percentile interval [low, high] and two-sided p-value of the null effect."""
+
+    effect: float
+    low: float
+    high: float
+    p_value: float
+
+
+class _Estimate(NamedTuple):
+    """A mean difference, its standard error, degrees of freedom, and how they were found."""
+
+    mean: float
+    error: float
+    freedom: float
+    test: str
+
+
+def judge_interval(low: float, high: float, margin: float, lower_is_better: bool = True) -> Word:
+    """The word that `RULE` gives an interval [low, high] of log ratios or differences.
+
+    Differences of at most `margin` are of no consequence. A negative interval is the better one
+    where `lower_is_better`.
+    """
+    if -margin <= low and high <= margin:
+        return "equivalent"
+    if low <= 0 <= high:
+        return "undecided"
+    return "better" if (high < 0) == lower_is_better else "worse"
+
+
+def compare_plans(
+    values: pd.DataFrame,
+    candidate: str,
+    baseline: str,
+    metric: str,
+    *,
+    lower_is_better: bool = True,
+    difference_margin: float | None = None,
+    confidence: float = CONFIDENCE,
+) -> Verdict:
+    """Judge the plan `candidate` beside the plan `baseline` by `RULE`.
+
+    The interval is mean ± t · SE of the mixed model (REML); by Satterthwaite's rule, the part of
+    SE² that ranges hold has ranges − 1 degrees of freedom, the rest seeds − 1, and the whole at
+    most seeds − 1. With one range, or where the model cannot be fitted, it is the paired t interval
+    over the seeds' means; `test` says which, and why. `detectable` is the effect that would be told
+    from none with 80 % power: exp((t(1 − α/2) + t(0.8)) · SE), without exp for differences.
+
+    Simulated 95 % intervals of 8 seeds and 3 ranges cover 93 to 98 % while ranges vary no more than
+    seeds, 91 % where seeds do not vary at all; of 2 ranges, 90 and 85 %.
+
+    Args:
+        values: columns `plan`, `seed` (training seed), `image_range`, `value`; other columns and
+            other plans are passed over.
+        candidate: the plan to be judged.
+        baseline: the plan beside it.
+        metric: what `value` is, for the words of the verdict.
+        lower_is_better: as for FID; False for precision and the like.
+        difference_margin: compare by differences, of which those up to this (> 0, in the unit of
+            the metric) are of no consequence. None: by ratios, within `MARGIN`.
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        UsageError: a column or plan is missing, a (plan, seed, range) is there twice, a value is
+            not finite, or not above 0 where ratios are compared; names it.
+    """
+    ratio = difference_margin is None
+    if difference_margin is not None and not difference_margin > 0:
+        raise UsageError(f"difference_margin lies above 0, got {difference_margin}")
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence lies in (0, 1), got {confidence}")
+    d, left_out = _differences(values, candidate, baseline, metric, ratio)
+    back: Callable[[float], float] = math.exp if ratio else float
+    verdict = Verdict(
+        claim=f"{metric} of {candidate} differs from that of {baseline}.",
+        subject=candidate,
+        verdict="not judged",
+        effect=back(d.mean()) if len(d) else None,
+        effect_name=f"{'ratio of geometric' if ratio else 'difference of'} means of {metric}",
+        low=None,
+        high=None,
+        confidence=confidence,
+        n=d.index.unique("seed").size,
+        n_of="training seeds",
+        test="none",
+        p_value=None,
+        note=f"{left_out} (seed, image range) of one plan only left out" if left_out else "",
+    )
+    if verdict.n < MIN_SEEDS:
+        reason = f"{MIN_SEEDS} training seeds that both plans have are needed"
+        return _noted(verdict, reason)
+    found = _estimate(d)
+    t = stats.t(found.freedom)
+    quantile = float(t.ppf((1 + confidence) / 2))
+    low, high = found.mean - quantile * found.error, found.mean + quantile * found.error
+    margin = -math.log(MARGIN) if difference_margin is None else difference_margin
+    return dataclasses.replace(
+        verdict,
+        verdict=judge_interval(low, high, margin, lower_is_better=lower_is_better),
+        effect=back(found.mean),
+        low=back(low),
+        high=back(high),
+        test=found.test,
+        p_value=_two_sided_p(found),
+        detectable=back((quantile + float(t.ppf(POWER))) * found.error),
+    )
+
+
+def _two_sided_p(found: _Estimate) -> float:
+    if not found.error:  # all differences are equal
+        return 0.0 if found.mean else 1.0
+    return float(2 * stats.t(found.freedom).sf(abs(found.mean) / found.error))
+
+
+def _differences(
+    values: pd.DataFrame, candidate: str, baseline: str, metric: str, ratio: bool
+) -> tuple[pd.Series[float], int]:
+    """Paired differences by (seed, image_range), and how many of these only one plan has."""
+    key = ["plan", "seed", "image_range"]
+    if missing := [name for name in [*key, "value"] if name not in values.columns]:
+        raise UsageError(f"the values of {metric} have no column {', '.join(missing)}")
+    if candidate == baseline:
+        raise UsageError(f"plan {candidate!r} is compared with itself")
+    used = values.loc[values["plan"].isin([candidate, baseline]), [*key, "value"]]
+    if absent := sorted({candidate, baseline} - set(used["plan"])):
+        raise UsageError(f"no values of {metric} for plan {', '.join(absent)}")
+    number = used["value"].to_numpy(dtype=np.float64)
+    for bad, problem in (
+        (used.duplicated(key).to_numpy(), "is there twice"),
+        (~np.isfinite(number), "is not finite"),
+        (ratio & (number <= 0), "is not above 0: give difference_margin to compare differences"),
+    ):
+        if bad.any():
+            plan, seed, image_range = used[key].iloc[int(bad.argmax())]
+            raise UsageError(f"{metric} of {plan}, seed {seed}, range {image_range}, {problem}")
+    table = used.assign(value=np.log(number) if ratio else number).pivot(
+        index=["seed", "image_range"], columns="plan", values="value"
+    )
+    common = table.dropna()
+    return common[candidate] - common[baseline], len(table) - len(common)
+
+
+def _estimate(d: pd.Series[float]) -> _Estimate:
+    """Mean of `d` (index: seed, image_range; at least two seeds) and its standard error."""
+    seeds, ranges = (pd.factorize(d.index.get_level_values(i))[0] for i in ("seed", "image_range"))
+    S, R, N = seeds.max() + 1, ranges.max() + 1, len(d)
+    means = d.groupby("seed").mean()
+    paired = (float(means.mean()), float(means.std() / math.sqrt(S)), S - 1.0)
+    spread = float(d.std())
+    if R == 1 or not spread:
+        why = "one image range" if R == 1 else "all differences are equal"
+        return _Estimate(*paired, f"paired t over seeds ({why})")
+    components = VCSpec(
+        ["seed", "range"],
+        [[[*range(S)]], [[*range(R)]]],
+        [[np.eye(S)[seeds]], [np.eye(R)[ranges]]],
+    )
+    model = MixedLM(d.to_numpy() / spread, np.ones(N), groups=np.zeros(N), exog_vc=components)
+    with warnings.catch_warnings():
+        # a variance component of 0 is a result, not a fault; convergence is asked for below
+        warnings.simplefilter("ignore")
+        try:
+            # Nelder-Mead: gradient methods stop short where a component is 0
+            fit = model.fit(reml=True, method="nm")
+        except np.linalg.LinAlgError:
+            return _Estimate(*paired, "paired t over seeds (mixed model singular)")
+    error = float(fit.bse_fe[0]) * spread
+    if not fit.converged or not math.isfinite(error):
+        return _Estimate(*paired, "paired t over seeds (mixed model did not converge)")
+    of_ranges = fit.vcomp[1] * spread**2 / R  # their part of the squared error
+    freedom = error**4 / ((error**2 - of_ranges) ** 2 / (S - 1) + of_ranges**2 / (R - 1))
+    return _Estimate(
+        float(fit.fe_params[0]) * spread,
+        error,
+        min(float(freedom), S - 1.0),
+        "mixed model, seeds and image ranges random (REML, Satterthwaite t)",
+    )
+
+
+def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verdict]:
+    """Verdicts with p-values adjusted over all that have one; words that do not survive are taken.
+
+    Every interval stays that of its own comparison, and the p-value beside it is of the same test,
+    so without a family the two agree. Correction can only take a word away: a decided one (better,
+    worse, holds, does not hold) whose adjusted p is above 1 − confidence becomes "undecided", and
+    its note says so. "equivalent" rejects another hypothesis than the p-value does, so it stands on
+    its interval, with the error rate of a single comparison.
+
+    Args:
+        verdicts: the family, of one kind or of several.
+        method: of `statsmodels.stats.multitest.multipletests`.
+
+    Raises:
+        UsageError: a verdict of the family is adjusted already.
+    """
+    if done := [v.subject for v in verdicts if v.p_adjusted is not None]:
+        raise UsageError(f"p-values are adjusted once, and these were: {', '.join(done)}")
+    p_values = [v.p_value for v in verdicts if v.p_value is not None]
+    adjusted = iter(multipletests(p_values, method=method)[1] if p_values else [])
+    return [
+        v if v.p_value is None else _survived(v, float(next(adjusted)), len(p_values), method)
+        for v in verdicts
+    ]
+
+
+def _survived(verdict: Verdict, p_adjusted: float, size: int, method: str) -> Verdict:
+    judged = dataclasses.replace(verdict, p_adjusted=p_adjusted)
+    if verdict.verdict not in _DECIDED or p_adjusted <= 1 - verdict.confidence:
+        return judged
+    reason = f"{verdict.verdict} alone, undecided among {size} ({method}: p = {p_adjusted:.2g})"
+    return _noted(dataclasses.replace(judged, verdict="undecided"), reason)
+
+
+def _noted(verdict: Verdict, reason: str) -> Verdict:
+    return dataclasses.replace(verdict, note="; ".join(filter(None, [verdict.note, reason])))
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    statistic: Callable[[Floats, Floats], Floats],
+    clusters: ArrayLike,
+    *,
+    null: float = 0.0,
+    draws: int = 2000,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> PairedBootstrap:
+    """Effect of two paired measurements, with clusters (images or seeds) resampled whole.
+
+    A draw takes as many clusters as there are, with replacement, and means of `a` and `b` over all
+    their units. p is twice the smaller share of draws on one side of `null`, at least
+    2 / (draws + 1). Percentile intervals of few clusters are too narrow: of 8, those of 95 % cover
+    about 89 %.
+
+    Args:
+        a, b: [N] finite; a[i] and b[i] are of the same unit.
+        statistic: maps means of a and b, arrays of one shape, to effects of that shape.
+        clusters: [N], which image or seed each unit is of; at least `MIN_SEEDS` different ones.
+        null: the effect if a and b did not differ: 0 for a difference, 1 for a ratio.
+        draws: bootstrap samples.
+        seed: of the draws.
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        UsageError: lengths differ, values or effects are not finite, too few clusters, no draws, or
+            a confidence outside (0, 1).
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    labels = np.asarray(clusters)
+    if not first.shape == second.shape == labels.shape == (first.size,):
+        raise UsageError(
+            f"needs a, b and clusters of one length, got shapes {first.shape}, {second.shape} and "
+            f"{labels.shape}"
+        )
+    if bad := int((~np.isfinite([first, second])).sum()):
+        raise UsageError(f"{bad} values are not finite; count them and leave their pairs out")
+    if draws < 1 or not 0 < confidence < 1:
+        raise UsageError(f"needs draws >= 1 and 0 < confidence < 1, got {draws} and {confidence}")
+    units = pd.DataFrame({"a": first, "b": second, "size": np.ones_like(first)})
+    sums = units.groupby(labels).sum()
+    if len(sums) < MIN_SEEDS:
+        raise UsageError(f"{len(sums)} clusters are too few for an interval: take {MIN_SEEDS}")
+
+    def effect(a: Floats, b: Floats, size: Floats, axis: int = -1) -> Floats:
+        total = size.sum(axis=axis)
+        return statistic(a.sum(axis=axis) / total, b.sum(axis=axis) / total)
+
+    data = sums["a"].to_numpy(), sums["b"].to_numpy(), sums["size"].to_numpy()
+    found = stats.bootstrap(
+        data,
+        effect,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=draws,
+        confidence_level=confidence,
+        random_state=np.random.default_rng(seeded("paired-bootstrap", seed)),
+    )
+    drawn = found.bootstrap_distribution
+    if not np.isfinite(drawn).all():
+        raise UsageError("the statistic is not finite in every draw")
+    tail = min(int((drawn <= null).sum()), int((drawn >= null).sum()))
+    interval = found.confidence_interval
+    return PairedBootstrap(
+        float(effect(*data)),
+        float(interval.low),
+        float(interval.high),
+        min(1.0, 2 * (tail + 1) / (draws + 1)),
+    )
