@@ -104,9 +104,7 @@ def of_kernel(kernel: str, calls: pd.DataFrame, where: str) -> Verdict:
     )
 
 
-def of_target(
-    target: Target, ours: Sequence[Row], roofline: Sequence[Row], device: str
-) -> Verdict:
+def of_target(target: Target, ours: Sequence[Row], roofline: Sequence[Row], device: str) -> Verdict:
     """A target judged on the worst of the calls that it names."""
     if not device:
         return _verdict(target, "not judged", None, NEEDS_GPU)
