@@ -36,8 +36,8 @@ def verdicts(is_xl: bool, checkpoints: Sequence[Row], rows: Sequence[Row]) -> li
         _theory(checkpoints),
         _checkpoint([row for row in rows if row["claim"] == "checkpoint size"]),
         *(_weights(row) for row in memory if row["against"].endswith(", weights alone")),
-        *_by_baseline(_LESS_MEMORY, peaks),
-        *_by_baseline(_FASTER, [row for row in rows if row["claim"] == "speed"]),
+        *by_baseline(_LESS_MEMORY, peaks),
+        *by_baseline(_FASTER, [row for row in rows if row["claim"] == "speed"]),
     ]
 
 
@@ -65,7 +65,7 @@ def _weights(row: Row) -> Verdict:
     return _exact(claim, row["factor"], row["factor"] >= row["paper"], note)
 
 
-def _by_baseline(claim: str, rows: Sequence[Row]) -> list[Verdict]:
+def by_baseline(claim: str, rows: Sequence[Row]) -> list[Verdict]:
     """One verdict per baseline that was measured; a single one where none was."""
     measured = [row for row in rows if row["factor"] is not None]
     names = [name for name in dict.fromkeys(row["against"] for row in rows) if PEER not in name]
