@@ -75,7 +75,8 @@ RULE = (
     "baseline, so memory and speed are judged against each: they hold where even the least factor "
     "over packed variants and batches reaches the paper's, do not hold where even the greatest "
     "stays below, and are undecided otherwise or where a time is unstable; of times, all of "
-    "the 95 % t interval over rounds has to. What needs a GPU, or is of another model, is not judged."
+    "the 95 % t interval over rounds has to. What needs a GPU, or is of another model, is not "
+    "judged."
 )
 #: Width and depth of DiT-XL/2, of which the paper speaks.
 XL = (1152, 28)

@@ -82,8 +82,8 @@ USES_DATA = False
 RULE = (
     "A kernel holds where every call agrees with plain PyTorch on the same inputs, each within the "
     "limits of its kernel. Targets are this project’s own, for DiT-XL/2 on an H100; the paper "
-    "states none. A target is judged on the slowest call that it names (of adaLN, among batches that "
-    "the data sheet allows), by the 95 % t interval over rounds: it holds where all of the "
+    "states none. A target is judged on the slowest call that it names (of adaLN, among batches "
+    "that the data sheet allows), by the 95 % t interval over rounds: it holds where all of the "
     "interval meets it, does not hold where none does, and is undecided otherwise or where a time "
     "is unstable. Without a GPU, or where a call has no time, it is not judged."
 )
