@@ -114,8 +114,8 @@ def compare_plans(
         confidence: of the interval, in (0, 1).
 
     Raises:
-        UsageError: a column or plan is missing, a (plan, seed, range) is there twice, a value is
-            not finite, or not above 0 where ratios are compared; names it.
+        UsageError: a column, plan, seed or range is missing, a (plan, seed, range) is there twice,
+            a value is not finite, or not above 0 where ratios are compared; names it.
     """
     ratio = difference_margin is None
     if difference_margin is not None and not difference_margin > 0:
@@ -179,6 +179,7 @@ def _differences(
         raise UsageError(f"no values of {metric} for plan {', '.join(absent)}")
     number = used["value"].to_numpy(dtype=np.float64)
     for bad, problem in (
+        (used[key].isna().any(axis=1).to_numpy(), "has no seed or range"),
         (used.duplicated(key).to_numpy(), "is there twice"),
         (~np.isfinite(number), "is not finite"),
         (ratio & (number <= 0), "is not above 0: give difference_margin to compare differences"),
@@ -237,7 +238,7 @@ def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verd
     so without a family the two agree. Correction can only take a word away: a decided one (better,
     worse, holds, does not hold) whose adjusted p is above 1 − confidence becomes "undecided", and
     its note says so. "equivalent" rejects another hypothesis than the p-value does, so it stands on
-    its interval, with the error rate of a single comparison.
+    its interval, with the error rate of a single comparison. Without a p-value a verdict passes.
 
     Args:
         verdicts: the family, of one kind or of several.
@@ -283,8 +284,8 @@ def paired_bootstrap(
 
     A draw takes as many clusters as there are, with replacement, and means of `a` and `b` over all
     their units. p is twice the smaller share of draws on one side of `null`, at least
-    2 / (draws + 1). Percentile intervals of few clusters are too narrow: of 8, those of 95 % cover
-    about 89 %.
+    2 / (draws + 1). Percentile intervals of few clusters are too narrow: at 95 %, they
+    cover about 83 % with 5 clusters and 89 % with 8.
 
     Args:
         a, b: [N] finite; a[i] and b[i] are of the same unit.
@@ -317,7 +318,10 @@ def paired_bootstrap(
 
     def effect(a: Floats, b: Floats, size: Floats, axis: int = -1) -> Floats:
         total = size.sum(axis=axis)
-        return statistic(a.sum(axis=axis) / total, b.sum(axis=axis) / total)
+        found = statistic(a.sum(axis=axis) / total, b.sum(axis=axis) / total)
+        if not np.isfinite(found).all():
+            raise UsageError("the statistic is not finite in every draw")
+        return found
 
     data = sums["a"].to_numpy(), sums["b"].to_numpy(), sums["size"].to_numpy()
     found = stats.bootstrap(
@@ -331,8 +335,6 @@ def paired_bootstrap(
         random_state=np.random.default_rng(seeded("paired-bootstrap", seed)),
     )
     drawn = found.bootstrap_distribution
-    if not np.isfinite(drawn).all():
-        raise UsageError("the statistic is not finite in every draw")
     tail = min(int((drawn <= null).sum()), int((drawn >= null).sum()))
     interval = found.confidence_interval
     return PairedBootstrap(
