@@ -12,7 +12,7 @@ from reports.generic import claims_of, rule_of
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
 from reports.settings import section
-from reports.text import Phrase, bytes_text, significant, times
+from reports.text import Phrase, bytes_text, fixed, significant
 from robuq_bench.figures import SEQUENTIAL, Picture, colour, log_axis, panel
 from robuq_bench.statistics.verdicts import Verdict
 
@@ -132,6 +132,10 @@ def _claims(run: RunData, factors: pd.DataFrame) -> list[Claim]:
     ]
 
 
+def _factor(amount: float) -> str:
+    return f"{fixed(amount, 2)}×"
+
+
 def _word(claim: object) -> str:
     return _WORDS.get(str(claim), "smaller checkpoint in theory")
 
@@ -155,7 +159,7 @@ def _title(run: RunData) -> str:
 
 def _span(amounts: pd.Series[float]) -> str:
     """`least to greatest`, one number where they print alike."""
-    low, high = times(amounts.min()), times(amounts.max())
+    low, high = _factor(amounts.min()), _factor(amounts.max())
     return low if low == high else f"{low} to {high}"
 
 
@@ -171,12 +175,12 @@ def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
     best = files[~files["packing"].str.contains("int8")].iloc[0]
     weights = factors.query("kind == 'weights alone'").dropna(subset="factor")
     memory = " and ".join(
-        f"{times(row['factor'])} less than in {row['baseline']}"
+        f"{_factor(row['factor'])} less than in {row['baseline']}"
         for row in weights.to_dict("records")
     )
     parts: list[str | Phrase] = [
         f"Packed to W1.58, {_model(run)} is a file ",
-        Phrase(times(best["size_reduction"]), run.href),
+        Phrase(_factor(best["size_reduction"]), run.href),
         f" smaller than FP32 ({best['packing']}; the paper: {_paper(factors, _CHECKPOINT)}), its "
         "weights take ",
         Phrase(memory, run.href),
@@ -290,7 +294,7 @@ def _checkpoint_panel(run: RunData) -> Picture:
     )
     long["packing"] = long["packing"].map(lambda name: "\n".join(textwrap.wrap(name, 16)))
     words = "; ".join(
-        f"{row['packing']} {bytes_text(row['total_bytes'])}, {times(row['size_reduction'])} smaller"
+        f"{row['packing']} {bytes_text(row['total_bytes'])}, {_factor(row['size_reduction'])} smaller"
         for row in files.to_dict("records")
     )
     alt = f"Bytes of a checkpoint of {_model(run)}: {words}"
@@ -324,14 +328,16 @@ def _factor_panel(run: RunData, rows: pd.DataFrame, column: str, title: str) -> 
 def _checkpoint_sheet(run: RunData) -> Sheet:
     frame = run.table("checkpoints")
     parts = {f"{part}_bytes": words for part, words in _PARTS.items()}
-    shown = frame[["packing", "reading", *parts, "total_bytes", "size_reduction", "published"]]
+    counts = [*parts, "total_bytes"]
+    shown = frame[["packing", "reading", *counts, "size_reduction", "published"]]
     return Sheet(
         shown.assign(published=[f"{v:g}×" if v == v else "–" for v in frame["published"]]),
         f"Bytes of a checkpoint by part, rank {frame['rank'].iloc[0]}: {_model(run)}",
         "“ideal”, “reading” and “bound” are no files: an entropy bound, what the paper may have "
         "counted, and the most that two bits a code can give.",
-        formats={**dict.fromkeys([*parts, "total_bytes"], bytes_text), "size_reduction": times},
+        formats={**dict.fromkeys(counts, lambda v: fixed(v / 2**20, 2)), "size_reduction": _factor},
         heads={**parts, "total_bytes": "total", "size_reduction": "smaller", "published": "paper"},
+        hints=dict.fromkeys(counts, "MiB"),
         small={"packing": "reading"},
         kind="dense",
     )
@@ -342,7 +348,7 @@ def _weight_sheet(run: RunData) -> Sheet:
         run.table("weights")[["variant", "description", "weight_bytes", "reduction_from_fp32"]],
         f"Weights in memory: {_model(run)}",
         "Exact: parameters and buffers.",
-        formats={"weight_bytes": bytes_text, "reduction_from_fp32": times},
+        formats={"weight_bytes": bytes_text, "reduction_from_fp32": _factor},
         heads={"weight_bytes": "bytes", "reduction_from_fp32": "smaller than fp32"},
         small={"variant": "description"},
     )
@@ -372,7 +378,7 @@ def _ratio_sheet(run: RunData, factors: pd.DataFrame) -> Sheet:
         ),
         f"Ours against every baseline: {_title(run)}",
         "Above 1 is better; “faster” and “slower” need p < .002 (Mann-Whitney) and 5 %.",
-        formats={"factor": times, "paper": times},
+        formats={"factor": _factor, "paper": _factor},
         heads={"ours": "packed", "baseline": "against"},
         kind="dense",
     )
@@ -387,11 +393,12 @@ def _model_sheet(run: RunData) -> Sheet:
         for kind in ("bf16", "w1.58a8")
         for part in ("products", "elementwise", "attention", "modulation")
     }
+    frame = frame.assign(batch="batch " + frame["batch"].astype(str))
     return Sheet(
         frame[["batch", "images", *times_, *ratios, *parts]],
         f"A step of {_model(run)} on an H100, {_MODEL}",
         f"Assumed rates, {frame['assumptions'].iloc[0]}.",
-        formats=dict.fromkeys([*times_, *parts], significant) | dict.fromkeys(ratios, times),
+        formats=dict.fromkeys([*times_, *parts], significant) | dict.fromkeys(ratios, _factor),
         heads={**times_, **ratios, **parts},
         kind="dense",
     )
