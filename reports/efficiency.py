@@ -294,8 +294,8 @@ def _checkpoint_panel(run: RunData) -> Picture:
     )
     long["packing"] = long["packing"].map(lambda name: "\n".join(textwrap.wrap(name, 16)))
     words = "; ".join(
-        f"{row['packing']} {bytes_text(row['total_bytes'])}, {_factor(row['size_reduction'])} smaller"
-        for row in files.to_dict("records")
+        f"{r['packing']} {bytes_text(r['total_bytes'])}, {_factor(r['size_reduction'])} smaller"
+        for r in files.to_dict("records")
     )
     alt = f"Bytes of a checkpoint of {_model(run)}: {words}"
     height = 1.4 + 0.25 * len(files)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import claims_of, rule_of
+from reports.generic import MAX_ROWS, claims_of, rule_of
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, claims_sheet, sentence
 from reports.text import Phrase, listing, percent, plural, significant, times
@@ -176,23 +176,13 @@ def _blocks(tables: _Tables, claims: Sequence[Claim]) -> list[Block]:
     if speeds:
         note = "Set by this project for DiT-XL/2 on an H100; the paper states none per kernel."
         blocks.append(claims_sheet(speeds, f"Targets: {tables.title}", note))
-    blocks.append(Fold("What these numbers cannot say", [Points(
-        [*_CAVEATS, *(_UNTIMED if tables.timed.empty else _TIMED)])]))  # fmt: skip
+    caveats = [*_CAVEATS, *(_UNTIMED if tables.timed.empty else _TIMED)]
+    blocks.append(Fold("What these numbers cannot say", [Points(caveats)]))
     blocks.append(Fold("Every check by layer", [_layer_sheet(tables)]))
-    least = [_least_sheet(tables, model) for model in tables.models]
-    if any(not sheet.frame.empty for sheet in least):
-        blocks.append(Fold("Least times by layer and images, a model",
-                           [sheet for sheet in least if not sheet.frame.empty]))  # fmt: skip
+    blocks.append(Fold("Least times by layer and images, a model", [_least_sheet(tables)]))
     if not tables.timed.empty:
-        for model in tables.models:
-            rows = tables.ours[tables.ours["model"] == model]
-            if not rows.empty:
-                blocks.append(
-                    Fold(
-                        f"Times of DiT-{model}/2: {plural(len(rows), 'call')}, and peers",
-                        [_time_sheet(tables, rows, model), *_peer_sheets(tables, model)],
-                    )
-                )
+        summary = f"Times of {plural(len(tables.ours), 'call')}, and peers"
+        blocks.append(Fold(summary, [_time_sheet(tables), *_peer_sheets(tables)]))
     return blocks
 
 
@@ -298,8 +288,8 @@ def _line_panel(
     words = "; ".join(f"{r['layer']} {significant(r[column])}" for r in most.to_dict("records"))
     alt = f"{title} of DiT-{model}, at {rows['images'].max()} images: {words}"
     with panel(f"{tables.run.anchor}-{column}", alt, title=title) as drawn:
-        sns.lineplot(rows, x="images", y=column, style="layer", markers=True, color=colour("rotated"),
-                     ax=drawn.axes, errorbar=None)  # fmt: skip
+        sns.lineplot(rows, x="images", y=column, style="layer", markers=True, errorbar=None,
+                     color=colour("rotated"), ax=drawn.axes)  # fmt: skip
         drawn.axes.set(xlabel="images in a step", ylabel="")
         drawn.axes.set_ylim(bottom=0)
         drawn.axes.axhline(1, color=colour("reference"), linewidth=1)
@@ -356,14 +346,15 @@ def _layer_sheet(tables: _Tables) -> Sheet:
     )
 
 
-def _least_sheet(tables: _Tables, model: str) -> Sheet:
-    rows = tables.sheet[tables.sheet["model"] == model].dropna(subset="bf16_over_ternary")
-    frame = rows[["layer", "images", "least_us", "limit", "bf16_least_us", "bf16_over_ternary"]]
+def _least_sheet(tables: _Tables) -> Sheet:
+    rows = tables.sheet.dropna(subset="bf16_over_ternary")
+    shown = ["layer", "model", "images", "least_us", "limit", "bf16_least_us", "bf16_over_ternary"]
     return Sheet(
-        frame,
-        f"Least times of DiT-{model}/2 on {tables.sheet['device'].iloc[0]}, a model",
+        rows[shown].head(MAX_ROWS),
+        f"Least times on {tables.sheet['device'].iloc[0]}, a model",
         f"{_MODEL[0].upper()}{_MODEL[1:]}. No kernel can gain more than the last column on such a "
-        "device. Rows of every device and kernel: `kernels-roofline.csv` beside the report.",
+        f"device. The first rows; all {len(tables.roofline):,}, of every kernel and of other "
+        "devices, are in kernels-roofline.csv beside the report.",
         formats={"bf16_over_ternary": times},
         heads={
             "least_us": "least time (µs)",
@@ -375,22 +366,21 @@ def _least_sheet(tables: _Tables, model: str) -> Sheet:
     )
 
 
-def _time_sheet(tables: _Tables, rows: pd.DataFrame, model: str) -> Sheet:
-    frame = rows.reindex(
-        columns=["layer", "rows", "median_us", "gb_s", "tflop_s", _SHARE, _SPEEDUP]
-    ).assign(
+def _time_sheet(tables: _Tables) -> Sheet:
+    rows = tables.ours
+    shown = ["layer", "model", "rows", "median_us", "gb_s", "tflop_s", _SHARE, _SPEEDUP]
+    frame = rows.reindex(columns=[*shown, "limit"]).assign(
         what=rows["kernel"] + ", " + rows["settings"],
-        limit=rows.get("limit"),
-        verdict=rows.get("verdict"),
+        judged=rows.get("verdict"),
         spread=[_spread(row) for row in rows.to_dict("records")],
     )
     return Sheet(
-        frame.rename(columns={"verdict": "judged"}),
-        f"DiT-{model}/2 {tables.where}: times of our kernels",
-        "Medians of all replays of a CUDA graph, 20 and 80 % quantiles below. “faster” and “slower” "
-        "need p < .002 (Mann-Whitney) and 5 %; “unstable”: the interquartile range exceeds 10 % of "
-        "the median. A call whose check failed has no time.",
-        formats={_SHARE: percent, _SPEEDUP: times, "rows": lambda value: f"{value:,}"},
+        frame,
+        f"Times of our kernels {tables.where}",
+        "Medians of all replays of a CUDA graph, 20 and 80 % quantiles below. “faster” and "
+        "“slower” need p < .002 (Mann-Whitney) and 5 %; “unstable”: the interquartile range "
+        "exceeds 10 % of the median. A call whose check failed has no time.",
+        formats={_SHARE: percent, _SPEEDUP: times},
         heads={
             "median_us": "median (µs)",
             "gb_s": "GB/s",
@@ -411,16 +401,14 @@ def _spread(row: Mapping[Any, Any]) -> str:
     return f"[{significant(low)} to {significant(high)}]{shaky}"
 
 
-def _peer_sheets(tables: _Tables, model: str) -> list[Sheet]:
-    """Median times of every implementation by layer and rows; none where no peer was timed."""
-    rows = tables.timed[tables.timed["model"] == model]
-    if "median_us" not in rows or rows["median_us"].isna().all():
-        return []
+def _peer_sheets(tables: _Tables) -> list[Sheet]:
+    """Median times of every implementation by case; none where no peer was timed."""
+    rows = tables.timed.reindex(columns=["layer", "model", "rows", "implementation", "median_us"])
     frame = rows.pivot_table(
-        index=["layer", "rows"], columns="implementation", values="median_us", sort=False
+        index=["layer", "model", "rows"], columns="implementation", values="median_us", sort=False
     ).dropna(thresh=2)
+    if frame.empty:
+        return []
     absent = sorted(set(rows["implementation"]) - set(frame.columns))
     note = f"Without a time: {listing(absent)}." if absent else ""
-    sheet = Sheet(frame.reset_index(), f"DiT-{model}/2: median µs of every implementation", note,
-                  kind="dense")  # fmt: skip
-    return [] if frame.empty else [sheet]
+    return [Sheet(frame.reset_index(), "Median µs of every implementation", note, kind="dense")]
