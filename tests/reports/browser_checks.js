@@ -117,8 +117,11 @@ globalThis.checks = (() => {
   function texts() {
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     const found = new Set();
-    while (walker.nextNode()) if (walker.currentNode.data.trim()) found.add(walker.currentNode.parentElement);
-    return [...found].filter((element) => !element.closest("script, style, title, desc, defs") && visible(element));
+    while (walker.nextNode()) {
+      if (walker.currentNode.data.trim()) found.add(walker.currentNode.parentElement);
+    }
+    const silent = "script, style, title, desc, defs";
+    return [...found].filter((element) => !element.closest(silent) && visible(element));
   }
 
   /** Font size in CSS px as drawn, after every viewBox and transform. */
@@ -239,7 +242,8 @@ globalThis.checks = (() => {
     return (light + 0.05) / (dark + 0.05);
   }
 
-  const hex = (colour) => "#" + colour.slice(0, 3).map((value) => Math.round(value).toString(16).padStart(2, "0")).join("");
+  const pair = (value) => Math.round(value).toString(16).padStart(2, "0");
+  const hex = (colour) => "#" + colour.slice(0, 3).map(pair).join("");
 
   function lowContrast() {
     return texts().flatMap((text) => {
