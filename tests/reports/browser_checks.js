@@ -19,9 +19,22 @@ globalThis.checks = (() => {
 
   // The page itself
 
+  /** Boxes that scroll or cut what is wider than they are, from the inside out. */
+  function clippingBoxes(element) {
+    const boxes = [];
+    for (let box = element.parentElement; box; box = box.parentElement) {
+      if (getComputedStyle(box).overflowX !== "visible") boxes.push(box);
+    }
+    return boxes;
+  }
+
   function sidewaysScroll() {
     const wide = document.scrollingElement.scrollWidth;
-    return wide <= innerWidth ? [] : [`the page is ${wide} px wide, the window ${innerWidth} px`];
+    if (wide <= innerWidth) return [];
+    const wider = all("body *").filter((element) =>
+      element.getBoundingClientRect().right > innerWidth && !clippingBoxes(element).length);
+    const innermost = wider.filter((element) => !wider.includes(element.firstElementChild));
+    return [`the page is ${wide} px wide, the window ${innerWidth} px`, ...innermost.map(nameOf)];
   }
 
   function duplicateIds() {
@@ -72,13 +85,8 @@ globalThis.checks = (() => {
 
   /** Left and right end of what can be seen of `element` without scrolling any box sideways. */
   function room(element) {
-    let [left, right] = [0, innerWidth];
-    for (let box = element.parentElement; box; box = box.parentElement) {
-      if (getComputedStyle(box).overflowX === "visible") continue;
-      const ends = box.getBoundingClientRect();
-      [left, right] = [Math.max(left, ends.left), Math.min(right, ends.right)];
-    }
-    return [left, right];
+    const ends = clippingBoxes(element).map((box) => box.getBoundingClientRect());
+    return [Math.max(0, ...ends.map((box) => box.left)), Math.min(innerWidth, ...ends.map((box) => box.right))];
   }
 
   function cutPictures() {
@@ -90,25 +98,6 @@ globalThis.checks = (() => {
       const [from, to, least, most] = [ends.left, ends.right, left, right].map(Math.round);
       return [`${nameOf(picture)} spans ${from} to ${to} px of ${least} to ${most} px`];
     });
-  }
-
-  /** Put SVG images into the page as elements, since the text of an image cannot be measured. */
-  function inlineSvgImages() {
-    for (const image of all("img").filter((img) => img.currentSrc.startsWith("data:image/svg+xml"))) {
-      const comma = image.currentSrc.indexOf(",");
-      const body = decodeURIComponent(image.currentSrc.slice(comma + 1));
-      const isBase64 = image.currentSrc.slice(0, comma).endsWith(";base64");
-      const bytes = isBase64 && Uint8Array.from(atob(body), (letter) => letter.charCodeAt(0));
-      const source = isBase64 ? new TextDecoder().decode(bytes) : body;
-      const svg = new DOMParser().parseFromString(source, "image/svg+xml").documentElement;
-      const { width, height } = image.getBoundingClientRect();
-      svg.setAttribute("width", width);
-      svg.setAttribute("height", height);
-      const box = document.createElement("span");
-      box.style.cssText = "all: initial; display: inline-block"; // an image inherits no style
-      box.append(svg);
-      image.replaceWith(box);
-    }
   }
 
   // Text
@@ -140,10 +129,12 @@ globalThis.checks = (() => {
     });
   }
 
-  /** Charts without any <text>: their letters are outlines, which no check can measure. */
+  /** Charts whose letters no check can measure: outlines, and SVG inside an <img>. */
   function chartsWithoutText() {
-    const charts = all("figure svg, main svg").filter((svg) => isPicture(svg) && visible(svg));
-    return charts.filter((svg) => !svg.querySelector("text")).map(nameOf);
+    const pictures = all("figure :is(svg, img), main :is(svg, img)").filter(visible);
+    const isMute = (picture) => picture.localName === "svg" ? !picture.querySelector("text")
+      : picture.currentSrc.startsWith("data:image/svg+xml");
+    return pictures.filter((picture) => isPicture(picture) && isMute(picture)).map(nameOf);
   }
 
   // Contrast
@@ -262,6 +253,6 @@ globalThis.checks = (() => {
 
   return {
     sidewaysScroll, duplicateIds, brokenLinks, deadEnds, openDetails, unreachableByKeyboard, cutPictures,
-    inlineSvgImages, smallFigureText, chartsWithoutText, contrastOf, lowContrast,
+    smallFigureText, chartsWithoutText, contrastOf, lowContrast,
   };
 })();
