@@ -139,30 +139,28 @@ globalThis.checks = (() => {
 
   // Contrast
 
+  function remembering(compute) {
+    const known = new Map();
+    return (key) => known.get(key) ?? known.set(key, compute(key)).get(key);
+  }
+
   const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-  const parsed = new Map();
 
   /** Red, green, blue (0 to 255) and alpha (0 to 1) of any computed CSS colour. */
-  function rgba(colour) {
-    if (!parsed.has(colour)) {
-      pen.clearRect(0, 0, 1, 1);
-      pen.fillStyle = colour;
-      pen.fillRect(0, 0, 1, 1);
-      const [red, green, blue, alpha] = pen.getImageData(0, 0, 1, 1).data;
-      parsed.set(colour, [red, green, blue, alpha / 255]);
-    }
-    return parsed.get(colour);
-  }
+  const rgba = remembering((colour) => {
+    pen.clearRect(0, 0, 1, 1);
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    const [red, green, blue, alpha] = pen.getImageData(0, 0, 1, 1).data;
+    return [red, green, blue, alpha / 255];
+  });
 
   const faded = ([red, green, blue, alpha], opacity) => [red, green, blue, alpha * opacity];
   /** `top`, which may be translucent, painted over the opaque `below`. */
   const over = (top, below) => [...[0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3])), 1];
 
-  function opacityOf(element) {
-    let opacity = 1;
-    for (let box = element; box; box = box.parentElement) opacity *= getComputedStyle(box).opacity;
-    return opacity;
-  }
+  const opacityOf = remembering((element) =>
+    element ? getComputedStyle(element).opacity * opacityOf(element.parentElement) : 1);
 
   /** The colour a browser gives a page that sets none. */
   function canvasColour() {
@@ -174,11 +172,9 @@ globalThis.checks = (() => {
   }
 
   /** Opaque background of a box of the page, without background images: edges and shadows here. */
-  function boxBackground(element) {
-    if (!element) return canvasColour();
-    const own = rgba(getComputedStyle(element).backgroundColor);
-    return own[3] === 1 ? own : over(own, boxBackground(element.parentElement));
-  }
+  const boxBackground = remembering((element) => element
+    ? over(rgba(getComputedStyle(element).backgroundColor), boxBackground(element.parentElement))
+    : canvasColour());
 
   const centreOf = (element) => {
     const box = element.getBoundingClientRect();
