@@ -235,7 +235,7 @@ def test_bfloat16_shards_of_another_model(tmp_path: Path) -> None:
 def test_unusable_activations_are_refused(tmp_path: Path) -> None:
     missing = json.dumps(str(tmp_path / "nowhere"))
     with pytest.raises(MissingResourceError, match=r"nowhere.*save_activations"):
-        perform(tmp_path, configure(f"normality.captured={missing}"))
+        normality.check(configure(f"normality.captured={missing}"))
     folder = tmp_path / "shards"
     part = CapturedTokens(torch.randn(32, 16), torch.arange(16).repeat_interleave(2))
     save_shard(folder / "a.safetensors", {"x": part}, {"subject": "s"})
