@@ -215,14 +215,14 @@ def _before_and_after(run: RunData, own: pd.DataFrame) -> Figures:
         drawn.axes.set(xlabel=f"error ratio at {_bits(bits)}", ylabel="")
         log_axis(drawn.axes, "x")
     caption = (
-        f"Mean error ratio at {_bits(bits)} by layer type (width) with its 95 % interval; dashed: "
-        f"the limit {LIMIT}."
+        f"First, mean error ratio at {_bits(bits)} by layer type (width) with its 95 % interval; "
+        f"dashed: the limit {LIMIT}."
     )
     tests = sample_size(run)
     if tests is None:
         return Figures([drawn.picture], caption, KEY)
     caption += (
-        " Right: share of tokens that Shapiro–Wilk rejects when it sees n of their values, mean "
+        " Second, share of tokens that Shapiro–Wilk rejects when it sees n of their values, mean "
         "and range over layer types."
     )
     return Figures([drawn.picture, tests], caption, (*KEY, ("reference", "■ normal tokens")))
@@ -260,6 +260,8 @@ def _heat_maps(run: RunData, subject: str) -> Iterator[Figures]:
 def _effects(run: RunData, types: pd.DataFrame, subject: str) -> Sheet:
     """W and KL before and after, beside those of normal tokens."""
     own = types[(types["subject"] == subject) & types["transform"].isin(WORDS)]
+    columns = ["shapiro_w_median", "kl", "kl_low", "kl_high", "kl_null_error"]
+    own = own.reindex(columns=["place", "width", "transform", *columns])
     controls = run.table("controls")
     normal: Mapping[Any, Any] = {}
     if not controls.empty:
@@ -301,7 +303,7 @@ def _caveats(run: RunData, own: pd.DataFrame, types: pd.DataFrame) -> list[str]:
     signs = own[own["transform"] == SIGNS]
     draws = signs["sign_draws"].max() if "sign_draws" in signs else float("nan")
     images = _range(types["images"].min(), types["images"].max(), 0)
-    nulls = own[own["null_ratio"] >= LIMIT].groupby("bits")["null_ratio"].max()
+    nulls = signs[signs["null_ratio"] >= LIMIT].groupby("bits")["null_ratio"].max()
     return [
         "Normal enough is not good enough: the rule divides by each token’s own variance, so it "
         "misses energy that is one constant vector over all tokens, on which a quantizer spends "

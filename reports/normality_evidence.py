@@ -123,8 +123,8 @@ def distances(run: RunData, subject: str) -> Iterator[Figures]:
     yield Figures(
         [left.picture, right.picture],
         "Greatest distance between the distribution function of one coordinate under random signs "
-        "and the normal one. Left: exact, one mark per token, and the Berry–Esseen bound 0.56·L₃ "
-        "(grey). Right: median by width for parts of real tokens and for Gaussian, Laplace, "
+        "and the normal one. First, exact, one mark per token, and the Berry–Esseen bound 0.56·L₃ "
+        "(grey). Second, median by width for parts of real tokens and for Gaussian, Laplace, "
         "lognormal and t₃ tokens (grey), with falls as 1/√d (dashed), which the bound promises, "
         "and as 1/d (dotted), which symmetric sums can reach.",
         key,
