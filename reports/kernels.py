@@ -299,14 +299,16 @@ def _line_panel(
     most = rows[rows["images"] == rows["images"].max()]
     words = "; ".join(f"{r['layer']} {significant(r[column])}" for r in most.to_dict("records"))
     alt = f"{title} of DiT-{model}, at {rows['images'].max()} images: {words}"
-    with panel(f"{tables.run.anchor}-{column}", alt, title=title) as drawn:
+    with panel(f"{tables.run.anchor}-{column}", alt, height=2.8, title=title) as drawn:
         sns.lineplot(rows, x="images", y=column, style="layer", markers=True, errorbar=None,
                      color=colour("rotated"), ax=drawn.axes)  # fmt: skip
         drawn.axes.set(xlabel="images in a step", ylabel="")
         drawn.axes.set_ylim(bottom=0)
         drawn.axes.axhline(1, color=colour("reference"), linewidth=1)
         log_axis(drawn.axes, "x")
-        drawn.axes.legend(ncols=2, loc="lower right")
+        handles, labels = drawn.axes.get_legend_handles_labels()
+        drawn.axes.get_legend().remove()
+        drawn.figure.legend(handles, labels, loc="outside lower left", ncols=2)
     return drawn.picture
 
 
@@ -317,7 +319,7 @@ def _check_sheet(tables: _Tables) -> Sheet:
         f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in rows
     ]
     frame["run"] = tables.run.href
-    failed = tables.checks[~tables.checks["correct"]]
+    failed = tables.checks[~tables.checks["correct"]].drop_duplicates(["kernel", "layer", "model"])
     wrong = [f"{r['kernel']}, {r['layer']}, DiT-{r['model']}: {r['status']}"
              for r in failed.head(5).to_dict("records")]  # fmt: skip
     note = (
@@ -327,7 +329,10 @@ def _check_sheet(tables: _Tables) -> Sheet:
     return Sheet(
         frame,
         f"Kernels and their checks: {tables.title}",
-        note + (f" Failed: {'; '.join(wrong)}{' …' if len(failed) > 5 else ''}." if wrong else ""),
+        note
+        + (
+            f" Failed: {'; '.join(wrong)}{' and more' if len(failed) > 5 else ''}." if wrong else ""
+        ),
         formats={"worst": lambda value: significant(value, 2)},
         heads={"worst": "largest deviation"},
         hints={"worst": "over what is allowed"},
