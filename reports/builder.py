@@ -23,6 +23,7 @@ from reports import generic
 from reports.loading import LeftOut, RunData, find_runs, leave_out
 from reports.page import Section, Sheet, claims_sheet, evidence
 from reports.provenance import left_out_sheet, machines_of, run_card, unfinished_sheet
+from reports.recorded_gpu import RecordedRun, read_records, recorded_section
 from reports.text import NOT_RUN, Phrase, plural
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import style_sheet
@@ -53,9 +54,10 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     if output.is_dir():
         raise UsageError(f"{output} is a folder; name a file, for example {output / 'report.html'}")
     runs, left_out = find_runs(run_paths)
+    records = read_records()
     if runs:
         try:
-            _write(runs, left_out, output)
+            _write(runs, left_out, output, records)
             return output
         except _UNREADABLE:
             unreadable = _unreadable(runs)
@@ -65,7 +67,7 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
         runs = [run for run in runs if all(run is not bad for bad, _ in unreadable)]
     if not runs:
         raise CheckpointError(f"no run is sound: {'; '.join(reason for _, reason in left_out)}")
-    _write(runs, left_out, output)
+    _write(runs, left_out, output, records)
     return output
 
 
@@ -103,8 +105,13 @@ def section_modules() -> Mapping[str, ModuleType]:
     return dict(sorted(found.items(), key=lambda item: item[1].ORDER))
 
 
-def build_sections(runs: Sequence[RunData]) -> dict[str, Section]:
-    """Study -> its section, in the order of the page: what has a module first, then the others."""
+def build_sections(
+    runs: Sequence[RunData], records: Sequence[RecordedRun] = ()
+) -> dict[str, Section]:
+    """Study -> its section, in the order of the page: what has a module first, then the others.
+
+    Recorded runs that are not among `runs` follow, each in a section under its own anchor.
+    """
     by_study: dict[str, list[RunData]] = {}
     for run in runs:
         by_study.setdefault(run.study, []).append(run)
@@ -118,13 +125,24 @@ def build_sections(runs: Sequence[RunData]) -> dict[str, Section]:
             shown = generic.view(own, runs)
         if shown is not None:
             found[study] = shown
+    at_hand = {run.id for run in runs}
+    for record in records:
+        if record.id not in at_hand:
+            shown = modules.get(record.study, generic).view([record], [record])
+            shown = shown or generic.view([record], [record])
+            found[record.anchor] = recorded_section(record, shown)
     return found
 
 
-def _write(runs: Sequence[RunData], left_out: Sequence[LeftOut], output: Path) -> None:
+def _write(
+    runs: Sequence[RunData],
+    left_out: Sequence[LeftOut],
+    output: Path,
+    records: Sequence[RecordedRun] = (),
+) -> None:
     """Write the report of these runs and its tables."""
     finished = [run for run in runs if run.finished]
-    sections = build_sections(finished)
+    sections = build_sections(finished, records)
     machines = machines_of(finished)
     page = (
         _environment()
