@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -125,10 +126,9 @@ def _metrics(run: RunData) -> list[str]:
 
 def _effects(claims: Sequence[Claim]) -> pd.DataFrame:
     """Verdicts on candidates beside uniform, by candidate, budget and metric."""
-    frame = pd.DataFrame([vars(claim.verdict) for claim in claims])
-    if frame.empty:
-        return pd.DataFrame(columns=["candidate", "budget", "metric", "verdict", "effect"])
-    named = frame["subject"].str.extract(_SUBJECT).astype({"budget": float})
+    columns = [field.name for field in dataclasses.fields(Verdict)]
+    frame = pd.DataFrame([vars(claim.verdict) for claim in claims], columns=columns)
+    named = frame["subject"].astype(str).str.extract(_SUBJECT).astype({"budget": float})
     frame = frame.join(named).astype(dict.fromkeys(("effect", "low", "high"), float))
     return frame[frame["baseline"] == UNIFORM]
 
@@ -139,7 +139,7 @@ def _answer(run: RunData, claims: Sequence[Claim]) -> list[Phrase]:
     own = effects[(effects["candidate"] == AMPN) & effects["effect"].notna()]
     own = own[own["budget"] == own["budget"].min()].to_dict("records")
     if not own:
-        return sentence(f"AMPN ({AMPN}) and {UNIFORM} bits were not both trained.")
+        return sentence(f"AMPN ({AMPN}) and {UNIFORM} bits were not judged.")
     phrases = sentence(f"At a mean of {own[0]['budget']:g} bits, AMPN ({AMPN}) reaches ")
     for index, row in enumerate(own):
         limits = _limits(row)

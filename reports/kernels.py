@@ -61,6 +61,11 @@ class _Tables:
         return self.timed if self.timed.empty else self.timed.query("implementation == @_OURS")
 
     @cached_property
+    def speedups(self) -> pd.Series[float]:
+        """Times as fast as cuBLAS bf16, of every product that was timed beside it."""
+        return self.ours.get(_SPEEDUP, pd.Series(dtype=float)).dropna()
+
+    @cached_property
     def checks(self) -> pd.DataFrame:
         """Every check: on the device where there was one, else in the interpreter."""
         found = self.run.table("kernel_checks") if self.timed.empty else self.ours
@@ -157,21 +162,23 @@ def _answer(tables: _Tables) -> list[Phrase]:
         f"{tables.where}, with at most {significant(checks['max_error'].max(), 2)} of the "
         "deviation that is allowed; ",
     ]
-    timed = tables.ours.get(_SPEEDUP, pd.Series(dtype=float)).dropna()
-    if timed.empty:
+    if tables.timed.empty:
         return sentence(*parts, "timings need a GPU: not run.")
-    share = tables.ours[_SHARE].dropna()
+    timed = tables.speedups
+    if timed.empty:
+        return sentence(*parts, f"none was timed beside {_BASELINE}.")
+    share = tables.ours[_SHARE]
     return sentence(
         *parts,
         "products of ternary weights are ",
         Phrase(f"{times(timed.min())} to {times(timed.max())}", href),
-        f" (median {times(timed.median())}) as fast as {_BASELINE}, and all kernels reach "
+        f" (median {times(timed.median())}) as fast as {_BASELINE}, and kernels reach "
         f"{percent(share.min())} to {percent(share.max())} of what the device allows.",
     )
 
 
 def _blocks(tables: _Tables, claims: Sequence[Claim]) -> list[Block]:
-    blocks: list[Block] = [_figures(tables), _check_sheet(tables)]
+    blocks: list[Block] = [*_figures(tables), _check_sheet(tables)]
     speeds = [claim for claim in claims if not claim.verdict.effect_name.startswith("largest dev")]
     if speeds:
         note = "Set by this project for DiT-XL/2 on an H100; the paper states none per kernel."
@@ -186,23 +193,29 @@ def _blocks(tables: _Tables, claims: Sequence[Claim]) -> list[Block]:
     return blocks
 
 
-def _figures(tables: _Tables) -> Figures:
+def _figures(tables: _Tables) -> list[Figures]:
+    """Roofline and lines by images of the widest model; none where the run has no products."""
     model = tables.models[0]
+    points = _rates(tables, model)
+    if points.empty:
+        return []
     source = tables.sheet.iloc[0]
-    lines = _lines(tables, model)
-    pictures = [_roofline(tables, model)]
-    pictures += [_line_panel(tables, model, *line) for line in lines]
     what = (
-        f"products of a block as measured {tables.where}, below the roofs of the data sheet"
-        if not tables.ours.get(_SPEEDUP, pd.Series(dtype=float)).dropna().empty
-        else f"what the data sheet allows each product of a block, {_MODEL}"
+        f"what the data sheet allows each product of a block, {_MODEL}"
+        if tables.speedups.empty
+        else f"products of a block as measured {tables.where}, below the roofs of the data sheet"
     )
-    return Figures(
-        pictures,
-        f"DiT-{model}/2 on {source['device']} ({source['source']}; {source['peaks']}): {what}. "
-        "On a slope memory sets the time, on a flat roof arithmetic.",
-        _KEY,
-    )
+    return [
+        Figures(
+            [
+                _roofline(tables, model, points),
+                *(_line_panel(tables, model, *line) for line in _lines(tables, model)),
+            ],
+            f"DiT-{model}/2 on {source['device']} ({source['source']}; {source['peaks']}): {what}. "
+            "On a slope memory sets the time, on a flat roof arithmetic.",
+            _KEY,
+        )
+    ]
 
 
 def _products(tables: _Tables, model: str) -> pd.DataFrame:
@@ -221,7 +234,7 @@ def _rates(tables: _Tables, model: str) -> pd.DataFrame:
     kinds = {"ternary": (_OURS, "least_us"), "bf16": (_BASELINE, "bf16_least_us")}
     found = []
     for kind, (implementation, least) in kinds.items():
-        if tables.timed.empty or "tflop_s" not in tables.timed:
+        if tables.speedups.empty:
             rate = rows["operations"] / rows[least] / 1e6
         else:
             own = tables.timed[tables.timed["implementation"] == implementation]
@@ -230,8 +243,7 @@ def _rates(tables: _Tables, model: str) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True).dropna()
 
 
-def _roofline(tables: _Tables, model: str) -> Picture:
-    points = _rates(tables, model)
+def _roofline(tables: _Tables, model: str, points: pd.DataFrame) -> Picture:
     memory, *peaks = _peaks(str(tables.sheet["peaks"].iloc[0]))
     low, high = points["intensity"].min() / 1.5, points["intensity"].max() * 1.5
     roofs = pd.DataFrame(
@@ -270,7 +282,7 @@ def _peaks(text: str) -> list[float]:
 def _lines(tables: _Tables, model: str) -> list[tuple[str, str, pd.DataFrame]]:
     """Title, column and rows of the panels by images: measured, or the most that is possible."""
     ours = tables.ours
-    if ours.empty or _SPEEDUP not in ours:
+    if tables.speedups.empty:
         title = "Least bf16 time ÷ least ternary time (a model)"
         return [(title, "bf16_over_ternary", _products(tables, model))]
     ours = ours[(ours["model"] == model) & (ours["images"] > 0)]
@@ -287,14 +299,16 @@ def _line_panel(
     most = rows[rows["images"] == rows["images"].max()]
     words = "; ".join(f"{r['layer']} {significant(r[column])}" for r in most.to_dict("records"))
     alt = f"{title} of DiT-{model}, at {rows['images'].max()} images: {words}"
-    with panel(f"{tables.run.anchor}-{column}", alt, title=title) as drawn:
+    with panel(f"{tables.run.anchor}-{column}", alt, height=2.8, title=title) as drawn:
         sns.lineplot(rows, x="images", y=column, style="layer", markers=True, errorbar=None,
                      color=colour("rotated"), ax=drawn.axes)  # fmt: skip
         drawn.axes.set(xlabel="images in a step", ylabel="")
         drawn.axes.set_ylim(bottom=0)
         drawn.axes.axhline(1, color=colour("reference"), linewidth=1)
         log_axis(drawn.axes, "x")
-        drawn.axes.legend(ncols=2, loc="lower right")
+        handles, labels = drawn.axes.get_legend_handles_labels()
+        drawn.axes.get_legend().remove()
+        drawn.figure.legend(handles, labels, loc="outside lower left", ncols=2)
     return drawn.picture
 
 
@@ -305,7 +319,7 @@ def _check_sheet(tables: _Tables) -> Sheet:
         f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in rows
     ]
     frame["run"] = tables.run.href
-    failed = tables.checks[~tables.checks["correct"]]
+    failed = tables.checks[~tables.checks["correct"]].drop_duplicates(["kernel", "layer", "model"])
     wrong = [f"{r['kernel']}, {r['layer']}, DiT-{r['model']}: {r['status']}"
              for r in failed.head(5).to_dict("records")]  # fmt: skip
     note = (
@@ -315,7 +329,10 @@ def _check_sheet(tables: _Tables) -> Sheet:
     return Sheet(
         frame,
         f"Kernels and their checks: {tables.title}",
-        note + (f" Failed: {'; '.join(wrong)}{' …' if len(failed) > 5 else ''}." if wrong else ""),
+        note
+        + (
+            f" Failed: {'; '.join(wrong)}{' and more' if len(failed) > 5 else ''}." if wrong else ""
+        ),
         formats={"worst": lambda value: significant(value, 2)},
         heads={"worst": "largest deviation"},
         hints={"worst": "over what is allowed"},

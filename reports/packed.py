@@ -118,8 +118,9 @@ def _fid_panel(run: RunData, frame: pd.DataFrame, fid: str) -> Picture:
 def _sheet(run: RunData, frame: pd.DataFrame, fid: str) -> Sheet:
     packed = frame.dropna(subset="file_bytes").head(1)
     full = float((packed["file_bytes"] * packed["size_reduction"]).sum())
-    shown = frame[["variant", "file_bytes", "size_reduction", "share_of_images_equal",
-                   "pixel_difference", "distillation_loss", *filter(None, [fid])]].copy()  # fmt: skip
+    columns = ["variant", "file_bytes", "size_reduction", "share_of_images_equal"]
+    columns += ["pixel_difference", "distillation_loss", *filter(None, [fid])]
+    shown = frame[columns].copy()
     shown.loc[shown["variant"] == "trained", ["file_bytes", "size_reduction"]] = [full, 1.0]
     ranges = _ranges(frame, [fid] if fid else [])
     return Sheet(

@@ -92,6 +92,10 @@ class Row:
         return activation_bits(self.plan)
 
     @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    @property
     def qat_steps(self) -> int | None:
         """Steps of training; None where the runs do not say."""
         return qat_steps(self.plan, self.runs[0].workload) if self.runs else None

@@ -158,7 +158,7 @@ def _caveats(groups: Sequence[Group]) -> Iterable[Block]:
         )
     by_count: dict[int, list[str]] = {}
     for row in groups[0].rows:
-        by_count.setdefault(len({run.seed for run in row.runs}), []).append(row.label)
+        by_count.setdefault(len(row.seeds), []).append(row.label)
     if by_count and min(by_count) < MIN_SEEDS:
         seeds = "; ".join(f"{n} for {listing(by_count[n])}" for n in sorted(by_count))
         items.append(f"Training seeds: {seeds}. Below {MIN_SEEDS}, plans are not judged.")
@@ -302,10 +302,9 @@ def _about(row: Row, is_teacher: bool) -> str:
     """Seeds and notes of a row, for the small print below its name."""
     if is_teacher:
         return "full precision"
-    seeds = sorted({run.seed for run in row.runs})
-    listed = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    if len(seeds) > MIN_SEEDS:
-        listed = f"{len(seeds)} seeds"
+    listed = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
+    if len(row.seeds) > MIN_SEEDS:
+        listed = f"{len(row.seeds)} seeds"
     return f"{listed}; {row.notes}" if row.notes else listed
 
 

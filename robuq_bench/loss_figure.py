@@ -15,7 +15,7 @@ def plot_losses(records: list[dict[str, Any]]) -> Picture:
     frame = pd.DataFrame(records).set_index("step")
     found = [name for name in ("distillation_loss", "denoising_loss") if name in frame]
     lines = frame[found].rename(columns=lambda name: name.replace("_", " "))
-    with panel("losses", f"{' and '.join(lines)} by training step") as drawn:
+    with panel("losses", f"{' and '.join(lines.columns)} by training step") as drawn:
         palette = [colour("after training")] * len(found)  # dashes tell them apart
         sns.lineplot(lines, palette=palette, ax=drawn.axes)
         warmup = [record["step"] for record in records if record.get("phase") == "warmup"]

@@ -53,13 +53,13 @@ VERSION = "3"
 SUMMARY = "Do sensitivities of the post-training-quantized model mislead? Metrics against training."
 RULE = (
     "At each bit width of the truth, and over all, G is Spearman's ρ of epsilon_mse with the "
-    "increase of the distillation loss after the last of qat_steps, minus the same before training, "
-    "with its 95 % interval from 20,000 resamples of layers. “Sensitivities measured before training "
-    "mislead” holds if the interval lies above 0, does not hold if it lies below 0.05 (training "
-    "improves the order by less than that), and is undecided otherwise. Not judged where one seed's "
-    "truth agrees with the mean of the others by a mean ρ below 0.3. The verdicts of a run are one "
-    "family: to hold or not must also survive Holm's correction of the bootstrap's p-values, of a "
-    "gain of 0 and of 0.05."
+    "increase of the distillation loss after the last of qat_steps, minus the same before "
+    "training, with its 95 % interval from 20,000 resamples of layers. “Sensitivities measured "
+    "before training mislead” holds if the interval lies above 0, does not hold if it lies below "
+    "0.05 (training improves the order by less than that), and is undecided otherwise. Not judged "
+    "where one seed's truth agrees with the mean of the others by a mean ρ below 0.3. The verdicts "
+    "of a run are one family: to hold or not must also survive Holm's correction of the "
+    "bootstrap's p-values, of a gain of 0 and of 0.05."
 )
 
 

@@ -277,13 +277,16 @@ def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
     """
     options = config.settings_of(Settings)
     own = config.plan.uniform_bits
+    assert own is not None  # see the study's check
     widths = sorted({*options.truth_bits, own} & {*options.bit_choices})
     macs = dit_layer_macs(config.workload.model)
     macs = {layer: macs[layer] for layer in truth}
     whole = {layer: {own: 0.0, **by_bits} for layer, by_bits in truth.items()}
 
     def best(table: Table, budget: float) -> dict[str, int]:
-        narrowed = {layer: {b: table[layer][b] for b in widths} for layer in truth}
+        # What all bits of a layer share changes no choice, and solvers take nothing below 0.
+        least = {layer: min(table[layer][b] for b in widths) for layer in truth}
+        narrowed = {layer: {b: table[layer][b] - least[layer] for b in widths} for layer in truth}
         problem = allocation_problem(narrowed, macs, [mac_cost(macs, budget)])
         return solve(problem, "exact").bits_by_layer
 
