@@ -31,6 +31,7 @@ from studies.efficiency.variants import (
     packed_plan,
     variant_of,
 )
+from studies.efficiency.verdicts import by_baseline
 
 SMALL = (
     "efficiency.batches=[1,2]",
@@ -76,6 +77,19 @@ def test_without_a_gpu_sizes_are_exact_and_times_are_a_model(tmp_path: Path) -> 
     graph = [row for row in rows if row["against"] == "bf16-graph, step"]
     assert [round(row["modelled_factor"], 2) for row in graph] == [1.61, 1.60, 1.56]
     assert not (run.path / "tables" / "end_to_end.csv").exists()
+    judged = {row["claim"]: row for row in table(run, "verdicts")}
+    words = {claim: row["verdict"] for claim, row in judged.items()}
+    assert words == {
+        "DiT-XL/2 becomes 13.2× smaller in theory": "holds",
+        "DiT-XL/2 becomes 15.2× smaller as a checkpoint": "holds",
+        "The weights of DiT-XL/2 take 7.1× less memory than in fp32": "holds",
+        "The weights of DiT-XL/2 take 7.1× less memory than in bf16": "does not hold",
+        "DiT-XL/2 takes 7.1× less GPU memory": "not judged",
+        "DiT-XL/2 runs 3.5× faster": "not judged",
+    }
+    best = judged["DiT-XL/2 becomes 15.2× smaller as a checkpoint"]
+    assert float(best["effect"]) == max(sizes.values())
+    assert {row["rule"] for row in judged.values()} == {efficiency.RULE}
 
 
 def test_the_sentence_and_the_exit_codes(
@@ -92,7 +106,7 @@ def test_the_sentence_and_the_exit_codes(
         assert cli.main([*arguments, "--device", "cuda"]) == 4
 
 
-def test_settings_are_checked(tiny_workload: Path, tmp_path: Path) -> None:
+def test_settings_are_checked(tiny_workload: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown 'fp16'"):
         configure(tiny_workload, 'efficiency.variants=["fp16"]')
     with pytest.raises(ConfigError, match="sampling_batches must be among batches"):
@@ -101,7 +115,7 @@ def test_settings_are_checked(tiny_workload: Path, tmp_path: Path) -> None:
         variant_of("fp3")
     without_null = configure(tiny_workload, "model.class_dropout_prob=0.0")
     with pytest.raises(UsageError, match=r"efficiency\.guidance=false"):
-        perform(without_null, tmp_path)
+        efficiency.check(without_null)
 
 
 @pytest.mark.parametrize("plan", ["a8", "a2-uniform"])
@@ -323,16 +337,45 @@ def test_a_variant_that_fails_does_not_take_the_others_along(
     assert {row["status"] for row in table(run, "end_to_end")} == {"ok"}
 
 
+def test_factors_are_judged_against_each_baseline() -> None:
+    """Rounds of equal length leave no doubt, so the words follow from the factors alone."""
+
+    def row(against: str, batch: int, factor: float, low: float, high: float) -> dict[str, Any]:
+        return {
+            "claim": "speed", "paper": 3.5, "ours": "w1.58a8", "against": against, "batch": batch,
+            "factor": factor, "factor_low": low, "factor_high": high, "rounds": 3,
+            "verdict": "faster",
+        }  # fmt: skip
+
+    rows = [
+        row("fp32, step", 1, 9.0, 8.9, 9.1),
+        row("fp32, step", 8, 3.7, 3.6, 3.8),
+        row("tf32, step", 1, 2.0, 1.9, 2.1),
+        row("tf32, step", 8, 3.4, 3.3, 3.45),
+        row("bf16, step", 1, 3.6, 3.4, 3.8),
+        row("torchao-int8, step", 1, 9.0, 8.9, 9.1),  # packed too: no baseline of the paper's
+    ]
+    found = {v.claim: v for v in by_baseline("It runs 3.5× faster", rows)}
+    assert {claim: (v.verdict, v.effect) for claim, v in found.items()} == {
+        "It runs 3.5× faster than fp32, step": ("holds", 3.7),
+        "It runs 3.5× faster than tf32, step": ("does not hold", 3.4),
+        "It runs 3.5× faster than bf16, step": ("undecided", 3.6),
+    }
+    shaky = [rows[0] | {"verdict": "faster, unstable"}]
+    assert by_baseline("It", shaky)[0].verdict == "undecided"
+    (unmeasured,) = by_baseline("It", [rows[0] | {"factor": None}])
+    assert (unmeasured.verdict, unmeasured.note) == ("not judged", "needs a CUDA device")
+
+
 def test_an_unstable_timing_marks_its_verdict() -> None:
     def item(seconds: list[float], stability: str) -> dict[str, Any]:
         return {"rounds_s": [seconds] * 3, "method": "scripted", "stability": stability}
 
     ours, base = item([1.0, 1.01, 1.02, 1.0], "unstable"), item([2.0, 2.01, 2.02, 2.1], "stable")
-    factor, verdict = speed_factor(ours, base)
-    assert factor == pytest.approx(2, rel=0.02)
-    assert verdict == "faster, unstable"
-    assert speed_factor(None, base) == (None, "")
-    assert speed_factor({"status": "failed"}, base) == (None, "")
+    found = speed_factor(ours, base)
+    assert found["factor"] == pytest.approx(2, rel=0.02)
+    assert found["verdict"] == "faster, unstable"
+    assert speed_factor(None, base) == speed_factor({"status": "failed"}, base) == {}
 
 
 @pytest.mark.gpu

@@ -37,6 +37,7 @@ from studies.kernels.cases import (
 from studies.kernels.checks import Check, check, deviations, poisoned_memory
 from studies.kernels.settings import Settings
 from studies.kernels.tables import OURS, roofline_rows, rows_of, settings_of
+from studies.kernels.verdicts import SPEEDUP, TARGETS, of_target
 
 SMALL = (
     'kernels.models=["S"]',
@@ -79,6 +80,13 @@ def test_without_a_gpu_kernels_are_checked_and_times_are_a_model(
         assert row["source"]
     assert len(table(run, "roofline")) == 6 * 4  # H100, H200, A100, RTX 4090
     assert "interpreter" in table(run, "kernel_checks")[0]["where"]
+    judged = table(run, "verdicts")
+    words = {row["subject"]: row["verdict"] for row in judged if "PyTorch" in row["claim"]}
+    assert words == {MATMUL: "holds", WEIGHT: "holds"}
+    errors = [float(row["max_error"]) for row in rows if row["kernel"] == MATMUL]
+    (product,) = [row for row in judged if row["claim"].startswith(f"{MATMUL} agrees")]
+    assert float(product["effect"]) == pytest.approx(max(errors))
+    assert {row["verdict"] for row in judged if "PyTorch" not in row["claim"]} == {"not judged"}
 
     # A second session asks the interpreter for what is missing only.
     asked: list[Case] = []
@@ -298,7 +306,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return Check(False, 9.0, "made to fail") if case.layer in facts["wrong"] else Check(True, 0)
 
     monkeypatch.setattr(kernels, "GraphReplay", graph)
-    monkeypatch.setattr(kernels, "check", fake_check)
+    monkeypatch.setattr(kernels, "check_case", fake_check)
     monkeypatch.setattr(
         kernels, "kernel_function", lambda case, _: kernel_function(case, "reference")
     )
@@ -375,9 +383,9 @@ def test_shares_of_the_measured_ceiling_by_hand() -> None:
 
     ceilings = Ceilings(copy_bytes_s=3e12, bf16_ops_s=700e12, int8_ops_s=1400e12)
     cases = {case.layer: case for case in cases_of("XL", 128)}
-    quick = Timing(((500e-6,) * 9,), "scripted")
+    quick = Timing(((500e-6,) * 3,) * 3, "scripted")
     status = {OURS: "ok", "cuBLAS bf16": "ok"}
-    times = {OURS: Timing(((300e-6,) * 9,), "scripted"), "cuBLAS bf16": quick}
+    times = {OURS: Timing(((300e-6,) * 3,) * 3, "scripted"), "cuBLAS bf16": quick}
     ours, dense = rows_of(cases["fc1"], Check(True, 0.1), status, times, ceilings)
     operations = 2 * 32768 * 1152 * 4608
     assert ours["tflop_s"] == pytest.approx(operations / 300e-6 / 1e12)
@@ -392,6 +400,34 @@ def test_shares_of_the_measured_ceiling_by_hand() -> None:
     assert row["limit"] == "memory"
     assert row["gb_s"] == pytest.approx(norm.moved_bytes / 500e-6 / 1e9)
     assert row["share_of_ceiling"] == pytest.approx(norm.moved_bytes / 3e12 / 500e-6)
+
+
+def timed_target(bound: float, low: float, value: float, high: float, **other: Any) -> str:
+    """The word for fc2 at 32,768 rows of such a speed, where the target is 1.7."""
+    target = replace(TARGETS[2], layers=("fc2",), bound=bound)
+    row = {
+        "kernel": MATMUL, "model": "XL", "layer": "fc2", "rows": 32768, "width": 4608,
+        "images": 128, "stability": "stable", "status": "ok", "rounds": 3, SPEEDUP: value,
+        f"{SPEEDUP}_low": low, f"{SPEEDUP}_high": high, **other,
+    }  # fmt: skip
+    return of_target(target, [row], [], "NVIDIA H100").verdict
+
+
+def test_a_target_is_judged_by_its_interval() -> None:
+    assert timed_target(1.7, 1.71, 1.8, 1.9) == "holds"
+    assert timed_target(1.7, 1.5, 1.6, 1.69) == "does not hold"
+    assert timed_target(1.7, 1.6, 1.72, 1.8) == "undecided"
+    assert timed_target(1.7, 1.71, 1.8, 1.9, stability="unstable") == "undecided"
+    assert timed_target(1.7, 1.71, 1.8, 1.9, rows=512) == "not judged"
+    assert timed_target(1.7, 1.71, 1.8, 1.9, **{f"{SPEEDUP}_low": None}) == "not judged"
+    adaln = {"kernel": GROUPED, "model": "XL", "layer": "adaLN of all blocks", "rows": 2,
+             "width": 1152, "images": 2, "stability": "stable", "status": "ok", "rounds": 3,
+             "median_us": 20.0, "median_us_low": 19.0, "median_us_high": 21.0}  # fmt: skip
+    assert of_target(TARGETS[4], [adaln], [], "NVIDIA H100").verdict == "holds"
+    assert of_target(TARGETS[4], [adaln], [], "NVIDIA A100").note.startswith("set for an H100")
+    # A batch that the data sheet forbids in this time is not the target's.
+    sheet = [adaln | {"device": "H100 SXM", "least_us": 30.0}]
+    assert of_target(TARGETS[4], [adaln], sheet, "NVIDIA H100").verdict == "not judged"
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from robuq_bench.config import config_hash, resolve
@@ -18,7 +19,12 @@ from robuq_bench.errors import MissingResourceError
 from robuq_bench.measuring import record
 from robuq_bench.measuring.ceilings import measure_ceilings
 from robuq_bench.measuring.memory import measure_peak, resident_bytes, split_peak, weight_bytes
-from robuq_bench.measuring.statistics import Timing, compare
+from robuq_bench.measuring.statistics import (
+    Timing,
+    compare,
+    median_interval,
+    speedup_interval,
+)
 from robuq_bench.measuring.timing import (
     EagerCalls,
     GraphReplay,
@@ -43,6 +49,25 @@ def test_a_summary_of_known_samples() -> None:
     assert summary["stability"] == "unstable"
     assert (summary["samples"], summary["rounds"], summary["method"]) == (11, 3, "test")
     assert found.summary("ms")["median_ms"] == pytest.approx(6e-3)
+
+
+def test_intervals_over_rounds_are_those_of_scipy() -> None:
+    ours, theirs = timing([1.0], [1.1], [0.9], [1.05]), timing([2.0], [2.3], [1.9], [2.0])
+    mine, other = (np.log([r[0] for r in t.rounds_s]) for t in (ours, theirs))
+    expected = stats.ttest_rel(other, mine).confidence_interval(0.9)
+    found = speedup_interval(ours, theirs, interleaved=True, confidence=0.9)
+    assert np.log(found) == pytest.approx([expected.low, expected.high])
+    alone = stats.ttest_1samp(mine, 0).confidence_interval(0.95)
+    assert np.log(median_interval(ours)) == pytest.approx([alone.low, alone.high])
+    # Rounds that took no turns are not paired: wider than by Welch's rule, never narrower.
+    welch = stats.ttest_ind(other, mine, equal_var=False).confidence_interval(0.95)
+    low, high = np.log(speedup_interval(ours, theirs, interleaved=False))
+    assert low <= welch.low + 1e-12
+    assert high >= welch.high - 1e-12
+    still = timing([1.0], [1.0], [1.0])
+    assert speedup_interval(still, timing([2.0], [2.0], [2.0]), interleaved=True) == (
+        pytest.approx((2, 2))
+    )
 
 
 def test_drift_between_rounds_is_unstable_though_each_round_is_quiet() -> None:

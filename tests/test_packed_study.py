@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 from robuq_bench.cli.app import main
 from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
+from robuq_bench.statistics.verdicts import read_verdicts
 from studies.packed import settings
 from studies.packed import study as packed
 
@@ -58,6 +61,19 @@ def test_packing_is_judged_beside_the_trained_student(
     )
     expected = (difference.mean() + both.mean()) / 2
     assert rows["int8"]["pixel_difference"] == pytest.approx(expected)
+    judged = {(v.subject, v.effect_name.split()[0]): v for v in read_verdicts(
+        pd.read_csv(run / "tables" / "verdicts.csv"))}  # fmt: skip
+    assert judged["reference", "share"].verdict == "holds"
+    assert judged["reference", "share"].n == 2 * len(images[0])
+    int8 = judged["int8", "mean"]
+    assert int8.effect == pytest.approx(expected)
+    assert int8.low is not None
+    assert int8.high is not None
+    assert int8.low <= expected <= int8.high
+    word = "holds" if int8.high < 1 else "does not hold" if int8.low > 1 else "undecided"
+    assert int8.verdict == word
+    fid = judged["int8", "ratio"]
+    assert (fid.verdict, fid.n, fid.n_of) == ("not judged", 2, "seed ranges")
     metrics = json.loads(
         next(
             line for line in (trained / "train-and-eval" / run_of(trained) / "results.jsonl")
@@ -66,6 +82,37 @@ def test_packing_is_judged_beside_the_trained_student(
     )  # fmt: skip
     assert rows["trained"]["fid_digits_min"] <= metrics["fid_digits"] + 1e-9
     assert metrics["fid_digits"] - 1e-9 <= rows["trained"]["fid_digits_max"]
+
+
+def test_images_are_judged_by_their_interval_and_a_lossless_file_by_every_one() -> None:
+    assert packed.judge_images("int8", np.full(50, 0.4)).verdict == "holds"
+    assert packed.judge_images("int8", np.full(50, 1.6)).verdict == "does not hold"
+    rng = np.random.default_rng(0)
+    around = rng.normal(1, 0.5, 50)
+    near = packed.judge_images("int8", around)
+    expected = stats.ttest_1samp(around, 0).confidence_interval()
+    assert (near.low, near.high) == pytest.approx((expected.low, expected.high))
+    assert near.verdict == "undecided"
+    assert packed.judge_images("int8", np.full(4, 0.4)).verdict == "not judged"
+    one_off = np.array([0] * 99 + [1], dtype=np.int16)
+    lossless = packed.judge_lossless(one_off)
+    assert (lossless.verdict, lossless.effect) == ("does not hold", 0.99)
+    assert packed.judge_lossless(one_off[:-1]).verdict == "holds"
+
+
+def test_fid_is_paired_over_seed_ranges() -> None:
+    ratios = np.exp([0.10, 0.11, 0.09, 0.10, 0.12, 0.08])
+    records = [
+        {"kind": "metrics", "subject": subject, "seed_range": index, "fid_digits": fid,
+         "fid_digits_is_rank_deficient": 0}
+        for index, ratio in enumerate(ratios)
+        for subject, fid in (("trained", 2.0 + index), ("int8", (2.0 + index) * ratio))
+    ]  # fmt: skip
+    (found,) = packed.judge_fid("int8", records)
+    interval = stats.ttest_1samp(np.log(ratios), 0).confidence_interval()
+    assert found.verdict == "worse"
+    assert (found.low, found.high) == pytest.approx((np.exp(interval.low), np.exp(interval.high)))
+    assert (found.n, found.n_of, found.test) == (6, "seed ranges", "paired t over seed ranges")
 
 
 def test_settings_and_study_know_the_same_variants() -> None:

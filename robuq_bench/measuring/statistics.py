@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Timing:
         """Interquartile range over median, all rounds together: drift between them counts."""
         low, middle, high = np.quantile(self.samples_s, [0.25, 0.5, 0.75])
         return float((high - low) / middle)
+
+    @property
+    def round_medians_s(self) -> tuple[float, ...]:
+        """One median per round, which are independent where samples of a round are not."""
+        return tuple(float(np.median(samples)) for samples in self.rounds_s)
 
     @property
     def is_stable(self) -> bool:
@@ -94,3 +100,35 @@ def compare(candidate: Sequence[float], baseline: Sequence[float]) -> Comparison
         elif speedup <= 1 / (1 + LEAST_GAIN):
             verdict = "slower"
     return Comparison(speedup, p_value, verdict)
+
+
+def median_interval(timing: Timing, confidence: float = 0.95) -> tuple[float, float]:
+    """Limits in seconds of the typical round's median: a t interval over rounds, of logarithms."""
+    medians = np.log(timing.round_medians_s)
+    return _t_interval(medians.mean(), medians.var(ddof=1) / len(medians), len(medians), confidence)
+
+
+def speedup_interval(
+    candidate: Timing, baseline: Timing, *, interleaved: bool, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Limits of baseline over candidate: a t interval over rounds, of logarithms of their medians.
+
+    Args:
+        candidate, baseline: at least two rounds each; as many of both where they are interleaved.
+        interleaved: whether rounds of both took turns; then what a round does to both cancels.
+        confidence: of the interval, in (0, 1).
+    """
+    ours, theirs = (np.log(timing.round_medians_s) for timing in (candidate, baseline))
+    if interleaved:
+        variance = (theirs - ours).var(ddof=1) / len(ours)
+    else:
+        variance = ours.var(ddof=1) / len(ours) + theirs.var(ddof=1) / len(theirs)
+    rounds = min(len(ours), len(theirs))
+    return _t_interval(theirs.mean() - ours.mean(), variance, rounds, confidence)
+
+
+def _t_interval(
+    mean: float, variance: float, rounds: int, confidence: float
+) -> tuple[float, float]:
+    reach = float(stats.t.ppf((1 + confidence) / 2, rounds - 1)) * math.sqrt(variance)
+    return math.exp(mean - reach), math.exp(mean + reach)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from robuq_bench.measuring.statistics import Timing, compare
+from robuq_bench.measuring.statistics import Timing, compare, speedup_interval
 from studies.efficiency.variants import Variant, variant_of
 
 Item = dict[str, Any]
@@ -26,8 +26,9 @@ def claims(
         claim: str, ours: str, against: str, factor: float | None, basis: str, **rest: Any
     ) -> None:
         row = {"claim": claim, "paper": PAPER[claim], "ours": ours, "against": against}
-        row |= {"batch": rest.pop("batch", ""), "factor": factor, "basis": basis}
-        row |= {"verdict": "", "modelled_factor": "", **rest}
+        row |= {"batch": rest.pop("batch", ""), "factor": factor}
+        row |= {"factor_low": None, "factor_high": None, "basis": basis}
+        row |= {"verdict": "", "modelled_factor": "", "rounds": "", **rest}
         rows.append(row)
 
     for row in checkpoints:
@@ -63,17 +64,16 @@ def claims(
                     if kind == "sampling" and batch not in options.sampling_batches:
                         continue
                     pair = [found.get((kind, v.name, batch)) for v in (ours, base)]
-                    factor, verdict = speed_factor(*pair)
+                    speed = speed_factor(*pair)
                     model = _modelled(base, modelled[index]) if kind == "step" else ""
                     add(
                         "speed",
                         ours.name,
                         f"{base.name}, {kind}",
-                        factor,
-                        "not run" if factor is None else "measured",
+                        basis="measured" if speed else "not run",
                         batch=batch,
-                        verdict=verdict,
                         modelled_factor=model,
+                        **(speed or {"factor": None}),
                     )
     return rows
 
@@ -90,23 +90,30 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         is_modelled = row["modelled_factor"] != "" and row["ours"] == first
         is_silent = row["claim"] in silent and row["factor"] is None
         if row["factor"] is not None or is_modelled or is_silent:
-            found.append(row)
+            hidden = ("factor_low", "factor_high", "rounds")
+            found.append({name: cell for name, cell in row.items() if name not in hidden})
         if row["factor"] is None or row["basis"] == "measured":
             silent.discard(row["claim"])
     return found
 
 
-def speed_factor(ours: Item | None, base: Item | None) -> tuple[float | None, str]:
-    """Speed-up and verdict of two items, None and "" where one has no time."""
+def speed_factor(ours: Item | None, base: Item | None) -> dict[str, Any]:
+    """Columns of a speed-up with its interval and verdict; none where an item has no time."""
     if ours is None or base is None or "rounds_s" not in ours or "rounds_s" not in base:
-        return None, ""
-    found = [
-        Timing(tuple(tuple(r) for r in item["rounds_s"]), item["method"]).samples_s
-        for item in (ours, base)
-    ]
-    result = compare(*found)
+        return {}
+    mine, theirs = (
+        Timing(tuple(tuple(r) for r in item["rounds_s"]), item["method"]) for item in (ours, base)
+    )
+    result = compare(mine.samples_s, theirs.samples_s)
+    low, high = speedup_interval(mine, theirs, interleaved=False)
     unstable = "unstable" in (ours["stability"], base["stability"])
-    return result.speedup, f"{result.verdict}{', unstable' if unstable else ''}"
+    return {
+        "factor": result.speedup,
+        "factor_low": low,
+        "factor_high": high,
+        "rounds": min(len(mine.rounds_s), len(theirs.rounds_s)),
+        "verdict": f"{result.verdict}{', unstable' if unstable else ''}",
+    }
 
 
 def _modelled(base: Variant, row: dict[str, Any]) -> float | str:

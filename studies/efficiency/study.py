@@ -50,6 +50,7 @@ from robuq_bench.measuring.timing import (
     time_interleaved,
 )
 from robuq_bench.runs.run import Run
+from robuq_bench.statistics.verdicts import verdict_rows
 from studies.efficiency.claims import Item, claims, shown
 from studies.efficiency.settings import Settings
 from studies.efficiency.variants import (
@@ -63,10 +64,22 @@ from studies.efficiency.variants import (
     release,
     variant_of,
 )
+from studies.efficiency.verdicts import verdicts
 
 VERSION = "1"
 SUMMARY = "File size, GPU memory and speed of the packed model against five baselines."
 USES_DATA = False
+RULE = (
+    "Factors are those that the paper prints for DiT-XL/2. A count of bytes holds where it reaches "
+    "the printed factor, for a checkpoint in one file with every part counted. The paper names no "
+    "baseline, so memory and speed are judged against each: they hold where even the least factor "
+    "over packed variants and batches reaches the paper's, do not hold where even the greatest "
+    "stays below, and are undecided otherwise or where a time is unstable; of times, all of "
+    "the 95 % t interval over rounds has to. What needs a GPU, or is of another model, is not "
+    "judged."
+)
+#: Width and depth of DiT-XL/2, of which the paper speaks.
+XL = (1152, 28)
 NEEDS_GPU = "timings and peak memory need a CUDA device; sizes are exact, times here are a model"
 # A round; nine in three rounds is enough for p < .002, which three are not.
 SAMPLING_SAMPLES = 3
@@ -120,6 +133,8 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         run.write_table("end_to_end", [columns(item) for item in items])
     rows = claims(options, checkpoints, weights, modelled, items)
     run.write_table("claims", rows)
+    is_xl = (section.hidden_size, section.depth) == XL
+    run.write_table("verdicts", verdict_rows(verdicts(is_xl, checkpoints, rows), RULE))
     # Of the others a failure is a result; with one of ours the run stays open, to be continued.
     ours = {variant.name for variant in packed}
     wrong = [

@@ -52,6 +52,7 @@ from robuq_bench.measuring.timing import (
     time_interleaved,
 )
 from robuq_bench.runs.run import Run
+from robuq_bench.statistics.verdicts import verdict_rows
 from studies.kernels.cases import (
     KERNELS,
     Case,
@@ -73,10 +74,19 @@ from studies.kernels.tables import (
     settings_of,
     summary,
 )
+from studies.kernels.verdicts import verdicts
 
 VERSION = "1"
 SUMMARY = "Correctness, speed and share of the hardware's ceiling of every kernel."
 USES_DATA = False
+RULE = (
+    "A kernel holds where every call agrees with plain PyTorch on the same inputs, each within the "
+    "limits of its kernel. Targets are this project’s own, for DiT-XL/2 on an H100; the paper "
+    "states none. A target is judged on the slowest call that it names (of adaLN, among batches "
+    "that the data sheet allows), by the 95 % t interval over rounds: it holds where all of the "
+    "interval meets it, does not hold where none does, and is undecided otherwise or where a time "
+    "is unstable. Without a GPU, or where a call has no time, it is not judged."
+)
 NEEDS_GPU = "timings need a CUDA device; the roofline here is a model from data-sheet peaks"
 
 
@@ -91,9 +101,12 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     """Check and, on a CUDA device, time every case; returns our kernels' rows."""
     options = config.settings_of(Settings)
     cases = list(all_cases(options))
-    run.write_table("roofline", [row for case in cases for row in roofline_rows(case)])
+    roofline = [row for case in cases for row in roofline_rows(case)]
+    run.write_table("roofline", roofline)
+    device = ""
     if context.device.startswith("cuda"):
         rows = timed(cases, options, config.seed, run, context)
+        device = torch.cuda.get_device_name(context.device)
         shown = [summary(row) for row in rows if row["implementation"] == OURS]
         failed = [row for row in rows if row["implementation"] == OURS and row["status"] != "ok"]
     else:
@@ -104,6 +117,7 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             "of what is allowed, so at most 1 is correct"
         )
         context.progress.log(NEEDS_GPU)
+    run.write_table("verdicts", verdict_rows(verdicts(rows, roofline, device), RULE))
     if failed:
         names = ", ".join(f"{row['kernel']} {row['model']} {row['layer']}" for row in failed[:5])
         raise CheckError(

@@ -6,7 +6,12 @@ from typing import Any
 
 from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.measuring.roofline import DATA_SHEETS, least_seconds
-from robuq_bench.measuring.statistics import Timing, compare
+from robuq_bench.measuring.statistics import (
+    Timing,
+    compare,
+    median_interval,
+    speedup_interval,
+)
 from studies.kernels.cases import Case
 from studies.kernels.checks import Check
 from studies.kernels.peers import BASELINE
@@ -99,8 +104,11 @@ def rows_of(
             row |= achieved(case, name, timing, ceilings)
             if baseline is not None and name != BASELINE:
                 verdict = compare(timing.samples_s, baseline.samples_s)
+                low, high = speedup_interval(timing, baseline, interleaved=True)
                 row |= {
                     "speedup_over_cublas_bf16": verdict.speedup,
+                    "speedup_over_cublas_bf16_low": low,
+                    "speedup_over_cublas_bf16_high": high,
                     "p_value": verdict.p_value,
                     "verdict": verdict.verdict,
                 }
@@ -112,17 +120,27 @@ def achieved(case: Case, name: str, timing: Timing, ceilings: Ceilings) -> dict[
     """Bandwidth and rate, and the least time by the measured ceilings over the median."""
     is_bf16 = name == BASELINE
     moved = case.product.full_precision_bytes if is_bf16 else case.moved_bytes
+    fast_s, slow_s = median_interval(timing)
     result: dict[str, Any] = {
         **ceilings.row(),
+        "median_us_low": fast_s * 1e6,
+        "median_us_high": slow_s * 1e6,
         "gb_s": moved / timing.median_s / 1e9 if name in (OURS, BASELINE) else None,
         "tflop_s": case.operations / timing.median_s / 1e12 if case.operations else None,
         "limit": None,
         "share_of_ceiling": None,
+        "share_of_ceiling_low": None,
+        "share_of_ceiling_high": None,
     }
     rate = ceilings.bf16_ops_s if is_bf16 or not case.operations else ceilings.int8_ops_s
     if rate is not None and name in (OURS, BASELINE):
         least, limit = least_seconds(moved, case.operations, ceilings.copy_bytes_s, rate)
-        result |= {"limit": limit, "share_of_ceiling": least / timing.median_s}
+        result |= {
+            "limit": limit,
+            "share_of_ceiling": least / timing.median_s,
+            "share_of_ceiling_low": least / slow_s,
+            "share_of_ceiling_high": least / fast_s,
+        }
     return result
 
 

@@ -16,11 +16,16 @@ is the mean squared difference to the teacher's prediction on the protocol's fix
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
+from statsmodels.stats.weightstats import DescrStatsW
 from torch import nn
 
 from robuq_bench.config import Config, Workload
@@ -38,9 +43,21 @@ from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.judging.summary import metric_summary
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.runs.run import Run, open_existing
+from robuq_bench.statistics.comparisons import CONFIDENCE, MIN_SEEDS, compare_plans
+from robuq_bench.statistics.verdicts import Verdict, verdict_rows
 from robuq_bench.students import load_student
 from studies.packed.settings import Settings
 
+RULE = (
+    "A lossless file holds where every image is the trained student’s, bit for bit. Another "
+    "variant keeps the images where all of the 95 % t interval over images of the mean absolute "
+    "difference lies below one grey level of 255, does not where all of it lies above, and is "
+    "undecided otherwise. FID is compared over seed ranges by the 95 % paired t interval of the "
+    "ratio: equivalent within 0.97 to 1/0.97, else better or worse where it lies on that side of "
+    "1, else undecided. Fewer than 5 images or ranges are not judged."
+)
+#: Mean absolute difference that cannot be seen in images of 8 bits.
+GREY_LEVEL = 1.0
 VERSION = "2"
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
 TRAINED = "trained"
@@ -96,6 +113,8 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             )  # fmt: skip
     rows = table(run, options.variants)
     run.write_table("packed", rows)
+    found = verdicts(run, options.variants, workload)
+    run.write_table("verdicts", verdict_rows(found, RULE))
     for row in rows:
         if row["variant"] == "reference" and row["share_of_images_equal"] < 1:
             raise CheckError(
@@ -136,17 +155,106 @@ def make_variant(
 
 def image_difference(run: Run, variant: str, workload: Workload) -> dict[str, float]:
     """How far the images of a variant are from the trained student's, over all seed ranges."""
-    total, equal, count = 0.0, 0, 0
+    mean, largest = pixel_differences(run, variant, workload)
+    return {
+        "pixel_difference": float(mean.sum()) / len(mean),
+        "share_of_images_equal": int((largest == 0).sum()) / len(mean),
+    }
+
+
+def pixel_differences(
+    run: Run, variant: str, workload: Workload
+) -> tuple[NDArray[np.float64], NDArray[np.int16]]:
+    """Mean and largest absolute difference of every image [N] to the trained student's."""
+    found = []
     for index in range(workload.evaluation.seed_ranges):
         mine, theirs = (
             np.load(run.path / "samples" / f"{subject}-{index}.npz")["arr_0"].astype(np.int16)
             for subject in (variant, TRAINED)
         )
-        difference = np.abs(mine - theirs).reshape(len(mine), -1)
-        total += float(difference.mean(1).sum())
-        equal += int((difference.max(1) == 0).sum())
-        count += len(mine)
-    return {"pixel_difference": total / count, "share_of_images_equal": equal / count}
+        found.append(np.abs(mine - theirs).reshape(len(mine), -1))
+    difference = np.concatenate(found)
+    return difference.mean(1), difference.max(1)
+
+
+def verdicts(run: Run, variants: tuple[str, ...], workload: Workload) -> list[Verdict]:
+    """Of the lossless file, then of every other variant's images and FID."""
+    found = []
+    for variant in variants:
+        mean, largest = pixel_differences(run, variant, workload)
+        if variant == "reference":
+            found.append(judge_lossless(largest))
+        else:
+            found.append(judge_images(variant, mean))
+            found += judge_fid(variant, run.results())
+    return found
+
+
+def judge_lossless(largest: NDArray[np.int16]) -> Verdict:
+    """Whether every image [N] is without any difference."""
+    return Verdict(
+        claim="A lossless packed file gives the trained student’s images",
+        subject="reference",
+        verdict="holds" if (largest == 0).all() else "does not hold",
+        effect=float((largest == 0).mean()),
+        effect_name="share of images equal",
+        low=None,
+        high=None,
+        n=len(largest),
+        n_of="images",
+        test="comparison bit for bit",
+        p_value=None,
+    )
+
+
+def judge_images(variant: str, mean: NDArray[np.float64]) -> Verdict:
+    """Whether images differ by less than a grey level, from their mean differences [N]."""
+    low = high = None
+    word, note = "not judged", f"{MIN_SEEDS} images are needed"
+    if len(mean) >= MIN_SEEDS:
+        low, high = map(float, DescrStatsW(mean).tconfint_mean(1 - CONFIDENCE))
+        is_kept, is_changed = high < GREY_LEVEL, low > GREY_LEVEL
+        word, note = "holds" if is_kept else "does not hold" if is_changed else "undecided", ""
+    return Verdict(
+        claim=f"{variant} changes images by less than one grey level of 255",
+        subject=variant,
+        verdict=word,
+        effect=float(mean.mean()),
+        effect_name="mean absolute pixel difference",
+        low=low,
+        high=high,
+        confidence=CONFIDENCE,
+        n=len(mean),
+        n_of="images",
+        test="none" if low is None else "t interval over images",
+        p_value=None,
+        note=note,
+    )
+
+
+def judge_fid(variant: str, records: Iterable[dict[str, Any]]) -> list[Verdict]:
+    """A variant's FID beside the trained student's over seed ranges; none without FID."""
+    metrics = pd.DataFrame([r for r in records if r.get("kind") == "metrics"])
+    names = [str(name) for name in metrics if str(name).startswith("fid_")]
+    names = [name for name in names if not name.endswith("_is_rank_deficient")]
+    found = []
+    for name in names:
+        # Ranges are the units here: the student is of one training seed.
+        values = metrics.assign(
+            plan=metrics["subject"], seed=metrics["seed_range"], image_range=0, value=metrics[name]
+        )
+        judged = compare_plans(values, variant, TRAINED, name)
+        few = judged.n < MIN_SEEDS
+        found.append(
+            replace(
+                judged,
+                claim=f"{variant} has another {name} than the trained student",
+                n_of="seed ranges",
+                test="none" if few else "paired t over seed ranges",
+                note=f"{MIN_SEEDS} seed ranges are needed" if few else "",
+            )
+        )
+    return found
 
 
 def table(run: Run, variants: tuple[str, ...]) -> list[dict[str, Any]]:
