@@ -248,14 +248,15 @@ def _factor_sheet(run: RunData, factors: pd.DataFrame) -> Sheet:
     found = pd.concat([found[~is_silent], silent])
     order = ["theory", *_WORDS]
     found = found.sort_values("claim", key=lambda own: own.map(order.index), kind="stable")
+    papers = [f"{row['paper']:g}× {_word(row['claim'])}" for row in found.to_dict("records")]
     frame = pd.DataFrame(
         {
-            "the paper": [f"{r['paper']:g}× {_word(r['claim'])}" for r in found.to_dict("records")],
-            "ours": found["factor"].replace("", None).to_numpy(),
-            "basis": found["basis"].replace("not run", None).to_numpy(),
-            "against": found["against"].to_numpy(),
-            "of": found["ours"].to_numpy(),
-            "the model expects": found["modelled_factor"].replace("", "–").to_numpy(),
+            "the paper": papers,
+            "ours": found["factor"].replace("", None),
+            "basis": found["basis"].replace("not run", None),
+            "against": found["against"],
+            "of": found["ours"],
+            "the model expects": found["modelled_factor"].replace("", "–"),
         }
     )
     return Sheet(
