@@ -29,7 +29,7 @@ from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import style_sheet
 from robuq_bench.files import atomic_write_text
 
-_CLAIM_COLUMNS = ("about", "claim", "subject", "verdict", "evidence")
+_CLAIM_COLUMNS = ("protocol", "claim", "verdict", "evidence", "subject")
 # Its numbers are the teacher rows of train-and-eval, which cites the run.
 _SHOWN_ELSEWHERE = frozenset({"teacher-eval"})
 _NO_RESULTS = "No run among these is finished, so every result is “not run”."
@@ -144,13 +144,12 @@ def _write(
     finished = [run for run in runs if run.finished]
     sections = build_sections(finished, records)
     machines = machines_of(finished)
-    shown = list(sections.values())
     page = (
         _environment()
         .get_template("report.html")
         .render(
             question=_question(sections),
-            sections=shown,
+            sections=list(sections.values()),
             no_results=[Phrase(_NO_RESULTS)],
             checklists=_checklists(sections),
             unfinished=unfinished_sheet(runs),
@@ -161,23 +160,30 @@ def _write(
         )
     )
     page = "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
-    _write_tables(shown, output)
+    _write_tables(sections, output)
     atomic_write_text(output, page)  # last: there is no page whose tables could not be made
 
 
-def _write_tables(sections: Sequence[Section], output: Path) -> None:
+def _write_tables(sections: Mapping[str, Section], output: Path) -> None:
     """Write every section's tables; those of an older report that these runs lack are emptied."""
     claims = pd.DataFrame(
         [
-            (claim.about, v.claim, v.subject, v.verdict, evidence(v))
-            for section in sections
+            (
+                claim.about,
+                v.claim,
+                v.verdict,
+                "; ".join(filter(None, [evidence(v), v.note])),
+                v.subject,
+            )
+            for section in sections.values()
             for claim in section.claims
             for v in [claim.verdict]
-        ],
+        ]
+        + [("", claim, NOT_RUN, needs, "") for claim, needs in _open(sections).items()],
         columns=list(_CLAIM_COLUMNS),
     )
     texts = {"claims.csv": claims.to_csv(index=False, lineterminator="\n")}
-    for section in sections:
+    for section in sections.values():
         for name, frame in section.exports.items():
             texts[f"{name}.csv"] = frame.to_csv(index=False, lineterminator="\n")
         for name, sheets in section.tex.items():
@@ -195,7 +201,7 @@ def _question(sections: Mapping[str, Section]) -> str:
     modules = section_modules()
     for study, section in sections.items():
         return str(modules[study].QUESTION) if study in modules else section.title
-    return "Does a Diffusion Transformer survive ternary weights and 2-bit activations?"
+    return str(modules["train-and-eval"].QUESTION)
 
 
 def _checklists(sections: Mapping[str, Section]) -> list[Sheet]:
@@ -206,13 +212,22 @@ def _checklists(sections: Mapping[str, Section]) -> list[Sheet]:
         if section.claims
     ]
     unjudged = [
-        {"claim": claim, "verdict": NOT_RUN, "evidence": f"needs a run of the study “{study}”"}
-        for study, module in section_modules().items()
-        if study not in sections
-        for claim in module.OPEN
+        {"claim": claim, "verdict": NOT_RUN, "evidence": needs}
+        for claim, needs in _open(sections).items()
     ]
     if unjudged:
-        found.append(Sheet(pd.DataFrame(unjudged), "Claims that need other studies", kind="claims"))
+        found.append(Sheet(pd.DataFrame(unjudged), "Claims that need other runs", kind="claims"))
+    return found
+
+
+def _open(sections: Mapping[str, Section]) -> dict[str, str]:
+    """Claims that no run here judges -> what they need."""
+    found: dict[str, str] = {}
+    for study, module in section_modules().items():
+        if study in sections:
+            found.update(sections[study].open)
+        else:
+            found.update(dict.fromkeys(module.OPEN, f"needs a run of the study “{study}”"))
     return found
 
 

@@ -222,6 +222,7 @@ class Section:
 
     answer: one sentence with the number and its interval; stands first, here and at the top.
     claims, rule: verdicts for the checklist, and the text of the rule that gave them.
+    open: claims that no run here can judge -> what they need.
     exports: name -> table that is written beside the report as `<stem>-<name>.csv`, whole.
     tex: name -> tables that are written as `<stem>-<name>.tex`.
     """
@@ -232,6 +233,7 @@ class Section:
     blocks: Sequence[Block]
     claims: Sequence[Claim] = ()
     rule: str = ""
+    open: Mapping[str, str] = field(default_factory=dict)
     exports: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     tex: Mapping[str, Sequence[Sheet]] = field(default_factory=dict)
 
@@ -278,7 +280,7 @@ def evidence(verdict: Verdict) -> str:
         parts.append(text)
     if verdict.n:
         parts.append(f"n = {verdict.n:,} {verdict.n_of}")
-    if verdict.test:
+    if verdict.test not in ("", "none"):
         parts.append(verdict.test)
     if verdict.p_adjusted is not None:
         parts.append(f"adjusted p = {significant(verdict.p_adjusted, 2)}")

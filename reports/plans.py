@@ -57,15 +57,15 @@ def read_plan(values: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, 
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         raise ValueError(f"layers must be tables, got {rules!r}")
     for name, kind in _SECTIONS.items():
-        given = none_word(plan.get(name, None if name == "bits" else {}))
-        if given is None:
+        own = none_word(plan.get(name, None if name == "bits" else {}))
+        if own is None:
             plan.pop(name, None)
-        elif isinstance(given, Mapping):
+        elif isinstance(own, Mapping):
             defaults = {key: field.get_default() for key, field in kind.model_fields.items()}
-            plan[name] = _given({**defaults, **given})
+            plan[name] = given({**defaults, **own})
             _check_numbers(name, plan[name])
         else:
-            raise ValueError(f"{name} must be a section, got {given!r}")
+            raise ValueError(f"{name} must be a section, got {own!r}")
     plan["layers"] = [rule for kind in KINDS for rule in _rules_of(kind, rules, model)]
     return plan
 
@@ -144,10 +144,10 @@ def _method(rule: Mapping[str, Any], slot: str) -> dict[str, Any]:
     bits = table.get("bits", 8)
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise ValueError(f"bits of {slot} must be a whole number, got {bits!r}")
-    return {} if table["method"] == "none" else _given(table)
+    return {} if table["method"] == "none" else given(table)
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is absent: None, the word for it, and the digest of a file there is none of."""
     return {
         key: list(value) if isinstance(value, tuple) else value

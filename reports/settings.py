@@ -6,10 +6,11 @@ A plan here is one that `reports.plans.read_plan` has read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from reports.plans import EVERY, rules_of
-from robuq_bench.methods import SLOTS
+from reports.plans import EVERY, given, rules_of
+from robuq_bench.methods import SLOTS, Slot, is_packaged, method_class
 
 FULL_PRECISION = "full precision"
 AMPN = "rotation, AMPN bits"
@@ -114,12 +115,15 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """For configs of one name, the settings that tell each from the others ("" if alone)."""
-    texts = []
-    for own in configs:
-        rivals = [other for other in configs if other.get("name") == own.get("name")]
-        flat = comparable(rivals)
-        mine = next(f for f, rival in zip(flat, rivals, strict=True) if rival is own)
-        texts.append(", ".join(f"{k} = {_plain(mine.get(k))}" for k in differing(flat)))
+    texts = [""] * len(configs)
+    by_name: dict[object, list[int]] = {}
+    for place, config in enumerate(configs):
+        by_name.setdefault(config.get("name"), []).append(place)
+    for places in by_name.values():
+        flat = comparable([configs[place] for place in places]) if len(places) > 1 else []
+        keys = differing(flat)
+        for place, own in zip(places, flat, strict=False):
+            texts[place] = ", ".join(f"{key} = {_plain(own.get(key))}" for key in keys)
     return texts
 
 
@@ -241,17 +245,28 @@ def _both(rule: Rule) -> str:
     )
 
 
-def _method(rule: Rule, slot: str) -> str:
-    """A method with its parameters; "" for a slot that is not filled."""
+def _method(rule: Rule, slot: Slot) -> str:
+    """A method with the parameters that are not its defaults; "" for a slot that is not filled."""
     table = dict(rule.get(slot, {}))
     method = str(table.pop("method", ""))
     table.pop("sha256", None)
-    if slot == "branch" and table.keys() == {"rank"}:
-        return f"rank {table['rank']}"
-    bits = table.pop("bits", None)
+    bits, rank = table.pop("bits", None), table.get("rank")
+    defaults = _defaults(slot, method)
+    table = {key: v for key, v in table.items() if key not in defaults or v != defaults[key]}
+    if slot == "branch" and rank is not None:
+        method, _ = f"rank {rank}", table.pop("rank", None)
     words = [f"{bits} bits"] if slot == "weight" and bits is not None else []
     words += [f"{key} = {_plain(value)}" for key, value in table.items()]
     return ", ".join([method, *words]) if method else ""
+
+
+@cache
+def _defaults(slot: Slot, method: str) -> Mapping[str, Any]:
+    """Defaults of a method of the suite; nothing is known of others, whose code is not run here."""
+    if not is_packaged(slot, method):
+        return {}
+    fields = method_class(slot, method).model_fields
+    return given({key: field.get_default() for key, field in fields.items()})
 
 
 def _plain(value: object) -> str:

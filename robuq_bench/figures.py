@@ -154,7 +154,8 @@ def log_axis(axes: Axes, which: str) -> None:
     if decades < 0.7:
         axis.set_major_locator(MaxNLocator(4))
     else:
-        subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+        most = 1.4 if which == "x" else 2  # labels beside each other touch sooner
+        subs = (1.0, 2.0, 5.0) if decades < most else (1.0,)
         axis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

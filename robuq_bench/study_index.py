@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from robuq_bench.errors import UsageError, suggest
+from robuq_bench.files import sha256_file
 from robuq_bench.sections import Section
 
 #: Keys of a config, which a study's section must not hide.
@@ -150,7 +151,7 @@ def read_study(path: Path, module: str, *, is_packaged: bool = True) -> StudyInf
     """Read what a study's file says of itself.
 
     Raises:
-        RobuqError: it is not Python, or lacks VERSION or measure.
+        UsageError: it is not Python, or lacks VERSION or measure.
     """
     body = _body(path)
     texts, flags = _constants(body, str), _constants(body, bool)
@@ -200,7 +201,8 @@ def _is_study(path: Path) -> bool:
 def _add_outside(path: Path, module: str | None) -> StudyInfo:
     if not path.is_file():
         raise UsageError(f"study {path}: no such file")
-    study = read_study(path.resolve(), module or f"_study_{path.stem}", is_packaged=False)
+    name = module or f"_study_{sha256_file(path)[:12]}"  # two files may have one name
+    study = read_study(path.resolve(), name, is_packaged=False)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", study.name):
         raise UsageError(
             f"study {path}: a study cannot be called {study.name!r}; rename the file, "

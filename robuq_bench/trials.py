@@ -8,7 +8,7 @@ one seed see the same batches, so their differences are paired.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset, to_uint8
-from robuq_bench.errors import RobuqError
+from robuq_bench.errors import ConfigError, RobuqError, UsageError
 from robuq_bench.judging.evaluation import load_reference, record_inputs, validation_losses
 from robuq_bench.judging.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.judging.features import Features
@@ -25,6 +25,7 @@ from robuq_bench.judging.fidelity import Reference, compute_fid
 from robuq_bench.judging.sampling import sample_values
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.qat import prepare_training
+from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.convert import set_activation_bits
 from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.runs.run_files import run_folders
@@ -46,6 +47,43 @@ class Judge(NamedTuple):
     reference: Features | Reference
     workload: Workload
     teacher_values: torch.Tensor
+
+
+def check_choices(config: Config, choices: Sequence[int], setting: str) -> None:
+    """Refuse a plan whose layers cannot take these activation bits.
+
+    Args:
+        config: its plan is asked.
+        choices: bit widths that layers will be trained at.
+        setting: where `choices` come from, such as "allocation.choices".
+
+    Raises:
+        UsageError: no layer has bits to choose, or a method does not take one of them; names plan,
+            method and the bits that all of its methods take.
+    """
+    plan = config.plan
+    methods = [rule.activation for rule in plan.layers if rule.has_choice("activation")]
+    if not methods:
+        raise UsageError(
+            f"study {config.study} changes activation bits, and no layer of plan {plan.name!r} has "
+            "any to choose; name another, such as --plan a4"
+        )
+    taken = [bits for bits in choices if all(_takes(method, bits) for method in methods)]
+    refused = [bits for bits in choices if bits not in taken]
+    if refused:
+        names = ", ".join(sorted({repr(method.method) for method in methods if method}))
+        raise UsageError(
+            f"plan {plan.name!r}: activation method {names} does not take {refused} bits of "
+            f"{setting}; --set {setting}={taken}"
+        )
+
+
+def _takes(method: Any, bits: int) -> bool:
+    try:
+        check_bits(bits, method, "")
+    except ConfigError:
+        return False
+    return True
 
 
 def make_judge(

@@ -16,11 +16,11 @@ from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import load_dataset
 from robuq_bench.diffusion import Diffusion
+from robuq_bench.loss_figure import plot_losses
 from robuq_bench.models.dit import DiT
 from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, Trainer, denoising_loss
-from studies.figures import plot_losses
 
 VERSION = "1"
 SUMMARY = "Train a workload's full-precision teacher."
@@ -80,7 +80,7 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     card = json.dumps({"sha256": sha256, **metadata}, indent=2) + "\n"
     run.write_text("checkpoints/teacher.json", card)
     losses = [record for record in run.results() if record["kind"] == "train"]
-    plot_losses(losses, run.figure_path("losses"))
+    plot_losses(losses).save(run.figure_path("losses"))
     return [
         {
             "steps": recipe.steps,

@@ -8,10 +8,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from robuq_bench.config import load_plan
+from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.linear import QuantizedLinear
+from robuq_bench.runs.run import Run, open_existing
+from robuq_bench.statistics.verdicts import read_verdicts
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -23,7 +28,7 @@ def blocks(guide: str, language: str) -> list[str]:
     return [textwrap.dedent(block) for block in found]
 
 
-def run(guide: str, code: list[str]) -> dict[str, Any]:
+def run_code(guide: str, code: list[str]) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "guide"}
     for block in code:
         exec(compile(block, guide, "exec"), names)
@@ -33,7 +38,7 @@ def run(guide: str, code: list[str]) -> dict[str, Any]:
 def test_the_guide_to_ones_own_model_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks("your-own-model.md", "python")
     assert len(code) == 2
-    names = run("your-own-model.md", code)
+    names = run_code("your-own-model.md", code)
     printed = capsys.readouterr().out.splitlines()
     shown = (DOCS / "your-own-model.md").read_text(encoding="utf-8").splitlines()
     assert len(printed) == 7
@@ -47,6 +52,28 @@ def test_the_plan_of_the_guide_to_plans_is_one(tmp_path: Path) -> None:
     plan = load_plan(tmp_path / "guide.toml")
     assert [rule.name for rule in plan.layers] == ["attention", "adaln", "block"]
     assert plan.needs == {"absmax", "gram", "tokens"}
+
+
+def test_the_guide_to_studies_runs(bench: Any, tmp_path: Path) -> None:
+    study, judge = blocks("add-a-study.md", "python")
+    (tmp_path / "spectrum.py").write_text(study, encoding="utf-8")
+    assert len([line for line in study.splitlines() if line.strip()]) <= 20
+    document = bench("study", "spectrum.py", "--set", "spectrum.ranks=[16]", "--json").document
+    run = open_existing(Path(document["path"]))
+    assert run.id.startswith("spectrum/a2-digits-")
+    name = "blocks.0.attn.qkv"
+    model, _ = load_teacher(run.config.workload, "cpu")
+    weight = model.get_parameter(f"{name}.weight").detach().numpy().astype(float)
+    left, values, right = np.linalg.svd(weight, full_matrices=False)
+    low_rank = left[:, :16] * values[:16] @ right[:16]
+    expected = (low_rank**2).sum() / (weight**2).sum()
+    (row,) = (row for row in document["table"] if row["layer"] == name)
+    assert row["rank 16"] == pytest.approx(expected, rel=1e-5)
+    config = run.config.model_copy(update={"seed": 1})
+    with Run.open(tmp_path / "runs", config, []) as run:
+        run_code("add-a-study.md", [judge])["judge"](run, document["table"])
+        found = read_verdicts(pd.read_csv(run.path / "tables" / "verdicts.csv"))
+    assert {verdict.verdict for verdict in found} == {"holds", "does not hold"}
 
 
 def test_the_guide_to_methods_runs(
@@ -65,10 +92,10 @@ def test_the_guide_to_methods_runs(
         assert plan.layers[-1].activation is not None
         assert plan.layers[-1].activation.method == "pow2:PowerOfTwo"
         assert len(plan.layers[-1].activation.sha256) == 64
-        names = run("add-a-method.md", [registered])
+        names = run_code("add-a-method.md", [registered])
         assert isinstance(names["model"][0], QuantizedLinear)
         assert "activation=pow2" in capsys.readouterr().out
-        names = run("add-a-method.md", [calibrated])
+        names = run_code("add-a-method.md", [calibrated])
         assert names["model"][2].scaling is not None
     finally:
         sys.modules.pop("pow2", None)

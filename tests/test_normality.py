@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,10 +15,12 @@ from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
+from robuq_bench.normality import summaries
 from robuq_bench.normality.capture import CapturedTokens, save_shard
 from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
+from robuq_bench.statistics.verdicts import read_verdicts
 from studies.normality import study as normality
 
 TINY = (
@@ -109,17 +112,48 @@ def test_numbers_agree_across_tables(live: Run) -> None:
         for row in table(live, "errors")
         if row["quantizer"] == "robust-midrise"
     }
-    verdicts = table(live, "verdicts")
-    assert len(verdicts) == len(errors) > 100
-    for row in verdicts:
+    judgements = table(live, "judgements")
+    assert len(judgements) == len(errors) > 100
+    for row in judgements:
         source = errors[row["layer_type"], row["width"], row["transform"], row["bits"]]
-        assert row["upper_95"] == source["high"]
-        assert (row["normal_enough"] == "True") == (float(source["high"]) < 1.05)
+        assert (row["lower_95"], row["upper_95"]) == (source["low"], source["high"])
+        assert (row["verdict"] == "holds") == (float(source["high"]) < 1.05)
+        assert (row["verdict"] == "does not hold") == (float(source["low"]) >= 1.05)
     for row in table(live, "bound"):
         assert row["violated"] == "False"
         assert float(row["exact_distance"]) < float(row["bound"])
     headline = [record for record in live.results() if record["kind"] == "normality"]
     assert {row["layer_type"] for row in headline} == {"qkv", "proj", "fc1", "fc2", "adaLN"}
+
+
+def test_verdicts_are_the_judgements_in_words(live: Run) -> None:
+    """The study's judgements are its only ones, and a report can read them without knowing it."""
+    verdicts = read_verdicts(pd.read_csv(live.path / "tables/verdicts.csv"))
+    judged = {
+        (
+            f"{row['subject']}, {row['transform']}, {row['layer_type']} ({row['width']})",
+            row["bits"],
+        ): row
+        for row in table(live, "judgements")
+    }
+    assert len(verdicts) == len(judged)
+    for verdict in verdicts:
+        row = judged[verdict.subject, verdict.claim.split(" for ")[1].split()[0]]
+        assert verdict.verdict == row["verdict"]
+        assert (verdict.effect, verdict.low, verdict.high) == tuple(
+            float(row[name]) for name in ("ratio", "lower_95", "upper_95")
+        )
+        assert (verdict.n, verdict.n_of) == (16, "images")
+        assert f"{float(row['null_ratio']):.3f}" in verdict.note
+        assert ("2 sign draws" in verdict.test) == bool(row["sign_draws"])
+    assert "randomized-hadamard" in verdicts[0].subject
+
+
+def test_too_few_images_are_not_judged() -> None:
+    key = {"subject": "teacher", "layer_type": "qkv", "width": 48, "transform": "identity"}
+    verdicts = summaries.verdicts([key | {"images": 12}], [])
+    assert {(v.verdict, v.effect, v.n) for v in verdicts} == {("not judged", None, 12)}
+    assert [v.claim.split(" for ")[1] for v in verdicts][:2] == ["1 bit", "2 bits"]
 
 
 def test_saved_activations_give_the_same_numbers(live: Run, tmp_path: Path) -> None:
@@ -201,7 +235,7 @@ def test_bfloat16_shards_of_another_model(tmp_path: Path) -> None:
 def test_unusable_activations_are_refused(tmp_path: Path) -> None:
     missing = json.dumps(str(tmp_path / "nowhere"))
     with pytest.raises(MissingResourceError, match=r"nowhere.*save_activations"):
-        perform(tmp_path, configure(f"normality.captured={missing}"))
+        normality.check(configure(f"normality.captured={missing}"))
     folder = tmp_path / "shards"
     part = CapturedTokens(torch.randn(32, 16), torch.arange(16).repeat_interleave(2))
     save_shard(folder / "a.safetensors", {"x": part}, {"subject": "s"})

@@ -209,7 +209,7 @@ def test_figures_need_no_home_folder(settings: str) -> None:
         "import os, pwd\n"
         "def unknown(uid): raise KeyError(uid)\n"
         "pwd.getpwuid = unknown\n"
-        "import studies.figures, reports.svg\n"
+        "import robuq_bench.figures\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
     if settings:

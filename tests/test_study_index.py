@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,9 +77,7 @@ def test_a_study_is_called_by_a_plain_word(tmp_path: Path, name: str) -> None:
         find_study(str(tmp_path / f"{name}.py"))
 
 
-def test_a_study_from_outside_that_breaks_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_from_outside_that_breaks_is_named(tmp_path: Path) -> None:
     path = tmp_path / "breaks.py"
     path.write_text(f"{STUDY}import no_such_module\n")
     with pytest.raises(UsageError, match=r"breaks\.py cannot be imported \(ModuleNotFoundError"):
@@ -89,7 +86,6 @@ def test_a_study_from_outside_that_breaks_is_named(
     find_study(str(path))
     with pytest.raises(UsageError, match="Settings must be a subclass of Section"):
         settings_class("breaks")
-    sys.modules.pop("_study_breaks")
     for name in ("no.such.module", "json.decoder.x", str(tmp_path / "nothing.py")):
         with pytest.raises(UsageError, match="no such"):
             find_study(name)

@@ -137,10 +137,9 @@ class Job:
 
 def execute(job: Job) -> RunResult | None:
     """Resolve; show (`--dry-run`), look up (finished) or run the study; None after a dry run."""
-    from robuq_bench.context import RunResult
     from robuq_bench.runs.run import open_existing, run_folder
     from robuq_bench.runs.run_files import DONE
-    from robuq_bench.runs.study import check_study, run_study
+    from robuq_bench.runs.study import check_study, run_study, stored_result
 
     config = job.resolve()
     folder = run_folder(job.output, config)
@@ -153,7 +152,7 @@ def execute(job: Job) -> RunResult | None:
         if job.device.startswith("cuda"):
             # A device that is not here is an error, finished elsewhere or not.
             replace(job, writes_run=False).context()
-        return replace(RunResult.from_run(open_existing(folder)), path=folder)
+        return replace(stored_result(open_existing(folder), job.study), path=folder)
     context = job.context()
     verb = "continues" if folder.exists() and not job.force else "starts"
     if not job.quiet:

@@ -18,10 +18,11 @@ from robuq_bench.normality.intervals import (
     cluster_bootstrap_mean,
     rejected_share,
 )
+from robuq_bench.normality.names import VERDICT_LIMIT
 from robuq_bench.quantization.convert import layer_type
+from robuq_bench.statistics.verdicts import Verdict
 
-#: `normal enough for b bits` when the upper confidence bound of the mean error ratio is below this.
-VERDICT_LIMIT = 1.05
+KEY_FIELDS = ("subject", "layer_type", "width", "transform")
 DRAW_FIELDS = ("sign_draws", "draws_min", "draws_max", "draws_passing")
 Row = dict[str, Any]
 
@@ -183,7 +184,7 @@ def sign_draw_fields(group: Sequence[Cell], settings: Settings) -> dict[int, Row
     return fields
 
 
-def verdict_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
+def judgement_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
     """Apply the rule fixed beforehand to every layer type, transform and bit width.
 
     `cells_passing` is the share of (layer, timestep) cells that pass on their own, with the worst.
@@ -192,23 +193,21 @@ def verdict_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
     for row in errors:
         if row["quantizer"] != REFERENCE:
             continue
-        key = ("subject", "layer_type", "width", "transform")
         own = [
             cell
             for cell in cells
-            if all(cell[k] == row[k] for k in key) and f"ratio_{row['bits']}" in cell
+            if all(cell[k] == row[k] for k in KEY_FIELDS) and f"ratio_{row['bits']}" in cell
         ]
         passing = [cell for cell in own if cell[f"ratio_{row['bits']}_high"] < VERDICT_LIMIT]
         worst = max(own, key=lambda cell: cell[f"ratio_{row['bits']}"])
         rows.append(
             {
-                **{k: row[k] for k in (*key, "bits")},
+                **{k: row[k] for k in (*KEY_FIELDS, "bits")},
                 "quantizer": REFERENCE,
                 "ratio": row["ratio"],
                 "lower_95": row["low"],
                 "upper_95": row["high"],
                 "null_ratio": row["null_ratio"],
-                "normal_enough": row["high"] < VERDICT_LIMIT,
                 "verdict": verdict_word(row["low"], row["high"]),
                 "cells": len(own),
                 "cells_passing": len(passing) / len(own),
@@ -222,10 +221,48 @@ def verdict_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
 
 
 def verdict_word(low: float, high: float) -> str:
-    """Normal enough or not where the whole interval says so; undecided where it spans the limit."""
+    """Of the claim "normal enough": undecided where the interval spans the limit."""
     if high < VERDICT_LIMIT:
-        return "normal enough"
-    return "not normal enough" if low >= VERDICT_LIMIT else "undecided"
+        return "holds"
+    return "does not hold" if low >= VERDICT_LIMIT else "undecided"
+
+
+def verdicts(types: Iterable[Row], judgements: Iterable[Row]) -> list[Verdict]:
+    """One verdict per row of `type_rows` and bit width, those on random signs first.
+
+    The subject reads "teacher, randomized-hadamard, qkv (144)", with the layer type's width. A
+    layer type without a judgement, for want of images, is not judged.
+    """
+    judged = {tuple(row[k] for k in (*KEY_FIELDS, "bits")): row for row in judgements}
+    ordered = sorted(types, key=lambda row: row["transform"] != "randomized-hadamard")
+    return [
+        _verdict(row, bits, judged.get((*(row[k] for k in KEY_FIELDS), bits)))
+        for row in ordered
+        for bits in BITS
+    ]
+
+
+def _verdict(row: Row, bits: int, judgement: Row | None) -> Verdict:
+    found = judgement or {}
+    test, note = "cluster bootstrap over images", f"fewer than {MIN_CLUSTERS} usable images"
+    if judgement:
+        note = f"ratio of normal tokens: {judgement['null_ratio']:.3f}"
+        if "sign_draws" in judgement:
+            test += f", spread over {judgement['sign_draws']} sign draws"
+    return Verdict(
+        claim=f"Activations are normal enough for {bits} bit{'s' if bits > 1 else ''}",
+        subject=f"{row['subject']}, {row['transform']}, {row['layer_type']} ({row['width']})",
+        verdict=found.get("verdict", "not judged"),
+        effect=found.get("ratio"),
+        effect_name="mean error ratio",
+        low=found.get("lower_95"),
+        high=found.get("upper_95"),
+        n=row["images"],
+        n_of="images",
+        test=test,
+        p_value=None,
+        note=note,
+    )
 
 
 def lyapunov_rows(cells: Sequence[Cell]) -> list[Row]:
@@ -342,7 +379,7 @@ def grouped(cells: Sequence[Cell]) -> dict[Key, list[Cell]]:
 
 def key_fields(key: Key) -> Row:
     """The key as named columns."""
-    return dict(zip(("subject", "layer_type", "width", "transform"), key, strict=True))
+    return dict(zip(KEY_FIELDS, key, strict=True))
 
 
 def pooled(group: Sequence[Cell]) -> TokenTable:

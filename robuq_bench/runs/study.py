@@ -6,7 +6,8 @@ from pathlib import Path
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context, RunResult
-from robuq_bench.errors import RobuqError
+from robuq_bench.errors import CheckpointError, RobuqError
+from robuq_bench.files import sha256_file
 from robuq_bench.runs.run import Run
 from robuq_bench.study_index import find_study, load_study
 
@@ -37,8 +38,10 @@ def run_study(config: Config, root: Path, context: Context, *, wait_s: float = 0
         threads=context.threads,
     ) as run:
         if run.is_done:
-            return RunResult.from_run(run)
+            return stored_result(run, config.study)
         try:
+            if not info.is_packaged:
+                run.add_input(info.path, "study")
             table = load_study(info).measure(config, run, context)
         except RobuqError:
             run.remove_if_untouched()
@@ -46,6 +49,24 @@ def run_study(config: Config, root: Path, context: Context, *, wait_s: float = 0
         result = RunResult.store(run, table, {"run": run.id})
         run.finish()
     return result
+
+
+def stored_result(run: Run, study: str) -> RunResult:
+    """What the finished `run` of a study shows.
+
+    Raises:
+        CheckpointError: the study is a file from outside, and not the one that the run is of.
+    """
+    info, known = find_study(study), run.manifest["inputs"].get("study")
+    if not info.is_packaged and known is not None:
+        digest = sha256_file(info.path)
+        if digest != known["sha256"]:
+            raise CheckpointError(
+                f"study {info.path} is not the file that run {run.id} is of (SHA-256 "
+                f"{known['sha256']}, now {digest}); raise its VERSION to have a run of its own, or "
+                "begin anew with --force"
+            )
+    return RunResult.from_run(run)
 
 
 def check_study(config: Config) -> None:

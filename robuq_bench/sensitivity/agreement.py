@@ -28,11 +28,16 @@ CHUNK = 250
 
 @dataclass(frozen=True)
 class Estimate:
-    """A rank correlation and its bootstrap interval; None where it is undefined (all tied)."""
+    """A rank correlation and its bootstrap interval; None where it is undefined (all tied).
+
+    `p_values` are two-sided, one for every null value that was asked for: twice the smaller share
+    of resamples on one side of it, at least 2 / (resamples + 1).
+    """
 
     value: float | None
     low: float | None
     high: float | None
+    p_values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,12 @@ def agreement_gain(
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    nulls: Sequence[float] = (),
 ) -> Estimate:
     """Spearman's ρ of `better` with the truth minus that of `worse`, on the same resamples.
 
-    Arguments and errors as of `rank_agreement`.
+    `nulls` are gains that p-values are given of; other arguments and errors as of
+    `rank_agreement`.
     """
     x, y = _matrices(better, truth, bits)
     z, _ = _matrices(worse, truth, bits)
@@ -117,7 +124,7 @@ def agreement_gain(
     ones = np.ones((1, x.size))
     point = spearman(x, y, ones) - spearman(z, y, ones)
     resampled = _in_chunks(spearman, x, y, weights) - _in_chunks(spearman, z, y, weights)
-    return _estimate(point, resampled, confidence)
+    return _estimate(point, resampled, confidence, nulls)
 
 
 def _draw(layers: int, resamples: int, seed: int) -> npt.NDArray[np.int64]:
@@ -166,14 +173,18 @@ def _in_chunks(statistic: Statistic, x: Array, y: Array, weights: Array) -> Arra
     return np.concatenate([statistic(x, y, part) for part in parts])
 
 
-def _estimate(point: Array, resampled: Array, confidence: float) -> Estimate:
+def _estimate(
+    point: Array, resampled: Array, confidence: float, nulls: Sequence[float] = ()
+) -> Estimate:
     """Percentile interval over the resamples in which the statistic is defined."""
     defined = resampled[np.isfinite(resampled)]
     if not np.isfinite(point[0]) or defined.size == 0:
         return Estimate(None, None, None)
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return Estimate(float(point[0]), float(low), float(high))
+    tails = [min((defined <= null).sum(), (defined >= null).sum()) for null in nulls]
+    p_values = tuple(min(1.0, float(2 * (t + 1) / (defined.size + 1))) for t in tails)
+    return Estimate(float(point[0]), float(low), float(high), p_values)
 
 
 def _largest(values: Array, k: int) -> list[int]:

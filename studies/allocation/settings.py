@@ -35,7 +35,8 @@ class Settings(Section):
 
     Sensitivities are measured before training ("ptq" and the local ones) and after `warmup_steps`
     of it ("qat", "qat-teacher"); "resolved" solves again at each of `resolve_steps` of its own
-    training. Every network trains `train_steps` steps, all of them at its own bits.
+    training. Every network trains `train_steps` steps, all of them at its own bits. Fewer than five
+    `seeds` are not judged.
     """
 
     LAST_STEP: ClassVar[str] = "warmup_steps"
@@ -46,7 +47,7 @@ class Settings(Section):
     warmup_steps: int = Field(default=100, ge=1)
     resolve_steps: Ints = (0, 50, 100)
     train_steps: int = Field(default=200, ge=1)
-    seeds: int = Field(default=3, ge=1)
+    seeds: int = Field(default=5, ge=1)
     samples: int = Field(default=500, ge=0)
     sampling_steps: int = Field(default=10, ge=1)
     timestep_buckets: int = Field(default=4, ge=1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from robuq_bench.allocation import (
     SOLVERS,
@@ -24,6 +26,8 @@ from robuq_bench.files import make_folder
 from robuq_bench.normality.summaries import block_of
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
+from robuq_bench.statistics.comparisons import compare_plans, judge_family
+from robuq_bench.statistics.verdicts import Verdict, verdict_rows
 from robuq_bench.trials import TARGETS, metric_key
 from studies.allocation.settings import CANDIDATES, Settings
 
@@ -36,7 +40,6 @@ SOURCES = {
     "fisher": ("fisher", False),
 }
 JUDGED = ("distillation_loss", "fid")
-MIN_SEEDS = 2  # on either side, for a verdict
 
 Table = dict[str, dict[int, float]]
 
@@ -158,8 +161,11 @@ def bucket_rows(
     return rows
 
 
-def write_comparison(run: Run, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the trained networks, the candidates' summary and the verdicts; return the summary."""
+def write_comparison(run: Run, trials: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+    """Write the trained networks, the candidates' summary and the verdicts; return the summary.
+
+    `rule` is what verdicts are given by, as text.
+    """
     # Shards finish in any order.
     trials = sorted(
         trials, key=lambda t: (t["budget"], CANDIDATES.index(t["candidate"]), t["seed"])
@@ -167,10 +173,60 @@ def write_comparison(run: Run, trials: list[dict[str, Any]]) -> list[dict[str, A
     run.write_table("trials", trial_rows(trials))
     summary = candidate_rows(trials)
     run.write_table("candidates", summary)
-    verdicts = verdict_rows(trials)
+    verdicts = judge(trials)
     if verdicts:
-        run.write_table("verdicts", verdicts)
+        run.write_table("verdicts", verdict_rows(verdicts, rule))
     return summary
+
+
+def judge(trials: list[dict[str, Any]]) -> list[Verdict]:
+    """Compare candidates with uniform, and AMPN with bits chosen before training, as one family.
+
+    AMPN beside uniform comes first; `subject` is "candidate over baseline, budget bits, metric".
+    """
+    metrics = [name for target in JUDGED if (name := metric_key(trials[0], target))]
+    frame = pd.DataFrame(trials).rename(columns={"candidate": "plan"}).assign(image_range=0)
+    names = sorted(frame["plan"].unique(), key=CANDIDATES.index)
+    pairs = [(name, "uniform") for name in names if name != "uniform"]
+    pairs.sort(key=lambda pair: pair[0] != "qat")
+    if {"qat", "ptq"} <= {*names}:
+        pairs.append(("qat", "ptq"))
+    return judge_family(
+        [
+            dataclasses.replace(
+                _compare(own.assign(value=own[metric]), candidate, baseline, metric),
+                claim=f"{metric} of {candidate} differs from that of {baseline} at a mean of "
+                f"{budget:g} bits",
+                subject=f"{candidate} over {baseline}, {budget:g} bits, {metric}",
+            )
+            for candidate, baseline in pairs
+            for budget, own in frame.groupby("budget")
+            for metric in metrics
+        ]
+    )
+
+
+def _compare(values: pd.DataFrame, candidate: str, baseline: str, metric: str) -> Verdict:
+    """`compare_plans`; not judged where training diverged, which leaving out would hide."""
+    own = values[values["plan"].isin([candidate, baseline])]
+    is_sound = np.isfinite(own["value"]) & (own["value"] > 0)
+    if is_sound.all():
+        return compare_plans(values, candidate, baseline, metric)
+    bad = [f"{row.plan} seed {row.seed}" for row in own[~is_sound].itertuples()]
+    return Verdict(
+        claim="",
+        subject="",
+        verdict="not judged",
+        effect=None,
+        effect_name=f"ratio of geometric means of {metric}",
+        low=None,
+        high=None,
+        n=own["seed"].nunique(),
+        n_of="training seeds",
+        test="none",
+        p_value=None,
+        note=f"not a number above 0: {', '.join(bad)}",
+    )
 
 
 def trial_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,36 +261,6 @@ def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if paired and candidate != "uniform":
                     row[f"{target}_vs_uniform"] = float(np.mean(paired))
             rows.append(row)
-    return rows
-
-
-def verdict_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rule of `study.py` for every candidate against uniform."""
-    rows = []
-    for budget in dict.fromkeys(trial["budget"] for trial in trials):
-        for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
-            for target in JUDGED:
-                own = list(_values(trials, candidate, budget, target).values())
-                base = list(_values(trials, "uniform", budget, target).values())
-                if candidate == "uniform" or not own or not base:
-                    continue
-                verdict = "undecided"
-                if min(len(own), len(base)) < MIN_SEEDS:
-                    verdict = "one seed: not judged"
-                elif max(own) < min(base):
-                    verdict = "holds"
-                elif min(own) > max(base):
-                    verdict = "does not hold"
-                rows.append(
-                    {
-                        "budget": budget,
-                        "candidate": candidate,
-                        "target": target,
-                        "beats_uniform": verdict,
-                        "ratio_of_means": float(np.mean(own) / np.mean(base)),
-                        "seeds": min(len(own), len(base)),
-                    }
-                )
     return rows
 
 

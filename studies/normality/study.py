@@ -43,25 +43,26 @@ from robuq_bench.quantization.convert import layer_type, quantized_layers, targe
 from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.digests import walk
 from robuq_bench.runs.run import Run
+from robuq_bench.statistics.verdicts import verdict_rows
 from robuq_bench.students import load_student
 from studies.normality.settings import Settings
 
 VERSION = "3"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
 RULE = """\
-Fixed before any activation was seen. For a layer type, a transform and b bits,
-take each token's mean squared error under the uniform mid-rise quantizer with RobuQ's steps and its
-mean-absolute-deviation scale, divide it by the token's variance and by the value for N(0, 1)
-(0.3634, 0.1188, 0.03744, 0.01154 at 1 to 4 bits), and average over tokens. The layer type is
-*normal enough for b bits* if the upper end of the 95 % interval of that mean is below 1.05. The
-interval resamples whole images, because tokens of one image are not independent. It is *not normal
-enough* if the lower end is at or above 1.05, and *undecided* in between.
-
-Amended once, after the first run: signs are a draw, and one draw moved `proj` by more than the
-interval over images. For the randomised transform the mean therefore also runs over `sign_draws`
-draws, and the interval allows for their spread. At 8 bits true Gaussian tokens of width 144 exceed
-1.05 themselves, because few values decide the overload; their ratio stands beside every verdict.
-"""
+Fixed before any activation was seen, amended once. For a layer type, a transform and b bits, take \
+each token's mean squared error under the uniform mid-rise quantizer with RobuQ's steps and its \
+mean-absolute-deviation scale, divide it by the token's variance and by the value for N(0, 1) \
+(0.3634, 0.1188, 0.03744, 0.01154 at 1 to 4 bits), and average over tokens. "Normal enough for b \
+bits" holds if the upper end of the 95 % interval of that mean is below 1.05, does not hold if the \
+lower end is at or above 1.05, and is undecided in between. The interval resamples whole images, \
+because tokens of one image are not independent; with fewer than 16 nothing is judged. Amended \
+after the first run: signs are a draw, and one draw moved proj by more than the interval over \
+images, so for the randomised transform the mean also runs over several draws and the interval \
+allows for their spread. At 8 bits normal tokens of width 144 exceed 1.05 themselves, because few \
+values decide the overload: their ratio stands beside every verdict. No verdict has a p-value and \
+none is corrected for their number: each is its own at 95 %, and one in 40 can be expected to hold \
+or not to hold falsely, at most and if the interval covers as it should."""
 CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16
 CALIBRATION_TOKENS = 8
@@ -129,12 +130,14 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         tables["errors"] += summaries.error_rows(cells, nulls, settings)
         tables["lyapunov"] += summaries.lyapunov_rows(cells)
     tables["skipped"] = skipped_rows(run)
-    tables["verdicts"] = summaries.verdict_rows(tables["errors"], tables["cells"])
+    tables["judgements"] = summaries.judgement_rows(tables["errors"], tables["cells"])
+    verdicts = summaries.verdicts(tables["types"], tables["judgements"])
+    tables["verdicts"] = verdict_rows(verdicts, RULE)
     tables |= evidence.evidence_tables(probes, options, config.seed, context.progress)
     for name, rows in tables.items():
         if rows:
             run.write_table(name, rows)
-    table = headline(tables["types"], tables["verdicts"])
+    table = headline(tables["types"], tables["judgements"])
     for row in table:
         run.append(f"normality/{row['subject']}/{row['layer_type']}", kind="normality", **row)
     return table
@@ -382,7 +385,7 @@ def slug(subject: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "-" for c in subject)
 
 
-def headline(types: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def headline(types: list[dict[str, Any]], judgements: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Before and after, per subject and layer type, and for which bits it is normal enough."""
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in types:
@@ -396,11 +399,11 @@ def headline(types: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> lis
         for name, column in (("W", "shapiro_w_median"), ("KL", "kl")):
             line[f"{name}_{when}"] = row.get(column)
         own = [
-            verdict
-            for verdict in verdicts
-            if all(verdict[k] == row[k] for k in ("subject", "layer_type", "width", "transform"))
+            judgement
+            for judgement in judgements
+            if all(judgement[k] == row[k] for k in summaries.KEY_FIELDS)
         ]
-        for word, column in (("normal enough", "normal_at_bits"), ("undecided", "undecided_at")):
-            bits = [str(verdict["bits"]) for verdict in own if verdict["verdict"] == word]
+        for word, column in (("holds", "normal_at_bits"), ("undecided", "undecided_at")):
+            bits = [str(judgement["bits"]) for judgement in own if judgement["verdict"] == word]
             line[f"{column}_{when}"] = " ".join(bits) or "none"
     return list(found.values())

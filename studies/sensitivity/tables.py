@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from robuq_bench.accounting.structure import dit_layer_macs
+from robuq_bench.allocation import allocation_problem, mac_cost, solve
 from robuq_bench.config import Config
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import METRICS, agreement_gain, rank_agreement, recovered_layers
+from robuq_bench.statistics.comparisons import judge_family
+from robuq_bench.statistics.verdicts import Verdict, verdict_rows
 from studies.sensitivity.settings import Settings
 from studies.sensitivity.truth import truth_differences
 
@@ -35,8 +39,11 @@ def metric_table(run: Run, steps: int, metric: str) -> Table:
     }
 
 
-def summarise(config: Config, run: Run) -> list[dict[str, Any]]:
-    """Write the tables from the run's records, and return the headline."""
+def summarise(config: Config, run: Run, rule: str) -> list[dict[str, Any]]:
+    """Write the tables from the run's records, and return the headline.
+
+    `rule` is what verdicts are given by, as text.
+    """
     options = config.settings_of(Settings)
     differences = truth_differences(run)
     truth = {
@@ -73,7 +80,10 @@ def summarise(config: Config, run: Run) -> list[dict[str, Any]]:
     run.write_table("agreement", agreement_rows)
     gains = gain_rows(config, run, truth[MAIN_TARGET], ceiling)
     run.write_table("gains", gains)
-    run.write_table("verdicts", verdict_rows(gains))
+    run.write_table("verdicts", verdict_rows(judge(gains, len(truth[MAIN_TARGET])), rule))
+    regret = regret_rows(config, run, truth[MAIN_TARGET])
+    if regret:
+        run.write_table("regret", regret)
     recovered = recovered_rows(config, run, truth[MAIN_TARGET])
     if recovered:
         run.write_table("recovered", recovered)
@@ -118,25 +128,54 @@ def agreement_fields(
     }
 
 
-def verdict_rows(gains: Rows) -> Rows:
-    """Apply the rule of `study.py` at each bit width of the truth, and over all."""
-    rows = []
-    for row in gains:
+def judge(gains: Rows, layers: int) -> list[Verdict]:
+    """Judge the main metric by the rule of `study.py`, over all bit widths first."""
+    verdicts = []
+    for row in sorted(gains, key=lambda row: row["bits"] != "all"):
         if row["metric"] != MAIN_METRIC:
             continue
-        low, high, reliability = row["low"], row["high"], row["seed_agreement"]
-        verdict = "undecided"
-        if low is not None and reliability is not None and reliability >= MIN_RELIABILITY:
-            if low > 0:
-                verdict = "holds"
-            elif high < NO_GAIN:
-                verdict = "does not hold"
-        rows.append({**row, "ptq_sensitivities_mislead": verdict})
-    return rows
+        word, p_value, note = "undecided", None, ""
+        agreement = row["seed_agreement"]
+        if row["gain"] is None:
+            word, note = "not judged", "Spearman's ρ is not defined"
+        elif agreement is None or agreement < MIN_RELIABILITY:
+            known = "unknown" if agreement is None else f"ρ {agreement:.2f}"
+            word, note = "not judged", f"agreement of training seeds: {known}"
+        else:
+            p_value = min(row["p_none"], row["p_small"])
+            if row["low"] > 0:
+                word, p_value = "holds", row["p_none"]
+            elif row["high"] < NO_GAIN:
+                word, p_value = "does not hold", row["p_small"]
+        width = (
+            "all bit widths"
+            if row["bits"] == "all"
+            else f"{row['bits']} bit{'s' if row['bits'] > 1 else ''}"
+        )
+        verdicts.append(
+            Verdict(
+                claim=f"Sensitivities measured before training mislead: {width}",
+                subject=width,
+                verdict=word,
+                effect=row["gain"],
+                effect_name="gain of Spearman’s ρ",
+                low=row["low"],
+                high=row["high"],
+                n=layers,
+                n_of="layers",
+                test=f"bootstrap over layers, {row['resamples']:,} percentile draws",
+                p_value=p_value,
+                note=note,
+            )
+        )
+    return judge_family(verdicts)
 
 
 def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
-    """What training adds to every metric's rank correlation with the truth."""
+    """What training adds to every metric's rank correlation with the truth.
+
+    `p_none` and `p_small` are of gains of 0 and of `NO_GAIN`.
+    """
     options = config.settings_of(Settings)
     last = options.qat_steps[-1]
     resamples = max(options.bootstrap_draws, MIN_RESAMPLES)
@@ -145,8 +184,15 @@ def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
         before, after = (metric_table(run, steps, metric) for steps in (0, last))
         for bits in (*options.truth_bits, None):
             gain = agreement_gain(
-                after, before, truth, bits=bits, resamples=resamples, seed=config.seed
+                after,
+                before,
+                truth,
+                bits=bits,
+                resamples=resamples,
+                seed=config.seed,
+                nulls=(0.0, NO_GAIN),
             )
+            p_none, p_small = gain.p_values or (None, None)
             name = "all" if bits is None else bits
             seeds = [
                 row["spearman"]
@@ -164,6 +210,8 @@ def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
                     "gain": gain.value,
                     "low": gain.low,
                     "high": gain.high,
+                    "p_none": p_none,
+                    "p_small": p_small,
                     "resamples": resamples,
                     "seed_agreement": float(np.mean(known)) if known else None,
                 }
@@ -218,6 +266,39 @@ def ceiling_rows(
                         "kendall": found.kendall.value,
                     }
                 )
+    return rows
+
+
+def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
+    """What the exact allocation for each metric loses by the truth, at every budget.
+
+    Bits are those of the truth and the plan's own, whose increase is 0 by definition. `regret` is
+    the summed truth at the bits that the metric chooses above the least sum at that mean.
+    """
+    options = config.settings_of(Settings)
+    own = config.plan.uniform_bits
+    assert own is not None  # see the study's check
+    widths = sorted({*options.truth_bits, own} & {*options.bit_choices})
+    macs = dit_layer_macs(config.workload.model)
+    macs = {layer: macs[layer] for layer in truth}
+    whole = {layer: {own: 0.0, **by_bits} for layer, by_bits in truth.items()}
+
+    def best(table: Table, budget: float) -> dict[str, int]:
+        # What all bits of a layer share changes no choice, and solvers take nothing below 0.
+        least = {layer: min(table[layer][b] for b in widths) for layer in truth}
+        narrowed = {layer: {b: table[layer][b] - least[layer] for b in widths} for layer in truth}
+        problem = allocation_problem(narrowed, macs, [mac_cost(macs, budget)])
+        return solve(problem, "exact").bits_by_layer
+
+    rows = []
+    for budget in widths[1:-1]:
+        least = sum(whole[layer][b] for layer, b in best(whole, budget).items())
+        for steps in options.qat_steps:
+            for metric in METRICS:
+                bits = best(metric_table(run, steps, metric), budget)
+                found = sum(whole[layer][b] for layer, b in bits.items())
+                row = {"steps": steps, "metric": metric, "target": MAIN_TARGET, "budget": budget}
+                rows.append({**row, "increase": found, "least": least, "regret": found - least})
     return rows
 
 

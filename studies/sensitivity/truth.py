@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context
-from robuq_bench.errors import UsageError
 from robuq_bench.judging.sampling import shard
 from robuq_bench.runs.run import Run
 from robuq_bench.trials import TARGETS, Judge, adopt_shards, metric_key, train_trial
@@ -43,11 +42,7 @@ def measure_truth(
     """Train and judge every item of this shard that neither this run nor another shard has."""
     options = config.settings_of(Settings)
     plan_bits = config.plan.uniform_bits
-    if plan_bits is None:
-        raise UsageError(
-            f"study sensitivity compares against one activation width, and the layers of plan "
-            f"{config.plan.name!r} have several or none"
-        )
+    assert plan_bits is not None  # see the study's check
     items = truth_items(layers, options.truth_bits, options.truth_seeds, plan_bits)
     if options.shard is not None:
         items = list(shard(items, options.shard))

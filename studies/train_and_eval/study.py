@@ -31,6 +31,7 @@ from robuq_bench.judging.evaluation import (
 )
 from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.judging.summary import metric_summary
+from robuq_bench.loss_figure import plot_losses
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.qat import convert_teacher, prepare_training
 from robuq_bench.quantization.convert import (
@@ -41,8 +42,8 @@ from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.run import Run, open_existing, run_folder
 from robuq_bench.runs.study import run_study
 from robuq_bench.students import save_student
-from studies.figures import plot_allocation, plot_losses
 from studies.train_and_eval.allocated_bits import activation_bits, allocated_weight_bits
+from studies.train_and_eval.figures import plot_allocation
 
 VERSION = "2"
 SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
@@ -218,7 +219,7 @@ def write_outputs(run: Run) -> None:
         run.write_table(
             "losses", [{k: v for k, v in r.items() if k not in ("key", "kind")} for r in losses]
         )
-        plot_losses(losses, run.figure_path("losses"))
+        plot_losses(losses).save(run.figure_path("losses"))
     allocation = run.get("allocation")
     if allocation is not None:
         run.write_table(
@@ -234,4 +235,4 @@ def write_outputs(run: Run) -> None:
                 for layer, bits in allocation["bits_by_layer"].items()
             ],
         )
-        plot_allocation(allocation, run.figure_path("allocation"))
+        plot_allocation(allocation).save(run.figure_path("allocation"))

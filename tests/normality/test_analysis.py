@@ -24,9 +24,9 @@ from robuq_bench.normality.summaries import (
     block_of,
     cell_rows,
     error_rows,
+    judgement_rows,
     lyapunov_rows,
     type_rows,
-    verdict_rows,
 )
 from robuq_bench.normality.transforms import make_transform
 
@@ -47,7 +47,7 @@ def summarise(cells: list[Cell]) -> dict[str, list[dict[str, Any]]]:
     null = {cells[0].table.n: null_table(cells[0].width, 300, torch.float32, 9)}
     rows = {"cells": cell_rows(cells, SETTINGS), "types": type_rows(cells, null, SETTINGS)}
     rows["errors"] = error_rows(cells, null, SETTINGS)
-    rows["verdicts"] = verdict_rows(rows["errors"], rows["cells"])
+    rows["judgements"] = judgement_rows(rows["errors"], rows["cells"])
     return rows
 
 
@@ -105,21 +105,21 @@ def test_a_layer_that_is_degenerate_on_most_images_has_no_interval() -> None:
     rows = summarise([cell(tokens)])
     assert rows["types"][0]["degenerate"] == 90
     assert "shapiro_w_median" not in rows["types"][0]
-    assert rows["errors"] == rows["verdicts"] == []
+    assert rows["errors"] == rows["judgements"] == []
 
 
 def test_normal_tokens_pass_and_laplace_tokens_do_not() -> None:
     normal = summarise([cell(gaussian(0, 1152)), cell(gaussian(1, 1152), timestep=150)])
-    verdicts = {row["bits"]: row for row in normal["verdicts"]}
-    assert all(verdicts[bits]["normal_enough"] for bits in (1, 2, 3, 4))
-    assert verdicts[2]["cells"] == 2
+    judgements = {row["bits"]: row for row in normal["judgements"]}
+    assert all(judgements[bits]["verdict"] == "holds" for bits in (1, 2, 3, 4))
+    assert judgements[2]["cells"] == 2
     row = normal["types"][0]
     assert row["kl_null_token_low"] < row["kl"] < row["kl_null_token_high"]
     assert row["shapiro_rejected_bh"] <= row["shapiro_rejected"] < 0.12
     torch.manual_seed(0)
     laplace = torch.distributions.Laplace(0.0, 1.0).sample((100, 144))
     heavy = summarise([cell(laplace)])
-    assert not any(row["normal_enough"] for row in heavy["verdicts"] if row["bits"] > 1)
+    assert not any(row["verdict"] == "holds" for row in heavy["judgements"] if row["bits"] > 1)
     assert heavy["types"][0]["shapiro_rejected_bh"] > 0.8
     assert heavy["types"][0]["kl_low"] > 0.01
     kl = heavy["types"][0]["kl"]
@@ -179,16 +179,14 @@ def test_the_verdict_is_the_rule_applied_to_the_upper_bound() -> None:
         {**key, "layer": f"l{i}", "timestep": i, "ratio_2": 1 + i, "ratio_2_high": 1.04 + i}
         for i in range(2)
     ]
-    (low,) = verdict_rows([{**error, "high": 1.0499}], cells)
-    (high,) = verdict_rows([{**error, "high": 1.05}], cells)
-    assert low["normal_enough"] is True
-    assert high["normal_enough"] is False
-    assert low["verdict"] == "normal enough"
+    (low,) = judgement_rows([{**error, "high": 1.0499}], cells)
+    (high,) = judgement_rows([{**error, "high": 1.05}], cells)
+    assert low["verdict"] == "holds"
     assert high["verdict"] == "undecided"
-    (fails,) = verdict_rows([{**error, "low": 1.05, "high": 1.2}], cells)
-    assert fails["verdict"] == "not normal enough"
+    (fails,) = judgement_rows([{**error, "low": 1.05, "high": 1.2}], cells)
+    assert fails["verdict"] == "does not hold"
     assert (low["cells_passing"], low["worst_layer"], low["worst_timestep"]) == (0.5, "l1", 1)
-    assert verdict_rows([{**error, "quantizer": "lloyd-max", "high": 1.0}], cells) == []
+    assert judgement_rows([{**error, "quantizer": "lloyd-max", "high": 1.0}], cells) == []
 
 
 def test_lyapunov_rows_bound_the_coefficient() -> None:

@@ -47,7 +47,8 @@ def test_a_missing_metric_says_not_run_and_no_cell_is_blank(fabricate, tmp_path,
     page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
     table = page.table("Plans and metrics on digits")
     assert table.cell("a4", "recall_digits").text == "not run"
-    assert table.cell("a4", "distillation_loss").text == "not run"
+    losses = page.table("Losses on digits")
+    assert losses.cell("a4", "distillation_loss").text == "not run"
     assert table.cell("a3", "recall_digits").text != "not run"
     assert page.table("What each plan costs").cell("a4", "BitOPs").text == "not run"
     assert all(cell.text.strip() for t in page.tables for row in t.rows for cell in row)
@@ -68,7 +69,7 @@ def test_hostile_text_is_escaped(fabricate, tmp_path, parse_page):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     page = parse_page(report)
     assert attack in page.text
-    assert page.table("other/a4").rows[0][1].text == "<i>1</i>"
+    assert page.table("x of a4 on digits").rows[0][1].text == "<i>1</i>"
 
 
 def test_unfinished_runs_are_named_and_never_shown_as_results(fabricate, tmp_path, parse_page):
@@ -99,9 +100,9 @@ def test_two_protocols_have_tables_of_their_own(fabricate, tmp_path, parse_page)
     assert [len(t.rows) for t in tables] == [3, 2]
     assert "num_samples = 64" in tables[1].caption
     # 64 images cannot fill a covariance of 112 features: marked, and only there.
-    assert tables[1].cell("a2", "sfid_digits").text.endswith("†")
-    assert not tables[1].cell("a2", "fid_digits").text.endswith("†")
-    assert not tables[0].cell("a2", "sfid_digits").text.endswith("†")
+    assert tables[1].cell("a2", "sfid_digits").small.endswith("†")
+    assert not tables[1].cell("a2", "fid_digits").small.endswith("†")
+    assert not tables[0].cell("a2", "sfid_digits").small.endswith("†")
     assert page.text.count("rank-deficient") == 1
     assert len(page.ids) == len(set(page.ids))
 
@@ -112,8 +113,9 @@ def test_other_studies_get_their_own_section(fabricate, tmp_path, parse_page):
     fabricate.run("fp", study="train-teacher", records=train)
     fabricate.run("fp", study="brand-new", records=[])
     page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
-    assert {"study-train-teacher", "study-brand-new"} <= set(page.ids)
-    assert "These runs wrote no tables." in page.text
+    assert {"train-teacher", "study-brand-new"} <= set(page.ids)
+    assert "1 run, without a verdict" in page.text
+    assert "ends after 3 steps at a loss of 0.333" in page.text
     labels = [a.get("aria-label", "") for tag, a in page.tags if tag == "svg"]
     assert any("Training loss" in label and "0.333" in label for label in labels)
 

@@ -73,6 +73,24 @@ def test_agreement_matches_scipy_and_a_loop_bootstrap(bits: int | None) -> None:
         assert low < estimate.value < high
 
 
+def test_p_values_of_a_gain_count_the_resamples_beyond_a_null() -> None:
+    better, truth = tables(seed=1, noise=0.3)
+    worse, _ = tables(seed=1, noise=2.0)
+    nulls = (0.0, 0.2, 5.0)
+    found = agreement_gain(better, worse, truth, resamples=400, seed=5, nulls=nulls)
+    x, y = columns(better, truth, bits=[1, 2, 3])
+    z, _ = columns(worse, truth, bits=[1, 2, 3])
+    gains = [
+        stats.spearmanr(x[rows].ravel(), y[rows].ravel()).statistic
+        - stats.spearmanr(z[rows].ravel(), y[rows].ravel()).statistic
+        for rows in np.random.default_rng(5).integers(0, 12, size=(400, 12))
+    ]
+    for null, p_value in zip(nulls, found.p_values, strict=True):
+        beyond = min(sum(g <= null for g in gains), sum(g >= null for g in gains))
+        assert p_value == pytest.approx(min(1.0, 2 * (beyond + 1) / 401))
+    assert found.p_values[1] > found.p_values[2] == pytest.approx(2 / 401)
+
+
 def test_order_of_the_tables_does_not_matter() -> None:
     metric, truth = tables()
     shuffled = {name: dict(reversed(metric[name].items())) for name in reversed(metric)}

@@ -1,0 +1,71 @@
+"""Sample grids as data URIs, kept small enough for one file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+from PIL import Image as Pillow
+
+from reports.loading import RunData
+from reports.page import Image
+from reports.protocols import Group
+
+BUDGET_BYTES = 900_000
+"""All pictures of a report together, before base64 (which adds a third)."""
+
+
+def sample_grids(group: Group, budget: int) -> list[Image]:
+    """The teacher's grid and one per plan (its first training seed), same image seeds in all.
+
+    Args:
+        group: rows whose runs hold grids.
+        budget: bytes of all grids together.
+
+    Raises:
+        CheckpointError: a picture is damaged.
+    """
+    runs = [*group.teacher.runs, *(run for row in group.rows for run in row.runs)]
+    wanted = [("teacher", "full precision", runs, "samples/grid-teacher.png")]
+    wanted += [(r.label, "", list(r.runs), "samples/grid-student.png") for r in group.rows]
+    found = [
+        (label, note or f"training seed {picture[0].seed}", *picture)
+        for label, note, of, name in wanted
+        if (picture := _first(of, name))
+    ]
+    share = budget // max(1, len(found))
+    return [_grid(label, note, run, data, share) for label, note, run, data in found]
+
+
+def fit(data: bytes, budget: int) -> tuple[bytes, int]:
+    """Halve a picture until it takes at most `budget` bytes; returns it and the factor."""
+    factor = 1
+    while len(data) > budget and min(_size(data)) > 64:
+        buffer = io.BytesIO()
+        with Pillow.open(io.BytesIO(data)) as picture:
+            picture.convert("RGB").reduce(2).save(buffer, format="PNG", optimize=True)
+        data, factor = buffer.getvalue(), 2 * factor
+    return data, factor
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    with Pillow.open(io.BytesIO(data)) as picture:
+        return picture.size
+
+
+def _first(runs: Sequence[RunData], name: str) -> tuple[RunData, bytes] | None:
+    for run in runs:
+        data = run.read_png(name)
+        if data is not None:
+            return run, data
+    return None
+
+
+def _grid(label: str, note: str, run: RunData, data: bytes, budget: int) -> Image:
+    width, height = _size(data)
+    data, factor = fit(data, budget)
+    note += f", shown at 1/{factor} of its size" if factor > 1 else ""
+    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    alt = f"Grid of images sampled from {label} ({note}); the same image seeds for every plan"
+    return Image(label, note, uri, width, height, run.href, alt)

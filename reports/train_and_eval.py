@@ -1,0 +1,353 @@
+"""The main job: plans and metrics by protocol, then what each plan does, gave and cost."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+
+from reports.comparing import RULE, judge
+from reports.exports import exports
+from reports.layer_bits import allocation_blocks
+from reports.loading import RunData
+from reports.page import (
+    Block,
+    Figures,
+    Fold,
+    Format,
+    Heading,
+    Images,
+    Points,
+    Prose,
+    Section,
+    Sheet,
+    sentence,
+)
+from reports.plan_tables import cost_sheet, plans_sheet, timing_sheet
+from reports.protocols import (
+    HIGHER_IS_BETTER,
+    KID_UNBIASED_SINCE,
+    TEACHER,
+    Group,
+    Row,
+    group_runs,
+)
+from reports.published import published_sheet, rivals_sheet
+from reports.samples import BUDGET_BYTES, sample_grids
+from reports.settings import (
+    ALLOCATED,
+    AMPN,
+    FROM_FILE,
+    FULL_PRECISION,
+    PARTIAL,
+    UNIFORM,
+    UNROTATED,
+    is_full_precision,
+)
+from reports.text import (
+    NOT_RUN,
+    Phrase,
+    listing,
+    of_metric,
+    plural,
+    significant,
+    spread,
+    stem,
+)
+from reports.train_teacher import Curves, loss_blocks
+from robuq_bench.figures import Picture, colour, log_axis, panel
+from robuq_bench.statistics.comparisons import MIN_SEEDS
+
+ORDER = 0
+QUESTION = "How much of a Diffusion Transformer’s quality does each way of quantizing it keep?"
+OPEN = (
+    "The plan with Hadamard beats the plan without, most of all at 2 activation bits",
+    "AMPN beats the same number of bits in every layer",
+    "RobuQ beats BitNet v2 at equal bits",
+    "W1.58A2 trains stably",
+)
+EXPORTS = (
+    *("metrics.csv", "summary.csv", "allocation.csv", "sensitivity.csv", "training.csv"),
+    *("accounting.csv", "summary.tex"),
+)
+MARKS = {
+    AMPN: ("rotated", "D", "◆ Hadamard, AMPN bits"),
+    ALLOCATED: ("rotated", "s", "■ Hadamard, bits allocated otherwise"),
+    FROM_FILE: ("rotated", "P", "✚ Hadamard, bits from a file"),
+    UNIFORM: ("uniform bits", "o", "● Hadamard, uniform bits"),
+    PARTIAL: ("partly rotated", "^", "▲ Hadamard in some layers"),
+    UNROTATED: ("not rotated", "X", "✖ no rotation"),
+    FULL_PRECISION: ("reference", "s", "■ full precision"),
+}
+_ROWS_OF_A_PANEL = 40
+_DAGGER = "†"
+
+
+def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
+    """Results, bits, cost and samples of every protocol, and the published numbers."""
+    groups = group_runs(every)
+    judged = [judge(group) for group in groups]
+    blocks: list[Block] = list(_caveats(groups))
+    budget = BUDGET_BYTES // len(groups)
+    for place, group in enumerate(groups):
+        if len(groups) > 1:
+            blocks.append(Heading(f"Results on {group.title}", f"results-{place}"))
+            blocks += [Prose(_answer(group))] if place else []
+        blocks += _results(group, budget)
+    timing = timing_sheet(runs)
+    blocks += [Fold("Time of each run", [timing])] if timing else []
+    blocks += [
+        Heading("Published numbers", "published"),
+        Fold(
+            "Numbers of others, each with its source, beside what these runs measured",
+            [published_sheet(groups), rivals_sheet()],
+        ),
+    ]
+    return Section(
+        anchor="results",
+        title="Plans and their quality",
+        answer=_answer(groups[0]),
+        blocks=blocks,
+        claims=[claim for found in judged for claim in found.claims],
+        open=judged[0].open,
+        rule=RULE,
+        exports=exports(groups, every),
+        tex={"summary": [_summary_tex(group) for group in groups]},
+    )
+
+
+def _answer(group: Group) -> list[Phrase]:
+    """Which plan is nearest to the teacher, and which is farthest."""
+    metric = group.fid
+    rows = [row for row in group.rows if not is_full_precision(row.plan)]
+    means = {row: found.mean for row in rows if (found := group.found(row, metric))}
+    teacher = group.found(group.teacher, metric)
+    if metric is None or not means:
+        return sentence(f"On {group.title}, no quantized plan’s FID was measured: {NOT_RUN}.")
+    ranked = sorted(means, key=lambda row: abs(means[row] - (teacher.mean if teacher else 0)))
+    untrained = sum(row.is_ptq for row in means)
+    of = f"{plural(len(means), 'quantized plan')}"
+    of += f" ({untrained} without training)" if untrained else ""
+    near, far = ranked[0], ranked[-1]
+    parts: list[str | Phrase] = [
+        f"On {group.title}, {near.label} comes nearest to its teacher of {of}: {metric} ",
+        Phrase(group.text(near, metric), f"#{near.anchor}"),
+        " against ",
+        Phrase(group.text(group.teacher, metric), f"#{group.teacher.anchor}" if teacher else ""),
+    ]
+    if far is not near:
+        far_text = Phrase(group.text(far, metric), f"#{far.anchor}")
+        parts += [f"; {far.label} is farthest with ", far_text]
+    return sentence(*parts, " (mean and range over training seeds and image seeds).")
+
+
+def _caveats(groups: Sequence[Group]) -> Iterable[Block]:
+    items = []
+    if len(groups) > 1:
+        items.append(
+            "Runs of different workloads, teachers, samplers, numbers of samples or versions of "
+            "the study cannot be compared, so each protocol has tables of its own."
+        )
+    if any(g.version < KID_UNBIASED_SINCE and "kid" in map(stem, g.metrics) for g in groups):
+        items.append(
+            "KID of version 1 of the study is biased low: it takes the labels of images for "
+            "random, though the number of each class is fixed (about 0.015 on digits, N = 1,000)."
+        )
+    by_count: dict[int, list[str]] = {}
+    for row in groups[0].rows:
+        by_count.setdefault(len(row.seeds), []).append(row.label)
+    if by_count and min(by_count) < MIN_SEEDS:
+        seeds = "; ".join(f"{n} for {listing(by_count[n])}" for n in sorted(by_count))
+        items.append(f"Training seeds: {seeds}. Below {MIN_SEEDS}, plans are not judged.")
+    return [Points(items)] if items else []
+
+
+def _results(group: Group, budget: int) -> list[Block]:
+    curves = [Curves(row.label, row.runs, MARKS[row.family][0]) for row in group.rows]
+    grids = sample_grids(group, budget)
+    losses = [name for name in group.metrics if name.endswith("_loss")]
+    metrics = [name for name in group.metrics if name not in losses]
+    means_of_losses = _summary(group, losses, "Losses", "Means over fixed validation batches.")
+    folds: dict[str, Sequence[Block]] = {
+        "What each plan does": [plans_sheet(group)] if group.rows else [],
+        "Every measured value": _values(group),
+        "Samples: the same image seeds and labels in every grid": [Images(grids)] if grids else [],
+        "Losses": [
+            *loss_blocks(curves, group.teacher.anchor),
+            *([means_of_losses] if losses else []),
+        ],
+        "Bits and sensitivity of each layer": allocation_blocks(group),
+        "Cost of each plan": [cost_sheet(group)] if group.rows else [],
+    }
+    shown = [Fold(name, blocks) for name, blocks in folds.items() if blocks]
+    return [
+        *_fid_figure(group),
+        _summary(group, metrics, "Plans and metrics", _protocol(group)),
+        *shown,
+    ]
+
+
+def _fid_figure(group: Group) -> list[Block]:
+    metric = group.fid
+    rows = [row for row in group.rows if group.found(row, metric)]
+    if metric is None or not rows:
+        return []
+    pieces = [rows[i : i + _ROWS_OF_A_PANEL] for i in range(0, len(rows), _ROWS_OF_A_PANEL)]
+    found = group.values[group.values["metric"] == metric]
+    pictures = [_fid_panel(group, piece, found, i) for i, piece in enumerate(pieces)]
+    families = [kind for kind in MARKS if any(row.family == kind for row in rows)]
+    key = [(MARKS[kind][0], MARKS[kind][2]) for kind in families]
+    if group.found(group.teacher, metric):
+        key.append(("reference", "┃ teacher, its range shaded"))
+    return [
+        Figures(
+            pictures,
+            f"{metric} by plan on {group.title}: the mark is the mean, dots are single values "
+            "(training seed × seed range), the bar spans them.",
+            key,
+        )
+    ]
+
+
+def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: int) -> Picture:
+    metric = str(group.fid)
+    labels = {row.label: textwrap.fill(row.label, 20) for row in rows}
+    shown = found[found["plan"].isin(labels)]
+    kinds = {row.label: row.family for row in rows}
+    data = shown.assign(label=shown["plan"].map(labels), kind=shown["plan"].map(kinds))
+    order, used = list(labels.values()), list(dict.fromkeys(kinds.values()))
+    look: dict[str, Any] = {
+        "data": data, "x": "value", "y": "label", "order": order, "hue": "kind",
+        "hue_order": used, "palette": {kind: colour(MARKS[kind][0]) for kind in used},
+        "legend": False,
+    }  # fmt: skip
+    alt = f"{metric} by plan: " + "; ".join(f"{r.label} {group.text(r, metric)}" for r in rows)
+    lines = sum(text.count("\n") + 1 for text in order)
+    name = f"fid-{group.teacher.anchor}-{place}"
+    with panel(name, alt, height=0.6 + 0.14 * lines + 0.07 * len(order)) as drawn:
+        axes = drawn.axes
+        sns.stripplot(**look, ax=axes, jitter=False, size=3, alpha=0.5)
+        sns.pointplot(
+            **look, ax=axes, linestyle="none", errorbar=("pi", 100), markersize=5.5,
+            markers=[MARKS[kind][1] for kind in used], err_kws={"linewidth": 1.2},
+        )  # fmt: skip
+        values = found["value"]
+        teacher = found.loc[found["plan"] == TEACHER, "value"]
+        if len(teacher):
+            neutral = colour("reference")
+            axes.axvspan(teacher.min(), teacher.max(), color=neutral, alpha=0.2, linewidth=0)
+            axes.axvline(teacher.mean(), color=neutral, linewidth=1.2)
+        if 0 < values.min() < values.max() / 5:
+            axes.set(xlim=(values.min() / 1.15, values.max() * 1.15))
+            log_axis(axes, "x")
+        axes.set(xlabel=f"{metric} (lower is better)", ylabel="")
+    return drawn.picture
+
+
+def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> Sheet:
+    """Plans × metrics: mean and [min–max] over training seeds and seed ranges."""
+    rows = group.all_rows
+    means = group.summary["mean"].unstack("metric").reindex([row.label for row in rows])
+    frame = means.reindex(columns=list(metrics)).reset_index(drop=True)
+    formats: dict[str, Format] = {name: of_metric(name) for name in metrics}
+    teacher = group.found(group.teacher, group.fid)
+    if group.fid in formats and teacher and teacher.mean > 0:
+        place = list(frame).index(group.fid) + 1
+        frame.insert(place, "÷ teacher", frame[group.fid] / teacher.mean)
+        formats["÷ teacher"] = significant
+    frame.insert(0, "plan", [row.name for row in rows])
+    for metric in metrics:
+        frame[f"{metric} range"] = [_range(group, row, metric) for row in rows]
+    frame["href"] = [f"#{row.anchor}" for row in rows]
+    frame["about"] = [_about(row, row is group.teacher) for row in rows]
+    return Sheet(
+        frame,
+        f"{what} on {group.title}",
+        note,
+        formats=formats,
+        hints={m: f"{'↑' if stem(m) in HIGHER_IS_BETTER else '↓'} is better" for m in metrics},
+        links=dict.fromkeys(formats, "href"),
+        small={"plan": "about", **{name: f"{name} range" for name in metrics}},
+    )
+
+
+def _protocol(group: Group) -> str:
+    """The note below the summary: how its numbers were measured."""
+    note = (
+        f"Protocol: {group.protocol}. Means are over all training seeds and seed ranges of the "
+        "row; brackets hold the least and the greatest of these values. Every plan is sampled from "
+        "the image seeds of the teacher."
+    )
+    if group.values["is_rank_deficient"].any():
+        note += (
+            f" {_DAGGER} Too few images for the number of features, so the covariance is "
+            "rank-deficient and the value biased."
+        )
+    return note
+
+
+def _range(group: Group, row: Row, metric: str) -> str:
+    """`[min–max]` of a cell, and the mark of a rank-deficient one."""
+    found = group.found(row, metric)
+    if found is None:
+        return ""
+    mark = _DAGGER if found.is_rank_deficient else ""
+    return f"{spread(metric, found.low, found.high)} {mark}".strip()
+
+
+def _about(row: Row, is_teacher: bool) -> str:
+    """Seeds and notes of a row, for the small print below its name."""
+    if is_teacher:
+        return "full precision"
+    listed = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
+    if len(row.seeds) > MIN_SEEDS:
+        listed = f"{len(row.seeds)} seeds"
+    return f"{listed}; {row.notes}" if row.notes else listed
+
+
+def _values(group: Group) -> list[Block]:
+    """Every value behind the summary, each line linked to its run; samples, then losses."""
+    anchors = {row.label: row.anchor for row in group.all_rows}
+    runs = {run.id: run.href for row in group.all_rows for run in row.runs}
+    places = {label: place for place, label in enumerate(anchors)}
+    is_sample = group.values["seed_range"].notna()
+    blocks: list[Block] = []
+    for what, shown in (
+        ("Every measured value", group.values[is_sample]),
+        ("Every loss on validation batches", group.values[~is_sample]),
+    ):
+        keys = ["plan", "seed", "run"]
+        if shown["seed_range"].notna().any():
+            keys.insert(2, "seed_range")
+        table = shown.set_index([*keys, "metric"])["value"].unstack().reset_index()
+        table = table.sort_values(keys[1:]).sort_values(
+            "plan", key=lambda labels: labels.map(places), kind="stable", ignore_index=True
+        )
+        metrics = [name for name in group.metrics if name in table]
+        is_anchor = ~table["plan"].duplicated() & (what == "Every measured value")
+        table["seed"] = table["seed"].map(lambda seed: "none" if pd.isna(seed) else str(seed))
+        table["run"] = table["run"].map(runs)
+        table["anchor"] = table["plan"].map(anchors).where(is_anchor, None)
+        blocks.append(
+            Sheet(
+                table[[*keys, *metrics, "anchor"]],
+                f"{what} on {group.title}",
+                "Numbers link to their run.",
+                formats={name: of_metric(name) for name in metrics},
+                heads={"seed": "training seed", **dict.fromkeys(keys[2:-1], "seed range")},
+                links=dict.fromkeys(metrics, "run"),
+                anchors="anchor",
+                kind="dense",
+            )
+        )
+    return [block for block in blocks if isinstance(block, Sheet) and len(block.frame)]
+
+
+def _summary_tex(group: Group) -> Sheet:
+    frame = pd.DataFrame({"plan": [row.label for row in group.all_rows]})
+    for metric in group.metrics:
+        frame[metric] = [group.text(row, metric) for row in group.all_rows]
+    return Sheet(frame, f"{group.title}: mean [min–max]", f"{group.protocol}.")

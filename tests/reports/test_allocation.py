@@ -1,0 +1,151 @@
+"""The section on `study allocation`, on recorded tables of an older format and on made-up ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from reports import build_report
+from robuq_bench.config import resolve
+from robuq_bench.runs.run import Run
+from robuq_bench.statistics.verdicts import Verdict, verdict_rows
+
+from .conftest import parse
+
+RECORDED = Path(__file__).parents[2] / "reports" / "recorded" / "digits-allocation"
+TABLES = {path.stem: path for path in next(RECORDED.rglob("trials.csv")).parent.glob("*.csv")}
+
+
+def recorded(name: str) -> pd.DataFrame:
+    return pd.read_csv(TABLES[name])
+
+
+def make_run(
+    root: Path, plan: str = "a4", *, but: Sequence[str] = (), **more: pd.DataFrame
+) -> Path:
+    """A finished run with the recorded tables `but` some, and `more` in their place."""
+    config = resolve("allocation", "2", plan, "digits", 0, [])
+    with Run.open(root, config, ["bench.py", "study", "allocation"]) as run:
+        for name in TABLES:
+            if name not in but and name not in more:
+                run.write_bytes(f"tables/{name}.csv", TABLES[name].read_bytes())
+        for name, frame in more.items():
+            run.write_bytes(f"tables/{name}.csv", frame.to_csv(index=False).encode())
+        run.finish()
+        return run.path
+
+
+def number(text: str) -> float:
+    return float(text.replace("−", "-").rstrip("×% s"))
+
+
+def test_recorded_tables_are_shown_with_their_verdicts(tmp_path: Path) -> None:
+    page = parse(build_report([make_run(tmp_path / "runs")], tmp_path / "report.html"))
+    table = page.table("Candidates beside uniform bits")
+    for row in recorded("verdicts").to_dict("records"):
+        metric = "fid_digits" if row["target"] == "fid" else row["target"]
+        cell = table.cell(row["candidate"], f"{metric}, {row['budget']:g} bits")
+        assert number(cell.text) == pytest.approx(row["ratio_of_means"], rel=0.005)
+        assert cell.small == row["beats_uniform"]
+    assert (
+        "At a mean of 2 bits, AMPN (qat) reaches 0.962× the distillation_loss of uniform bits "
+        "(undecided) and 1.01× the fid_digits of uniform bits (undecided), over 3 training seeds."
+    ) in page.text
+    assert "worst training seed of a candidate" in page.text
+    claims = pd.read_csv(tmp_path / "report-claims.csv")
+    assert claims["verdict"].tolist() == recorded("verdicts")["beats_uniform"].tolist()
+    beside = pd.read_csv(tmp_path / "report-allocation-candidates.csv")
+    assert beside.columns[0] == "run"
+    pd.testing.assert_frame_equal(beside.drop(columns="run"), recorded("candidates"))
+
+
+def test_means_bits_solvers_and_timesteps_are_those_of_the_run(tmp_path: Path) -> None:
+    page = parse(build_report([make_run(tmp_path / "runs")], tmp_path / "report.html"))
+    table = page.table("Trained networks of every candidate")
+    heads = [cell.text for cell in table.head]
+    for row, line in zip(recorded("candidates").to_dict("records"), table.rows, strict=True):
+        cells = dict(zip(heads, line, strict=True))
+        assert cells["candidate"].text == row["candidate"]
+        loss = cells["distillation_loss"]
+        assert number(loss.text) == pytest.approx(row["distillation_loss"], rel=0.005)
+        low, high = loss.small.strip("[]").split("–")
+        assert float(low) == pytest.approx(row["distillation_loss_min"], rel=0.005)
+        assert float(high) == pytest.approx(row["distillation_loss_max"], rel=0.005)
+        assert cells["fid_digits"].text == f"{row['fid']:.2f}"
+    solvers = page.table("Solvers on the same sensitivities, 16 layers")
+    lagrangian = recorded("solvers").query("solver == 'lagrangian' and budget == 2")
+    shown = number(solvers.cell("lagrangian", "above optimum").text)
+    assert shown == pytest.approx(100 * lagrangian["above_optimum"].iloc[0], rel=0.005)
+    aware = page.table("Bits per timestep bucket").cell("2", "ratio")
+    assert number(aware.text) == pytest.approx(recorded("timestep_aware")["ratio"][0], rel=0.005)
+    labels = [found["aria-label"] for tag, found in page.tags if tag == "svg"]
+    bits = next(text for text in labels if text.startswith("bits by layer type, mean of 2"))
+    means = recorded("by_type").query("candidate == 'fisher' and budget == 2").iloc[0]
+    assert f"fisher proj {means['proj']:.3g} qkv {means['qkv']:.3g}" in bits
+    assert "the paper proj 2.75 qkv 2.21 fc1 2 fc2 1.64" in bits
+    assert "qat and ptq name the same bits at a mean of 3." in page.text
+
+
+def test_new_verdicts_are_read_and_not_judged_again(tmp_path: Path) -> None:
+    metric = "distillation_loss"
+    verdicts = [
+        Verdict(
+            claim=f"{metric} of {candidate} differs from that of {baseline} at a mean of 2 bits",
+            subject=f"{candidate} over {baseline}, 2 bits, {metric}",
+            verdict=word,
+            effect=0.98,
+            effect_name=f"ratio of geometric means of {metric}",
+            low=0.9696,
+            high=0.9996,
+            n=5,
+            n_of="training seeds",
+            test="paired t over seeds",
+            p_value=0.04,
+        )
+        for candidate, baseline, word in (
+            ("qat", "uniform", "better"),
+            ("random", "uniform", "worse"),
+            ("qat", "ptq", "equivalent"),
+        )
+    ]
+    rows = pd.DataFrame(verdict_rows(verdicts, "the rule of this study"))
+    path = make_run(tmp_path / "runs", verdicts=rows)
+    page = parse(build_report([path], tmp_path / "report.html"))
+    # Neither limit is rounded to the other side of 0.97 or of 1.
+    limits = "[0.9696 to 0.9996]"
+    assert f"AMPN (qat) reaches 0.980× {limits} the distillation_loss of uniform" in page.text
+    table = page.table("Candidates beside uniform bits")
+    assert [line[0].text for line in table.rows] == ["qat", "random"]
+    assert table.cell("random", f"{metric}, 2 bits").small == f"{limits} worse"
+    assert "the rule of this study" in page.text
+    assert pd.read_csv(tmp_path / "report-claims.csv")["verdict"].tolist() == [
+        "better",
+        "worse",
+        "equivalent",
+    ]
+
+
+def test_one_seed_of_version_1_is_not_judged(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "runs", verdicts=recorded("verdicts").assign(seeds=1))
+    page = parse(build_report([path], tmp_path / "report.html"))
+    assert "uniform bits (not judged)" in page.text
+    assert set(pd.read_csv(tmp_path / "report-claims.csv")["verdict"]) == {"not judged"}
+
+
+def test_few_tables_a_shard_and_two_runs(tmp_path: Path) -> None:
+    few = [name for name in TABLES if name not in ("trials", "candidates")]
+    page = parse(build_report([make_run(tmp_path / "few", but=few)], tmp_path / "few.html"))
+    assert "AMPN (qat) and uniform bits were not judged." in page.text
+    assert page.table("Trained networks of every candidate").rows
+    page = parse(
+        build_report([make_run(tmp_path / "shard", but=[*TABLES])], tmp_path / "shard.html")
+    )
+    assert "without a verdict" in page.text
+    for plan in ("a4", "baseline-a4"):
+        make_run(tmp_path / "both", plan)
+    page = parse(build_report([tmp_path / "both"], tmp_path / "both.html"))
+    assert len(page.ids) == len(set(page.ids))
+    assert sum(t.caption.startswith("Candidates beside uniform") for t in page.tables) == 2
