@@ -13,7 +13,7 @@ from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
 from reports.settings import section
 from reports.text import Phrase, bytes_text, fixed, significant
-from robuq_bench.figures import SEQUENTIAL, Picture, colour, log_axis, panel
+from robuq_bench.figures import SEQUENTIAL, Picture, colour, legend_below, log_axis, panel
 from robuq_bench.statistics.verdicts import Verdict
 
 ORDER = 90
@@ -160,7 +160,9 @@ def _title(run: RunData) -> str:
 
 
 def _span(amounts: pd.Series[float]) -> str:
-    """`least to greatest`, one number where they print alike."""
+    """`least to greatest`, one number where they print alike, nothing where there is none."""
+    if amounts.isna().all():
+        return ""
     low, high = _factor(amounts.min()), _factor(amounts.max())
     return low if low == high else f"{low} to {high}"
 
@@ -238,7 +240,7 @@ def _factor_sheet(run: RunData, factors: pd.DataFrame) -> Sheet:
         .groupby(["claim", "paper", "ours", "against", "basis"], sort=False)[
             ["factor", "modelled_factor"]
         ]
-        .agg(lambda own: _span(own) if own.notna().any() else "")
+        .agg(_span)
         .reset_index()
     )
     # A line for each baseline that was not run would say the same many times.
@@ -308,10 +310,7 @@ def _checkpoint_panel(run: RunData) -> Picture:
             palette=sns.color_palette(SEQUENTIAL, len(_PARTS)),
         )  # fmt: skip
         drawn.axes.set(xlabel="MiB", ylabel="")
-        legend = drawn.axes.get_legend()
-        drawn.figure.legend(handles=legend.legend_handles, labels=list(_PARTS.values()),
-                            loc="outside lower left", ncols=2)  # fmt: skip
-        legend.remove()
+        legend_below(drawn)
     return drawn.picture
 
 
