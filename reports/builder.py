@@ -182,7 +182,11 @@ def _write_tables(sections: Mapping[str, Section], output: Path) -> None:
             for claim in section.claims
             for v in [claim.verdict]
         ]
-        + [("", claim, NOT_RUN, needs, "") for claim, needs in _open(sections).items()],
+        + [
+            (section.title, claim, NOT_RUN, needs, "")
+            for section in sections.values()
+            for claim, needs in section.open.items()
+        ],
         columns=list(_CLAIM_COLUMNS),
     )
     texts = {"claims.csv": claims.to_csv(index=False, lineterminator="\n")}

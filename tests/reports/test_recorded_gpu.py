@@ -19,9 +19,9 @@ from robuq_bench.measuring.statistics import Timing
 from robuq_bench.runs import provenance
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
-from studies.kernels.cases import QUANTIZE, cases_of
+from studies.kernels.cases import OURS, QUANTIZE, cases_of
 from studies.kernels.checks import Check
-from studies.kernels.tables import OURS, facts, roofline_rows, rows_of
+from studies.kernels.tables import facts, roofline_rows, rows_of
 from studies.kernels.verdicts import TARGETS, verdicts
 
 Row = dict[str, Any]
