@@ -18,7 +18,7 @@ from reports.text import Phrase, listing, percent, plural, significant, times
 from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel
 from robuq_bench.statistics.verdicts import Verdict
 
-ORDER = 80
+ORDER = 75
 QUESTION = "Are the kernels right, and how near to the hardware do they come?"
 OPEN: tuple[str, ...] = ()
 EXPORTS = ("kernels-kernels.csv", "kernels-kernel_checks.csv", "kernels-roofline.csv",
