@@ -24,7 +24,7 @@ EXPORTS = ("training.csv",)
 MAX_PANELS = 24
 MAX_POINTS = 120
 # A curve may leave the others' range upwards by this factor before it is cut off.
-_HEADROOM = 100.0
+_HEADROOM = 10.0
 
 
 class Curves(NamedTuple):
