@@ -356,26 +356,22 @@ def _regret(run: RunData) -> list[Block]:
     frame = run.table("regret")
     if frame.empty:
         return []
-    steps = sorted(frame["steps"].unique())
-    frame = frame[frame["steps"].isin([steps[0], steps[-1]])]
-    wide = frame.pivot_table("regret", ["metric", "steps"], "budget", sort=False).reset_index()
-    wide.columns = [str(name) for name in wide.columns]
-    budgets = list(wide.columns[2:])
+    frame = frame.sort_values(["budget", "steps"], kind="stable")
+    frame = frame[frame["steps"].isin([frame["steps"].min(), frame["steps"].max()])]
+    when = frame["steps"].map(lambda steps: plural(steps, "step") if steps else "before training")
+    frame["place"] = frame["budget"].map("{:g} bits, ".format) + when
+    wide = frame.pivot_table("regret", "metric", "place", sort=False)
+    places = [str(name) for name in wide]
     return [
         Sheet(
-            wide.assign(steps=wide["steps"].map(_after)),
+            wide.reset_index(),
             f"Regret of the bits that a metric chooses: {run.title}",
             "Sum of the truth over layers at the bits that the exact optimum for the metric "
             "chooses, minus the least sum of any bits at that mean: 0 is the best allocation. "
             "Noise of the truth is part of it.",
-            heads={"steps": "measured", **{b: f"mean of {float(b):g} bits" for b in budgets}},
-            formats=dict.fromkeys(budgets, lambda value: significant(value, 2)),
+            formats=dict.fromkeys(places, lambda value: significant(value, 2)),
         )
     ]
-
-
-def _after(steps: float) -> str:
-    return plural(int(steps), "step") if steps else "before training"
 
 
 def _steps_fold(run: RunData) -> Fold | None:

@@ -161,6 +161,21 @@ def log_axis(axes: Axes, which: str) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def legend_below(drawn: Panel, columns: int = 2) -> None:
+    """Move the legend that seaborn made out of the axes, to where it covers nothing.
+
+    Raises:
+        ValueError: there is no legend.
+    """
+    legend = drawn.axes.get_legend()
+    if legend is None:
+        raise ValueError("the panel has no legend to move")
+    handles = [handle for handle in legend.legend_handles if handle is not None]
+    labels = [text.get_text() for text in legend.get_texts()]
+    legend.remove()
+    drawn.figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
 def heat(
     frame: pd.DataFrame,
     axes: Axes,
