@@ -17,7 +17,7 @@ from reports.page import Block, Figures, Fold, Section, Sheet, sentence
 from reports.text import Phrase, listing, number, plural, significant
 from robuq_bench.figures import colour, log_axis, panel
 
-ORDER = 80
+ORDER = 100
 QUESTION = "How was the full-precision teacher trained?"
 OPEN: tuple[str, ...] = ()
 EXPORTS = ("training.csv",)
