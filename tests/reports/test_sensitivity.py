@@ -146,6 +146,12 @@ def test_few_tables_a_shard_and_two_runs(tmp_path: Path) -> None:
     table = page.table("Do sensitivities measured before training mislead?")
     assert table.cell("1 bit", "cap of ρ").text == "not run"
     assert "caps ρ" not in page.text
+    # With qat_steps = [0] there is no measurement after training.
+    gains = recorded("gains").assign(steps_after=0, gain=0.0)
+    old = recorded("verdicts").assign(steps_after=0, gain=0.0)
+    path = make_run(tmp_path / "untrained", gains=gains, verdicts=old)
+    page = parse(build_report([path], tmp_path / "untrained.html"))
+    assert "with the trained truth is not defined" in page.text
     page = parse(
         build_report([make_run(tmp_path / "shard", but=[*TABLES])], tmp_path / "shard.html")
     )
