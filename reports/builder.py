@@ -105,13 +105,8 @@ def section_modules() -> Mapping[str, ModuleType]:
     return dict(sorted(found.items(), key=lambda item: item[1].ORDER))
 
 
-def build_sections(
-    runs: Sequence[RunData], records: Sequence[RecordedRun] = ()
-) -> dict[str, Section]:
-    """Study -> its section, in the order of the page: what has a module first, then the others.
-
-    Recorded runs that are not among `runs` follow, each in a section under its own anchor.
-    """
+def build_sections(runs: Sequence[RunData]) -> dict[str, Section]:
+    """Study -> its section, in the order of the page: what has a module first, then the others."""
     by_study: dict[str, list[RunData]] = {}
     for run in runs:
         by_study.setdefault(run.study, []).append(run)
@@ -125,7 +120,14 @@ def build_sections(
             shown = generic.view(own, runs)
         if shown is not None:
             found[study] = shown
+    return found
+
+
+def record_sections(runs: Sequence[RunData], records: Sequence[RecordedRun]) -> dict[str, Section]:
+    """Anchor -> the section of a recorded run that is not among `runs`."""
     at_hand = {run.id for run in runs}
+    modules = section_modules()
+    found = {}
     for record in records:
         if record.id not in at_hand:
             shown = modules.get(record.study, generic).view([record], [record])
@@ -142,16 +144,17 @@ def _write(
 ) -> None:
     """Write the report of these runs and its tables."""
     finished = [run for run in runs if run.finished]
-    sections = build_sections(finished, records)
+    sections = build_sections(finished)
+    kept = record_sections(finished, records)
     machines = machines_of(finished)
     page = (
         _environment()
         .get_template("report.html")
         .render(
             question=_question(sections),
-            sections=list(sections.values()),
+            sections=[*sections.values(), *kept.values()],
             no_results=[Phrase(_NO_RESULTS)],
-            checklists=_checklists(sections),
+            checklists=_checklists({**sections, **kept}),
             unfinished=unfinished_sheet(runs),
             left_out=left_out_sheet(left_out),
             runs=[run_card(run, machines) for run in finished],
@@ -179,7 +182,11 @@ def _write_tables(sections: Mapping[str, Section], output: Path) -> None:
             for claim in section.claims
             for v in [claim.verdict]
         ]
-        + [("", claim, NOT_RUN, needs, "") for claim, needs in _open(sections).items()],
+        + [
+            (section.title, claim, NOT_RUN, needs, "")
+            for section in sections.values()
+            for claim, needs in section.open.items()
+        ],
         columns=list(_CLAIM_COLUMNS),
     )
     texts = {"claims.csv": claims.to_csv(index=False, lineterminator="\n")}

@@ -43,8 +43,8 @@ LAYER_TYPES = ("proj", "qkv", "fc1", "fc2")
 RULE = (
     f"{RULE_OF_PAIRS} A claim that one plan beats another holds where it is better, and does not "
     "hold where it is worse or equivalent; the comparisons of one protocol are a family. What is "
-    "claimed of every training holds where all of them show it, with the same number of seeds, and "
-    "does not hold where none does; one that diverges, or exceeds its budget, refutes its claim."
+    "claimed of every training needs as many of them, holds where all show it, and does not hold "
+    "where none does; one that diverges, or exceeds its budget, refutes its claim."
 )
 
 _BUDGET_TOLERANCE = 1e-9

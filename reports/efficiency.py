@@ -13,7 +13,7 @@ from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
 from reports.settings import section
 from reports.text import Phrase, bytes_text, fixed, significant
-from robuq_bench.figures import SEQUENTIAL, Picture, colour, log_axis, panel
+from robuq_bench.figures import SEQUENTIAL, Picture, colour, legend_below, log_axis, panel
 from robuq_bench.statistics.verdicts import Verdict
 
 ORDER = 90
@@ -37,6 +37,8 @@ _PARTS = {
 }
 _MODEL = "a model, not measured"
 _FILES = ("base3/", "2bit/")
+#: The strongest baseline, the likely one of the paper, and the one that flatters most.
+_MAIN = ("bf16-graph", "tf32", "fp32")
 _OLD_RULE = "Its run is of an older form, which set factors beside the paper’s and judged none."
 _CAVEATS = (
     "The paper does not say against which baseline or batch it measured memory and speed; its "
@@ -158,7 +160,9 @@ def _title(run: RunData) -> str:
 
 
 def _span(amounts: pd.Series[float]) -> str:
-    """`least to greatest`, one number where they print alike."""
+    """`least to greatest`, one number where they print alike, nothing where there is none."""
+    if amounts.isna().all():
+        return ""
     low, high = _factor(amounts.min()), _factor(amounts.max())
     return low if low == high else f"{low} to {high}"
 
@@ -223,8 +227,11 @@ def _blocks(run: RunData, factors: pd.DataFrame, sheet: Sheet) -> list[Block]:
 
 
 def _factor_sheet(run: RunData, factors: pd.DataFrame) -> Sheet:
-    """One line per factor and baseline, over packed variants and batches."""
-    ours = factors["ours"].where(factors["kind"] == "file", "packed")
+    """One line per factor and baseline, over packed variants and batches; the others are folded."""
+    is_exact = factors["basis"] == "exact"
+    is_main = factors["baseline"].isin(_MAIN) & (factors["kind"] != "sampling")
+    factors = factors[is_exact | is_main]
+    ours = factors["ours"].where(factors["kind"] == "file", "")
     against = factors["baseline"].where(
         factors["kind"] == "file", factors["baseline"] + ", " + factors["kind"]
     )
@@ -233,30 +240,33 @@ def _factor_sheet(run: RunData, factors: pd.DataFrame) -> Sheet:
         .groupby(["claim", "paper", "ours", "against", "basis"], sort=False)[
             ["factor", "modelled_factor"]
         ]
-        .agg(lambda own: _span(own) if own.notna().any() else "")
+        .agg(_span)
         .reset_index()
     )
     # A line for each baseline that was not run would say the same many times.
     is_silent = (found["factor"] == "") & (found["modelled_factor"] == "")
-    silent = found[is_silent].drop_duplicates("claim").assign(against="every other baseline")
+    silent = found[is_silent].drop_duplicates("claim")
+    silent["against"] = silent["against"].str.replace(r"^.*, ", "every baseline, ", regex=True)
     found = pd.concat([found[~is_silent], silent])
     order = ["theory", *_WORDS]
     found = found.sort_values("claim", key=lambda own: own.map(order.index), kind="stable")
+    papers = [f"{row['paper']:g}× {_word(row['claim'])}" for row in found.to_dict("records")]
     frame = pd.DataFrame(
         {
-            "the paper": [f"{r['paper']:g}× {_word(r['claim'])}" for r in found.to_dict("records")],
-            "ours": found["factor"].replace("", None).to_numpy(),
-            "basis": found["basis"].replace("not run", None).to_numpy(),
-            "against": found["against"].to_numpy(),
-            "of": found["ours"].to_numpy(),
-            "the model expects": found["modelled_factor"].replace("", "–").to_numpy(),
+            "the paper": papers,
+            "ours": found["factor"].replace("", None),
+            "basis": found["basis"].replace("not run", None),
+            "against": found["against"],
+            "of": found["ours"],
+            "the model expects": found["modelled_factor"].replace("", "–"),
         }
     )
     return Sheet(
         frame.assign(run=run.href),
         f"The paper’s factors beside ours: {_title(run)}",
         "Ranges are over packed variants and batches. Exact numbers count bytes and need no GPU. "
-        f"What the model expects of a step on an H100 is {_MODEL}.",
+        f"What the model expects of a step on an H100 is {_MODEL}. Further baselines, and "
+        "sampling, are in efficiency-claims.csv beside the report.",
         links={"ours": "run"},
         small={"ours": "basis", "against": "of"},
     )
@@ -265,25 +275,19 @@ def _factor_sheet(run: RunData, factors: pd.DataFrame) -> Sheet:
 def _figures(run: RunData, factors: pd.DataFrame) -> Figures:
     pictures = [_checkpoint_panel(run)]
     device = _device(run)
-    panels = {
-        f"Speed of a step on {device}": ("step", "factor"),
-        f"Peak memory of a step on {device}": ("peak of a step", "factor"),
-    }
-    if not device:
-        panels = {f"Speed of a step, {_MODEL}": ("step", "modelled_factor")}
+    where = f"measured on {device}" if device else _MODEL
+    panels = {"Peak memory of a step": ("peak of a step", "factor")}
+    panels |= {"Speed of a step": ("step", "factor" if device else "modelled_factor")}
     for title, (kind, column) in panels.items():
         rows = factors[factors["kind"] == kind].dropna(subset=column)
         if not rows.empty:
-            pictures.append(_factor_panel(run, rows, column, title))
-    caption = (
-        "Bytes of a packed file by part, by packing (codes / low-rank branch / rest), exact"
-        + (
-            "; and how many times better than each baseline, the least and the greatest of packed "
+            pictures.append(_factor_panel(run, rows, column, title, where))
+    caption = "Bytes of a packed file by part (packing: codes / low-rank branch / rest), exact."
+    if len(pictures) > 1:
+        caption += (
+            f" Times better than each baseline, {where}: the least and the greatest of packed "
             "variants and batches. Grey: the paper’s factor."
-            if len(pictures) > 1
-            else "."
         )
-    )
     return Figures(pictures, caption)
 
 
@@ -306,17 +310,15 @@ def _checkpoint_panel(run: RunData) -> Picture:
             palette=sns.color_palette(SEQUENTIAL, len(_PARTS)),
         )  # fmt: skip
         drawn.axes.set(xlabel="MiB", ylabel="")
-        legend = drawn.axes.get_legend()
-        drawn.figure.legend(handles=legend.legend_handles, labels=list(_PARTS.values()),
-                            loc="outside lower left", ncols=2)  # fmt: skip
-        legend.remove()
+        legend_below(drawn)
     return drawn.picture
 
 
-def _factor_panel(run: RunData, rows: pd.DataFrame, column: str, title: str) -> Picture:
+def _factor_panel(run: RunData, rows: pd.DataFrame, column: str, title: str, where: str) -> Picture:
     spans = rows.groupby("baseline", sort=False)[column].agg(_span)
-    alt = f"{title}: {'; '.join(f'{span} against {name}' for name, span in spans.items())}"
-    with panel(f"{run.anchor}-{title}", alt, title=title) as drawn:
+    alt = f"{title}, {where}: {'; '.join(f'{span} against {name}' for name, span in spans.items())}"
+    shown = title if _device(run) else f"{title}, {where}"
+    with panel(f"{run.anchor}-{title}", alt, title=shown) as drawn:
         sns.pointplot(rows, x=column, y="baseline", color=colour("rotated"), linestyle="none",
                       errorbar=("pi", 100), markersize=5, ax=drawn.axes)  # fmt: skip
         drawn.axes.axvline(rows["paper"].iloc[0], color=colour("reference"), linewidth=1.4)

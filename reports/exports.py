@@ -92,7 +92,7 @@ def _sensitivity(run: RunData) -> Iterable[Mapping[str, Any]]:
 def _accounting(run: RunData) -> Iterable[Mapping[str, Any]]:
     record = {k: v for k, v in run.first("accounting").items() if k not in ("key", "kind")}
     for scheme in record.pop("packing_table", []):
-        record[f"packing.{scheme.get('packing')}.total_bytes"] = scheme.get("total_bytes")
+        record[f"packing.{scheme.get('packing')}.total_bytes"] = int(scheme["total_bytes"])
     for quantity, value in flatten(record).items():
         if isinstance(value, int | float | str):
             yield {"quantity": quantity, "value": value}

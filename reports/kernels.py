@@ -15,7 +15,7 @@ from reports.generic import MAX_ROWS, claims_of, rule_of
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, claims_sheet, sentence
 from reports.text import Phrase, listing, percent, plural, significant, times
-from robuq_bench.figures import Picture, colour, log_axis, panel
+from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel
 from robuq_bench.statistics.verdicts import Verdict
 
 ORDER = 80
@@ -31,19 +31,19 @@ _OLD_RULE = "A kernel holds where every call of it passed the check of its study
 _KEY = (("rotated", "● ternary × int8"), ("reference", "× bf16"))
 _CAVEATS = (
     "A deviation is in units of what its check allows, so 1 is the limit; limits of different "
-    "kernels are different quantities and do not compare.",
+    "kernels do not compare.",
     "Roofline and least times are a model: bytes that must move and operations, over the peaks of "
     "a data sheet. No kernel reaches it.",
 )
 _UNTIMED = (
-    "The interpreter ran few rows at the true widths, in fp16. It shows that the arithmetic is "
+    "The interpreter ran few rows at the true widths, in fp16: it shows that the arithmetic is "
     "right, not that a GPU’s machine code is, and nothing about speed.",
 )
 _TIMED = (
-    "Peers compute a plain product with bias. Our time includes GELU, gate and residual where the "
-    "layer has them, and leaves out the quantization of its input, which has rows of its own.",
-    "The share of the ceiling is of the copy bandwidth and product rates of this device in this "
-    "run; above 100 % says that the ceiling’s own measurement was not the best.",
+    "Peers compute a plain product with bias; our time includes GELU, gate and residual where the "
+    "layer has them, and not the quantization of its input, which has rows of its own.",
+    "The ceiling is the copy bandwidth and product rate of this device in this run; a share above "
+    "100 % says that measuring the ceiling itself did not reach the best.",
 )
 
 
@@ -254,11 +254,9 @@ def _roofline(tables: _Tables, model: str, points: pd.DataFrame) -> Picture:
         ]
     )
     palette = {"ternary": colour("rotated"), "bf16": colour("reference")}
-    ends = points.groupby("kind").agg({"intensity": ["min", "max"], "rate": ["min", "max"]})
     words = "; ".join(
-        f"{kind} {significant(r.iloc[2])} to {significant(r.iloc[3])} TOP/s at "
-        f"{significant(r.iloc[0])} to {significant(r.iloc[1])} operations per byte"
-        for kind, r in ends.iterrows()
+        f"{kind} {significant(own['rate'].min())} to {significant(own['rate'].max())} TOP/s"
+        for kind, own in points.groupby("kind")
     )
     alt = f"Roofline of DiT-{model}: {words}"
     with panel(f"{tables.run.anchor}-roofline", alt, title="Roofline") as drawn:
@@ -306,9 +304,7 @@ def _line_panel(
         drawn.axes.set_ylim(bottom=0)
         drawn.axes.axhline(1, color=colour("reference"), linewidth=1)
         log_axis(drawn.axes, "x")
-        handles, labels = drawn.axes.get_legend_handles_labels()
-        drawn.axes.get_legend().remove()
-        drawn.figure.legend(handles, labels, loc="outside lower left", ncols=2)
+        legend_below(drawn)
     return drawn.picture
 
 

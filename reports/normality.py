@@ -7,7 +7,7 @@ open; other subjects, other transforms and the tables behind the figures are fol
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -92,6 +92,7 @@ def _blocks(run: RunData, judged: pd.DataFrame, types: pd.DataFrame) -> list[Blo
             f"Other transforms, {subject}",
             [_matrix(judged, types, subject, name) for name in transforms],
         ),
+        *_side_by_side(judged, [subject, *others]),
         *(
             Fold(
                 f"{other}: verdicts, W and KL",
@@ -257,6 +258,21 @@ def _heat_maps(run: RunData, subject: str) -> Iterator[Figures]:
     yield Figures(pictures, f"{subject}, mean of a layer type and block by timestep. {words}.")
 
 
+def _side_by_side(judged: pd.DataFrame, subjects: list[str]) -> Iterator[Fold]:
+    at = judged[(judged["bits"] == BITS) & judged["transform"].isin(WORDS)]
+    if len(subjects) < 2 or at.empty:
+        return
+    frame = at.replace({"transform": WORDS}).pivot_table(
+        "ratio", ["place", "transform"], "subject", sort=False
+    )
+    sheet = Sheet(
+        frame.reindex(columns=subjects).reset_index().rename(columns={"place": "layer type"}),
+        f"Mean error ratio at {_bits(BITS)} by model",
+        formats=dict.fromkeys(subjects, _ratio),
+    )
+    yield Fold(f"Models side by side at {_bits(BITS)}", [sheet])
+
+
 def _effects(run: RunData, types: pd.DataFrame, subject: str) -> Sheet:
     """W and KL before and after, beside those of normal tokens."""
     own = types[(types["subject"] == subject) & types["transform"].isin(WORDS)]
@@ -268,15 +284,14 @@ def _effects(run: RunData, types: pd.DataFrame, subject: str) -> Sheet:
         is_null = (controls["control"] == "gaussian") & (controls["transform"] == BEFORE)
         normal = controls[is_null].set_index("width")["shapiro_w_median"].to_dict()
     by_place = own.drop_duplicates("place").set_index("place")
-    frame, formats, small = pd.DataFrame(index=by_place.index), {}, {}
+    frame, small = pd.DataFrame(index=by_place.index), {}
+    formats: dict[str, Callable[[Any], str]] = {}
     for column, name in (("shapiro_w_median", "W"), ("kl", "KL")):
         for transform, word in WORDS.items():
             frame[f"{name} {word}"] = own[own["transform"] == transform].set_index("place")[column]
-            formats[f"{name} {word}"] = _four
-        frame[f"{name} normal"] = (
-            by_place["width"].map(normal) if name == "W" else by_place["kl_null_error"]
-        )
-        formats[f"{name} normal"] = _four if name == "W" else _error
+        frame[f"{name} normal"] = by_place["width"].map(normal)
+        formats |= dict.fromkeys((f"{name} {word}" for word in (*WORDS.values(), "normal")), _four)
+    frame["KL normal"], formats["KL normal"] = by_place["kl_null_error"], "0 ± {:.4f}".format
     for transform, word in WORDS.items():
         rows = own[own["transform"] == transform][["place", "kl_low", "kl", "kl_high"]].dropna()
         frame[f"{word} interval"] = pd.Series(
@@ -360,9 +375,12 @@ def _texts(own: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ratio_text(row: Mapping[Any, Any]) -> str:
-    ratio = row["ratio"]
-    text = fixed(ratio, 3) if ratio < 10 else significant(ratio)
-    return f"{text} {interval_text(row['lower_95'], row['upper_95'], (1.0, LIMIT, ratio))}"
+    limits = interval_text(row["lower_95"], row["upper_95"], (1.0, LIMIT, row["ratio"]))
+    return f"{_ratio(row['ratio'])} {limits}"
+
+
+def _ratio(value: float) -> str:
+    return fixed(value, 3) if value < 10 else significant(value)
 
 
 def _with_run(frames: Mapping[RunData, pd.DataFrame]) -> pd.DataFrame:
@@ -376,10 +394,6 @@ def _bits(bits: Hashable) -> str:
 
 def _four(value: float) -> str:
     return fixed(value, 4)
-
-
-def _error(value: float) -> str:
-    return f"0 ± {_four(value)}"
 
 
 def _range(low: float, high: float, decimals: int) -> str:

@@ -175,6 +175,21 @@ def log_edges(low: float, high: float) -> list[float]:
     return [max(e for e in edges if e <= low), *inner, min(e for e in edges if e >= high)]
 
 
+def legend_below(drawn: Panel, columns: int = 2) -> None:
+    """Move the legend that seaborn made out of the axes, to where it covers nothing.
+
+    Raises:
+        ValueError: there is no legend.
+    """
+    legend = drawn.axes.get_legend()
+    if legend is None:
+        raise ValueError("the panel has no legend to move")
+    handles = [handle for handle in legend.legend_handles if handle is not None]
+    labels = [text.get_text() for text in legend.get_texts()]
+    legend.remove()
+    drawn.figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
 def heat(
     frame: pd.DataFrame,
     axes: Axes,

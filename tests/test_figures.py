@@ -19,6 +19,7 @@ from robuq_bench.figures import (
     MEANINGS,
     colour,
     heat,
+    legend_below,
     log_axis,
     log_edges,
     panel,
@@ -94,6 +95,19 @@ def test_the_same_data_give_the_same_bytes() -> None:
 def test_a_panel_is_no_picture_while_it_is_drawn() -> None:
     with panel("early", "too early") as drawn, pytest.raises(RuntimeError, match="has ended"):
         _ = drawn.picture
+
+
+def test_a_legend_below_keeps_its_labels_and_leaves_the_axes() -> None:
+    frame = pd.DataFrame({"x": [1, 2, 1, 2], "y": [1, 2, 2, 1], "kind": [*"aabb"]})
+    with panel("legend", "two lines") as drawn:
+        with pytest.raises(ValueError, match="no legend"):
+            legend_below(drawn)
+        sns.lineplot(frame, x="x", y="y", style="kind", ax=drawn.axes)
+        legend_below(drawn)
+        drawn.figure.draw_without_rendering()
+        (moved,) = drawn.figure.legends
+        assert [text.get_text() for text in moved.get_texts()] == ["a", "b"]
+        assert moved.get_window_extent().y1 < drawn.axes.get_window_extent().y0
 
 
 def test_numbers_in_a_heat_map_can_be_read_and_stand_in_their_cells() -> None:

@@ -26,6 +26,7 @@ from studies.kernels.cases import (
     FAKE_BACKWARD,
     GROUPED,
     MATMUL,
+    OURS,
     QUANTIZE,
     WEIGHT,
     Case,
@@ -36,7 +37,7 @@ from studies.kernels.cases import (
 )
 from studies.kernels.checks import Check, check, deviations, poisoned_memory
 from studies.kernels.settings import Settings
-from studies.kernels.tables import OURS, roofline_rows, rows_of, settings_of
+from studies.kernels.tables import roofline_rows, rows_of, settings_of
 from studies.kernels.verdicts import SPEEDUP, TARGETS, of_target
 
 SMALL = (

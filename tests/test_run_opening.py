@@ -212,3 +212,38 @@ def test_output_that_is_not_writable(tmp_path: Path, config: Config, root: str) 
         Run.open(Path(place), config, ARGV)
     assert caught.value.exit_code != 0
     assert list_runs(Path(place)) == []
+
+
+def test_an_untouched_run_leaves_no_trace(tmp_path: Path, config: Config) -> None:
+    root = tmp_path / "deep" / "runs"
+    with Run.open(root, config, ARGV) as run:
+        run.add_input_digest("data", "0" * 64)
+        run.remove_if_untouched()
+        run.remove_if_untouched()
+    assert list((tmp_path / "deep").iterdir()) == []
+    with Run.open(root, config, ARGV) as run:  # as if nothing had been
+        run.append("a", kind="a")
+    assert run.path.is_dir()
+
+
+@pytest.mark.parametrize("touch", ["a record", "a file", "an earlier session"])
+def test_a_touched_run_stays(tmp_path: Path, config: Config, touch: str) -> None:
+    if touch == "an earlier session":
+        Run.open(tmp_path, config, ARGV).close()
+    with Run.open(tmp_path, config, ARGV) as run:
+        if touch == "a record":
+            run.append("a", kind="a")
+        if touch == "a file":
+            run.write_text("checkpoints/a.txt", "a")
+        run.remove_if_untouched()
+    assert manifest_of(run.path)["sessions"][-1]["status"] == "stopped"
+
+
+def test_what_force_moved_aside_is_back(tmp_path: Path, config: Config) -> None:
+    path = finished(tmp_path, config)
+    before = sorted(path.rglob("*"))
+    with Run.open(tmp_path, config, ARGV, force=True) as run:
+        run.remove_if_untouched()
+    assert sorted(path.rglob("*")) == before
+    assert open_existing(path).is_done
+    assert [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] == [path.name]

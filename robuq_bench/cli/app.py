@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,26 +19,24 @@ import typer
 
 from robuq_bench import __version__
 from robuq_bench.cli import console
-from robuq_bench.cli.inspect import inspect_app, runs_app
-from robuq_bench.cli.job import (
+from robuq_bench.cli.flags import (
     RUNS,
     ActivationsFlag,
-    DeviceFlag,
     DryRunFlag,
     ExportFlag,
-    ForceFlag,
-    Job,
+    Flags,
     JsonFlag,
     NameArgument,
     OutputFlag,
     PlanFlag,
     QuietFlag,
-    SeedFlag,
-    SetFlag,
     ShardFlag,
     StudentFlag,
-    ThreadsFlag,
-    WorkloadFlag,
+    with_flags,
+)
+from robuq_bench.cli.inspect import inspect_app, runs_app
+from robuq_bench.cli.job import (
+    Job,
     execute,
     find_run,
     hardware_label,
@@ -85,42 +84,18 @@ def _top(
 
 
 @app.command("train-and-eval")
-def train_and_eval(
-    plan: PlanFlag = "a2",
-    on: WorkloadFlag = "digits",
-    seed: SeedFlag = 0,
-    overrides: SetFlag = None,
-    device: DeviceFlag = "auto",
-    threads: ThreadsFlag = None,
-    output: OutputFlag = RUNS,
-    dry_run: DryRunFlag = False,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
-) -> None:
+@with_flags()
+def train_and_eval(flags: Flags, plan: PlanFlag = "a2") -> None:
     """The main job: quantize a teacher by a plan, train it, allocate its bits, and judge it."""
-    job = Job.of_study("train-and-eval", plan, on, seed, overrides, device, threads, output,
-                       dry_run, force, as_json, quiet)  # fmt: skip
+    job = Job.of_study("train-and-eval", plan, flags)
     show(job, execute(job))
 
 
 @app.command("train-teacher")
-def train_teacher(
-    on: WorkloadFlag = "digits",
-    export: ExportFlag = None,
-    seed: SeedFlag = 0,
-    overrides: SetFlag = None,
-    device: DeviceFlag = "auto",
-    threads: ThreadsFlag = None,
-    output: OutputFlag = RUNS,
-    dry_run: DryRunFlag = False,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
-) -> None:
+@with_flags()
+def train_teacher(flags: Flags, export: ExportFlag = None) -> None:
     """Train a workload's full-precision teacher from scratch."""
-    job = Job.of_study("train-teacher", "fp", on, seed, overrides, device, threads, output,
-                       dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
+    job = Job.of_study("train-teacher", "fp", flags, export)
     result = execute(job)
     if result is not None and export is not None:
         _export(result.path / "checkpoints" / "teacher.safetensors", export)
@@ -128,21 +103,10 @@ def train_teacher(
 
 
 @app.command("train-features")
-def train_features(
-    on: WorkloadFlag = "digits",
-    export: ExportFlag = None,
-    seed: SeedFlag = 0,
-    overrides: SetFlag = None,
-    threads: ThreadsFlag = None,
-    output: OutputFlag = RUNS,
-    dry_run: DryRunFlag = False,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
-) -> None:
+@with_flags("device")
+def train_features(flags: Flags, export: ExportFlag = None) -> None:
     """Train the digit classifier whose features `fid_digits` is measured in (on the CPU)."""
-    job = Job.of_study("train-features", "fp", on, seed, overrides, "cpu", threads, output,
-                       dry_run, force, as_json, quiet, (export,) if export else ())  # fmt: skip
+    job = Job.of_study("train-features", "fp", replace(flags, device="cpu"), export)
     result = execute(job)
     if result is not None and export is not None:
         _export(result.path / "checkpoints" / "features.safetensors", export)
@@ -165,8 +129,9 @@ def _export(source: Path, target: Path) -> None:
 
 
 @app.command()
+@with_flags("seed", "force")
 def sample(
-    on: WorkloadFlag = "digits",
+    flags: Flags,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -186,25 +151,17 @@ def sample(
         typer.Option("--png", metavar="FILE", help="The grid (FOLDER/samples.png if not given)."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image.")] = 0,
-    overrides: SetFlag = None,
-    device: DeviceFlag = "auto",
-    threads: ThreadsFlag = None,
-    output: OutputFlag = RUNS,
-    dry_run: DryRunFlag = False,
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
 ) -> None:
     """Draw images, one seed each, into one PNG grid."""
-    target = output / "samples.png" if png is None else png
-    job = Job("sample", "1", "fp", on, seed, overrides, device, threads, output,
-              dry_run, False, as_json, quiet, (target,), writes_run=False)  # fmt: skip
+    target = flags.output / "samples.png" if png is None else png
+    job = Job("sample", "1", "fp", replace(flags, seed=seed), (target,), writes_run=False)
     config = job.resolve()
-    run_path = None if checkpoint is None else find_run(checkpoint, output)
+    run_path = None if checkpoint is None else find_run(checkpoint, flags.output)
     if packed is not None and checkpoint is not None:
         raise UsageError("--checkpoint and --packed are two models; give one of them")
     if packed is None and backend != "reference":
         raise UsageError(f"--backend {backend} goes with --packed FILE; make one with `export`")
-    if dry_run:
+    if flags.dry_run:
         show_dry_run(job, config, target, target.exists())
         return
     context = job.context()
@@ -219,14 +176,16 @@ def sample(
         num=num,
         output=target,
     )
-    if as_json:
+    if flags.as_json:
         console.print_json({"command": "sample", "path": target, "num": num, "seed": seed})
     else:
         print(f"done: {target}", flush=True)
 
 
 @app.command()
+@with_flags()
 def study(
+    flags: Flags,
     name: NameArgument = None,
     plan: Annotated[
         str | None,
@@ -235,16 +194,6 @@ def study(
     activations: ActivationsFlag = None,
     checkpoint: StudentFlag = None,
     part: ShardFlag = None,
-    on: WorkloadFlag = "digits",
-    seed: SeedFlag = 0,
-    overrides: SetFlag = None,
-    device: DeviceFlag = "auto",
-    threads: ThreadsFlag = None,
-    output: OutputFlag = RUNS,
-    dry_run: DryRunFlag = False,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
 ) -> None:
     """Answer one question about the method: NAME is a study, the .py file of one, or a
     module.path; without it, list the studies that exist."""
@@ -252,14 +201,13 @@ def study(
 
     if name is None:
         rows = [{"study": item.name, "about": item.summary} for item in list_studies()]
-        show_rows("studies", rows, as_json)
+        show_rows("studies", rows, flags.as_json)
         return
     info = find_study(name)
-    plan = plan_of(info, plan, seed)
-    settings = study_inputs(info.name, activations, checkpoint, part, output)
-    settings += [*hardware_label(info.name, device), *(overrides or [])]
-    job = Job.of_study(info.name, plan, on, seed, settings, device, threads, output,
-                       dry_run, force, as_json, quiet)  # fmt: skip
+    plan = plan_of(info, plan, flags.seed)
+    settings = study_inputs(info.name, activations, checkpoint, part, flags.output)
+    settings += [*hardware_label(info.name, flags.device), *(flags.overrides or [])]
+    job = Job.of_study(info.name, plan, replace(flags, overrides=settings))
     show(job, execute(job))
 
 

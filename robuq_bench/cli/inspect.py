@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robuq_bench.cli import console
-from robuq_bench.cli.job import (
+from robuq_bench.cli.flags import (
     RUNS,
     JsonFlag,
     NameArgument,
@@ -15,9 +15,8 @@ from robuq_bench.cli.job import (
     PlanFlag,
     SetFlag,
     WorkloadFlag,
-    find_run,
-    show_rows,
 )
+from robuq_bench.cli.job import find_run, show_rows
 from robuq_bench.cli.plan_layers import bits_from_file, show_layers
 from robuq_bench.errors import CheckError, UsageError
 

@@ -1,4 +1,4 @@
-"""What the commands share: the uniform flags, and resolve -> look up or do -> show."""
+"""What the commands share: resolve -> look up or do -> show."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from robuq_bench.cli import console
+from robuq_bench.cli.flags import Flags
 from robuq_bench.errors import UsageError, suggest
 
 if TYPE_CHECKING:
@@ -18,102 +17,39 @@ if TYPE_CHECKING:
     from robuq_bench.context import Context, RunResult
     from robuq_bench.study_index import StudyInfo
 
-PlanFlag = Annotated[
-    str, typer.Option("--plan", metavar="NAME|FILE", help="How to quantize; see `plans`.")
-]
-WorkloadFlag = Annotated[
-    str,
-    typer.Option(
-        "--on", "--workload", metavar="NAME|FILE", help="What to quantize and judge; `workloads`."
-    ),
-]
-SeedFlag = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.")]
-SetFlag = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field; may be repeated."),
-]
-DeviceFlag = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
-]
-ThreadsFlag = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="CPU threads; torch decides if not given.", metavar="N"),
-]
-OutputFlag = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Root of the run folders.")
-]
-DryRunFlag = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")
-]
-ForceFlag = Annotated[
-    bool, typer.Option("--force", help="Set an existing run aside and begin anew.")
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of tables.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress and no log, but warnings.")]
-ExportFlag = Annotated[
-    Path | None,
-    typer.Option("--export", metavar="FILE", help="Also write the trained weights here."),
-]
-ActivationsFlag = Annotated[
-    Path | None,
-    typer.Option(
-        "--activations", metavar="FOLDER", help="Analyse these saved activations (normality)."
-    ),
-]
-StudentFlag = Annotated[
-    str | None,
-    typer.Option("--checkpoint", metavar="RUN", help="Of this run's student (normality, packed)."),
-]
-ShardFlag = Annotated[
-    str | None,
-    typer.Option(
-        "--shard", metavar="I/N", help="Do this part of the trainings (sensitivity, allocation)."
-    ),
-]
-NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)]
-RUNS = Path("runs")
-
 
 @dataclass(frozen=True)
 class Job:
-    """What the uniform flags of one command say."""
+    """What one command is to do."""
 
     study: str
     version: str
     plan: str
-    workload: str
-    seed: int
-    overrides: list[str] | None
-    device: str
-    threads: int | None
-    output: Path
-    dry_run: bool
-    force: bool
-    as_json: bool
-    quiet: bool
+    flags: Flags
     outputs: tuple[Path, ...] = ()  # files besides the run folder
-    writes_run: bool = True  # below `output`, which otherwise is only read
+    writes_run: bool = True  # below `flags.output`, which otherwise is only read
 
     @classmethod
-    def of_study(cls, study: str, *flags: Any) -> Job:
-        """The job of a study, of the version that its file says; `flags` are the fields after."""
+    def of_study(cls, study: str, plan: str, flags: Flags, export: Path | None = None) -> Job:
+        """The job of a study, of the version that its file says."""
         from robuq_bench.study_index import find_study
 
-        return cls(study, find_study(study).version, *flags)
+        outputs = () if export is None else (export,)
+        return cls(study, find_study(study).version, plan, flags, outputs)
 
     def resolve(self) -> Config:
         """The frozen config; everything that can be wrong in the flags is refused here."""
         from robuq_bench.config import resolve
         from robuq_bench.context import check_device_name
 
-        check_device_name(self.device)
+        check_device_name(self.flags.device)
         return resolve(
             self.study,
             self.version,
             self.plan,
-            self.workload,
-            self.seed,
-            self.overrides or (),
+            self.flags.on,
+            self.flags.seed,
+            self.flags.overrides or (),
             uses_data=None if self.writes_run else False,
         )
 
@@ -122,16 +58,16 @@ class Job:
         from robuq_bench.context import Context
         from robuq_bench.progress import Progress
 
-        written = [self.output] if self.writes_run else []
+        written = [self.flags.output] if self.writes_run else []
         for folder in (*written, *(path.parent for path in self.outputs)):
             console.check_writable(folder)
-        console.set_up_logging(quiet=self.quiet)
+        console.set_up_logging(quiet=self.flags.quiet)
         return Context.create(
-            device=self.device,
-            threads=self.threads,
-            progress=Progress(quiet=self.quiet),
+            device=self.flags.device,
+            threads=self.flags.threads,
+            progress=Progress(quiet=self.flags.quiet),
             argv=command_line(),
-            force=self.force,
+            force=self.flags.force,
         )
 
 
@@ -142,29 +78,29 @@ def execute(job: Job) -> RunResult | None:
     from robuq_bench.runs.study import check_study, run_study, stored_result
 
     config = job.resolve()
-    folder = run_folder(job.output, config)
+    folder = run_folder(job.flags.output, config)
     is_complete = (folder / DONE).exists()
-    if job.dry_run:
+    if job.flags.dry_run:
         check_study(config)
         show_dry_run(job, config, folder, is_complete)
         return None
-    if is_complete and not job.force:
-        if job.device.startswith("cuda"):
+    if is_complete and not job.flags.force:
+        if job.flags.device.startswith("cuda"):
             # A device that is not here is an error, finished elsewhere or not.
             replace(job, writes_run=False).context()
         return replace(stored_result(open_existing(folder), job.study), path=folder)
     context = job.context()
-    verb = "continues" if folder.exists() and not job.force else "starts"
-    if not job.quiet:
+    verb = "continues" if folder.exists() and not job.flags.force else "starts"
+    if not job.flags.quiet:
         context.progress.log(f"{job.study}: {verb} {folder} on {context.device}")
-    return run_study(config, job.output, context)
+    return run_study(config, job.flags.output, context)
 
 
 def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> None:
     """Print the resolved config and where its run would be."""
     from robuq_bench.config import config_hash, to_toml
 
-    if job.as_json:
+    if job.flags.as_json:
         facts = {"command": job.study, "dry_run": True, "path": folder, "complete": is_complete}
         values = config.model_dump(mode="json")
         console.print_json({**facts, "config_sha256": config_hash(config), "config": values})
@@ -178,7 +114,7 @@ def show(job: Job, result: RunResult | None) -> None:
     """Print a result as a table or as one JSON line; nothing after a dry run."""
     if result is None:
         return
-    if job.as_json:
+    if job.flags.as_json:
         facts = {
             "command": job.study,
             "run": f"{result.path.parent.name}/{result.path.name}",

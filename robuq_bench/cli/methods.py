@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from robuq_bench.cli.job import JsonFlag, show_rows
+from robuq_bench.cli.flags import JsonFlag
+from robuq_bench.cli.job import show_rows
 
 methods_app = typer.Typer()
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from robuq_bench.cli import console
-from robuq_bench.cli.job import (
-    RUNS,
-    DeviceFlag,
-    DryRunFlag,
-    ForceFlag,
-    Job,
-    JsonFlag,
-    QuietFlag,
-    SeedFlag,
-    SetFlag,
-    ThreadsFlag,
-    WorkloadFlag,
-    find_run,
-    show_dry_run,
-)
+from robuq_bench.cli.flags import RUNS, Flags, JsonFlag, with_flags
+from robuq_bench.cli.job import Job, find_run, show_dry_run
 from robuq_bench.errors import UsageError, suggest
 
 packed_app = typer.Typer()
 
 
 @packed_app.command()
+@with_flags("output")
 def export(
+    flags: Flags,
     what: Annotated[
         str,
         typer.Argument(metavar="RUN|PLAN", help="A finished run, or a plan for the teacher."),
@@ -52,30 +42,20 @@ def export(
     runs: Annotated[
         Path, typer.Option("--runs", metavar="FOLDER", help="Root of the run folders.")
     ] = RUNS,
-    on: WorkloadFlag = "digits",
-    seed: SeedFlag = 0,
-    overrides: SetFlag = None,
-    device: DeviceFlag = "auto",
-    threads: ThreadsFlag = None,
-    dry_run: DryRunFlag = False,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
 ) -> None:
     """Write a packed model: one file of codes and scales (ternary, or 2 to 8 bits), with its
     configuration."""
     run, plan = _run_or_plan(what, runs)
     if run is not None and random_weights:
         raise UsageError(f"{what} is a run, which has weights; --random-weights goes with a plan")
-    job = Job("export", "1", plan, on, seed, overrides, device, threads, runs,
-              dry_run, force, as_json, quiet, (file,), writes_run=False)  # fmt: skip
+    job = Job("export", "1", plan, replace(flags, output=runs), (file,), writes_run=False)
     config = job.resolve()
     if file.is_dir():
         raise UsageError(f"{file} is a folder; -o names the file to write")
-    if dry_run:
+    if flags.dry_run:
         show_dry_run(job, config, file, file.exists())
         return
-    if file.exists() and not force:
+    if file.exists() and not flags.force:
         raise UsageError(f"{file} exists; choose another -o, or --force to replace it")
     from robuq_bench.inference.packed_header import Storage
 
@@ -86,7 +66,7 @@ def export(
     rows = run_export(
         config, context, run=run, random_weights=random_weights, storage=storage, target=file
     )
-    if as_json:
+    if flags.as_json:
         console.print_json({"command": "export", "path": file, "storage": storage, "table": rows})
         return
     console.print_table(rows, missing="")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,14 @@ def _holder(path: Path) -> str:
     return f"process {session['pid']} on {session['host']} since {session['start']}"
 
 
-def move_aside(path: Path) -> None:
-    """Rename an existing run folder to the first free `<name>.replaced-<n>`.
+def move_aside(path: Path) -> Path | None:
+    """Rename an existing run folder to the first free `<name>.replaced-<n>`, which is returned.
 
     Raises:
         RobuqError: it cannot be renamed.
     """
     if not path.exists():
-        return
+        return None
     number = 1
     while (target := path.with_name(f"{path.name}{REPLACED}{number}")).exists():
         number += 1
@@ -75,6 +77,30 @@ def move_aside(path: Path) -> None:
     except OSError as error:
         raise output_error(path, error) from error
     _LOG.warning("the earlier run was moved to %s", target)
+    return target
+
+
+def take_back(made: Sequence[Path], aside: Path | None) -> None:
+    """Remove folders that were made for a run, innermost first, or bring back what was there.
+
+    Raises:
+        RobuqError: the run folder cannot be removed or renamed.
+    """
+    path, *above = made
+    try:
+        shutil.rmtree(path)
+        if aside is not None:
+            aside.rename(path)
+            _LOG.warning("nothing was done: the earlier run is back in %s", path)
+            return
+        lock_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise output_error(path, error) from error
+    for folder in above:
+        try:
+            folder.rmdir()
+        except OSError:
+            return  # another run is in it
 
 
 def run_folder(root: Path, config: Config) -> Path:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -35,7 +34,7 @@ from robuq_bench.files import (
 )
 from robuq_bench.runs import provenance
 from robuq_bench.runs.interrupts import Terminated
-from robuq_bench.runs.lock import lock_path, process_started
+from robuq_bench.runs.lock import process_started
 from robuq_bench.runs.opening import (
     acquire_lock,
     check_config,
@@ -44,6 +43,7 @@ from robuq_bench.runs.opening import (
     move_aside,
     recover_results,
     run_folder,
+    take_back,
 )
 from robuq_bench.runs.run_files import (
     CHECKPOINTS,
@@ -90,6 +90,7 @@ class Run:
         self._lock = lock
         self._config = config
         self._made: list[Path] = []  # folders that were not there before, innermost first
+        self._aside: Path | None = None  # where `force` moved the run that was here
 
     @classmethod
     def open(
@@ -122,12 +123,13 @@ class Run:
         path = run_folder(root, config)
         if (path / DONE).exists() and not force:
             return cls._open_done(path, config)
+        aside = None
         made = [folder for folder in (path.parent, root) if not folder.exists()]
         make_folder(path.parent)
         lock = acquire_lock(path, wait_s)
         try:
             if force:
-                move_aside(path)
+                aside = move_aside(path)
                 if run_folder(root, config) != path:  # it had its name from older code
                     lock.release()
                     return cls.open(
@@ -143,7 +145,7 @@ class Run:
             remove_temporaries(path, recursive=True)
             records = recover_results(path / RESULTS)
             run = cls(path, manifest, records, lock, config)
-            run._made = made
+            run._made, run._aside = made, aside
             run._begin_session(argv, device, threads)
         except BaseException:
             lock.release()
@@ -190,19 +192,13 @@ class Run:
     def remove_if_untouched(self) -> None:
         """Close the run and remove its folder, if this session made it and stored nothing in it.
 
-        So what is refused before any work leaves no trace.
+        So what is refused before any work leaves no trace: a run that `force` moved aside is back.
         """
         files = {path.name for path in self.path.rglob("*") if path.is_file()}
         is_touched = bool(self._records) or not files <= {CONFIG, MANIFEST, RESULTS}
         if self._lock is None or self.path not in self._made or is_touched:
             return
-        shutil.rmtree(self.path)
-        lock_path(self.path).unlink(missing_ok=True)
-        for folder in self._made[1:]:
-            try:
-                folder.rmdir()
-            except OSError:
-                break  # another run is in it
+        take_back(self._made, self._aside)
         self._lock.release()
         self._lock = None
 

@@ -17,6 +17,7 @@ QUANTIZE, MATMUL, GROUPED = "hadamard_quantize", "ternary_matmul", "grouped_tern
 FAKE, FAKE_BACKWARD = "fake_quantize", "fake_quantize_backward"
 WEIGHT = "ternary_weight"
 KERNELS = (QUANTIZE, MATMUL, GROUPED, FAKE, FAKE_BACKWARD, WEIGHT)
+OURS = "robuq-bench"  # beside the names of peers
 WEIGHT_RULE = "ternary-twn"
 _MODULES = {GROUPED: MATMUL, FAKE_BACKWARD: FAKE}
 QUANTIZER = "robust-midtread"

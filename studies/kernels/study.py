@@ -55,6 +55,7 @@ from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
 from studies.kernels.cases import (
     KERNELS,
+    OURS,
     Case,
     cases_of,
     kernel_function,
@@ -67,7 +68,6 @@ from studies.kernels.peers import PeerUnavailableError, make_layer, make_peer, p
 from studies.kernels.settings import Settings
 from studies.kernels.tables import (
     MODEL,
-    OURS,
     facts,
     roofline_rows,
     rows_of,

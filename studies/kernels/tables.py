@@ -12,11 +12,10 @@ from robuq_bench.measuring.statistics import (
     median_interval,
     speedup_interval,
 )
-from studies.kernels.cases import Case
+from studies.kernels.cases import OURS, Case
 from studies.kernels.checks import Check
 from studies.kernels.peers import BASELINE
 
-OURS = "robuq-bench"
 MODEL = "model, not measured"
 
 

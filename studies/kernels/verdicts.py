@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 
 from robuq_bench.statistics.verdicts import Verdict
-from studies.kernels.cases import GROUPED, MATMUL, QUANTIZE
-from studies.kernels.tables import OURS
+from studies.kernels.cases import GROUPED, MATMUL, OURS, QUANTIZE
 
 Row = dict[str, Any]
 SHARE, SPEEDUP, MEDIAN = "share_of_ceiling", "speedup_over_cublas_bf16", "median_us"

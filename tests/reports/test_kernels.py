@@ -16,11 +16,11 @@ from robuq_bench.measuring.ceilings import Ceilings
 from robuq_bench.measuring.statistics import Timing
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
-from studies.kernels.cases import MATMUL, QUANTIZE, Case, cases_of, weight_cases_of
+from studies.kernels.cases import MATMUL, OURS, QUANTIZE, Case, cases_of, weight_cases_of
 from studies.kernels.checks import Check
 from studies.kernels.peers import BASELINE, peers_of
 from studies.kernels.study import RULE
-from studies.kernels.tables import OURS, facts, roofline_rows, rows_of
+from studies.kernels.tables import facts, roofline_rows, rows_of
 from studies.kernels.verdicts import TARGETS, verdicts
 
 Row = dict[str, Any]

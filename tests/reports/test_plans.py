@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reports import build_report
-from reports.protocols import group_runs
 from reports.loading import find_runs
 from reports.plans import read_plan
+from reports.protocols import group_runs
 from reports.settings import (
     ALLOCATED,
     AMPN,

@@ -19,9 +19,9 @@ from robuq_bench.measuring.statistics import Timing
 from robuq_bench.runs import provenance
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
-from studies.kernels.cases import QUANTIZE, cases_of
+from studies.kernels.cases import OURS, QUANTIZE, cases_of
 from studies.kernels.checks import Check
-from studies.kernels.tables import OURS, facts, roofline_rows, rows_of
+from studies.kernels.tables import facts, roofline_rows, rows_of
 from studies.kernels.verdicts import TARGETS, verdicts
 
 Row = dict[str, Any]
@@ -116,6 +116,8 @@ def test_records_are_apart_from_the_runs_at_hand(
         written = pd.read_csv(tmp_path / f"report-{name}.csv")
         assert set(written["run"]) == {own.id}
     assert not (tmp_path / "report-kernels-kernels.csv").exists()
+    claims = pd.read_csv(tmp_path / "report-claims.csv")
+    assert set(claims["subject"]) == {QUANTIZE}
     headings = [a["id"] for tag, a in page.tags if tag == "section" and "id" in a]
     assert headings[0] == "kernels"
     assert sum(name.startswith("recorded-") for name in headings) == 2
