@@ -166,7 +166,8 @@ def log_edges(low: float, high: float) -> list[float]:
     """Edges for `heat` at 1, 2 and 5, at decades where those are many; none without a range."""
     if not 0 < low < high:
         return []
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # One more at both ends: a logarithm may be rounded across a decade.
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     for steps in ((1, 2, 5), (1,)):
         edges = [float(f"{step}e{decade}") for decade in decades for step in steps]
         inner = [edge for edge in edges if low < edge < high]
