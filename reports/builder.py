@@ -183,7 +183,7 @@ def _write_tables(sections: Mapping[str, Section], output: Path) -> None:
             for v in [claim.verdict]
         ]
         + [
-            (section.title, claim, NOT_RUN, needs, "")
+            (section.claims[0].about if section.claims else "", claim, NOT_RUN, needs, "")
             for section in sections.values()
             for claim, needs in section.open.items()
         ],
