@@ -159,7 +159,8 @@ from pathlib import Path
 import seaborn as sns
 from robuq_bench.figures import colour, panel
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
-VERSION, ROOTS = "1", (1, 2, 3)
+VERSION = "1"
+ROOTS = (1, 2, 3)
 def measure(config, run, context):
     for root in ROOTS:
         if not run.has(f"root/{root}"):
