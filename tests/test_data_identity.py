@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reports.aggregate import group_runs
+from reports.protocols import group_runs
 from reports.loading import find_runs
 from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Config, config_hash, load_workload, resolve
