@@ -16,7 +16,7 @@ from reports.text import Phrase, bytes_text, fixed, significant
 from robuq_bench.figures import SEQUENTIAL, Picture, colour, legend_below, log_axis, panel
 from robuq_bench.statistics.verdicts import Verdict
 
-ORDER = 90
+ORDER = 78
 QUESTION = "What does the packed model save in bytes and time, and against what?"
 OPEN = (
     "DiT-XL/2 becomes 13.2× smaller in theory",

@@ -17,14 +17,14 @@ from reports.page import Block, Figures, Fold, Section, Sheet, sentence
 from reports.text import Phrase, listing, number, plural, significant
 from robuq_bench.figures import colour, log_axis, panel
 
-ORDER = 80
+ORDER = 100
 QUESTION = "How was the full-precision teacher trained?"
 OPEN: tuple[str, ...] = ()
 EXPORTS = ("training.csv",)
 MAX_PANELS = 24
 MAX_POINTS = 120
 # A curve may leave the others' range upwards by this factor before it is cut off.
-_HEADROOM = 100.0
+_HEADROOM = 10.0
 
 
 class Curves(NamedTuple):

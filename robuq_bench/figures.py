@@ -8,6 +8,7 @@ stays as matplotlib wrote it: `style_sheet` maps its colours to those of a dark 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -159,6 +160,20 @@ def log_axis(axes: Axes, which: str) -> None:
         axis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def log_edges(low: float, high: float) -> list[float]:
+    """Edges for `heat` at 1, 2 and 5, at decades where those are many; none without a range."""
+    if not 0 < low < high:
+        return []
+    # One more at both ends: a logarithm may be rounded across a decade.
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for steps in ((1, 2, 5), (1,)):
+        edges = [float(f"{step}e{decade}") for decade in decades for step in steps]
+        inner = [edge for edge in edges if low < edge < high]
+        if len(inner) <= 5:
+            break
+    return [max(e for e in edges if e <= low), *inner, min(e for e in edges if e >= high)]
 
 
 def legend_below(drawn: Panel, columns: int = 2) -> None:

@@ -21,6 +21,7 @@ from robuq_bench.figures import (
     heat,
     legend_below,
     log_axis,
+    log_edges,
     panel,
     points,
     style_sheet,
@@ -157,6 +158,15 @@ def test_labels_of_a_logarithmic_axis_do_not_collide(start: float, decades: floa
         ]
     assert len(boxes) >= 2
     assert all(left.x1 <= right.x0 for left, right in pairwise(sorted(boxes, key=lambda b: b.x0)))
+
+
+@given(st.floats(1e-8, 1e6), st.floats(1.01, 1e6))
+def test_edges_of_a_logarithmic_heat_map_hold_all_values(low: float, factor: float) -> None:
+    edges = log_edges(low, low * factor)
+    assert edges[0] <= low < low * factor <= edges[-1]
+    assert all(first < second for first, second in pairwise(edges))
+    assert len(edges) <= 9
+    assert log_edges(low, low) == log_edges(-1.0, low) == []
 
 
 def test_hues_differ_for_those_who_see_no_red_or_green() -> None:

@@ -167,7 +167,7 @@ def _verdict(target: Target, word: str, row: Row | None, note: str = "") -> Verd
         high=None if row is None else row[f"{target.column}_high"],
         n=0 if row is None else row["rounds"],
         n_of="interleaved rounds",
-        test="t interval over rounds",
+        test="none" if row is None else "t interval over rounds",
         p_value=None,
         note=note,
     )
