@@ -250,15 +250,15 @@ def _proofs(run: RunData, subject: str) -> Iterator[str]:
             for row in slopes.to_dict("records")
         ]
         yield (
-            "Log–log slope of the median distance by width, −0.5 in the bound; symmetric sums can "
+            "Log–log slope of the exact distance by width, −0.5 in the bound; symmetric sums can "
             f"reach −1: {'; '.join(texts)}."
         )
     if not joint.empty:
         reach = int(joint["largest_informative_k"].max())
         width = joint.loc[joint["k"] == joint["k"].min(), "width_needed"].max()
         yield (
-            "Joint normality is not proved: the best known bound (Raič 2019) says something for "
-            f"{reach} coordinates at most; even a flat token needs a width of {width:,} for one."
+            "Joint normality is not proved: the best known bound (Raič 2019) is informative for "
+            f"at most {reach} coordinates; even a flat token needs a width of {width:,} for one."
         )
     if not projections.empty:
         excess = projections["rejected"] - projections["rejected_null"]
