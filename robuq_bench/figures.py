@@ -191,6 +191,23 @@ def legend_below(drawn: Panel, columns: int = 2) -> None:
     drawn.figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
+def points(frame: pd.DataFrame, axes: Axes, y: str, limits: Sequence[str], **options: Any) -> None:
+    """Horizontal points with their intervals, one for each row of a table.
+
+    Args:
+        frame: a row per point.
+        axes: where to draw.
+        y: the column of labels.
+        limits: the columns of the lower limit, the point and the upper limit, in any order.
+        options: seaborn's, such as `hue`, `markers` and `dodge`.
+    """
+    # The median of the three is the point, their whole range the interval.
+    look = {"estimator": "median", "errorbar": ("pi", 100), "linestyle": "none", "legend": False}
+    long = frame.melt([name for name in frame if name not in limits], limits)
+    sns.pointplot(long, x="value", y=y, ax=axes, **look | options)
+    axes.set_ylabel("")
+
+
 def heat(
     frame: pd.DataFrame,
     axes: Axes,

@@ -23,6 +23,7 @@ from robuq_bench.figures import (
     log_axis,
     log_edges,
     panel,
+    points,
     style_sheet,
 )
 
@@ -108,6 +109,17 @@ def test_a_legend_below_keeps_its_labels_and_leaves_the_axes() -> None:
         (moved,) = drawn.figure.legends
         assert [text.get_text() for text in moved.get_texts()] == ["a", "b"]
         assert moved.get_window_extent().y1 < drawn.axes.get_window_extent().y0
+
+
+def test_points_stand_between_their_own_limits() -> None:
+    """Not at the mean of the three numbers, which lies elsewhere in a lopsided interval."""
+    frame = pd.DataFrame(
+        {"of": ["a", "b"], "low": [1.0, 2.0], "at": [2.0, 3.0], "high": [9.0, 4.0]}
+    )
+    with panel("points", "two") as drawn:
+        points(frame, drawn.axes, "of", ["low", "at", "high"], color=colour("rotated"))
+        lines = [np.asarray(line.get_xdata()).tolist() for line in drawn.axes.lines]
+    assert [line for line in lines if len(set(line)) > 1] == [[2, 3], [1, 9], [2, 4]]
 
 
 def test_numbers_in_a_heat_map_can_be_read_and_stand_in_their_cells() -> None:
