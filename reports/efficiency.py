@@ -133,9 +133,8 @@ def _files(run: RunData) -> pd.DataFrame:
 
 
 def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
-    files = _files(run)
     # int8 rounds what the plan keeps in full precision: a mode, not the headline.
-    best = files[~files["packing"].str.contains("int8")].iloc[0]
+    best = _files(run).query("not packing.str.contains('int8')").iloc[0]
     weights = factors.query("kind == 'weights alone'").dropna(subset="factor")
     memory = weights["factor"].map(_factor) + " less than in " + weights["baseline"]
     paper = factors.groupby("claim")["paper"].first().map("{:g}×".format)
@@ -158,13 +157,12 @@ def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
 
 
 def _blocks(run: RunData, factors: pd.DataFrame) -> list[Block]:
-    others = [name for name in run.tables if name not in ("checkpoints", VERDICTS)]
     return [
         _factor_sheet(run, factors),
         _figures(run, factors),
         Points([*_CAVEATS, *(_MEASURED if _device(run) else ())]),
         Fold("Bytes of a checkpoint by part", [_checkpoint_sheet(run)]),
-        *(table_fold(run, name) for name in others),
+        *(table_fold(run, name) for name in run.tables if name not in ("checkpoints", VERDICTS)),
     ]
 
 
@@ -243,7 +241,7 @@ def _checkpoint_panel(run: RunData) -> Picture:
 def _factor_panel(run: RunData, rows: pd.DataFrame, column: str, title: str, where: str) -> Picture:
     spans = rows.groupby("baseline", sort=False)[column].agg(_span)
     alt = f"{title}, {where}: {'; '.join(f'{span} against {name}' for name, span in spans.items())}"
-    shown = title if _device(run) else f"{title}, {where}"
+    shown = title if column == "factor" else f"{title}, {where}"
     with panel(f"{run.anchor}-{title}", alt, title=shown) as drawn:
         sns.pointplot(rows, x=column, y="baseline", color=colour("rotated"), linestyle="none",
                       errorbar=("pi", 100), markersize=5, ax=drawn.axes)  # fmt: skip

@@ -65,10 +65,9 @@ def read_records(folder: Path | None = None) -> list[RecordedRun]:
 def recorded_section(run: RecordedRun, shown: Section) -> Section:
     """What the study's module shows of a recorded run, as a section apart from the runs at hand."""
     gpu, packages, code = (run.provenance[part] for part in ("gpu", "packages", "code"))
-    end = run.manifest["sessions"][-1]["end"]
     lead = (
-        f"Run {run.id}, finished {end} on {run.device}; kept by the project, of another machine "
-        "and often of other code than the runs of this report, and mixed with none of them."
+        f"Run {run.id}, finished {run.manifest['sessions'][-1]['end']} on {run.device}: another "
+        "machine and often other code than of the runs of this report; mixed with none of them."
     )
     facts = [f"{name}: {gpu.get(name) or 'not recorded'}" for name in _FACTS]
     facts += [f"{name}: {packages.get(name, 'not installed')}" for name in _VERSIONS]
