@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from reports.text import NOT_RUN, Phrase, significant
+from reports.text import NOT_RUN, Phrase, significant, spread
 from robuq_bench.figures import COLOURS, MEANINGS, Picture
 from robuq_bench.statistics.verdicts import Verdict, interval_text
 
@@ -292,6 +292,17 @@ def evidence(verdict: Verdict) -> str:
 def sentence(*parts: str | Phrase) -> list[Phrase]:
     """Phrases of texts and links."""
     return [Phrase(part) if isinstance(part, str) else part for part in parts]
+
+
+def ranges(frame: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list[str]]:
+    """Column of small print by metric, "<metric> range": from <metric>_min to <metric>_max."""
+    return {
+        f"{name} range": [
+            spread(name, low, high)
+            for low, high in zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
+        ]
+        for name in metrics
+    }
 
 
 def _is_absent(value: Any) -> bool:
