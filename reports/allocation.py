@@ -40,10 +40,8 @@ _SUBJECT = r"(?P<candidate>.+) over (?P<baseline>.+), (?P<budget>[\d.]+) bits, (
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     """What candidates reach beside uniform bits; None where no run has its tables."""
-    whole = [r for r in runs if not (r.table("trials").empty or r.table("candidates").empty)]
-    if not whole:
-        return None
-    return section(whole, "allocation", "Mixed precision", _answer, _blocks, "candidates")
+    needed = ("trials", "candidates")
+    return section(runs, needed, "Mixed precision", _answer, _blocks, "candidates")
 
 
 def _effects(run: RunData) -> pd.DataFrame:
@@ -74,29 +72,25 @@ def _answer(run: RunData) -> list[Phrase]:
 
 def _blocks(run: RunData) -> list[Block]:
     effects = _effects(run)
-    blocks: list[Block] = []
-    if pictures := _ratio_panels(run, effects):
-        key = [
-            ("uniform bits", "│ uniform bits"),
-            *((when, f"◆ measured {when}") for when in ("before training", "after training")),
-            ("reference", "◆ random bits"),
-        ]
-        caption = (
-            "Candidates beside uniform bits with the same training seed, lower is better: a dot "
-            "per seed, the diamond is the judged ratio with its interval, if it has one."
-        )
-        blocks.append(Figures(pictures, caption, key))
-    if not effects.empty:
-        blocks.append(_effect_sheet(run, effects))
-    if pictures := [*_bit_panels(run), *_front(run)]:
-        caption = (
-            "Mean bits by layer type, the paper’s of DiT-XL/2 where it names some; and the exact "
-            "Pareto front of every source of sensitivities. Sources measure different quantities, "
-            "so only shapes compare."
-        )
-        blocks.append(Figures(pictures, caption))
+    key = [
+        ("uniform bits", "│ uniform bits"),
+        *((when, f"◆ measured {when}") for when in ("before training", "after training")),
+        ("reference", "◆ random bits"),
+    ]
+    ratios = (
+        "Candidates beside uniform bits with the same training seed, lower is better: a dot per "
+        "seed, the diamond is the judged ratio with its interval, if it has one."
+    )
+    bits = (
+        "Mean bits by layer type, the paper’s of DiT-XL/2 where it names some; and the exact "
+        "Pareto front of every source of sensitivities. Sources measure different quantities, so "
+        "only shapes compare."
+    )
+    drawn = {"allocations": _bit_panels, "front": _front}
     return [
-        *blocks,
+        Figures(_ratio_panels(run, effects), ratios, key),
+        *([] if effects.empty else [_effect_sheet(run, effects)]),
+        Figures([p for n, draw in drawn.items() if n in run.tables for p in draw(run)], bits),
         Fold("What this cannot say", [Points(_caveats(run))]),
         _candidate_fold(run),
         *(table_fold(run, name) for name in _RAW if name in run.tables),
@@ -162,8 +156,6 @@ def _effect_sheet(run: RunData, effects: pd.DataFrame) -> Sheet:
 
 def _bit_panels(run: RunData) -> list[Picture]:
     """Mean bits of every candidate by layer type, a heat map per budget."""
-    if "allocations" not in run.tables:
-        return []
     bits, published = run.table("allocations"), published_values()
     edges = np.linspace(bits["bits"].min(), bits["bits"].max(), 7).round(2).tolist()
     pictures = []
@@ -188,8 +180,6 @@ def _bit_panels(run: RunData) -> list[Picture]:
 
 def _front(run: RunData) -> list[Picture]:
     """Objective over that at the fewest bits, against mean bits, a line per source."""
-    if "front" not in run.tables:
-        return []
     front = run.table("front").query("objective > 0")
     by_source = front.groupby("source", sort=False)
     front = front.assign(relative=front["objective"] / by_source["objective"].transform("max"))
@@ -255,11 +245,10 @@ def _caveats(run: RunData) -> list[str]:
 
 def _same_bits(run: RunData) -> list[str]:
     """Budgets at which sensitivities before and after training choose the same bits."""
-    bits = run.table("allocations")
-    if bits.empty:
+    if "allocations" not in run.tables:
         return []
-    wide = bits.pivot_table("bits", ["budget", "layer"], "candidate")
-    if not {AMPN, "ptq"} <= set(wide.columns):
+    wide = run.table("allocations").pivot_table("bits", ["budget", "layer"], "candidate")
+    if not {AMPN, "ptq"} <= {*wide}:
         return []
     same = (wide[AMPN] == wide["ptq"]).groupby("budget").all()
     return [significant(float(budget)) for budget in same.index[same]]

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from reports.generic import VERDICTS, claims_of, is_verdicts
 from reports.loading import RunData
-from reports.page import Block, Claim, Heading, Section
+from reports.page import Block, Claim, Figures, Heading, Section
 from reports.text import Phrase, plural, stem
 from robuq_bench.figures import Picture, heat, panel
 from robuq_bench.statistics.verdicts import COLUMNS, interval_text, read_verdicts
@@ -39,30 +39,38 @@ _ALLOCATION_RULE = (
 
 def section(
     runs: Sequence[RunData],
-    anchor: str,
+    needed: Sequence[str],
     title: str,
     answer: Callable[[RunData], Sequence[Phrase]],
     blocks: Callable[[RunData], Sequence[Block]],
     export: str,
-) -> Section:
-    """The answer of the first run, the blocks of each; their tables `export`, the run in front."""
+) -> Section | None:
+    """The answer of the first run and the blocks of each, but figures in which nothing is drawn.
+
+    Runs without one of the tables `needed` are left out; None where that leaves none. The tables
+    `export` go beside the page, with the run's id in front.
+    """
+    whole = [run for run in runs if not any(run.table(name).empty for name in needed)]
+    if not whole:
+        return None
     body: list[Block] = []
     claims: list[Claim] = []
-    for run in runs:
-        body += [Heading(run.title)] if len(runs) > 1 else []
-        body += blocks(run)
+    for run in whole:
+        body += [Heading(run.title)] if len(whole) > 1 else []
+        body += [b for b in blocks(run) if not isinstance(b, Figures) or b.pictures]
         claims += claims_of([run]) or [
             Claim(verdict, run.title, run.href) for verdict in read_verdicts(verdicts(run))
         ]
-    tables = pd.concat({run.id: run.table(export) for run in runs}, names=["run"])
+    study = whole[0].study
+    tables = pd.concat({run.id: run.table(export) for run in whole}, names=["run"])
     return Section(
-        anchor=anchor,
+        anchor=study,
         title=title,
-        answer=answer(runs[0]),
+        answer=answer(whole[0]),
         blocks=body,
         claims=claims,
-        rule=next(iter(verdicts(runs[0])["rule"]), ""),
-        exports={f"{anchor}-{export}": tables.reset_index(level="run").reset_index(drop=True)},
+        rule=next(iter(verdicts(whole[0])["rule"]), ""),
+        exports={f"{study}-{export}": tables.reset_index(level="run").reset_index(drop=True)},
     )
 
 

@@ -29,28 +29,30 @@ _MAX_LAYERS = 40
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     """Agreement with the truth before and after training; None where no run has its tables."""
-    whole = [run for run in runs if not any(run.table(name).empty for name in _NEEDED)]
-    if not whole:
-        return None
-    return section(whole, "sensitivity", "Sensitivity", _answer, _blocks, "agreement")
+    return section(runs, _NEEDED, "Sensitivity", _answer, _blocks, "agreement")
+
+
+def _table(run: RunData, name: str) -> pd.DataFrame:
+    """A table of the run with its bit widths as texts, because one of them is "all"."""
+    frame = run.table(name)
+    return frame.astype({column: str for column in frame if column == "bits"})
 
 
 def _judged(run: RunData) -> pd.DataFrame:
-    """Rows of `gains` of the metric that verdicts are given on, one per bit width (a text)."""
-    frame = run.table("gains").astype({"bits": str})
+    """Rows of `gains` of the metric that verdicts are given on, one per bit width."""
+    frame = _table(run, "gains")
     return frame[frame["metric"] == frame["metric"].iloc[0]]
 
 
 def _ends(run: RunData, name: str) -> pd.DataFrame:
-    """Rows of a table measured before and after training, in a column `when`, bits as texts."""
-    judged, frame = _judged(run).iloc[0], run.table(name)
+    """Rows of a table measured before and after training, in a column `when`."""
+    judged, frame = _judged(run).iloc[0], _table(run, name)
     steps = {judged["steps_after"]: _WHEN[1], judged["steps_before"]: _WHEN[0]}
-    frame = frame.assign(bits=frame["bits"].astype(str), when=frame["steps"].map(steps))
-    return frame.dropna(subset="when")
+    return frame.assign(when=frame["steps"].map(steps)).dropna(subset="when")
 
 
 def _truth(run: RunData) -> pd.DataFrame:
-    truth = run.table("truth").astype({"bits": str})
+    truth = _table(run, "truth")
     return truth[truth["target"] == _judged(run)["target"].iloc[0]]
 
 
@@ -100,16 +102,15 @@ def _answer(run: RunData) -> list[Phrase]:
 
 def _blocks(run: RunData) -> list[Block]:
     judged = _by_width(run)
+    folds = {"agreement": _steps_fold, "metrics": _type_fold, "interactions": _additivity_fold,
+             "timesteps": _timestep_fold}  # fmt: skip
     return [
-        *_agreement_figures(run, judged),
+        _agreement_figures(run, judged),
         _width_sheet(run, judged),
         _truth_figures(run),
-        *_regret(run),
+        *([_regret_sheet(run)] if "regret" in run.tables else []),
         Fold("What this cannot say", [Points(_caveats(run))]),
-        _steps_fold(run),
-        _type_fold(run),
-        *_additivity_fold(run),
-        *_timestep_fold(run),
+        *(fold(run) for name, fold in folds.items() if name in run.tables),
         *(table_fold(run, name) for name in _RAW if name in run.tables),
     ]
 
@@ -120,7 +121,7 @@ def _usual(run: RunData) -> str:
     return "2" if "2" in widths else str(widths[0])
 
 
-def _agreement_figures(run: RunData, judged: pd.DataFrame) -> list[Figures]:
+def _agreement_figures(run: RunData, judged: pd.DataFrame) -> Figures:
     """ρ of every metric before and after training: over all bit widths, and at the usual one."""
     found = _ends(run, "agreement").dropna(subset="spearman")
     found = found[found["target"] == judged["target"].iloc[0]]
@@ -146,7 +147,7 @@ def _agreement_figures(run: RunData, judged: pd.DataFrame) -> list[Figures]:
     )
     key = [*((when, f"● {when}") for when in _WHEN), ("reference", "┄ cap by the truth’s noise")]
     key = key[:2] if judged["cap"].isna().all() else key
-    return [Figures(pictures, caption, key)] if pictures else []
+    return Figures(pictures, caption, key)
 
 
 def _width_sheet(run: RunData, judged: pd.DataFrame) -> Sheet:
@@ -229,29 +230,24 @@ def _short(layer: str) -> str:
     return f"{number}{parts[-1]}" if number else layer
 
 
-def _regret(run: RunData) -> list[Sheet]:
+def _regret_sheet(run: RunData) -> Sheet:
     """What the bits chosen by each metric lose by the truth."""
-    if "regret" not in run.tables:
-        return []
-    frame = _ends(run, "regret")
+    frame = _ends(run, "regret").sort_values(["budget", "steps"], kind="stable")
     frame["place"] = frame["budget"].map("{:g} bits, ".format) + frame["when"]
-    frame = frame.sort_values(["budget", "steps"], kind="stable")
     wide = frame.pivot_table("regret", "metric", "place", sort=False)
-    return [
-        Sheet(
-            wide.reset_index(),
-            f"Regret of the bits that a metric chooses: {run.title}",
-            "Sum of the truth over layers at the bits that the exact optimum for the metric "
-            "chooses, minus the least sum of any bits at that mean: 0 is the best allocation. "
-            "Noise of the truth is part of it.",
-            formats=dict.fromkeys(map(str, wide), lambda value: significant(value, 2)),
-        )
-    ]
+    return Sheet(
+        wide.reset_index(),
+        f"Regret of the bits that a metric chooses: {run.title}",
+        "Sum of the truth over layers at the bits that the exact optimum for the metric chooses, "
+        "minus the least sum of any bits at that mean: 0 is the best allocation. Noise of the "
+        "truth is part of it.",
+        formats=dict.fromkeys(map(str, wide), lambda value: significant(value, 2)),
+    )
 
 
 def _steps_fold(run: RunData) -> Fold:
     """Heat maps of agreement by metric and training steps, one per bit width."""
-    found = run.table("agreement").dropna(subset="spearman").astype({"bits": str})
+    found = _table(run, "agreement").dropna(subset="spearman")
     found = found[found["target"] == _judged(run)["target"].iloc[0]]
     pictures = []
     for bits, own in found.groupby("bits", sort=False):
@@ -270,56 +266,51 @@ def _steps_fold(run: RunData) -> Fold:
     return Fold("Agreement after every number of steps", [Figures(pictures, caption)])
 
 
+def _sheet_fold(summary: str, frame: pd.DataFrame, caption: str, note: str) -> Fold:
+    heads = {"layer_type": "layers", "when": "measured"}
+    frame = frame.reset_index().rename(columns=heads)
+    return Fold(summary, [Sheet(frame, caption, note, kind="dense")])
+
+
 def _type_fold(run: RunData) -> Fold:
     """Truth over metric by layer type: which types training helps more than the metric says."""
     paired = _paired(run)
     sums = paired.groupby(["layer_type", "bits", "when"], sort=False)[["increase", "value"]].sum()
     whole = paired.groupby(["bits", "when"])[["increase", "value"]].sum()
     ratio = (sums["increase"] / sums["value"]) / (whole["increase"] / whole["value"])
-    sheet = Sheet(
-        ratio[np.isfinite(ratio)].unstack("when", sort=False).reset_index(),
+    return _sheet_fold(
+        "Truth over metric, by layer type",
+        ratio[np.isfinite(ratio)].unstack("when").reindex(columns=[*_WHEN]),
         f"Truth over metric by layer type: {run.title}",
         "Sums over the layers of a type, relative to all layers at these bits: below 1, training "
         "mends more than the metric says; below 0, the type lost nothing.",
-        heads={"layer_type": "layers"},
-        kind="dense",
     )
-    return Fold("Truth over metric, by layer type", [sheet])
 
 
-def _additivity_fold(run: RunData) -> list[Fold]:
+def _additivity_fold(run: RunData) -> Fold:
     """Whether sensitivities add up, as the allocator assumes."""
-    if "interactions" not in run.tables:
-        return []
     frame = run.table("interactions")
     frame["bits lowered in"] = frame["kind"].map({"pair": "pairs", "whole": "whole allocations"})
     ratios = frame.groupby(["bits lowered in", "steps"])["ratio"]
-    sheet = Sheet(
-        ratios.agg(["count", "median", "min", "max"]).reset_index(),
+    return _sheet_fold(
+        "Additivity: do sensitivities of layers add up?",
+        ratios.agg(["count", "median", "min", "max"]),
         f"Measured over predicted change of the noise prediction: {run.title}",
         "Predicted is the sum over layers, as the allocator assumes; 1 is exact additivity.",
-        kind="dense",
     )
-    return [Fold("Additivity: do sensitivities of layers add up?", [sheet])]
 
 
-def _timestep_fold(run: RunData) -> list[Fold]:
+def _timestep_fold(run: RunData) -> Fold:
     """The judged metric by timestep bucket and layer type, before and after training."""
-    if "timesteps" not in run.tables:
-        return []
     bits, frame = _usual(run), _ends(run, "timesteps")
-    frame["bucket"] = "bucket " + (frame["bucket"] + 1).astype(str)
-    means = frame[frame["bits"] == bits].pivot_table(
-        "value", ["layer_type", "when"], "bucket", sort=False
-    )
-    sheet = Sheet(
-        means.reset_index(),
+    frame = frame[frame["bits"] == bits].assign(bucket=lambda f: f["bucket"] + 1)
+    means = frame.pivot_table("value", ["layer_type", "when"], "bucket", sort=False)
+    return _sheet_fold(
+        "Sensitivity by timestep",
+        means.add_prefix("bucket "),
         f"Change of the noise prediction by timestep, {bits_text(bits)}: {run.title}",
         "Mean over the layers of a type; bucket 1 has the least noise.",
-        heads={"layer_type": "layers", "when": "measured"},
-        kind="dense",
     )
-    return [Fold("Sensitivity by timestep", [sheet])]
 
 
 def _caveats(run: RunData) -> list[str]:
