@@ -13,7 +13,7 @@ from reports.loading import RunData
 from reports.mixed import UNIFORM, fid_name, heat_panel, interval_dots, limits, section, verdicts
 from reports.page import Block, Figures, Fold, Points, Section, Sheet, ranges, sentence
 from reports.published import published_values
-from reports.text import Phrase, listing, of_metric, plural, significant, times
+from reports.text import Phrase, joined, listing, of_metric, plural, times
 from robuq_bench.figures import Picture, colour, log_axis, panel
 from robuq_bench.statistics.comparisons import MARGIN
 
@@ -33,6 +33,7 @@ _CANDIDATES = {
     "fisher": ("before training", "Fisher, before training"),
     "resolved": ("after training", "solved again during training"),
 }
+_NEEDED = ("trials", "candidates", "allocations", "front")
 #: Tables of the run that are shown as they are.
 _RAW = ("solvers", "timestep_aware")
 _SUBJECT = r"(?P<candidate>.+) over (?P<baseline>.+), (?P<budget>[\d.]+) bits, (?P<metric>.+)"
@@ -40,8 +41,7 @@ _SUBJECT = r"(?P<candidate>.+) over (?P<baseline>.+), (?P<budget>[\d.]+) bits, (
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     """What candidates reach beside uniform bits; None where no run has its tables."""
-    needed = ("trials", "candidates")
-    return section(runs, needed, "Mixed precision", _answer, _blocks, "candidates")
+    return section(runs, _NEEDED, "Mixed precision", _answer, _blocks, "candidates")
 
 
 def _effects(run: RunData) -> pd.DataFrame:
@@ -50,24 +50,22 @@ def _effects(run: RunData) -> pd.DataFrame:
     named = frame["subject"].astype(str).str.extract(_SUBJECT).astype({"budget": float})
     # No rounding takes a limit across the margin.
     texts = limits(frame["low"], frame["high"], (MARGIN, 1.0, 1 / MARGIN))
-    frame = frame.join(named).assign(limits=texts)
-    return frame[frame["baseline"] == UNIFORM]
+    return frame.join(named).assign(limits=texts).query("baseline == @UNIFORM")
 
 
 def _answer(run: RunData) -> list[Phrase]:
     """AMPN beside uniform at the smallest budget: ratio, interval, seeds and verdict."""
     own = _effects(run).query("candidate == @AMPN").dropna(subset="effect")
-    rows = own[own["budget"] == own["budget"].min()].to_dict("records")
-    if not rows:
+    own = own[own["budget"] == own["budget"].min()]
+    if own.empty:
         return sentence(f"AMPN ({AMPN}) and {UNIFORM} bits were not judged.")
-    phrases = sentence(f"At a mean of {rows[0]['budget']:g} bits, AMPN ({AMPN}) reaches ")
-    for index, row in enumerate(rows):
-        phrases += [
-            Phrase(" and " if index else ""),
-            Phrase(f"{times(row['effect'])} {row['limits']}".rstrip(), run.href),
-            Phrase(f" the {row['metric']} of uniform bits ({row['verdict']})"),
-        ]
-    return [*phrases, Phrase(f", over {plural(int(rows[0]['n']), 'training seed')}.")]
+    ratios = (own["effect"].map(times) + " " + own["limits"]).str.strip()
+    texts = ratios + " the " + own["metric"] + " of uniform bits (" + own["verdict"] + ")"
+    return sentence(
+        f"At a mean of {own['budget'].iloc[0]:g} bits, AMPN ({AMPN}) reaches ",
+        *joined([Phrase(text, run.href) for text in texts], " and "),
+        f", over {plural(int(own['n'].iloc[0]), 'training seed')}.",
+    )
 
 
 def _blocks(run: RunData) -> list[Block]:
@@ -86,11 +84,10 @@ def _blocks(run: RunData) -> list[Block]:
         "Pareto front of every source of sensitivities. Sources measure different quantities, so "
         "only shapes compare."
     )
-    drawn = {"allocations": _bit_panels, "front": _front}
     return [
         Figures(_ratio_panels(run, effects), ratios, key),
         *([] if effects.empty else [_effect_sheet(run, effects)]),
-        Figures([p for n, draw in drawn.items() if n in run.tables for p in draw(run)], bits),
+        Figures([*_bit_panels(run), *_front(run)], bits),
         Fold("What this cannot say", [Points(_caveats(run))]),
         _candidate_fold(run),
         *(table_fold(run, name) for name in _RAW if name in run.tables),
@@ -114,10 +111,8 @@ def _ratio_panels(run: RunData, effects: pd.DataFrame) -> list[Picture]:
         seeds = ratios[(ratios["budget"] == budget) & ratios["candidate"].isin(order)]
         texts = own["candidate"] + " " + own["effect"].map(times) + " " + own["verdict"]
         title = f"{metric}, {budget:g} bits"
-        name, alt = (
-            f"allocation-{budget}-{metric}-{run.anchor}",
-            f"{title} over uniform: {'; '.join(texts)}",
-        )
+        alt = f"{title} over uniform: {'; '.join(texts)}"
+        name = f"allocation-{budget}-{metric}-{run.anchor}"
         look = {"order": order, "palette": _colours(order)}
         with panel(name, alt, height=0.9 + 0.24 * len(order), title=title) as drawn:
             sns.stripplot(
@@ -143,12 +138,11 @@ def _effect_sheet(run: RunData, effects: pd.DataFrame) -> Sheet:
     places = [str(name) for name in wide]
     frame = wide.join(small).reset_index()
     frame["words"] = [_CANDIDATES.get(name, ("", ""))[1] for name in frame["candidate"]]
-    note = "Ratio below 1 is better than uniform"
-    note += "." if effects["low"].isna().all() else "; below it the 95 % interval and the verdict."
     return Sheet(
         frame,
         f"Candidates beside uniform bits: {run.title}",
-        note,
+        "A ratio below 1 is better than uniform; below it the 95 % interval, if there is one, and "
+        "the verdict.",
         formats=dict.fromkeys(places, times),
         small={"candidate": "words", **{place: f"{place} small" for place in places}},
     )
@@ -168,19 +162,17 @@ def _bit_panels(run: RunData) -> list[Picture]:
             f"{name} {' '.join(f'{kind} {value:.3g}' for kind, value in row.items())}"
             for name, row in means.to_dict("index").items()
         )
-        name, title = (
-            f"allocation-bits-{budget}-{run.anchor}",
-            f"bits by layer type, mean of {budget:g}",
-        )
-        pictures.append(
-            heat_panel(name, f"{title}: {listed}", title, means, edges, "mean bits", True)
-        )
+        title, name = f"bits by layer type, mean of {budget:g}", f"allocation-bits-{budget}"
+        alt, name = f"{title}: {listed}", f"{name}-{run.anchor}"
+        pictures.append(heat_panel(name, alt, title, means, edges, "mean bits", True))
     return pictures
 
 
 def _front(run: RunData) -> list[Picture]:
     """Objective over that at the fewest bits, against mean bits, a line per source."""
     front = run.table("front").query("objective > 0")
+    if front.empty:
+        return []
     by_source = front.groupby("source", sort=False)
     front = front.assign(relative=front["objective"] / by_source["objective"].transform("max"))
     listed = "; ".join(
@@ -207,10 +199,9 @@ def _candidate_fold(run: RunData) -> Fold:
     frame = run.table("candidates").rename(columns=fid)
     bits = trials.groupby(["budget", "candidate"], as_index=False)["mean_bits"].mean()
     metrics = [str(name) for name in trials if f"{name}_min" in frame]
+    columns = ["candidate", "budget", "seeds", "mean_bits", *metrics]
     sheet = Sheet(
-        frame.merge(bits, how="left")[
-            ["candidate", "budget", "seeds", "mean_bits", *metrics]
-        ].assign(**ranges(frame, metrics)),
+        frame.merge(bits, how="left")[columns].assign(**ranges(frame, metrics)),
         f"Trained networks of every candidate: {run.title}",
         "Means over training seeds, least and greatest below.",
         formats={name: of_metric(name) for name in metrics},
@@ -223,7 +214,7 @@ def _candidate_fold(run: RunData) -> Fold:
 def _caveats(run: RunData) -> list[str]:
     options = run.options
     found = [
-        f"One model of {run.table('allocations').get('layer', pd.Series()).nunique()} layers on "
+        f"One model of {run.table('allocations')['layer'].nunique()} layers on "
         f"{run.workload_name}: gains in a large model may differ.",
         f"Every network trains {options.get('train_steps', 'an unrecorded number of')} steps at "
         "its own bits; longer training may close gaps.",
@@ -232,23 +223,15 @@ def _caveats(run: RunData) -> list[str]:
         "Solvers are timed in one solve each, with whatever else the machine did. Objectives of "
         "bits per timestep bucket are predicted: no network was trained that way.",
     ]
-    same = _same_bits(run)
-    if same:
-        found.append(f"{AMPN} and ptq name the same bits at a mean of {listing(same)}.")
+    wide = run.table("allocations").pivot_table("bits", ["budget", "layer"], "candidate")
+    wide = wide.reindex(columns=[AMPN, "ptq"])
+    same = (wide[AMPN] == wide["ptq"]).groupby("budget").all()
+    if same.any():
+        budgets = listing(f"{budget:g}" for budget in same.index[same])
+        found.append(f"{AMPN} and ptq name the same bits at a mean of {budgets}.")
     if fid_name(run) in run.table("trials"):
         found.append(
             f"FID is of few samples ({options.get('samples', 'unrecorded')}) and sampling steps "
             f"({options.get('sampling_steps', 'unrecorded')}): compare it within this section only."
         )
     return found
-
-
-def _same_bits(run: RunData) -> list[str]:
-    """Budgets at which sensitivities before and after training choose the same bits."""
-    if "allocations" not in run.tables:
-        return []
-    wide = run.table("allocations").pivot_table("bits", ["budget", "layer"], "candidate")
-    if not {AMPN, "ptq"} <= {*wide}:
-        return []
-    same = (wide[AMPN] == wide["ptq"]).groupby("budget").all()
-    return [significant(float(budget)) for budget in same.index[same]]

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -26,14 +25,12 @@ UNIFORM = "uniform"
 _SENSITIVITY_RULE = (
     "Rule of an older version: “mislead” holds when the gain of Spearman’s ρ from measuring after "
     "training has a 95 % interval above 0, does not hold when it lies below 0.05, and is undecided "
-    "otherwise, and where seeds agree on the truth with a mean ρ below 0.3. Not corrected for the "
-    "number of bit widths."
+    "otherwise or where seeds agree on the truth with a mean ρ below 0.3; without correction."
 )
 _ALLOCATION_RULE = (
-    "Rule of an older version: “beats uniform” holds when the worst training seed of a candidate "
-    "is better than uniform’s best, does not hold when its best is worse than uniform’s worst, and "
-    "is undecided otherwise. With few seeds it decides too often by chance; it is not corrected "
-    "for the number of verdicts."
+    "Rule of an older version: “beats uniform” holds when a candidate’s worst training seed is "
+    "better than uniform’s best, does not hold when its best is worse than uniform’s worst, and is "
+    "undecided otherwise; without correction. With few seeds it decides too often by chance."
 )
 
 
@@ -124,10 +121,8 @@ def bits_text(bits: object) -> str:
 
 def limits(low: pd.Series, high: pd.Series, thresholds: Sequence[float]) -> pd.Series:
     """`[low to high]` of every row, "" where there is no interval."""
-    texts = [
-        "" if math.isnan(a + b) else interval_text(a, b, thresholds)
-        for a, b in zip(low, high, strict=True)
-    ]
+    pairs = zip(low, high, strict=True)
+    texts = ["" if math.isnan(a + b) else interval_text(a, b, thresholds) for a, b in pairs]
     return pd.Series(texts, low.index, dtype=object)
 
 
@@ -145,6 +140,6 @@ def heat_panel(
 ) -> Picture:  # fmt: skip
     """A heat map as a panel of its own; `x` labels its columns."""
     with panel(name, alt, height=1.25 + 0.22 * len(frame), title=title) as drawn:
-        heat(frame, drawn.axes, np.asarray(edges).tolist(), label, texts=texts)
+        heat(frame, drawn.axes, edges, label, texts=texts)
         drawn.axes.set(xlabel=x, ylabel="")
     return drawn.picture

@@ -22,6 +22,7 @@ QUESTION = "Do sensitivities measured before training mislead?"
 OPEN = ("Sensitivities measured before training misrank layers",)
 EXPORTS = ("sensitivity-agreement.csv",)
 _WHEN = ("before training", "after training")
+_RHOS = ("ρ before", "ρ after", "τ before", "τ after")
 _NEEDED = ("metrics", "truth", "agreement", "gains", VERDICTS)
 _RAW = ("agreement", "gains", "ceiling", "recovered")
 _MAX_LAYERS = 40
@@ -52,19 +53,21 @@ def _ends(run: RunData, name: str) -> pd.DataFrame:
 
 
 def _truth(run: RunData) -> pd.DataFrame:
-    truth = _table(run, "truth")
-    return truth[truth["target"] == _judged(run)["target"].iloc[0]]
+    """Rows of `truth` of the judged target; `place` is `blocks.3.attn.qkv` as `b3 qkv`."""
+    truth = _table(run, "truth").merge(_judged(run)[["target"]].head(1))
+    place = truth["layer"].str.replace(r"^\D*(\d+)\.(?:.*\.)?(\w+)$", r"b\1 \2", regex=True)
+    return truth.assign(place=place)
 
 
 def _by_width(run: RunData) -> pd.DataFrame:
     """Per bit width: ρ and τ before and after, gain, verdict, agreement of seeds and its cap."""
     judged = _judged(run).set_index("bits", drop=False)
-    found = _ends(run, "agreement").merge(judged[["metric", "target"]].head(1))
-    for name, sign in (("spearman", "ρ"), ("kendall", "τ")):
-        for when, own in found.set_index("bits").groupby("when"):
-            head = f"{sign} {str(when).split()[0]}"
-            judged[head] = own[name]
-            judged[f"{head} limits"] = limits(own[f"{name}_low"], own[f"{name}_high"], (0.0, 1.0))
+    found = _ends(run, "agreement").merge(judged[["metric", "target"]].head(1)).set_index("bits")
+    for head in _RHOS:
+        name = {"ρ": "spearman", "τ": "kendall"}[head[0]]
+        own = found[found["when"] == f"{head[2:]} training"]
+        judged[head] = own[name]
+        judged[f"{head} limits"] = limits(own[f"{name}_low"], own[f"{name}_high"], (0.0, 1.0))
     seeds = int(_truth(run)["seeds"].min())
     width = judged["bits"].map(bits_text)
     return judged.assign(
@@ -82,19 +85,17 @@ def _rho(value: float) -> str:
 def _answer(run: RunData) -> list[Phrase]:
     """The verdict over all bit widths (or the last there is) in a sentence."""
     row = _by_width(run).to_dict("records")[-1]
-    verb = {
-        "holds": "mislead",
-        "does not hold": "rank layers about as well as those after it",
-    }.get(str(row["verdict"]), f"may or may not mislead ({row['verdict']})")
+    verbs = {"holds": "mislead", "does not hold": "rank layers about as well as those after it"}
+    verb = verbs.get(str(row["verdict"]), f"may or may not mislead ({row['verdict']})")
     start = f"Sensitivities measured before training {verb}: over {row['width']}, Spearman’s ρ of "
     start += f"{row['metric']} with the trained truth is "
-    if math.isnan(row["gain"] + row["ρ before"] + row.get("ρ after", math.nan)):
+    if math.isnan(row["gain"] + row["ρ before"] + row["ρ after"]):
         return sentence(f"{start}not defined.")
+    before, after = (f"{_rho(row[head])} {row[f'{head} limits']}" for head in _RHOS[:2])
     cap = "" if math.isnan(row["cap"]) else f"; the truth’s noise caps ρ near {_rho(row['cap'])}"
     return sentence(
-        f"{start}{_rho(row['ρ before'])} {row['ρ before limits']} before training and "
-        f"{_rho(row['ρ after'])} {row['ρ after limits']} "
-        f"after {plural(int(row['steps_after']), 'step')}, ",
+        f"{start}{before} before training and {after} after "
+        f"{plural(int(row['steps_after']), 'step')}, ",
         Phrase(f"a gain of {significant(row['gain'], 2)} {row['gain limits']}", run.href),
         f"{cap}.",
     )
@@ -115,18 +116,12 @@ def _blocks(run: RunData) -> list[Block]:
     ]
 
 
-def _usual(run: RunData) -> str:
-    """2 bits, or the fewest that the truth has."""
-    widths = sorted(_truth(run)["bits"].unique())
-    return "2" if "2" in widths else str(widths[0])
-
-
 def _agreement_figures(run: RunData, judged: pd.DataFrame) -> Figures:
-    """ρ of every metric before and after training: over all bit widths, and at the usual one."""
-    found = _ends(run, "agreement").dropna(subset="spearman")
-    found = found[found["target"] == judged["target"].iloc[0]]
+    """ρ of every metric before and after training: over all bit widths, and at 2 or the fewest."""
+    found = _ends(run, "agreement").merge(judged[["target"]].head(1)).dropna(subset="spearman")
+    usual = min(judged["bits"], key=lambda bits: (bits != "2", bits))
     pictures = []
-    for bits in dict.fromkeys([judged["bits"].iloc[-1], _usual(run)]):
+    for bits in dict.fromkeys([judged["bits"].iloc[-1], usual]):
         own, title, cap = found[found["bits"] == bits], bits_text(bits), judged["cap"][bits]
         if own.empty:
             continue
@@ -145,17 +140,14 @@ def _agreement_figures(run: RunData, judged: pd.DataFrame) -> Figures:
         "Spearman’s ρ of every metric with the truth; 95 % intervals from resampling layers. A "
         "perfect metric reaches the cap, which follows from how well training seeds agree."
     )
-    key = [*((when, f"● {when}") for when in _WHEN), ("reference", "┄ cap by the truth’s noise")]
-    key = key[:2] if judged["cap"].isna().all() else key
+    key = [*((when, f"● {when}") for when in _WHEN), ("reference", "┄ cap, where it is known")]
     return Figures(pictures, caption, key)
 
 
 def _width_sheet(run: RunData, judged: pd.DataFrame) -> Sheet:
-    names = ("ρ before", "ρ after", "τ before", "τ after")
-    rhos = [name for name in names if name in judged]
-    small = {name: f"{name} limits" for name in [*rhos, "gain"]}
+    small = {name: f"{name} limits" for name in [*_RHOS, "gain"]}
     first = judged.to_dict("records")[0]
-    columns = ["width", "verdict", "gain", *rhos, "seed_agreement", "cap", *small.values()]
+    columns = ["width", "verdict", "gain", *_RHOS, "seed_agreement", "cap", *small.values()]
     return Sheet(
         judged[columns].assign(run=run.href),
         f"Do sensitivities measured before training mislead? {run.title}",
@@ -164,7 +156,7 @@ def _width_sheet(run: RunData, judged: pd.DataFrame) -> Sheet:
         "Spearman’s ρ. Seeds: ρ of one seed’s truth with the mean of the others.",
         formats={
             "gain": lambda value: significant(value, 2),
-            **dict.fromkeys([*rhos, "seed_agreement", "cap"], _rho),
+            **dict.fromkeys([*_RHOS, "seed_agreement", "cap"], _rho),
         },
         heads={"width": "bits", "seed_agreement": "seeds", "cap": "cap of ρ"},
         links={"gain": "run"},
@@ -184,10 +176,8 @@ def _truth_figures(run: RunData) -> Figures:
     above = paired[(paired["increase"] > 0) & (paired["value"] > 0)]
     pictures = []
     for when, own in above.groupby("when", sort=False):
-        alt = (
-            f"{metric} {when} against the truth, {len(own)} points: rank correlation "
-            f"{_rho(own['value'].corr(own['increase'], method='spearman'))}"
-        )
+        rho = _rho(own["value"].corr(own["increase"], method="spearman"))
+        alt = f"{metric} {when} against the truth, {len(own)} points: rank correlation {rho}"
         with panel(f"sensitivity-{when}-{run.anchor}", alt, height=2.5, title=str(when)) as drawn:
             sns.scatterplot(
                 own.assign(bits=own["bits"].map(bits_text)), x="value", y="increase", style="bits",
@@ -209,25 +199,17 @@ def _truth_figures(run: RunData) -> Figures:
 def _truth_heat(run: RunData) -> list[Picture]:
     """Increase of the loss by layer (by layer type where there are many) and bits."""
     truth = _truth(run)
-    many = truth["layer"].nunique() > _MAX_LAYERS
-    truth["row"] = truth["layer_type"] if many else truth["layer"].map(_short)
-    values = truth.pivot_table("increase", "row", "bits", sort=False)
+    rows = "layer_type" if truth["layer"].nunique() > _MAX_LAYERS else "place"
+    values = truth.pivot_table("increase", rows, "bits", sort=False)
     above = values.where(values > 0)
     edges = log_edges(above.min().min(), above.max().max())
     worst = truth.nlargest(3, "increase")
-    texts = worst["layer"].map(_short) + ", " + worst["bits"].map(bits_text)
+    texts = worst["place"] + ", " + worst["bits"].map(bits_text)
     texts += worst["increase"].map(": {:.2g}".format)
     alt = f"Increase of the loss when one layer trains at these bits; greatest: {'; '.join(texts)}"
     cells = values.map(lambda value: f"{value:.2g}".replace("-", "−"))
     name, label = f"sensitivity-truth-{run.anchor}", "increase of the loss"
     return [heat_panel(name, alt, "truth", above, edges, label, cells, "bits")] if edges else []
-
-
-def _short(layer: str) -> str:
-    """`blocks.3.attn.qkv` as `b3 qkv`."""
-    parts = layer.split(".")
-    number = next((f"b{part} " for part in parts if part.isdigit()), "")
-    return f"{number}{parts[-1]}" if number else layer
 
 
 def _regret_sheet(run: RunData) -> Sheet:
@@ -245,31 +227,22 @@ def _regret_sheet(run: RunData) -> Sheet:
     )
 
 
-def _steps_fold(run: RunData) -> Fold:
-    """Heat maps of agreement by metric and training steps, one per bit width."""
-    found = _table(run, "agreement").dropna(subset="spearman")
-    found = found[found["target"] == _judged(run)["target"].iloc[0]]
-    pictures = []
-    for bits, own in found.groupby("bits", sort=False):
-        table = own.pivot_table("spearman", "metric", "steps", sort=False).sort_index(axis=1)
-        best = own.nlargest(1, "spearman").to_dict("records")[0]
-        alt = (
-            f"Spearman's rho by metric and steps, {bits_text(bits)}; greatest: {best['metric']} "
-            f"after {best['steps']} steps, {_rho(best['spearman'])}"
-        )
-        name, edges = f"sensitivity-steps-{bits}-{run.anchor}", [-0.5, 0, 0.25, 0.5, 0.75, 1]
-        pictures.append(
-            heat_panel(name, alt, bits_text(bits), table, edges, "Spearman’s ρ", table.map(_rho),
-                       "training steps before measuring")
-        )  # fmt: skip
-    caption = "Spearman’s ρ with the truth by training steps before measuring."
-    return Fold("Agreement after every number of steps", [Figures(pictures, caption)])
-
-
 def _sheet_fold(summary: str, frame: pd.DataFrame, caption: str, note: str) -> Fold:
     heads = {"layer_type": "layers", "when": "measured"}
     frame = frame.reset_index().rename(columns=heads)
     return Fold(summary, [Sheet(frame, caption, note, kind="dense")])
+
+
+def _steps_fold(run: RunData) -> Fold:
+    """Agreement of every metric at every measurement, not only before and after training."""
+    found = _table(run, "agreement").merge(_judged(run)[["target"]].head(1))
+    wide = found.pivot_table("spearman", ["bits", "metric"], "steps", sort=False, dropna=False)
+    return _sheet_fold(
+        "Agreement after every number of steps",
+        wide.sort_index(axis=1).rename(columns=lambda steps: plural(steps, "step")),
+        f"Spearman’s ρ with the truth by training steps before measuring: {run.title}",
+        "",
+    )
 
 
 def _type_fold(run: RunData) -> Fold:
@@ -302,13 +275,12 @@ def _additivity_fold(run: RunData) -> Fold:
 
 def _timestep_fold(run: RunData) -> Fold:
     """The judged metric by timestep bucket and layer type, before and after training."""
-    bits, frame = _usual(run), _ends(run, "timesteps")
-    frame = frame[frame["bits"] == bits].assign(bucket=lambda f: f["bucket"] + 1)
-    means = frame.pivot_table("value", ["layer_type", "when"], "bucket", sort=False)
+    frame = _ends(run, "timesteps")
+    frame["bucket"] = "bucket " + (frame["bucket"] + 1).astype(str)
     return _sheet_fold(
         "Sensitivity by timestep",
-        means.add_prefix("bucket "),
-        f"Change of the noise prediction by timestep, {bits_text(bits)}: {run.title}",
+        frame.pivot_table("value", ["layer_type", "bits", "when"], "bucket", sort=False),
+        f"Change of the noise prediction by timestep: {run.title}",
         "Mean over the layers of a type; bucket 1 has the least noise.",
     )
 
