@@ -11,9 +11,9 @@ import seaborn as sns
 from reports.generic import table_fold
 from reports.loading import RunData
 from reports.mixed import UNIFORM, fid_name, heat_panel, interval_dots, limits, section, verdicts
-from reports.page import Block, Figures, Fold, Points, Section, Sheet, ranges, sentence
+from reports.page import Block, Figures, Fold, Points, Section, Sheet, sentence
 from reports.published import published_values
-from reports.text import Phrase, joined, listing, of_metric, plural, times
+from reports.text import Phrase, joined, listing, of_metric, plural, spread, times
 from robuq_bench.figures import Picture, colour, log_axis, panel
 from robuq_bench.statistics.comparisons import MARGIN
 
@@ -199,13 +199,17 @@ def _candidate_fold(run: RunData) -> Fold:
     frame = run.table("candidates").rename(columns=fid)
     bits = trials.groupby(["budget", "candidate"], as_index=False)["mean_bits"].mean()
     metrics = [str(name) for name in trials if f"{name}_min" in frame]
-    columns = ["candidate", "budget", "seeds", "mean_bits", *metrics]
+    for name in metrics:
+        ends = zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
+        frame[f"{name} range"] = [spread(name, low, high) for low, high in ends]
+    small = {name: f"{name} range" for name in metrics}
+    columns = ["candidate", "budget", "seeds", "mean_bits", *metrics, *small.values()]
     sheet = Sheet(
-        frame.merge(bits, how="left")[columns].assign(**ranges(frame, metrics)),
+        frame.merge(bits, how="left")[columns],
         f"Trained networks of every candidate: {run.title}",
         "Means over training seeds, least and greatest below.",
         formats={name: of_metric(name) for name in metrics},
-        small={name: f"{name} range" for name in metrics},
+        small=small,
         kind="dense",
     )
     return Fold("Every target of every candidate", [sheet])

@@ -9,7 +9,7 @@ import seaborn as sns
 
 from reports.generic import answer_of, claims_of, rule_of
 from reports.loading import RunData
-from reports.page import Block, Claim, Figures, Fold, Section, Sheet, ranges, sentence
+from reports.page import Block, Claim, Figures, Fold, Section, Sheet, sentence
 from reports.text import Phrase, bytes_text, of_metric, percent, spread, stem, times
 from robuq_bench.figures import Picture, colour, panel
 from robuq_bench.statistics.verdicts import Verdict
@@ -122,9 +122,9 @@ def _sheet(run: RunData, frame: pd.DataFrame, fid: str) -> Sheet:
     columns += ["pixel_difference", "distillation_loss", *filter(None, [fid])]
     shown = frame[columns].copy()
     shown.loc[shown["variant"] == "trained", ["file_bytes", "size_reduction"]] = [full, 1.0]
-    small = ranges(frame, [fid] if fid else [])
+    ranges = _ranges(frame, [fid] if fid else [])
     return Sheet(
-        shown.assign(run=run.href, **small),
+        shown.assign(run=run.href, **ranges),
         f"Variants of {run.title}",
         _NOTE,
         formats={
@@ -141,17 +141,28 @@ def _sheet(run: RunData, frame: pd.DataFrame, fid: str) -> Sheet:
             "distillation_loss": "distillation loss",
         },
         links={"variant": "run"},
-        small={name.removesuffix(" range"): name for name in small},
+        small={name.removesuffix(" range"): name for name in ranges},
     )
 
 
 def _metric_sheet(run: RunData, frame: pd.DataFrame) -> Sheet:
     metrics = [str(name) for name in frame if f"{name}_min" in frame]
-    small = ranges(frame, metrics)
+    ranges = _ranges(frame, metrics)
     return Sheet(
-        frame[["variant", *metrics]].assign(**small),
+        frame[["variant", *metrics]].assign(**ranges),
         f"Metrics of {run.title}",
         formats={name: of_metric(name) for name in metrics},
-        small={name.removesuffix(" range"): name for name in small},
+        small={name.removesuffix(" range"): name for name in ranges},
         kind="dense",
     )
+
+
+def _ranges(frame: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list[str]]:
+    """Column of small print by metric: least and greatest over seed ranges."""
+    return {
+        f"{name} range": [
+            spread(name, low, high)
+            for low, high in zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
+        ]
+        for name in metrics
+    }

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from reports.text import NOT_RUN, Phrase, significant, spread
+from reports.text import NOT_RUN, Phrase, significant
 from robuq_bench.figures import COLOURS, MEANINGS, Picture
 from robuq_bench.statistics.verdicts import Verdict, interval_text
 
@@ -279,7 +279,8 @@ def evidence(verdict: Verdict) -> str:
             text += f" {interval_text(verdict.low, verdict.high, (0.0, 1.0, verdict.effect))}"
         parts.append(text)
     if verdict.n:
-        parts.append(f"n = {verdict.n:,} {verdict.n_of}")
+        units = verdict.n_of if verdict.n > 1 else verdict.n_of.removesuffix("s")
+        parts.append(f"n = {verdict.n:,} {units}")
     if verdict.test not in ("", "none"):
         parts.append(verdict.test)
     if verdict.p_adjusted is not None:
@@ -292,17 +293,6 @@ def evidence(verdict: Verdict) -> str:
 def sentence(*parts: str | Phrase) -> list[Phrase]:
     """Phrases of texts and links."""
     return [Phrase(part) if isinstance(part, str) else part for part in parts]
-
-
-def ranges(frame: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list[str]]:
-    """Column of small print by metric, "<metric> range": from <metric>_min to <metric>_max."""
-    return {
-        f"{name} range": [
-            spread(name, low, high)
-            for low, high in zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
-        ]
-        for name in metrics
-    }
 
 
 def _is_absent(value: Any) -> bool:
