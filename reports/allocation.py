@@ -224,7 +224,7 @@ def _caveats(run: RunData) -> list[str]:
         "its own bits; longer training may close gaps.",
         f"Allocations come from one measurement of the sensitivities (seed {run.seed}); only "
         "training differs between seeds. “random” is one drawing.",
-        "Solvers are timed in one solve each, with whatever else the machine did. Objectives of "
+        "Solvers are timed in one solve each, with whatever else the machine did; objectives of "
         "bits per timestep bucket are predicted: no network was trained that way.",
     ]
     wide = run.table("allocations").pivot_table("bits", ["budget", "layer"], "candidate")
