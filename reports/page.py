@@ -279,8 +279,7 @@ def evidence(verdict: Verdict) -> str:
             text += f" {interval_text(verdict.low, verdict.high, (0.0, 1.0, verdict.effect))}"
         parts.append(text)
     if verdict.n:
-        units = verdict.n_of if verdict.n > 1 else verdict.n_of.removesuffix("s")
-        parts.append(f"n = {verdict.n:,} {units}")
+        parts.append(f"n = {verdict.n:,} {verdict.n_of}")
     if verdict.test not in ("", "none"):
         parts.append(verdict.test)
     if verdict.p_adjusted is not None:
