@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from reports.page import Claim
-from reports.protocols import TEACHER, Group, Row, row_settings
+from reports.protocols import Group, Row, row_settings
 from reports.settings import Family, comparable, differing, section, weight_precision
 from reports.text import fixed, listing, number
 from robuq_bench.errors import UsageError
@@ -36,12 +36,7 @@ _BUDGET_TOLERANCE = 1e-9
 _PUBLISHED_ORDER = {2: "2.75 / 2.21 / 2.00 / 1.64", 3: "3.89 / 2.96 / 3.04 / 2.31"}
 _WORDS = {"better": "holds", "worse": "does not hold", "equivalent": "does not hold"}
 
-
-class Pair(NamedTuple):
-    """Two rows, of which a claim says that the first is better."""
-
-    better: Row
-    worse: Row
+Pair = tuple[Row, Row]  # of which a claim says that the first is better
 
 
 class Finding(NamedTuple):
@@ -111,7 +106,7 @@ def _anomaly(group: Group) -> Iterable[Finding]:
         yield Finding(claim, None, f"these runs were sampled at cfg {scale:g}")
     for row in rows:
         is_measured = _measured(group, row) and _measured(group, group.teacher)
-        pair = Pair(row, group.teacher) if is_measured else None
+        pair = (row, group.teacher) if is_measured else None
         yield _of_pair(group, claim, pair, "quantized plans and their teacher")
 
 
@@ -120,7 +115,7 @@ def _of_pair(
 ) -> Finding:
     if pair is None:
         return Finding(claim, None, f"needs {needs}")
-    return Finding(claim, _compared(group, claim, pair, about), "", f"#{pair.better.anchor}")
+    return Finding(claim, _compared(group, claim, pair, about), "", f"#{pair[0].anchor}")
 
 
 def _compared(group: Group, claim: str, pair: Pair, about: str) -> Verdict:
@@ -129,34 +124,37 @@ def _compared(group: Group, claim: str, pair: Pair, about: str) -> Verdict:
     Settings with `about` in their key are what is claimed; others that differ are noted.
     """
     a, b = pair
-    metric = group.fid or ""
-    values = group.values[(group.values["metric"] == metric) & group.values["seed_range"].notna()]
-    values = values[values["plan"].isin([a.label, b.label])]
-    if b.name == TEACHER and b is group.teacher:  # it is one model, whatever seed a plan has
+    values = _fids(group, pair)
+    note = "; ".join(f"{row.label}: {group.text(row, group.fid or '')}" for row in pair)
+    if b is group.teacher:  # it is one model, whatever seed a plan has
         seeds = values.loc[values["plan"] == a.label, ["seed"]].drop_duplicates()
-        teacher = values[values["plan"] == TEACHER].drop(columns="seed").merge(seeds, how="cross")
-        values = pd.concat([values[values["plan"] == a.label], teacher])
-    note = f"{a.label}: {group.text(a, metric)}; {b.label}: {group.text(b, metric)}"
-    others = [key for key in _differing(a, b) if about not in f".{key}"]
-    if others and b is not group.teacher:
+        is_teacher = values["plan"] == b.label
+        teacher = values[is_teacher].drop(columns="seed").merge(seeds, how="cross")
+        values = pd.concat([values[~is_teacher], teacher])
+    elif others := [key for key in _differing(a, b) if about not in f".{key}"]:
         note += f"; the two also differ in {listing(others)}"
-    return _verdict(values, claim, (a.label, b.label), metric, note)
+    return _verdict(values, claim, (a.label, b.label), group.fid or "", note)
+
+
+def _fids(group: Group, pair: Pair) -> pd.DataFrame:
+    """plan, seed, image_range, value of two rows: means, as a seed may have several runs."""
+    values = group.values[group.values["metric"] == group.fid]
+    values = values[values["plan"].isin([row.label for row in pair])]
+    keys = ["plan", "seed", "seed_range"]
+    means = values.groupby(keys, dropna=False)["value"].mean().reset_index()
+    return means.rename(columns={"seed_range": "image_range"})
 
 
 def _verdict(
     values: pd.DataFrame, claim: str, plans: tuple[str, str], metric: str, note: str
 ) -> Verdict:
-    """Judge `plans[0]` beside `plans[1]`, whose values may be of several runs of one seed."""
-    values = values.rename(columns={"seed_range": "image_range"})
-    means = values.groupby(["plan", "seed", "image_range"])["value"].mean().reset_index()
-    subject = " against ".join(plans)
+    """Judge `plans[0]` beside `plans[1]`."""
     try:
-        found = comparisons.compare_plans(means, *plans, metric)
+        found = comparisons.compare_plans(values, *plans, metric)
     except UsageError as error:
-        note = "; ".join(filter(None, [note, str(error)]))
-        return _plain_verdict(claim, subject, "not judged", effect_name=metric, note=note)
+        found = _plain_verdict(claim, "", "not judged", effect_name=metric, note=str(error))
     note = "; ".join(filter(None, [note, found.note]))
-    return replace(found, claim=claim, subject=subject, note=note)
+    return replace(found, claim=claim, subject=" against ".join(plans), note=note)
 
 
 def _plain_verdict(claim: str, subject: str, word: str, **fields: Any) -> Verdict:
@@ -191,16 +189,13 @@ def _gains(group: Group) -> Iterable[Finding]:
         )
         metric = f"{group.fid} with Hadamard over without"
         verdict = _verdict(values, claim, ("2 bits", f"{bits} bits"), metric, note)
-        yield Finding(claim, verdict, "", f"#{two.better.anchor}")
+        yield Finding(claim, verdict, "", f"#{two[0].anchor}")
 
 
 def _ratios(group: Group, pair: Pair) -> pd.DataFrame:
     """FID of the first row over that of the second, by seed and range that both have."""
-    values = group.values[group.values["metric"] == group.fid].dropna(subset=["seed"])
-    table = values.pivot_table(
-        index=["seed", "seed_range"], columns="plan", values="value", aggfunc="mean"
-    )
-    ratio = table[pair.better.label] / table[pair.worse.label]
+    table = _fids(group, pair).pivot(index=["seed", "image_range"], columns="plan", values="value")
+    ratio = table[pair[0].label] / table[pair[1].label]
     return ratio.dropna().rename("value").reset_index()
 
 
@@ -302,18 +297,18 @@ def _nearest(
     )
     if only_ternary:
         left, right = _ternary(left), _ternary(right)
-    pairs = [Pair(a, b) for a in left for b in right if _kind_of(a) == _kind_of(b)]
+    pairs = [
+        (a, b)
+        for a in left
+        for b in right
+        if a.qat_steps == b.qat_steps and weight_precision(a.plan) == weight_precision(b.plan)
+    ]
 
     def rank(pair: Pair) -> tuple[bool, int, str, str]:
         a, b = pair
         return a.is_ptq, len(_differing(a, b)), a.label, b.label
 
     return min(pairs, key=rank, default=None)
-
-
-def _kind_of(row: Row) -> tuple[int | None, tuple[str, ...]]:
-    """What two rows must have in common."""
-    return row.qat_steps, weight_precision(row.plan)
 
 
 def _differing(a: Row, b: Row) -> list[str]:

@@ -73,8 +73,7 @@ def weight_precision(plan: Mapping[str, Any]) -> tuple[str, ...]:
         f"{table['bits']} bits" if "bits" in table else table["method"].partition("-")[0]
         for table in tables
     }
-    of_all = [_allocation(section(plan, "bits"))] if allocated(plan) == "weight" else []
-    return (*sorted(found), *of_all)
+    return (*sorted(found), *_weight_allocation(plan))
 
 
 def recipes(plans: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -116,9 +115,8 @@ def _recipe(plan: Mapping[str, Any], uses: Mapping[Any, int]) -> dict[str, str]:
     def of_blocks(slot: str, absent: str = FULL_PRECISION) -> str:
         return _by_rule(blocks, lambda rule: method(rule, slot) if slot in rule else absent, absent)
 
-    of_weights = [_allocation(section(plan, "bits"))] if allocated(plan) == "weight" else []
     return {
-        "weights": ", ".join([of_blocks("weight"), *of_weights]),
+        "weights": ", ".join([of_blocks("weight"), *_weight_allocation(plan)]),
         "activations": of_blocks("activation"),
         "activation bits": _activation_bits(plan),
         "scaling": of_blocks("scaling", "none"),
@@ -157,7 +155,8 @@ def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
 
     def is_implied(key: str) -> bool:
         head, _, last = key.rpartition(".")
-        if head.rpartition(".")[2] not in (*SLOTS, "bits") or last in ("method", "mean", "path"):
+        is_of_method = head.rpartition(".")[2] in (*SLOTS, "bits")
+        if not is_of_method or last in ("method", "mean", "path"):
             return False
         return len({_plain(settings[key]) for settings in flat if key in settings}) == 1
 
@@ -195,16 +194,17 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys and values; tables of a list are told by their `name`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        named = value if isinstance(value, list) and value else [{}]
+        if isinstance(value, list) and value and all(_is_named(item) for item in value):
+            value = {item["name"]: {k: v for k, v in item.items() if k != "name"} for item in value}
         if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        elif all(isinstance(item, Mapping) and "name" in item for item in named):
-            for item in named:
-                rest = {inner: setting for inner, setting in item.items() if inner != "name"}
-                flat.update(flatten(rest, f"{prefix}{key}.{item['name']}."))
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _is_named(item: object) -> bool:
+    return isinstance(item, Mapping) and "name" in item
 
 
 def _quantizing(plan: Mapping[str, Any]) -> list[Rule]:
@@ -222,6 +222,10 @@ def _allocation(bits: Mapping[str, Any]) -> str:
         return "from a file"
     how = "AMPN" if _is_ampn(bits) else f"{bits.get('metric')} by {bits.get('solver')}"
     return f"{how}, mean {bits.get('mean')}"
+
+
+def _weight_allocation(plan: Mapping[str, Any]) -> list[str]:
+    return [_allocation(section(plan, "bits"))] if allocated(plan) == "weight" else []
 
 
 def _is_ampn(bits: Mapping[str, Any]) -> bool:
