@@ -231,7 +231,7 @@ def _order(group: Group, bits: int) -> Finding:
     means = " / ".join(fixed(mean, 2) for mean in frame.mean(axis=1))
     note = f"{' / '.join(LAYER_TYPES)}: {means}; in the paper {_PUBLISHED_ORDER[bits]}"
     effect = "share in that order"
-    return Finding(claim, _of_seeds(claim, of_row[0].label, agrees.tolist(), effect, note))
+    return Finding(claim, _of_seeds(claim, of_row[0].label, list(agrees), effect, note))
 
 
 def _stable(group: Group) -> Finding:

@@ -95,16 +95,16 @@ def _answer(group: Group) -> list[Phrase]:
     of = f"{plural(len(means), 'quantized plan')}"
     of += f" ({untrained} without training)" if untrained else ""
     near, far = ranked[0], ranked[-1]
-    parts: list[str | Phrase] = [
+    values = {
+        row: Phrase(group.text(row, metric), f"#{row.anchor}" if group.found(row, metric) else "")
+        for row in (near, far, group.teacher)
+    }
+    return page.sentence(
         f"On {group.title}, {near.label} comes nearest to its teacher of {of}: {metric} ",
-        Phrase(group.text(near, metric), f"#{near.anchor}"),
-        " against ",
-        Phrase(group.text(group.teacher, metric), f"#{group.teacher.anchor}" if teacher else ""),
-    ]
-    if far is not near:
-        far_text = Phrase(group.text(far, metric), f"#{far.anchor}")
-        parts += [f"; {far.label} is farthest with ", far_text]
-    return page.sentence(*parts, " (mean and range over training seeds and image seeds).")
+        *(values[near], " against ", values[group.teacher]),
+        *((f"; {far.label} is farthest with ", values[far]) if far is not near else ()),
+        " (mean and range over training seeds and image seeds).",
+    )
 
 
 def _caveats(groups: Sequence[Group]) -> Iterable[page.Block]:
@@ -130,29 +130,25 @@ def _caveats(groups: Sequence[Group]) -> Iterable[page.Block]:
 
 def _results(group: Group, budget: int) -> list[page.Block]:
     curves = [Curves(row.label, row.runs, MARKS[row.family][0]) for row in group.rows]
-    grids = sample_grids(group, budget)
     losses = [name for name in group.metrics if name.endswith("_loss")]
     metrics = [name for name in group.metrics if name not in losses]
     means_of_losses = _summary(group, losses, "Losses", "Means over fixed validation batches.")
-    folds: dict[str, Sequence[page.Block]] = {
-        "What each plan does": [plans_sheet(group)] if group.rows else [],
+    grids = sample_grids(group, budget)
+    folds: dict[str, Sequence[page.Block | None]] = {
+        "What each plan does": [plans_sheet(group) if group.rows else None],
         "Every measured value": _values(group),
-        "Samples: the same image seeds and labels in every grid": [page.Images(grids)]
-        if grids
-        else [],
-        "Losses": [
-            *loss_blocks(curves, group.teacher.anchor),
-            *([means_of_losses] if losses else []),
+        "Samples: the same image seeds and labels in every grid": [
+            page.Images(grids) if grids else None
         ],
+        "Losses": [*loss_blocks(curves, group.teacher.anchor), means_of_losses if losses else None],
         "Bits and sensitivity of each layer": allocation_blocks(group),
-        "Cost of each plan": [cost_sheet(group)] if group.rows else [],
+        "Cost of each plan": [cost_sheet(group) if group.rows else None],
     }
-    shown = [page.Fold(name, blocks) for name, blocks in folds.items() if blocks]
-    return [
-        *_fid_figure(group),
-        _summary(group, metrics, "Plans and metrics", _protocol(group)),
-        *shown,
-    ]
+    blocks = [*_fid_figure(group), _summary(group, metrics, "Plans and metrics", _protocol(group))]
+    for name, folded in folds.items():
+        shown = [block for block in folded if block]
+        blocks += [page.Fold(name, shown)] if shown else []
+    return blocks
 
 
 def _fid_figure(group: Group) -> list[page.Block]:
@@ -163,18 +159,15 @@ def _fid_figure(group: Group) -> list[page.Block]:
     pieces = [rows[i : i + _ROWS_OF_A_PANEL] for i in range(0, len(rows), _ROWS_OF_A_PANEL)]
     found = group.values[group.values["metric"] == metric]
     pictures = [_fid_panel(group, piece, found, i) for i, piece in enumerate(pieces)]
-    families = [kind for kind in MARKS if any(row.family == kind for row in rows)]
-    key = [(MARKS[kind][0], MARKS[kind][2]) for kind in families]
+    families = {row.family for row in rows}
+    key = [(hue, words) for kind, (hue, _, words) in MARKS.items() if kind in families]
     if group.found(group.teacher, metric):
         key.append(("reference", "┃ teacher, its range shaded"))
-    return [
-        page.Figures(
-            pictures,
-            f"{metric} by plan on {group.title}: the mark is the mean, dots are single values "
-            "(training seed × seed range), the bar spans them.",
-            key,
-        )
-    ]
+    caption = (
+        f"{metric} by plan on {group.title}: the mark is the mean, dots are single values "
+        "(training seed × seed range), the bar spans them."
+    )
+    return [page.Figures(pictures, caption, key)]
 
 
 def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: int) -> Picture:
@@ -241,36 +234,32 @@ def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> page
 
 def _protocol(group: Group) -> str:
     """The note below the summary: how its numbers were measured."""
-    note = (
+    biased = (
+        f" {_DAGGER} Too few images for the number of features, so the covariance is "
+        "rank-deficient and the value biased."
+    )
+    return (
         f"Protocol: {group.protocol}. Means are over all training seeds and seed ranges of the "
         "row; brackets hold the least and the greatest of these values. Every plan is sampled from "
         "the image seeds of the teacher."
-    )
-    if group.values["is_rank_deficient"].any():
-        note += (
-            f" {_DAGGER} Too few images for the number of features, so the covariance is "
-            "rank-deficient and the value biased."
-        )
-    return note
+    ) + (biased if group.values["is_rank_deficient"].any() else "")
 
 
 def _range(group: Group, row: Row, metric: str) -> str:
     """`[min–max]` of a cell, and the mark of a rank-deficient one."""
     found = group.found(row, metric)
-    if found is None:
-        return ""
-    mark = _DAGGER if found.is_rank_deficient else ""
-    return f"{spread(metric, found.low, found.high)} {mark}".strip()
+    mark = f" {_DAGGER}" if found and found.is_rank_deficient else ""
+    return f"{spread(metric, found.low, found.high)}{mark}".strip() if found else ""
 
 
 def _about(row: Row, is_teacher: bool) -> str:
     """Seeds and notes of a row, for the small print below its name."""
     if is_teacher:
         return "full precision"
-    listed = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
+    seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
     if len(row.seeds) > MIN_SEEDS:
-        listed = f"{len(row.seeds)} seeds"
-    return f"{listed}; {row.notes}" if row.notes else listed
+        seeds = f"{len(row.seeds)} seeds"
+    return "; ".join(filter(None, [seeds, row.notes]))
 
 
 def _values(group: Group) -> list[page.Block]:
