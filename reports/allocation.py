@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import VERDICTS, claims_of, rule_of
+from reports.generic import rule_of
 from reports.loading import RunData
+from reports.mixed import ALLOCATION_RULE, UNIFORM, allocation_claims, is_older, stacked
 from reports.page import Block, Claim, Figures, Fold, Heading, Points, Section, Sheet, sentence
 from reports.text import (
     Phrase,
@@ -36,7 +37,7 @@ QUESTION = "Is mixed precision worth it?"
 OPEN = ("Bits allocated by AMPN beat the same bits everywhere",)
 EXPORTS = ("allocation-candidates.csv",)
 #: The candidate that is AMPN with this suite's metric (RobuQ's is not published).
-AMPN, UNIFORM = "qat", "uniform"
+AMPN = "qat"
 _CANDIDATES = {
     "uniform": ("uniform bits", "the same bits everywhere"),
     "random": ("reference", "random bits at the budget"),
@@ -47,12 +48,6 @@ _CANDIDATES = {
     "fisher": ("before training", "Fisher, before training"),
     "resolved": ("after training", "solved again during training"),
 }
-_OLD_RULE = (
-    "Rule of an older version: “beats uniform” holds when the worst training seed of a candidate "
-    "is better than uniform’s best, does not hold when its best is worse than uniform’s worst, and "
-    "is undecided otherwise. With few seeds it decides too often by chance; it is not corrected "
-    "for the number of verdicts."
-)
 _SUBJECT = r"(?P<candidate>.+) over (?P<baseline>.+), (?P<budget>[\d.]+) bits, (?P<metric>.+)"
 
 
@@ -61,61 +56,21 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     whole = [r for r in runs if not (r.table("trials").empty or r.table("candidates").empty)]
     if not whole:
         return None
-    claims = {run: _claims(run) for run in whole}
+    claims = {run: allocation_claims(run) for run in whole}
     blocks: list[Block] = []
     for run in whole:
         blocks += [Heading(run.title)] if len(whole) > 1 else []
         blocks += _blocks(run, claims[run])
     first = whole[0]
-    frames = [run.table("candidates") for run in whole]
     return Section(
         anchor="allocation",
         title="Mixed precision",
         answer=_answer(first, claims[first]),
         blocks=blocks,
         claims=[claim for own in claims.values() for claim in own],
-        rule=_OLD_RULE if _is_old(first) else rule_of([first]),
-        exports={
-            "allocation-candidates": pd.concat(
-                [
-                    frame.assign(run=run.id)[["run", *frame.columns]]
-                    for run, frame in zip(whole, frames, strict=True)
-                ]
-            )
-        },
+        rule=ALLOCATION_RULE if is_older(first) else rule_of([first]),
+        exports={"allocation-candidates": stacked(whole, "candidates")},
     )
-
-
-def _is_old(run: RunData) -> bool:
-    return "beats_uniform" in run.table(VERDICTS)
-
-
-def _claims(run: RunData) -> list[Claim]:
-    """The run's verdicts; those of older versions as they were given, in today's columns."""
-    if not _is_old(run):
-        return claims_of([run])
-    fid = next((name for name in _metrics(run) if stem(name) == "fid"), "fid")
-    claims = []
-    for row in run.table(VERDICTS).to_dict("records"):
-        metric = fid if row["target"] == "fid" else str(row["target"])
-        subject = f"{row['candidate']} over {UNIFORM}, {row['budget']:g} bits, {metric}"
-        # Version 1 judged one seed, too.
-        word = str(row["beats_uniform"]) if row["seeds"] > 1 else "not judged"
-        verdict = Verdict(
-            claim=f"{row['candidate']} beats uniform at a mean of {row['budget']:g} bits: {metric}",
-            subject=subject,
-            verdict=word,
-            effect=float(row["ratio_of_means"]),
-            effect_name=f"ratio of mean {metric}",
-            low=None,
-            high=None,
-            n=int(row["seeds"]),
-            n_of="training seeds",
-            test="worst seed against best",
-            p_value=None,
-        )
-        claims.append(Claim(verdict, run.title, run.href))
-    return claims
 
 
 def _metrics(run: RunData) -> list[str]:

@@ -18,7 +18,6 @@ from types import ModuleType
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import reports
 from reports import generic
 from reports.loading import LeftOut, RunData, find_runs, leave_out
 from reports.page import Section, Sheet, claims_sheet, evidence
@@ -95,9 +94,8 @@ def section_modules() -> Mapping[str, ModuleType]:
     a `Section`, or None where the runs hold too little for one. `OPEN` are claims of the paper that
     stand as "not run" until the study has run. Sections come in the order of `ORDER`.
     """
-    modules = [
-        import_module(f"reports.{info.name}") for info in pkgutil.iter_modules(reports.__path__)
-    ]
+    names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    modules = [import_module(f"reports.{name}") for name in names]
     found = {
         m.__name__.rpartition(".")[2].replace("_", "-"): m for m in modules if hasattr(m, "view")
     }

@@ -7,395 +7,291 @@ open; other subjects, other transforms and the tables behind the figures are fol
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import pandas as pd
-import seaborn as sns
 
+from reports import normality_figures as figures
 from reports.generic import claims_of, rule_of, table_fold
 from reports.loading import RunData
-from reports.normality_evidence import (
-    BEFORE,
-    HUES,
-    KEY,
-    MARKS,
-    PLAIN,
-    SIGNS,
-    WORDS,
-    distances,
-    examples,
-    placed,
-    proofs,
-    sample_size,
-)
-from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
-from reports.text import Phrase, fixed, listing, significant
-from robuq_bench.figures import colour, heat, log_axis, panel
+from reports.normality_figures import BEFORE, BITS, PLAIN, SIGNS, WORDS, placed, span
+from reports.page import Block, Claim, Fold, Points, Section, Sheet, sentence
+from reports.text import Phrase, fixed, listing, percent, plural, significant, times
 from robuq_bench.normality.names import VERDICT_LIMIT as LIMIT
-from robuq_bench.statistics.verdicts import Verdict, interval_text
+from robuq_bench.statistics.verdicts import COLUMNS, interval_text, read_verdicts
 
 ORDER = 40
 QUESTION = "Does a Hadamard transform make activations normal?"
 OPEN = ("After the Hadamard transform, activations of every token are normal",)
 EXPORTS = ("normality-types.csv", "normality-verdicts.csv", "normality.tex")
-BITS = 2  # where the paper needs normality most
-_EDGES = (0.9, 0.95, 1.0, LIMIT, 1.1, 1.25, 1.5, 2.0)
-_KEYS = ["subject", "layer_type", "width", "transform"]
 _OLD_WORDS = {"normal enough": "holds", "not normal enough": "does not hold"}
 _OLD_RULE = "Words of the run, which does not hold its rule’s text: see docs/normality.md."
 _WHAT = (
     "Error ratio: mean squared error of a token under the uniform mid-rise quantizer with RobuQ’s "
     f"steps, over that of a normal token of the same variance; {LIMIT} is the limit."
 )
+_three, _four = partial(fixed, decimals=3), partial(fixed, decimals=4)
+
+
+class _Found(NamedTuple):
+    """What a run judged, in today's words, its table of types, and its subjects in order."""
+
+    run: RunData
+    judged: pd.DataFrame
+    types: pd.DataFrame
+    subjects: list[str]
+
+    def of(self, subject: str, transform: str) -> pd.DataFrame:
+        own = self.judged[self.judged["subject"] == subject]
+        return own[own["transform"] == transform]
+
+    def by_bits(self, subject: str, transform: str, values: str) -> pd.DataFrame:
+        """One column of the verdicts: every layer type of the subject by bits."""
+        places = self.types.loc[self.types["subject"] == subject, "place"].unique()
+        own = self.of(subject, transform).pivot(index="place", columns="bits", values=values)
+        return own.reindex(pd.Index(places, name="layer type")).rename(columns=_bits)
 
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     """The first run whole, each other one in a fold; None where no run has judged anything."""
-    judged = {run: frame for run in runs if not (frame := _judged(run)).empty}
-    if not judged:
+    tables = [run.table("judgements" if "judgements" in run.tables else "verdicts") for run in runs]
+    details = {run: frame for run, frame in zip(runs, tables, strict=True) if not frame.empty}
+    if not details:
         return None
-    types = {run: placed(run.table("types")) for run in judged}
-    subjects = {run: _subjects(types[run]) for run in judged}
-    first, *rest = judged
-    blocks = _blocks(first, judged[first], types[first])
-    blocks += [Fold(run.title, _blocks(run, judged[run], types[run])) for run in rest]
-    tex = [_numbers(judged[run], subjects[run][0]) for run in judged]
-    tex += [_effects(run, types[run], subjects[run][0]) for run in judged]
+    judged = [_found(run, frame) for run, frame in details.items()]
+    tex = [_numbers(one) for one in judged] + [_effects(one, one.subjects[0]) for one in judged]
     return Section(
         anchor="normality",
         title=QUESTION,
-        answer=_answer(first, judged[first], types[first]),
-        blocks=blocks,
-        claims=[claim for run in judged for claim in _claims(run, judged[run], types[run])],
-        rule=rule_of([*judged]) or _OLD_RULE,
+        answer=_answer(judged[0]),
+        blocks=_blocks(judged[0]) + [Fold(one.run.title, _blocks(one)) for one in judged[1:]],
+        claims=[claim for one in judged for claim in _claims(one)],
+        rule=rule_of([*details]) or _OLD_RULE,
         exports={
-            "normality-types": _with_run({run: run.table("types") for run in judged}),
-            "normality-verdicts": _with_run({run: _details(run) for run in judged}),
+            "normality-types": pd.concat([r.table("types").assign(run=r.id) for r in details]),
+            "normality-verdicts": pd.concat([f.assign(run=r.id) for r, f in details.items()]),
         },
         tex={"normality": tex},
     )
 
 
-def _blocks(run: RunData, judged: pd.DataFrame, types: pd.DataFrame) -> list[Block]:
-    subject, *others = _subjects(types)
+def _found(run: RunData, details: pd.DataFrame) -> _Found:
+    types, judged = placed(run.table("types")), placed(details).replace({"verdict": _OLD_WORDS})
+    judged["text"] = [
+        f"{_ratio(ratio)} {interval_text(low, high, (1.0, LIMIT, ratio))}"
+        for low, ratio, high in judged[["lower_95", "ratio", "upper_95"]].to_numpy()
+    ]
+
+    def order(subject: str) -> tuple[Any, ...]:
+        return subject != "teacher", subject != "student", [*map(int, re.findall(r"\d+", subject))]
+
+    return _Found(run, judged, types, sorted(types["subject"].unique(), key=order))
+
+
+def _blocks(found: _Found) -> list[Block]:
+    run, judged, _, (subject, *others) = found
     own = judged[judged["subject"] == subject]
-    transforms = [name for name in own["transform"].unique() if name != SIGNS]
+    rest = [_matrix(found, subject, t) for t in own["transform"].unique() if t != SIGNS]
+    models = [_matrix(found, other, t) for other in others for t in (SIGNS, PLAIN)]
+    models += [_effects(found, other) for other in others]
     return [
-        _matrix(judged, types, subject, SIGNS),
-        _before_and_after(run, own),
-        *_heat_maps(run, subject),
-        _effects(run, types, subject),
-        *distances(run, subject),
-        Points([*proofs(run, subject), *_caveats(run, own, types)]),
-        Fold(
-            f"Other transforms, {subject}",
-            [_matrix(judged, types, subject, name) for name in transforms],
-        ),
-        *_side_by_side(judged, [subject, *others]),
-        *(
-            Fold(
-                f"{other}: verdicts, W and KL",
-                [
-                    _matrix(judged, types, other, SIGNS),
-                    _matrix(judged, types, other, PLAIN),
-                    _effects(run, types, other),
-                ],
-            )
-            for other in others
-        ),
-        *examples(run, subject),
+        _matrix(found, subject, SIGNS),
+        *figures.before_and_after(run, own),
+        *figures.heat_maps(run, subject),
+        _effects(found, subject),
+        *figures.distances(run, subject),
+        Points([*_proofs(run, subject), *_caveats(found)]),
+        Fold(f"Other transforms, {subject}", rest),
+        *([Fold("Other models", [_side_by_side(found), *models])] if others else []),
+        *figures.examples(run, subject),
         Fold("Tables of the run", [table_fold(run, name) for name in run.tables]),
     ]
 
 
-def _answer(run: RunData, judged: pd.DataFrame, types: pd.DataFrame) -> list[Phrase]:
-    subject = _subjects(types)[0]
-    signs, plain = (_of(judged, subject, name) for name in (SIGNS, PLAIN))
+def _answer(found: _Found) -> list[Phrase]:
+    subject = found.subjects[0]
+    signs, total = found.of(subject, SIGNS), len(found.by_bits(subject, SIGNS, "verdict"))
     if signs.empty:
         return sentence("Hadamard with random signs was not measured.")
-    total = types.loc[types["subject"] == subject, "place"].nunique()
     held = (signs["verdict"] == "holds").groupby(signs["bits"]).sum()
-    of = f" of {total} layer types of the {subject} are normal enough for "
-    counts = []
-    for count, at in held.groupby(held, sort=False):
-        counts.append(
-            f"{count}{of}{listing(map(str, at.index))} {'bit' if [*at.index] == [1] else 'bits'}"
-        )
-        of = f" of {total} for "
-    bits = BITS if BITS in held.index else int(held.index[0])
-    parts: list[str | Phrase] = [
-        f"With random signs before the Hadamard transform, {listing(counts)}; at {_bits(bits)} the "
-        "highest error ratio is "
+    counts = [
+        f"{count} of {total} for {_bits(*at.index)}" for count, at in held.groupby(held, sort=False)
     ]
-    parts += _highest(run, signs, bits)
-    if bits in set(plain["bits"]):
-        parts += [", without the signs ", *_highest(run, plain, bits)]
+    parts: list[str | Phrase] = [
+        f"Layer types of the {subject} that are normal enough with random signs before the "
+        f"Hadamard transform: {listing(counts)}; at {_bits(BITS)} the highest error ratio is "
+    ]
+    for transform in (SIGNS, PLAIN):
+        own = found.of(subject, transform)
+        for row in own[own["bits"] == BITS].nlargest(1, "ratio").to_dict("records"):
+            parts += [", without the signs "] * (transform == PLAIN)
+            parts += [Phrase(row["text"], found.run.href), f" in {row['place']}"]
     return sentence(*parts, f". The limit is {LIMIT}.")
 
 
-def _highest(run: RunData, own: pd.DataFrame, bits: int) -> list[str | Phrase]:
-    (row,) = own[own["bits"] == bits].nlargest(1, "ratio").to_dict("records")
-    return [Phrase(_ratio_text(row), run.href), f" in {row['place']}"]
-
-
-def _claims(run: RunData, judged: pd.DataFrame, types: pd.DataFrame) -> list[Claim]:
+def _claims(found: _Found) -> list[Claim]:
     """What the run says of its first subject with random signs; its table has the others."""
-    subject = _subjects(types)[0]
+    run, _, types, (subject, *_) = found
+    start = f"{subject}, {SIGNS}, "
     if "judgements" in run.tables:
-        start = f"{subject}, {SIGNS}, "
         return [c for c in claims_of([run]) if c.verdict.subject.startswith(start)]
-    return [
-        Claim(
-            Verdict(
-                claim=f"Activations are normal enough for {_bits(row['bits'])}",
-                subject=f"{subject}, {SIGNS}, {row['place']}",
-                verdict=row["verdict"],
-                effect=row["ratio"],
-                effect_name="mean error ratio",
-                low=row["lower_95"],
-                high=row["upper_95"],
-                n=row["images"],
-                n_of="images",
-                test="cluster bootstrap over images",
-                p_value=None,
-                note=f"ratio of normal tokens: {fixed(row['null_ratio'], 3)}",
-            ),
-            run.title,
-            run.href,
-        )
-        for row in _of(judged, subject, SIGNS)
-        .merge(types[[*_KEYS, "images"]], on=_KEYS)
-        .to_dict("records")
-    ]
+    keys = ["subject", "layer_type", "width", "transform"]
+    own = found.of(subject, SIGNS).merge(types[[*keys, "images"]], on=keys)
+    names = {"ratio": "effect", "lower_95": "low", "upper_95": "high", "images": "n"}
+    frame = own.rename(columns=names).assign(
+        claim="Activations are normal enough for " + own["bits"].map(_bits),
+        subject=start + own["place"],
+        note="ratio of normal tokens: " + own["null_ratio"].map(_three),
+        effect_name="mean error ratio",
+        n_of="images",
+        test="cluster bootstrap over images",
+        confidence=0.95,
+    )
+    return [Claim(v, run.title, run.href) for v in read_verdicts(frame.reindex(columns=COLUMNS))]
 
 
-def _matrix(judged: pd.DataFrame, types: pd.DataFrame, subject: str, transform: str) -> Sheet:
+def _matrix(found: _Found, subject: str, transform: str) -> Sheet:
     """Verdicts of layer types by bits, their numbers in small print."""
-    own = _of(judged, subject, transform)
-    places = types.loc[types["subject"] == subject, "place"].unique()
-    words = own.pivot(index="place", columns="bits", values="verdict").reindex(places)
-    frame = words.fillna("not judged").join(_texts(own).rename(columns=lambda b: f"{b} small"))
-    frame.columns = frame.columns.map(str)
-    nulls = own.groupby(own["bits"].map(str))["null_ratio"]
-    hints = {bits: f"normal tokens: {_range(null.min(), null.max(), 3)}" for bits, null in nulls}
+    words = found.by_bits(subject, transform, "verdict").fillna("not judged")
+    texts = found.by_bits(subject, transform, "text").add_suffix(" small")
+    nulls = found.of(subject, transform).groupby("bits")["null_ratio"]
+    hints = {_bits(bits): f"normal tokens: {span(null, _three)}" for bits, null in nulls}
     return Sheet(
-        frame.rename_axis("layer type").reset_index(),
+        words.join(texts).reset_index(),
         f"Normal enough? {subject}, {WORDS.get(transform, transform)}",
         f"Below each word the mean error ratio and its 95 % interval. {_WHAT}",
-        heads={f"{bits}": _bits(bits) for bits in words},
         hints={"layer type": "(width)", **hints},
-        small={f"{bits}": f"{bits} small" for bits in words},
+        small={bits: f"{bits} small" for bits in map(str, words)},
         kind="verdicts",
     )
 
 
-def _numbers(judged: pd.DataFrame, subject: str) -> Sheet:
-    """The numbers of the matrix, for papers."""
-    frame = _texts(_of(judged, subject, SIGNS)).rename(columns=_bits)
+def _numbers(found: _Found) -> Sheet:
+    """The numbers of the first matrix, for papers."""
+    subject = found.subjects[0]
+    frame = found.by_bits(subject, SIGNS, "text").dropna()
     caption = f"Mean error ratio [95 % interval], {subject}, {WORDS[SIGNS]}"
-    return Sheet(frame.rename_axis("layer type").reset_index(), caption, _WHAT)
+    return Sheet(frame.reset_index(), caption, _WHAT)
 
 
-def _before_and_after(run: RunData, own: pd.DataFrame) -> Figures:
-    bits = BITS if BITS in set(own["bits"]) else int(own["bits"].min())
-    at = own[(own["bits"] == bits) & own["transform"].isin(WORDS)]
-    transforms = [name for name in WORDS if name in set(at["transform"])]
-    # The median of the three is the ratio, their whole range the interval.
-    long = at.melt(["place", "transform"], ["lower_95", "ratio", "upper_95"])
-    rows = at.to_dict("records")
-    alt = "; ".join(f"{r['place']} {WORDS[r['transform']]} {_ratio_text(r)}" for r in rows)
-    with panel(f"normality-ratio-{run.anchor}", f"Error ratio: {alt}", height=2.6) as drawn:
-        sns.pointplot(
-            long, x="value", y="place", hue="transform", hue_order=transforms, palette=HUES,
-            markers=[MARKS[name] for name in transforms], markersize=4.5, estimator="median",
-            errorbar=("pi", 100), err_kws={"linewidth": 1.4}, linestyle="none", dodge=0.45,
-            legend=False, ax=drawn.axes,
-        )  # fmt: skip
-        drawn.axes.axvline(LIMIT, color=colour("reference"), linestyle="--", linewidth=1)
-        drawn.axes.set(xlabel=f"error ratio at {_bits(bits)}", ylabel="")
-        log_axis(drawn.axes, "x")
-    caption = (
-        f"First, mean error ratio at {_bits(bits)} by layer type (width) with its 95 % interval; "
-        f"dashed: the limit {LIMIT}."
-    )
-    tests = sample_size(run)
-    if tests is None:
-        return Figures([drawn.picture], caption, KEY)
-    caption += (
-        " Second, share of tokens that Shapiro–Wilk rejects when it sees n of their values, mean "
-        "and range over layer types."
-    )
-    return Figures([drawn.picture, tests], caption, (*KEY, ("reference", "■ normal tokens")))
-
-
-def _heat_maps(run: RunData, subject: str) -> Iterator[Figures]:
-    cells, ratio = run.table("cells"), f"ratio_{BITS}"
-    if cells.empty or ratio not in cells:
-        return
-    cells = placed(cells[cells["subject"] == subject]).dropna(subset=[ratio])
-    blocks = " " + cells["block"].map(significant, na_action="ignore")
-    cells["row"] = cells["layer_type"] + blocks.fillna("")
-    pictures = []
-    for transform, title in WORDS.items():
-        own = cells[cells["transform"] == transform]
-        if own.empty:
-            continue
-        passing = (own[f"{ratio}_high"] < LIMIT).sum()
-        alt = (
-            f"{title}: in {passing} of {len(own)} cells the whole interval lies "
-            f"below {LIMIT}; ratios from {significant(own[ratio].min())} to "
-            f"{significant(own[ratio].max())}"
-        )
-        grid = own.pivot_table(ratio, "row", "timestep", sort=False).sort_index(axis=1)
-        name = f"normality-heat-{transform}-{run.anchor}"
-        with panel(name, alt, height=1.3 + 0.15 * len(grid), title=title) as drawn:
-            heat(grid, drawn.axes, _EDGES, f"error ratio, {_bits(BITS)}", limit=LIMIT)
-            drawn.axes.set(xlabel="timestep", ylabel="")
-            drawn.axes.tick_params(axis="x", rotation=90)
-        pictures.append(drawn.picture)
-    words = ". ".join(picture.alt for picture in pictures)
-    yield Figures(pictures, f"{subject}, mean of a layer type and block by timestep. {words}.")
-
-
-def _side_by_side(judged: pd.DataFrame, subjects: list[str]) -> Iterator[Fold]:
-    at = judged[(judged["bits"] == BITS) & judged["transform"].isin(WORDS)]
-    if len(subjects) < 2 or at.empty:
-        return
-    frame = at.replace({"transform": WORDS}).pivot_table(
-        "ratio", ["place", "transform"], "subject", sort=False
-    )
-    sheet = Sheet(
-        frame.reindex(columns=subjects).reset_index().rename(columns={"place": "layer type"}),
-        f"Mean error ratio at {_bits(BITS)} by model",
-        formats=dict.fromkeys(subjects, _ratio),
-    )
-    yield Fold(f"Models side by side at {_bits(BITS)}", [sheet])
-
-
-def _effects(run: RunData, types: pd.DataFrame, subject: str) -> Sheet:
-    """W and KL before and after, beside those of normal tokens."""
-    own = types[(types["subject"] == subject) & types["transform"].isin(WORDS)]
-    columns = ["shapiro_w_median", "kl", "kl_low", "kl_high", "kl_null_error"]
-    own = own.reindex(columns=["place", "width", "transform", *columns])
-    controls = run.table("controls")
-    normal: Mapping[Any, Any] = {}
-    if not controls.empty:
-        is_null = (controls["control"] == "gaussian") & (controls["transform"] == BEFORE)
-        normal = controls[is_null].set_index("width")["shapiro_w_median"].to_dict()
-    by_place = own.drop_duplicates("place").set_index("place")
-    frame, small = pd.DataFrame(index=by_place.index), {}
-    formats: dict[str, Callable[[Any], str]] = {}
-    for column, name in (("shapiro_w_median", "W"), ("kl", "KL")):
-        for transform, word in WORDS.items():
-            frame[f"{name} {word}"] = own[own["transform"] == transform].set_index("place")[column]
-        frame[f"{name} normal"] = by_place["width"].map(normal)
-        formats |= dict.fromkeys((f"{name} {word}" for word in (*WORDS.values(), "normal")), _four)
-    frame["KL normal"], formats["KL normal"] = by_place["kl_null_error"], "0 ± {:.4f}".format
-    for transform, word in WORDS.items():
-        rows = own[own["transform"] == transform][["place", "kl_low", "kl", "kl_high"]].dropna()
-        frame[f"{word} interval"] = pd.Series(
-            {place: interval_text(low, high, (0.0, kl)) for place, low, kl, high in rows.to_numpy()}
-        )
-        small[f"KL {word}"] = f"{word} interval"
-    heads = {head: head.replace("plain Hadamard", "plain").replace("random signs", "signs")
-             for head in formats}  # fmt: skip
+def _side_by_side(found: _Found) -> Sheet:
+    at = found.judged[found.judged["transform"].isin(WORDS) & (found.judged["bits"] == BITS)]
+    keys = ["place", "transform"]
+    frame = at.replace({"transform": WORDS}).pivot_table("ratio", keys, "subject", sort=False)
     return Sheet(
-        frame.rename_axis("layer type").reset_index(),
+        frame.reindex(columns=found.subjects).reset_index(),
+        f"Mean error ratio at {_bits(BITS)} by model",
+        formats=dict.fromkeys(found.subjects, _ratio),
+        heads={"place": "layer type"},
+    )
+
+
+def _effects(found: _Found, subject: str) -> Sheet:
+    """W and KL before and after, beside those of normal tokens."""
+    columns = ["place", "width", "transform", "shapiro_w_median"]
+    columns += ["kl_low", "kl", "kl_high", "kl_null_error"]
+    own = found.types[found.types["subject"] == subject].reindex(columns=columns)
+    own["text"] = [
+        interval_text(low, high, (0.0, kl)) if low <= high else None
+        for low, kl, high in own[["kl_low", "kl", "kl_high"]].to_numpy()
+    ]
+    controls = found.run.table("controls").reindex(columns=["control", *columns])
+    is_null = (controls["control"] == "gaussian") & (controls["transform"] == BEFORE)
+    normal = controls[is_null].set_index("width")["shapiro_w_median"]
+    one = own.drop_duplicates("place").set_index("place")
+    heads = {"before": BEFORE, "plain": PLAIN, "signs": SIGNS}
+    by = {head: own[own["transform"] == t].set_index("place") for head, t in heads.items()}
+    numbers = {
+        **{f"W {head}": of["shapiro_w_median"] for head, of in by.items()},
+        "W normal": one["width"].map(normal),
+        **{f"KL {head}": of["kl"] for head, of in by.items()},
+        "KL normal": one["kl_null_error"],
+    }
+    texts = {f"{head} interval": of["text"] for head, of in by.items()}
+    return Sheet(
+        pd.DataFrame(numbers | texts, one.index).rename_axis("layer type").reset_index(),
         f"Before and after: {subject}",
         "W: Shapiro–Wilk, median over tokens (1 is normal). KL: mean divergence from the fitted "
-        "normal in nats, less that of normal tokens, [95 % interval over images]. Normal: "
-        "the null, tokens drawn from a normal distribution.",
-        formats=formats,
-        heads=heads,
-        small=small,
+        "normal in nats, less that of tokens drawn from one, with its 95 % interval over images.",
+        formats=dict.fromkeys(numbers, _four) | {"KL normal": "0 ± {:.4f}".format},
+        small={f"KL {head}": f"{head} interval" for head in by},
         kind="dense",
     )
 
 
-def _caveats(run: RunData, own: pd.DataFrame, types: pd.DataFrame) -> list[str]:
+def _proofs(run: RunData, subject: str) -> Iterator[str]:
+    """Whether the tests can be trusted and what can be proved, in numbers."""
+    names = ("controls", "bound", "decay_slopes", "multivariate", "projections")
+    controls, bound, slopes, joint, projections = map(run.table, names)
+    if not controls.empty:
+        before = controls[controls["transform"] == BEFORE]
+        is_null = before["control"] == "gaussian"
+        null = before[is_null].filter(like="_rejected").melt()["value"]
+        (least,) = before[~is_null].nsmallest(1, "shapiro_rejected").to_dict("records")
+        yield (
+            f"Controls: the four tests reject {span(null, percent)} of normal tokens; of others, "
+            f"Shapiro–Wilk rejects at least {percent(least['shapiro_rejected'])} before a "
+            f"transform ({least['control']}, width {least['width']})."
+        )
+    if not bound.empty:
+        own = bound[bound["subject"] == subject]
+        yield (
+            f"The Berry–Esseen bound is violated for {own['violated'].sum()} of "
+            f"{plural(len(own), 'token')} when signs are redrawn (α = {own['alpha'].iloc[0]:g}); "
+            f"it is {times((own['bound'] / own['exact_distance']).median())} the exact distance in "
+            f"the median, which is at most {significant(own['exact_distance'].max())}."
+        )
+    if not slopes.empty:
+        texts = [
+            f"{row['source']} {fixed(row['slope'], 2)} "
+            f"{interval_text(row['low'], row['high'], (-1.0, -0.5))}"
+            for row in slopes.to_dict("records")
+        ]
+        yield (
+            "Log–log slope of the exact distance by width, −0.5 in the bound; symmetric sums can "
+            f"reach −1: {'; '.join(texts)}."
+        )
+    if not joint.empty:
+        reach = int(joint["largest_informative_k"].max())
+        width = joint.loc[joint["k"] == joint["k"].min(), "width_needed"].max()
+        yield (
+            "Joint normality is not proved: the best known bound (Raič 2019) is informative for "
+            f"at most {reach} coordinates; even a flat token needs a width of {width:,} for one."
+        )
+    if not projections.empty:
+        excess = projections["rejected"] - projections["rejected_null"]
+        (row,) = projections.assign(excess=excess).nlargest(1, "excess").to_dict("records")
+        yield (
+            f"Of random projections of k coordinates, {row['layer_type']} with k = {row['k']} is "
+            f"farthest from the null: {percent(row['rejected'])} of {row['tokens']} tokens "
+            f"rejected, {percent(row['rejected_null'])} of normal ones."
+        )
+
+
+def _caveats(found: _Found) -> list[str]:
     """What the numbers cannot say."""
-    signs = own[own["transform"] == SIGNS]
-    draws = signs["sign_draws"].max() if "sign_draws" in signs else float("nan")
-    images = _range(types["images"].min(), types["images"].max(), 0)
-    nulls = signs[signs["null_ratio"] >= LIMIT].groupby("bits")["null_ratio"].max()
+    signs = found.of(found.subjects[0], SIGNS)
+    draws = int(signs["sign_draws"].max()) if "sign_draws" in signs else 1
     return [
-        "Normal enough is not good enough: the rule divides by each token’s own variance, so it "
-        "misses energy that is one constant vector over all tokens, on which a quantizer spends "
-        "its steps all the same. Nor is a ratio below 1 more normal: light tails and two-valued "
-        "tokens are easier to quantize than normal ones.",
-        "Plain Hadamard depends on the matrix: these are numbers of one construction per width, "
-        "and another may do better or worse.",
-        f"With random signs a ratio is the mean over {draws:.0f} draws, and its interval allows "
-        "for their spread: the rule was amended so after the first run, in which one draw decided "
-        "a layer type. W, KL and heat maps are of the plan’s own draw."
-        if draws == draws
-        else f"With random signs a ratio is of one draw of them (seed {run.seed}).",
-        "A p-value means nothing without n: the same small departure is rejected more often at a "
-        "greater n, so rejected shares stand beside the null’s.",
-        f"Intervals resample {images} images whole. Each verdict stands alone, without correction: "
-        f"of the {len(signs)} in the first table, up to {significant(len(signs) / 40, 2)} can be "
-        "expected to hold or not to hold falsely (one side of a 95 % interval).",
-        *(
-            f"At {_bits(bits)} normal tokens themselves reach {fixed(null, 3)}: there "
-            "the limit lies within their own error."
-            for bits, null in nulls.items()
-        ),
+        "Normal enough is not good enough: the rule misses energy that is one constant vector over "
+        "all tokens, on which a quantizer spends its steps all the same. Nor is a ratio below 1 "
+        "more normal: light tails and two-valued tokens are easier to quantize.",
+        "Plain Hadamard depends on the matrix: these are numbers of one construction per width. "
+        f"With random signs a ratio is the mean over {plural(draws, 'draw')} of them; W, KL and "
+        "heat maps are of the plan’s own draw.",
+        "A greater n rejects the same departure more often: rejected shares need those of normal "
+        "tokens beside them. Where their ratio reaches the limit, the limit is within their error.",
+        f"Intervals resample {span(found.types['images'])} images whole. Each verdict stands "
+        f"alone, without correction: of the {len(signs)} in the first table, up to "
+        f"{significant(len(signs) / 40, 2)} can be expected to hold or not to hold falsely.",
     ]
 
 
-def _judged(run: RunData) -> pd.DataFrame:
-    """Verdicts with keys and places, in today's words; empty where there are none."""
-    frame = _details(run)
-    return frame if frame.empty else placed(frame.replace({"verdict": _OLD_WORDS}))
-
-
-def _details(run: RunData) -> pd.DataFrame:
-    return run.table("judgements" if "judgements" in run.tables else "verdicts")
-
-
-def _of(judged: pd.DataFrame, subject: str, transform: str) -> pd.DataFrame:
-    return judged[(judged["subject"] == subject) & (judged["transform"] == transform)]
-
-
-def _subjects(types: pd.DataFrame) -> list[str]:
-    """The teacher first, then a student, then the plan by its training step."""
-
-    def order(subject: str) -> tuple[Any, ...]:
-        steps = [int(digits) for digits in re.findall(r"\d+", subject)]
-        return subject != "teacher", subject != "student", steps, subject
-
-    return sorted(types["subject"].unique(), key=order)
-
-
-def _texts(own: pd.DataFrame) -> pd.DataFrame:
-    """Ratio and interval as text, layer types by bits."""
-    texts = own.assign(text=[_ratio_text(row) for row in own.to_dict("records")])
-    return texts.pivot(index="place", columns="bits", values="text").loc[own["place"].unique()]
-
-
-def _ratio_text(row: Mapping[Any, Any]) -> str:
-    limits = interval_text(row["lower_95"], row["upper_95"], (1.0, LIMIT, row["ratio"]))
-    return f"{_ratio(row['ratio'])} {limits}"
-
-
 def _ratio(value: float) -> str:
-    return fixed(value, 3) if value < 10 else significant(value)
+    return _three(value) if value < 10 else significant(value)
 
 
-def _with_run(frames: Mapping[RunData, pd.DataFrame]) -> pd.DataFrame:
-    parts = {run.id: frame for run, frame in frames.items()}
-    return pd.concat(parts, names=["run"]).reset_index("run")
-
-
-def _bits(bits: Hashable) -> str:
-    return "1 bit" if bits == 1 else f"{bits} bits"
-
-
-def _four(value: float) -> str:
-    return fixed(value, 4)
-
-
-def _range(low: float, high: float, decimals: int) -> str:
-    texts = fixed(low, decimals), fixed(high, decimals)
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+def _bits(*bits: Hashable) -> str:
+    return f"{listing(map(str, bits))} {'bit' if bits == (1,) else 'bits'}"

@@ -284,7 +284,8 @@ def evidence(verdict: Verdict) -> str:
             text += f" {interval_text(verdict.low, verdict.high, (0.0, 1.0, verdict.effect))}"
         parts.append(text)
     if verdict.n:
-        parts.append(f"n = {verdict.n:,} {verdict.n_of}")
+        units = verdict.n_of if verdict.n > 1 else verdict.n_of.removesuffix("s")
+        parts.append(f"n = {verdict.n:,} {units}")
     if verdict.test not in ("", "none"):
         parts.append(verdict.test)
     if verdict.p_adjusted is not None:

@@ -9,23 +9,18 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import VERDICTS, claims_of, rule_of, table_fold
+from reports.generic import VERDICTS, rule_of, table_fold
 from reports.loading import RunData
+from reports.mixed import SENSITIVITY_RULE, bits_text, is_older, sensitivity_claims, stacked
 from reports.page import Block, Claim, Figures, Fold, Heading, Points, Section, Sheet, sentence
 from reports.text import Phrase, fixed, listing, plural, significant
-from robuq_bench.figures import Picture, colour, heat, log_axis, panel
-from robuq_bench.statistics.verdicts import Verdict, interval_text
+from robuq_bench.figures import Picture, colour, heat, log_axis, log_edges, panel
+from robuq_bench.statistics.verdicts import interval_text
 
 ORDER = 50
 QUESTION = "Do sensitivities measured before training mislead?"
 OPEN = ("Sensitivities measured before training misrank layers",)
 EXPORTS = ("sensitivity-agreement.csv",)
-_OLD_RULE = (
-    "Rule of an older version: “mislead” holds when the gain of Spearman’s ρ from measuring after "
-    "training has a 95 % interval above 0, does not hold when it lies below 0.05, and is undecided "
-    "otherwise, and where seeds agree on the truth with a mean ρ below 0.3. Not corrected for the "
-    "number of bit widths."
-)
 _WHEN = ("before training", "after training")
 _COLUMNS = ("bits", "metric", "target", "steps_before", "steps_after", "gain", "low", "high")
 _MAX_LAYERS = 40
@@ -40,7 +35,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     ]
     if not whole:
         return None
-    claims = {run: _claims(run) for run in whole}
+    claims = {run: sensitivity_claims(run) for run in whole}
     blocks: list[Block] = []
     for run in whole:
         blocks += [Heading(run.title)] if len(whole) > 1 else []
@@ -52,58 +47,14 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
         answer=_answer(first, claims[first]),
         blocks=blocks,
         claims=[claim for own in claims.values() for claim in own],
-        rule=_OLD_RULE if _is_old(first) else rule_of([first]),
-        exports={
-            "sensitivity-agreement": pd.concat(
-                [run.table("agreement").pipe(_with_run, run) for run in whole]
-            )
-        },
+        rule=SENSITIVITY_RULE if is_older(first) else rule_of([first]),
+        exports={"sensitivity-agreement": stacked(whole, "agreement")},
     )
-
-
-def _with_run(frame: pd.DataFrame, run: RunData) -> pd.DataFrame:
-    return frame.assign(run=run.id)[["run", *frame.columns]]
-
-
-def _is_old(run: RunData) -> bool:
-    return "ptq_sensitivities_mislead" in run.table(VERDICTS)
-
-
-def _claims(run: RunData) -> list[Claim]:
-    """The run's verdicts; those of older versions as they were given, in today's columns."""
-    if not _is_old(run):
-        return claims_of([run])
-    layers = run.table("truth")["layer"].nunique()
-    rows = run.table(VERDICTS).replace({np.nan: None}).to_dict("records")
-    return [
-        Claim(
-            Verdict(
-                claim=f"Sensitivities measured before training mislead: {_width(row['bits'])}",
-                subject=_width(row["bits"]),
-                verdict=str(row["ptq_sensitivities_mislead"]),
-                effect=row["gain"],
-                effect_name="gain of Spearman’s ρ",
-                low=row["low"],
-                high=row["high"],
-                n=layers,
-                n_of="layers",
-                test="bootstrap over layers",
-                p_value=None,
-            ),
-            run.title,
-            run.href,
-        )
-        for row in rows
-    ]
-
-
-def _width(bits: object) -> str:
-    return "all bit widths" if bits == "all" else plural(int(str(bits)), "bit")
 
 
 def _judged(run: RunData) -> pd.DataFrame:
     """Rows of the metric that verdicts are given on, one per bit width (a text)."""
-    frame = run.table(VERDICTS if _is_old(run) else "gains")
+    frame = run.table(VERDICTS if is_older(run) else "gains")
     frame = frame[frame["metric"] == frame["metric"].iloc[0]]
     return frame.loc[:, list(_COLUMNS)].astype({"bits": str})
 
@@ -111,7 +62,7 @@ def _judged(run: RunData) -> pd.DataFrame:
 def _ends(run: RunData, frame: pd.DataFrame) -> pd.DataFrame:
     """Rows measured before and after training, in a column `when`, bits as texts."""
     judged = _judged(run).iloc[0]
-    steps = {judged["steps_before"]: _WHEN[0], judged["steps_after"]: _WHEN[1]}
+    steps = {judged["steps_after"]: _WHEN[1], judged["steps_before"]: _WHEN[0]}
     frame = frame.astype({"bits": str}).assign(when=frame["steps"].map(steps))
     return frame.dropna(subset="when")
 
@@ -139,7 +90,7 @@ def _by_width(run: RunData, claims: Sequence[Claim]) -> pd.DataFrame:
         judged["seeds"] = own.groupby("bits")["spearman"].mean()
     seeds = int(_truth(run)["seeds"].min())
     judged["cap"] = judged["seeds"].map(lambda rho: _cap(rho, seeds))
-    judged["width"] = [_width(bits) for bits in judged.index]
+    judged["width"] = [bits_text(bits) for bits in judged.index]
     words = {claim.verdict.subject: claim.verdict.verdict for claim in claims}
     judged["verdict"] = judged["width"].map(words)
     judged["gain limits"] = _limits(judged["low"], judged["high"], (0.0, 0.05))
@@ -181,7 +132,7 @@ def _answer(run: RunData, claims: Sequence[Claim]) -> list[Phrase]:
         "does not hold": "rank layers about as well as those after it",
     }.get(str(row["verdict"]), f"may or may not mislead ({row['verdict']})")
     start = f"Sensitivities measured before training {verb}: over {row['width']}, Spearman’s ρ of "
-    if math.isnan(row["gain"]):
+    if math.isnan(row["gain"] + row["ρ before"] + row.get("ρ after", math.nan)):
         return sentence(f"{start}{row['metric']} with the trained truth is not defined.")
     cap = "" if math.isnan(row["cap"]) else f"; the truth’s noise caps ρ near {_rho(row['cap'])}"
     return sentence(
@@ -235,8 +186,10 @@ def _agreement_panel(run: RunData, found: pd.DataFrame, bits: str, cap: float) -
         f"{row['metric']} {row['when']} {_rho(row['spearman'])}" for row in found.to_dict("records")
     )
     noted = "" if math.isnan(cap) else f"; cap {_rho(cap)}"
-    alt = f"Spearman's rho with the truth, {_width(bits)}: {listed}{noted}"
-    with panel(f"sensitivity-rho-{bits}-{run.anchor}", alt, height=2.9, title=_width(bits)) as at:
+    alt = f"Spearman's rho with the truth, {bits_text(bits)}: {listed}{noted}"
+    with panel(
+        f"sensitivity-rho-{bits}-{run.anchor}", alt, height=2.9, title=bits_text(bits)
+    ) as at:
         sns.pointplot(
             ends, x="value", y="metric", hue="when", hue_order=_WHEN, ax=at.axes, dodge=0.4,
             palette=[colour(when) for when in _WHEN], estimator="median", errorbar=("pi", 100),
@@ -291,7 +244,7 @@ def _truth_figures(run: RunData) -> list[Block]:
         )
         with panel(f"sensitivity-{when}-{run.anchor}", alt, height=2.5, title=str(when)) as at:
             sns.scatterplot(
-                own.assign(bits=own["bits"].map(_width)), x="value", y="increase", style="bits",
+                own.assign(bits=own["bits"].map(bits_text)), x="value", y="increase", style="bits",
                 ax=at.axes, color=colour(str(when)), s=26,
             )  # fmt: skip
             log_axis(at.axes, "x")
@@ -315,12 +268,12 @@ def _truth_heat(run: RunData, truth: pd.DataFrame) -> Picture | None:
     rows = truth["layer_type"] if many else truth["layer"].map(_short)
     values = truth.assign(row=rows).pivot_table("increase", "row", "bits", sort=False)
     above = values.where(values > 0)
-    edges = _edges(above.min().min(), above.max().max())
+    edges = log_edges(above.min().min(), above.max().max())
     if not edges:
         return None
     worst = truth.nlargest(3, "increase").to_dict("records")
     listed = "; ".join(
-        f"{_short(row['layer'])}, {_width(row['bits'])}: {row['increase']:.2g}" for row in worst
+        f"{_short(row['layer'])}, {bits_text(row['bits'])}: {row['increase']:.2g}" for row in worst
     )
     alt = f"Increase of the loss when one layer trains at these bits; greatest: {listed}"
     height = 1.2 + 0.19 * len(above)
@@ -329,19 +282,6 @@ def _truth_heat(run: RunData, truth: pd.DataFrame) -> Picture | None:
         heat(above, at.axes, edges, "increase of the loss", texts=texts)
         at.axes.set(xlabel="bits", ylabel="")
     return at.picture
-
-
-def _edges(low: float, high: float) -> list[float]:
-    """Ascending edges at 1, 2 and 5, at decades where those are many; none without a range."""
-    if not 0 < low < high:
-        return []
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 5), (1,)):
-        edges = [float(f"{step}e{decade}") for decade in decades for step in steps]
-        inner = [edge for edge in edges if low < edge < high]
-        if len(inner) <= 5:
-            break
-    return [max(e for e in edges if e <= low), *inner, min(e for e in edges if e >= high)]
 
 
 def _short(layer: str) -> str:
@@ -383,20 +323,18 @@ def _steps_fold(run: RunData) -> Fold | None:
         table = own.pivot_table("spearman", "metric", "steps", sort=False).sort_index(axis=1)
         best = own.nlargest(1, "spearman").to_dict("records")[0]
         alt = (
-            f"Spearman's rho by metric and steps, {_width(bits)}; greatest: {best['metric']} "
+            f"Spearman's rho by metric and steps, {bits_text(bits)}; greatest: {best['metric']} "
             f"after {best['steps']} steps, {_rho(best['spearman'])}"
         )
         name, edges = f"sensitivity-steps-{bits}-{run.anchor}", [-0.5, 0, 0.25, 0.5, 0.75, 1]
-        with panel(name, alt, height=1.3 + 0.24 * len(table), title=_width(bits)) as at:
+        with panel(name, alt, height=1.3 + 0.24 * len(table), title=bits_text(bits)) as at:
             heat(table, at.axes, edges, "Spearman’s ρ", texts=table.map(_rho))
             at.axes.set(xlabel="training steps before measuring", ylabel="")
         pictures.append(at.picture)
+    if not pictures:
+        return None
     caption = "Spearman’s ρ with the truth by training steps before measuring."
-    return (
-        Fold("Agreement after every number of steps", [Figures(pictures, caption)])
-        if pictures
-        else None
-    )
+    return Fold("Agreement after every number of steps", [Figures(pictures, caption)])
 
 
 def _type_fold(run: RunData) -> Fold | None:
@@ -447,7 +385,7 @@ def _timestep_fold(run: RunData) -> Fold | None:
     means = frame[frame["bits"] == bits].groupby([*keys, "bucket"], sort=False)["value"].mean()
     sheet = Sheet(
         means.unstack("bucket").reset_index(),
-        f"Change of the noise prediction by timestep, {_width(bits)}: {run.title}",
+        f"Change of the noise prediction by timestep, {bits_text(bits)}: {run.title}",
         "Mean over the layers of a type; bucket 1 has the least noise.",
         heads={"layer_type": "layers", "when": "measured"},
         kind="dense",

@@ -8,6 +8,7 @@ stays as matplotlib wrote it: `style_sheet` maps its colours to those of a dark 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -161,6 +162,20 @@ def log_axis(axes: Axes, which: str) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def log_edges(low: float, high: float) -> list[float]:
+    """Edges for `heat` at 1, 2 and 5, at decades where those are many; none without a range."""
+    if not 0 < low < high:
+        return []
+    # One more at both ends: a logarithm may be rounded across a decade.
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for steps in ((1, 2, 5), (1,)):
+        edges = [float(f"{step}e{decade}") for decade in decades for step in steps]
+        inner = [edge for edge in edges if low < edge < high]
+        if len(inner) <= 5:
+            break
+    return [max(e for e in edges if e <= low), *inner, min(e for e in edges if e >= high)]
+
+
 def legend_below(drawn: Panel, columns: int = 2) -> None:
     """Move the legend that seaborn made out of the axes, to where it covers nothing.
 
@@ -174,6 +189,23 @@ def legend_below(drawn: Panel, columns: int = 2) -> None:
     labels = [text.get_text() for text in legend.get_texts()]
     legend.remove()
     drawn.figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
+def points(frame: pd.DataFrame, axes: Axes, y: str, limits: Sequence[str], **options: Any) -> None:
+    """Horizontal points with their intervals, one for each row of a table.
+
+    Args:
+        frame: a row per point.
+        axes: where to draw.
+        y: the column of labels.
+        limits: the columns of the lower limit, the point and the upper limit, in any order.
+        options: seaborn's, such as `hue`, `markers` and `dodge`.
+    """
+    # The median of the three is the point, their whole range the interval.
+    look = {"estimator": "median", "errorbar": ("pi", 100), "linestyle": "none", "legend": False}
+    long = frame.melt([name for name in frame if name not in limits], limits)
+    sns.pointplot(long, x="value", y=y, ax=axes, **look | options)
+    axes.set_ylabel("")
 
 
 def heat(

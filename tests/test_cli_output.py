@@ -126,6 +126,9 @@ def test_report_takes_finished_runs_only(
     assert bench("report").code == 0
     assert bench("report", path.name, "--html", "x.html", "--json").document["path"] == "x.html"
     assert built == [([path], Path("runs/report.html")), ([path], Path("x.html"))]
+    moved = (tmp_path / "runs").rename(tmp_path / "elsewhere")  # a folder of runs, named
+    assert bench("report", str(moved), "--html", "y.html").code == 0
+    assert built[2:] == [([moved / path.relative_to("runs")], Path("y.html"))]
     assert bench("report", "nothing").code == 2
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from reports.aggregate import group_runs
 from reports.loading import find_runs
+from reports.protocols import group_runs
 from robuq_bench.checkpointing import save_tensors, sidecar_path
 from robuq_bench.config import Config, config_hash, load_workload, resolve
 from robuq_bench.config.resolve import canonical_json, to_toml
@@ -329,7 +329,7 @@ def test_the_run_that_study_packed_judges_is_known_by_its_files(tmp_path: Path) 
 
 def test_activations_behind_links_are_found_and_known_by_their_content(tmp_path: Path) -> None:
     def digest(folder: Path) -> str:
-        return make(f"normality.captured={folder}", study="normality").normality.captured_sha256
+        return make(f"normality.captured={folder}", study="normality").settings.captured_sha256
 
     for name in ("a", "b"):
         tensor_file(tmp_path / "plain" / name / "t.safetensors", ord(name))

@@ -21,7 +21,9 @@ from robuq_bench.figures import (
     heat,
     legend_below,
     log_axis,
+    log_edges,
     panel,
+    points,
     style_sheet,
 )
 
@@ -109,6 +111,17 @@ def test_a_legend_below_keeps_its_labels_and_leaves_the_axes() -> None:
         assert moved.get_window_extent().y1 < drawn.axes.get_window_extent().y0
 
 
+def test_points_stand_between_their_own_limits() -> None:
+    """Not at the mean of the three numbers, which lies elsewhere in a lopsided interval."""
+    frame = pd.DataFrame(
+        {"of": ["a", "b"], "low": [1.0, 2.0], "at": [2.0, 3.0], "high": [9.0, 4.0]}
+    )
+    with panel("points", "two") as drawn:
+        points(frame, drawn.axes, "of", ["low", "at", "high"], color=colour("rotated"))
+        lines = [np.asarray(line.get_xdata()).tolist() for line in drawn.axes.lines]
+    assert [line for line in lines if len(set(line)) > 1] == [[2, 3], [1, 9], [2, 4]]
+
+
 def test_numbers_in_a_heat_map_can_be_read_and_stand_in_their_cells() -> None:
     edges = [0, 1, 2, 3, 4, 5, 6]
     values = pd.DataFrame(np.arange(6.0).reshape(2, 3) + 0.5, columns=list("abc"))
@@ -145,6 +158,15 @@ def test_labels_of_a_logarithmic_axis_do_not_collide(start: float, decades: floa
         ]
     assert len(boxes) >= 2
     assert all(left.x1 <= right.x0 for left, right in pairwise(sorted(boxes, key=lambda b: b.x0)))
+
+
+@given(st.floats(1e-8, 1e6), st.floats(1.01, 1e6))
+def test_edges_of_a_logarithmic_heat_map_hold_all_values(low: float, factor: float) -> None:
+    edges = log_edges(low, low * factor)
+    assert edges[0] <= low < low * factor <= edges[-1]
+    assert all(first < second for first, second in pairwise(edges))
+    assert len(edges) <= 9
+    assert log_edges(low, low) == log_edges(-1.0, low) == []
 
 
 def test_hues_differ_for_those_who_see_no_red_or_green() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from reports import build_report
+from reports.loading import read_run
 from robuq_bench.config import load_plan
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.quantization.linear import QuantizedLinear
@@ -55,7 +58,7 @@ def test_the_plan_of_the_guide_to_plans_is_one(tmp_path: Path) -> None:
 
 
 def test_the_guide_to_studies_runs(bench: Any, tmp_path: Path) -> None:
-    study, judge = blocks("add-a-study.md", "python")
+    study, judge, draw, section = blocks("add-a-study.md", "python")
     (tmp_path / "spectrum.py").write_text(study, encoding="utf-8")
     assert len([line for line in study.splitlines() if line.strip()]) <= 20
     document = bench("study", "spectrum.py", "--set", "spectrum.ranks=[16]", "--json").document
@@ -72,8 +75,20 @@ def test_the_guide_to_studies_runs(bench: Any, tmp_path: Path) -> None:
     config = run.config.model_copy(update={"seed": 1})
     with Run.open(tmp_path / "runs", config, []) as run:
         run_code("add-a-study.md", [judge])["judge"](run, document["table"])
-        found = read_verdicts(pd.read_csv(run.path / "tables" / "verdicts.csv"))
+        run_code("add-a-study.md", [draw])["draw"](run, document["table"])
+        run.write_table("spectrum", document["table"])
+        run.finish()
+    found = read_verdicts(pd.read_csv(run.path / "tables" / "verdicts.csv"))
     assert {verdict.verdict for verdict in found} == {"holds", "does not hold"}
+    report = build_report([run.path], tmp_path / "report.html").read_text("utf-8")
+    assert "rank 16 holds half of the energy: " in report
+    assert "data:image/svg+xml;base64," in report
+    names = run_code("add-a-study.md", [section])
+    shown = names["view"]([read_run(run.path)], [])
+    assert set(dir(import_module("reports.packed"))) & set(names) >= {"ORDER", "QUESTION", "OPEN"}
+    assert len(shown.claims) == len(found)
+    assert names["EXPORTS"] == ("spectrum.csv",)
+    assert len(shown.exports["spectrum"]) == len(document["table"])
 
 
 def test_the_guide_to_methods_runs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import json
@@ -151,3 +152,49 @@ def test_a_refusal_before_any_result_leaves_nothing(bench: Any, own: Path) -> No
     assert bench("study", "my_squares.py").code == 2
     (row,) = bench("runs", "list", "--json").document["runs"]
     assert (row["state"], row["items"]) == ("stopped", 1)
+
+
+REPORTED = """
+from pathlib import Path
+import seaborn as sns
+from robuq_bench.figures import colour, panel
+from robuq_bench.statistics.verdicts import Verdict, verdict_rows
+VERSION = "1"
+ROOTS = (1, 2, 3)
+def measure(config, run, context):
+    for root in ROOTS:
+        if not run.has(f"root/{root}"):
+            run.append(f"root/{root}", root=root, square=root**2)
+            assert not Path("stop").exists()
+    rows = [run.get(f"root/{root}") for root in ROOTS]
+    grow = Verdict(claim="squares grow", subject="roots", verdict="holds",
+                   effect=rows[-1]["square"], effect_name="greatest square", low=None, high=None,
+                   n=3, n_of="roots", test="exact", p_value=None)
+    run.write_table("verdicts", verdict_rows([grow], "Holds where each is above the last."))
+    run.write_table("squares", rows)
+    with panel("squares", "squares of roots") as drawn:
+        sns.lineplot(x=ROOTS, y=[r["square"] for r in rows], ax=drawn.axes, color=colour("blue"))
+    return drawn.picture.save(run.figure_path("squares")) and rows
+"""
+
+
+def test_twenty_lines_run_resume_and_appear_in_the_report(bench: Any, tmp_path: Path) -> None:
+    assert len(REPORTED.strip().splitlines()) <= 20
+    (tmp_path / "grows.py").write_text(REPORTED)
+    Path("stop").touch()
+    assert bench("study", "grows.py").code == 1
+    Path("stop").unlink()
+    outcome = bench("study", "grows.py", "--json")
+    assert outcome.code == 0, outcome.err
+    run = Path(outcome.document["path"])
+    keys = [json.loads(line)["key"] for line in (run / "results.jsonl").read_text().splitlines()]
+    assert keys == ["root/1", "root/2", "root/3", "summary"]  # the first was not measured again
+    assert bench("report").code == 0
+    page = Path("runs/report.html").read_text()
+    assert "squares grow: holds" in page
+    assert "greatest square 9; n = 3 roots; exact" in page
+    assert "Holds where each is above the last." in page
+    assert base64.b64encode((run / "figures/squares.svg").read_bytes()).decode() in page
+    assert "Table squares: 3 rows" in page
+    claims = csv.DictReader(Path("runs/report-claims.csv").read_text().splitlines())
+    assert [row["verdict"] for row in claims if row["claim"] == "squares grow"] == ["holds"]

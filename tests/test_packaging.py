@@ -143,6 +143,7 @@ def test_every_import_is_declared(folder: str) -> None:
     ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {
         "conftest",
         "configuring",
+        "copies",
         "making",
     }
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}

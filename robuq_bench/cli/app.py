@@ -41,6 +41,7 @@ from robuq_bench.cli.job import (
     find_run,
     hardware_label,
     plan_of,
+    reported,
     show,
     show_dry_run,
     show_rows,
@@ -215,7 +216,10 @@ def study(
 def report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Ids or folders; without any, all finished runs."),
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Ids, run folders, or folders of runs; without any, all finished runs.",
+        ),
     ] = None,
     html: Annotated[
         Path | None,
@@ -229,15 +233,11 @@ def report(
     quiet: QuietFlag = False,
 ) -> None:
     """Build one self-contained HTML file from runs alone."""
-    from robuq_bench.runs.run import list_runs
-
     target = output / "report.html" if html is None else html
     if runs:
-        paths = [find_run(text, output) for text in runs]
+        paths = [path for text in runs for path in reported(Path(text)) or [find_run(text, output)]]
     else:
-        # The report names the damaged ones.
-        known = list_runs(output)
-        paths = [summary.path for summary in known if summary.state in ("done", "damaged")]
+        paths = reported(output)
     if not paths:
         raise MissingResourceError(
             f"no finished runs in {output}; make one with `python bench.py train-and-eval`"

@@ -154,6 +154,14 @@ def find_run(text: str, root: Path) -> Path:
     raise UsageError(f"unknown run {text!r}{hint}")
 
 
+def reported(folder: Path) -> list[Path]:
+    """The finished runs of a folder of runs, and the damaged ones, which the report names."""
+    from robuq_bench.runs.run import list_runs
+
+    known = list_runs(folder) if folder.is_dir() else []
+    return [summary.path for summary in known if summary.state in ("done", "damaged")]
+
+
 def plan_of(study: StudyInfo, plan: str | None, seed: int) -> str:
     """The plan that a study runs with.
 

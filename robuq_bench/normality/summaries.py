@@ -153,9 +153,11 @@ def error_rows(
 def sign_draw_fields(group: Sequence[Cell], settings: Settings) -> dict[int, Row]:
     """Per bit width: mean ratio over tokens and sign draws, its interval, and the draws' range.
 
-    The interval joins, in quadrature, the bootstrap over images of the mean over draws and 1.96
-    standard errors between draws; empty for other transforms or a single draw.
+    The interval joins, in quadrature, the bootstrap over images of the mean over draws and the
+    95 % half-width of Student's t between draws; empty for other transforms or a single draw.
     """
+    from scipy.stats import t
+
     parts = [cell.draws for cell in group if cell.draws is not None]
     if not parts or parts[0].shape[1] < 2:
         return {}
@@ -167,7 +169,7 @@ def sign_draw_fields(group: Sequence[Cell], settings: Settings) -> dict[int, Row
     estimate = cluster_bootstrap_mean(
         values.mean(1), table.images[valid], settings.draws, settings.seed
     )
-    between = 1.96 * by_draw.std(0, ddof=1) / np.sqrt(count)
+    between = t.ppf(0.975, count - 1) * by_draw.std(0, ddof=1) / np.sqrt(count)
     fields = {}
     for index, bits in enumerate(BITS):
         mean = float(estimate.mean[index])

@@ -101,16 +101,7 @@ def made_up() -> dict[str, Rows]:
             }
             for l3 in (0.3, 0.4, 0.5)
         ],
-        "decay": [
-            {
-                "source": source,
-                "width": width,
-                "exact_distance_median": 0.2 / width,
-                "l3_median": 0.1,
-            }
-            for source in ("real qkv", "laplace")
-            for width in (16, 64, 256)
-        ],
+        "decay_slopes": [{"source": "real qkv", "slope": -1.11, "low": -1.28, "high": -0.996}],
         "sample_size": [
             {
                 "layer_type": "qkv",
@@ -159,9 +150,10 @@ def alt(page: Page, start: str) -> str:
 
 def test_the_answer_counts_layer_types_and_names_the_worst(page: Page) -> None:
     assert (
-        "2 of 3 layer types of the teacher are normal enough for 1, 2 and 3 bits and 1 of 3 for 4 "
-        "and 8 bits; at 2 bits the highest error ratio is 1.044 [1.0300 to 1.0496] in fc2 (48), "
-        "without the signs 1.625 [1.5 to 1.8] in fc2 (48)."
+        "Layer types of the teacher that are normal enough with random signs before the Hadamard "
+        "transform: 2 of 3 for 1, 2 and 3 bits and 1 of 3 for 4 and 8 bits; at 2 bits the highest "
+        "error ratio is 1.044 [1.0300 to 1.0496] in fc2 (48), without the signs 1.625 [1.5 to 1.8] "
+        "in fc2 (48)."
     ) in page.text
 
 
@@ -182,7 +174,8 @@ def test_every_verdict_of_every_subject_stands_with_its_numbers(page: Page) -> N
     assert shown.cell("adaLN (12)", "2 bits").text == "not judged"
     assert [row[0].text for row in shown.rows] == ["qkv (12)", "fc2 (48)", "adaLN (12)"]
     assert "normal tokens: 1.064" in shown.head[5].small
-    assert page.text.index(EARLY + ":") < page.text.index(LATE + ":")
+    starts = [page.text.index(f"Before and after: {subject}") for subject in (EARLY, LATE)]
+    assert starts == sorted(starts)
 
 
 def test_no_limit_is_rounded_across_the_rule(page: Page) -> None:
@@ -231,9 +224,9 @@ def test_evidence_and_caveats_are_those_of_the_tables(page: Page) -> None:
     assert "at least 75 % before a transform (laplace, width 12)" in page.text
     assert "violated for 1 of 3 tokens" in page.text
     assert "it is 28.0× the exact distance in the median, which is at most 0.0100" in page.text
+    assert "symmetric sums can reach −1: real qkv −1.11 [−1.280 to −0.996]." in page.text
     assert "the mean over 8 draws" in page.text
     assert "of the 10 in the first table, up to 0.25 can be expected" in page.text
-    assert "At 8 bits normal tokens themselves reach 1.064" in page.text
     assert "Holds below 1.05." in page.text
 
 

@@ -124,8 +124,10 @@ SHOWN = {
         ("a4", "123 M", "3.25 M", "5.18×", "1.16 MiB"),
     ],
     "digits-allocation": [
-        ("ceiling", "0.86", "0.52", "0.09", "0.72"),
-        ("epsilon_mse", "before training", "0.82", "0.88", "0.53", "0.87"),
+        ("1 bit", "undecided", "0.82", "0.86"),
+        ("2 bits", "does not hold", "0.88", "0.52"),
+        ("3 bits", "undecided", "0.53", "0.09"),
+        ("all bit widths", "undecided", "[−0.00087 to 0.05331]", "0.87", "0.72"),
         ("uniform", "0.00590", "0.0791", "0.00843", "0.54", "[0.51–0.56]"),
     ],
     "digits-normality": [

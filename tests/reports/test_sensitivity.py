@@ -40,6 +40,12 @@ def make_run(
         return run.path
 
 
+def judged(folder: Path) -> list[str]:
+    """Verdicts beside the report, without those of claims that need other studies."""
+    verdicts = pd.read_csv(folder / "report-claims.csv")["verdict"]
+    return [str(word) for word in verdicts if word != "not run"]
+
+
 def two(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
@@ -63,8 +69,7 @@ def test_recorded_tables_are_shown_with_their_verdicts(tmp_path: Path) -> None:
     # The lower limit is -0.00087: rounding must not hide that it lies below 0.
     assert table.cell("all bit widths", "gain").small == "[−0.00087 to 0.05331]"
     assert "a gain of 0.025 [−0.00087 to 0.05331]; the truth’s noise caps ρ near 0.92" in page.text
-    claims = pd.read_csv(tmp_path / "report-claims.csv")
-    assert claims["verdict"].tolist() == old["ptq_sensitivities_mislead"].tolist()
+    assert judged(tmp_path) == old["ptq_sensitivities_mislead"].tolist()
     beside = pd.read_csv(tmp_path / "report-sensitivity-agreement.csv")
     assert beside.columns[0] == "run"
     pd.testing.assert_frame_equal(beside.drop(columns="run"), agreement)
@@ -141,6 +146,12 @@ def test_few_tables_a_shard_and_two_runs(tmp_path: Path) -> None:
     table = page.table("Do sensitivities measured before training mislead?")
     assert table.cell("1 bit", "cap of ρ").text == "not run"
     assert "caps ρ" not in page.text
+    # With qat_steps = [0] there is no measurement after training.
+    gains = recorded("gains").assign(steps_after=0, gain=0.0)
+    old = recorded("verdicts").assign(steps_after=0, gain=0.0)
+    path = make_run(tmp_path / "untrained", gains=gains, verdicts=old)
+    page = parse(build_report([path], tmp_path / "untrained.html"))
+    assert "with the trained truth is not defined" in page.text
     page = parse(
         build_report([make_run(tmp_path / "shard", but=[*TABLES])], tmp_path / "shard.html")
     )
