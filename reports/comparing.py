@@ -227,11 +227,12 @@ def _order(group: Group, bits: int) -> Finding:
     if of_row is None or not set(LAYER_TYPES) <= set(of_row[1].index):
         return Finding(claim, None, f"needs a run of an AMPN plan at {bits} bits")
     frame = of_row[1].loc[list(LAYER_TYPES)]
-    agrees = frame.eq(frame.max()).loc["proj"] & frame.eq(frame.min()).loc["fc2"]
+    most, least = frame.eq(frame.max()).T, frame.eq(frame.min()).T
+    agrees = (most["proj"] & least["fc2"]).tolist()
     means = " / ".join(fixed(mean, 2) for mean in frame.mean(axis=1))
     note = f"{' / '.join(LAYER_TYPES)}: {means}; in the paper {_PUBLISHED_ORDER[bits]}"
     effect = "share in that order"
-    return Finding(claim, _of_seeds(claim, of_row[0].label, list(agrees), effect, note))
+    return Finding(claim, _of_seeds(claim, of_row[0].label, agrees, effect, note))
 
 
 def _stable(group: Group) -> Finding:

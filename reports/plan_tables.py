@@ -89,29 +89,26 @@ def _with_plans(group: Group, frame: pd.DataFrame, caption: str, note: str, **ho
 
 def timing_sheet(runs: Sequence[RunData]) -> Sheet | None:
     """Seconds of each part of a run; machines differ, so each line names its own."""
-    lines = [
-        {"run": f"{run.plan_name} seed {run.seed}"}
-        | {k.removesuffix("_s"): v for k, v in run.first("timing").items() if k.endswith("_s")}
-        | {
-            "sessions": len(run.manifest.get("sessions", [])),
-            "machine": hardware(run.provenance),
-            "threads": str(run.provenance.get("threads", "not recorded")),
-            "href": run.href,
-        }
-        for run in runs
-        if run.first("timing")
-    ]
-    if not lines:
+    timed = [run for run in runs if run.first("timing")]
+    if not timed:
         return None
-    frame = pd.DataFrame(lines)
-    last = ["total"] * ("total" in frame) + ["sessions", "machine", "threads", "href"]
-    frame = frame[[*frame.columns.difference(last, sort=False), *last]]
-    parts = frame.columns.difference(["run", *last[-4:]], sort=False)
+    seconds = pd.DataFrame([run.first("timing") for run in timed]).filter(regex="_s$")
+    seconds = seconds.rename(columns=lambda name: name.removesuffix("_s"))
+    if "total" in seconds:
+        seconds["total"] = seconds.pop("total")  # last
+    formats = dict.fromkeys(map(str, seconds), seconds_text)
+    seconds.insert(0, "run", [f"{run.plan_name} seed {run.seed}" for run in timed])
+    frame = seconds.assign(
+        sessions=[len(run.manifest.get("sessions", [])) for run in timed],
+        machine=[hardware(run.provenance) for run in timed],
+        threads=[str(run.provenance.get("threads", "not recorded")) for run in timed],
+        href=[run.href for run in timed],
+    )
     return Sheet(
         frame,
         "Time",
         "Of a run that was continued after a stop, `total` covers its last session only.",
-        formats={str(name): seconds_text for name in parts},
+        formats=formats,
         links={"run": "href"},
         kind="dense",
     )

@@ -115,8 +115,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        name = str(self.workload.get("name", "unknown"))
-        return f"{name}, {self.differs}" if self.differs else name
+        return ", ".join(filter(None, [str(self.workload.get("name", "unknown")), self.differs]))
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
@@ -258,14 +257,14 @@ def _input(run: RunData, name: str) -> str:
 
 
 def _num_samples(run: RunData) -> int:
-    counts = {record.get("num_samples") for record in run.of_kind("metrics")}
+    configured = section(run.workload, "evaluation").get("num_samples", 0)
+    counts = {record.get("num_samples") for record in run.of_kind("metrics")} or {configured}
     if len(counts) > 1:
         raise CheckpointError(
             f"{run.path / 'results.jsonl'} mixes metrics of different num_samples: "
             f"{sorted(map(str, counts))}; delete the folder and run it again"
         )
-    recorded = next(iter(counts), None)
-    configured = section(run.workload, "evaluation").get("num_samples", 0)
+    (recorded,) = counts
     return int(configured if recorded is None else recorded)
 
 
@@ -302,20 +301,18 @@ def _group(members: Sequence[RunData], by_id: Mapping[str, RunData], differs: st
     # A teacher's metrics are copied into every run, so equal ones count once.
     is_copy = values.duplicated(["subject", "seed_range", "start", "metric", "value"])
     values = values[~(is_copy & is_teacher & values["seed_range"].notna())]
-    values = values.sort_values("subject", key=lambda own: own != TEACHER, kind="stable")
-    sources = values.loc[values["subject"] == TEACHER, "run"].unique()
+    is_teacher = values["subject"] == TEACHER
+    values = pd.concat([values[is_teacher], values[~is_teacher]], ignore_index=True)
+    sources = dict.fromkeys(values["run"][values["subject"] == TEACHER])
+    # The runs of a protocol are in no other, so the first of them makes a unique anchor.
+    anchor = f"row-teacher-of-{members[0].anchor}"
     starts = {int(r.get("seed_start", 0)) for run in members for r in run.of_kind("metrics")}
     return Group(
         workload=members[0].workload,
         num_samples=_num_samples(members[0]),
         seed_starts=sorted(starts),
         rows=sorted(rows, key=_row_rank),
-        # The runs of a protocol are in no other, so the first of them makes a unique anchor.
-        teacher=Row(
-            {"name": TEACHER},
-            tuple(by_id[name] for name in sources),
-            f"row-teacher-of-{members[0].anchor}",
-        ),
+        teacher=Row({"name": TEACHER}, tuple(map(by_id.__getitem__, sources)), anchor),
         version=_version(members[0]),
         values=values[list(VALUES)],
         differs=differs,

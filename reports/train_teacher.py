@@ -103,14 +103,8 @@ def loss_blocks(panels: Sequence[Curves], name: str) -> list[Block]:
 
 def _losses(runs: Sequence[RunData]) -> pd.DataFrame:
     """seed, step, loss of the logged steps; thinned evenly, the last one kept."""
-    lines = [
-        (run.seed, record["step"], record["loss"])
-        for run in runs
-        for record in run.of_kind("train")
-        if "step" in record and "loss" in record
-    ]
-    frame = pd.DataFrame(lines, columns=["seed", "step", "loss"]).sort_values(["seed", "step"])
-    frame = frame[np.isfinite(frame["loss"].astype(float)) & (frame["loss"] > 0)]
+    frame = training(runs)[["seed", "step", "loss"]].dropna().astype({"loss": float})
+    frame = frame[np.isfinite(frame["loss"]) & (frame["loss"] > 0)].sort_values(["seed", "step"])
     by_seed = frame.groupby("seed")["step"]
     stride = np.ceil(by_seed.transform("size") / MAX_POINTS)
     is_kept = (by_seed.cumcount() % stride == 0) | (by_seed.cumcount(ascending=False) == 0)
