@@ -22,7 +22,7 @@ from reports import generic
 from reports.loading import LeftOut, RunData, find_runs, leave_out
 from reports.page import Section, Sheet, claims_sheet, evidence
 from reports.provenance import left_out_sheet, machines_of, run_cards, unfinished_sheet
-from reports.recorded_gpu import RecordedRun, read_records, recorded_section
+from reports.recorded_gpu import RecordedRun, no_record, read_records, recorded_section
 from reports.text import NOT_RUN, Phrase, plural
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import style_sheet
@@ -47,7 +47,7 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
 
     Raises:
         UsageError: no runs, a path that does not exist, or an output that is a folder.
-        CheckpointError: no run is sound; names the files.
+        CheckpointError: no run is sound, or a record of the project is none; names the files.
         RobuqError: the output cannot be written.
     """
     if output.is_dir():
@@ -59,6 +59,8 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
             _write(runs, left_out, output, records)
             return output
         except _UNREADABLE:
+            for record in records:
+                _check_record(record)
             unreadable = _unreadable(runs)
             if not unreadable:
                 raise
@@ -84,6 +86,15 @@ def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
             except _UNREADABLE as error:
                 found.append((run, error))
     return found
+
+
+def _check_record(record: RecordedRun) -> None:
+    """Raise CheckpointError, naming its file, where no page can be made of a record alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _write([], [], Path(folder) / "report.html", [record])
+        except _UNREADABLE as error:
+            raise no_record(record.path, error) from error
 
 
 @cache
@@ -129,7 +140,8 @@ def record_sections(runs: Sequence[RunData], records: Sequence[RecordedRun]) -> 
     for record in records:
         if record.id not in at_hand:
             shown = modules.get(record.study, generic).view([record], [record])
-            shown = shown or generic.view([record], [record])
+            if shown is None:
+                raise ValueError(f"tables that {record.study} writes are missing")
             found[record.anchor] = recorded_section(record, shown)
     return found
 

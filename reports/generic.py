@@ -1,27 +1,47 @@
 """A study without a module of its own: its verdicts, the figures it drew, its tables folded.
 
 What a study writes is enough: `verdicts.csv` (see `robuq_bench.statistics.verdicts`) makes the
-answer and the checklist, `figures/*.svg` the pictures, every other table a fold.
+answer and the checklist, `figures/*.svg` the pictures, every other table a fold. Sections of their
+own take from here what they share.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import PurePath
+from typing import Any
 
 import pandas as pd
 
 from reports.loading import RunData
-from reports.page import Block, Claim, Figures, Fold, Section, Sheet, claims_sheet, evidence
-from reports.text import Phrase, plural
+from reports.page import (
+    Block,
+    Claim,
+    Figures,
+    Fold,
+    Format,
+    Section,
+    Sheet,
+    claims_sheet,
+    evidence,
+)
+from reports.text import Phrase, bytes_text, of_metric, percent, plural, seconds_text, times
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import Picture
 from robuq_bench.statistics.verdicts import COLUMNS, read_verdicts
 
 VERDICTS = "verdicts"
 MAX_ROWS = 200
+#: By the name of a column of numbers. "_s" is not among them: it ends rates, too.
+_UNITS: dict[str, Format] = {
+    r"(^|_)bytes$": bytes_text,
+    r"(^|_)seconds$": seconds_text,
+    r"(^|_)share(_|$)": percent,
+    r"^ratio_to_|^speedup_|(^|_)reduction(_|$)|(^|_)factor(_|$)": times,
+}
 
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
@@ -64,6 +84,20 @@ def claims_of(runs: Sequence[RunData]) -> list[Claim]:
     return found
 
 
+def old_claims(run: RunData, frame: pd.DataFrame) -> list[Claim]:
+    """What a run from before verdicts had one form said, unjudged anew.
+
+    Args:
+        run: whose claims they are.
+        frame: what there is of the columns of a verdict, one row per claim; others are ignored.
+
+    Raises:
+        UsageError: a row is no verdict.
+    """
+    rows = frame.assign(confidence=0.95).reindex(columns=list(COLUMNS))
+    return [Claim(verdict, run.title, run.href) for verdict in read_verdicts(rows)]
+
+
 def is_verdicts(frame: pd.DataFrame) -> bool:
     """Whether a table is one of verdicts as `verdict_rows` makes it, and not an older one."""
     return set(COLUMNS) <= set(frame.columns)
@@ -99,13 +133,56 @@ def drawn(run: RunData) -> list[Picture]:
 
 
 def table_fold(run: RunData, name: str) -> Fold:
-    """One of the run's tables, folded; the first rows of a long one."""
+    """One of the run's tables, folded; the first rows of a long one, what is alike in its note."""
     frame = run.table(name)
-    note = f"The first {MAX_ROWS} of {len(frame):,} rows; the run has them all."
-    sheet = Sheet(
-        frame.head(MAX_ROWS),
-        f"{name} of {run.title}",
-        note if len(frame) > MAX_ROWS else "",
-        kind="dense",
-    )
+    texts = frame.select_dtypes(exclude="number").dropna(axis=1)
+    same = [column for column in texts if len(frame) > 1 and texts[column].nunique() == 1]
+    if len(same) == len(frame.columns):
+        same = []
+    notes = [f"{column}: {frame[column].iloc[0]}." for column in same]
+    if len(frame) > MAX_ROWS:
+        notes.append(f"The first {MAX_ROWS} of {len(frame):,} rows; the run has them all.")
+    shown = frame.drop(columns=same).head(MAX_ROWS)
+    sheet = plain_sheet(shown, f"{name} of {run.title}", " ".join(notes))
     return Fold(f"Table {name}: {plural(len(frame), 'row')}, {run.title}", [sheet])
+
+
+def plain_sheet(frame: pd.DataFrame, caption: str, note: str = "", **others: Any) -> Sheet:
+    """Rows of a run's table: units by the names of columns, `_min` and `_max` as small print.
+
+    Args:
+        frame, caption, note: as of `Sheet`.
+        others: further fields of it, such as heads and links.
+    """
+    formats = {
+        str(name): next(
+            (text for pattern, text in _UNITS.items() if re.search(pattern, str(name))),
+            of_metric(str(name)),
+        )
+        for name in frame.select_dtypes("number")
+    }
+    small = {
+        name: f"{name} range" for name in formats if {f"{name}_min", f"{name}_max"} <= {*frame}
+    }
+    ends = [f"{name}_{end}" for name in small for end in ("min", "max")]
+    ranges = {
+        small[name]: [
+            f"[{formats[name](low)}{' to ' if low < 0 else '–'}{formats[name](high)}]"
+            if low < high
+            else ""
+            for low, high in zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
+        ]
+        for name in small
+    }
+    formats = {name: text for name, text in formats.items() if name not in ends}
+    shown = frame.drop(columns=ends).assign(**ranges)
+    return Sheet(
+        shown, caption, note, **{"formats": formats, "small": small, "kind": "dense", **others}
+    )
+
+
+def whole_tables(runs: Sequence[RunData], names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """`<study>-<table>` -> its rows of all runs that have one, with the run's id in `run`."""
+    frames = {name: [r.table(name).assign(run=r.id) for r in runs if name in r.tables]
+              for name in names}  # fmt: skip
+    return {f"{runs[0].study}-{name}": pd.concat(own) for name, own in frames.items() if own}

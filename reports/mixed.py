@@ -1,4 +1,4 @@
-"""What the sections on sensitivity and allocation share: runs of older versions, and wording.
+"""What the sections on sensitivity and allocation share: runs of older versions, and their form.
 
 Versions 1 and 2 of both studies wrote their verdicts in columns of their own. They are shown as
 they were given, under the rule of their time; nothing is judged again.
@@ -6,36 +6,112 @@ they were given, under the rule of their time; nothing is judged again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
 
-from reports.generic import VERDICTS, claims_of
+from reports.generic import VERDICTS, claims_of, is_verdicts
 from reports.loading import RunData
-from reports.page import Claim
-from reports.text import plural, stem
-from robuq_bench.statistics.verdicts import Verdict
+from reports.page import Block, Claim, Figures, Heading, Section
+from reports.text import Phrase, plural, stem
+from robuq_bench.figures import Picture, heat, panel
+from robuq_bench.statistics.verdicts import COLUMNS, interval_text, read_verdicts
 
 UNIFORM = "uniform"
-SENSITIVITY_RULE = (
+_SENSITIVITY_RULE = (
     "Rule of an older version: “mislead” holds when the gain of Spearman’s ρ from measuring after "
     "training has a 95 % interval above 0, does not hold when it lies below 0.05, and is undecided "
-    "otherwise, and where seeds agree on the truth with a mean ρ below 0.3. Not corrected for the "
-    "number of bit widths."
+    "otherwise or where seeds agree on the truth with a mean ρ below 0.3; without correction."
 )
-ALLOCATION_RULE = (
-    "Rule of an older version: “beats uniform” holds when the worst training seed of a candidate "
-    "is better than uniform’s best, does not hold when its best is worse than uniform’s worst, and "
-    "is undecided otherwise. With few seeds it decides too often by chance; it is not corrected "
-    "for the number of verdicts."
+_ALLOCATION_RULE = (
+    "Rule of an older version: “beats uniform” holds when a candidate’s worst training seed is "
+    "better than uniform’s best, does not hold when its best is worse than uniform’s worst, and is "
+    "undecided otherwise; without correction. With few seeds it decides too often by chance."
 )
 
 
-def is_older(run: RunData) -> bool:
-    """Whether the run's verdicts are in columns of versions 1 and 2."""
-    columns = run.table(VERDICTS).columns
-    return "ptq_sensitivities_mislead" in columns or "beats_uniform" in columns
+def section(
+    runs: Sequence[RunData],
+    needed: Sequence[str],
+    title: str,
+    answer: Callable[[RunData], Sequence[Phrase]],
+    blocks: Callable[[RunData], Sequence[Block]],
+    export: str,
+) -> Section | None:
+    """The answer of the first run and the blocks of each, but figures in which nothing is drawn.
+
+    Runs without one of the tables `needed` are left out; None where that leaves none. The tables
+    `export` go beside the page, with the run's id in front.
+    """
+    whole = [run for run in runs if not any(run.table(name).empty for name in needed)]
+    if not whole:
+        return None
+    body: list[Block] = []
+    claims: list[Claim] = []
+    for run in whole:
+        body += [Heading(run.title)] if len(whole) > 1 else []
+        body += [b for b in blocks(run) if not isinstance(b, Figures) or b.pictures]
+        claims += claims_of([run]) or [
+            Claim(verdict, run.title, run.href) for verdict in read_verdicts(verdicts(run))
+        ]
+    study = whole[0].study
+    tables = pd.concat({run.id: run.table(export) for run in whole}, names=["run"])
+    return Section(
+        anchor=study,
+        title=title,
+        answer=answer(whole[0]),
+        blocks=body,
+        claims=claims,
+        rule=next(iter(verdicts(whole[0])["rule"]), ""),
+        exports={f"{study}-{export}": tables.reset_index(level="run").reset_index(drop=True)},
+    )
+
+
+def verdicts(run: RunData) -> pd.DataFrame:
+    """The run's verdicts in the columns of today, whatever its version; empty without any.
+
+    Version 1 judged one training seed, too; that is "not judged" here, as in version 2.
+    """
+    frame = run.table(VERDICTS).assign(confidence=0.95)
+    if "ptq_sensitivities_mislead" in frame:
+        width = frame["bits"].map(bits_text)
+        frame = frame.assign(
+            claim="Sensitivities measured before training mislead: " + width,
+            subject=width,
+            verdict=frame["ptq_sensitivities_mislead"],
+            effect=frame["gain"],
+            effect_name="gain of Spearman’s ρ",
+            n=run.table("truth")["layer"].nunique(),
+            n_of="layers",
+            test="bootstrap over layers",
+            rule=_SENSITIVITY_RULE,
+        )
+    elif "beats_uniform" in frame:
+        metric = frame["target"].replace("fid", fid_name(run))
+        bits = frame["budget"].map("{:g} bits".format)
+        frame = frame.assign(
+            claim=frame["candidate"] + f" beats {UNIFORM} at a mean of " + bits + ": " + metric,
+            subject=frame["candidate"] + f" over {UNIFORM}, " + bits + ", " + metric,
+            verdict=frame["beats_uniform"].where(frame["seeds"] > 1, "not judged"),
+            effect=frame["ratio_of_means"],
+            effect_name="ratio of mean " + metric,
+            n=frame["seeds"],
+            n_of="training seeds",
+            test="worst seed against best",
+            rule=_ALLOCATION_RULE,
+        )
+    elif not is_verdicts(frame):
+        frame = frame.iloc[:0]
+    return frame.reindex(columns=[*COLUMNS])
+
+
+def fid_name(run: RunData) -> str:
+    """What a run of study allocation calls its FID, "fid" without any."""
+    return next((str(n) for n in run.table("trials") if stem(str(n)) == "fid"), "fid")
 
 
 def bits_text(bits: object) -> str:
@@ -43,61 +119,27 @@ def bits_text(bits: object) -> str:
     return "all bit widths" if bits == "all" else plural(int(str(bits)), "bit")
 
 
-def stacked(runs: Sequence[RunData], table: str) -> pd.DataFrame:
-    """A table of several runs, whole, with the run's id in front."""
-    frames = {run.id: run.table(table) for run in runs}
-    return pd.concat(frames, names=["run"]).reset_index(level="run").reset_index(drop=True)
+def limits(low: pd.Series, high: pd.Series, thresholds: Sequence[float]) -> pd.Series:
+    """`[low to high]` of every row, "" where there is no interval."""
+    pairs = zip(low, high, strict=True)
+    texts = ["" if math.isnan(a + b) else interval_text(a, b, thresholds) for a, b in pairs]
+    return pd.Series(texts, low.index, dtype=object)
 
 
-def sensitivity_claims(run: RunData) -> list[Claim]:
-    """The verdicts of a run of study sensitivity, of any version."""
-    if not is_older(run):
-        return claims_of([run])
-    layers = run.table("truth")["layer"].nunique()
-    rows = run.table(VERDICTS).replace({np.nan: None}).to_dict("records")
-    verdicts = [
-        Verdict(
-            claim=f"Sensitivities measured before training mislead: {bits_text(row['bits'])}",
-            subject=bits_text(row["bits"]),
-            verdict=str(row["ptq_sensitivities_mislead"]),
-            effect=row["gain"],
-            effect_name="gain of Spearman’s ρ",
-            low=row["low"],
-            high=row["high"],
-            n=layers,
-            n_of="layers",
-            test="bootstrap over layers",
-            p_value=None,
-        )
-        for row in rows
-    ]
-    return [Claim(verdict, run.title, run.href) for verdict in verdicts]
+def interval_dots(axes: Axes, ends: pd.DataFrame, row: str, hue: str, **look: Any) -> None:
+    """A dot and its interval per row of the axis: estimate and limits are three rows of `ends`."""
+    sns.pointplot(
+        ends, x="value", y=row, hue=hue, ax=axes, estimator="median", errorbar=("pi", 100),
+        linestyle="none", markersize=4, legend=False, **look,
+    )  # fmt: skip
 
 
-def allocation_claims(run: RunData) -> list[Claim]:
-    """The verdicts of a run of study allocation, of any version.
-
-    Version 1 judged one training seed, too; that is "not judged" here, as in version 2.
-    """
-    if not is_older(run):
-        return claims_of([run])
-    fid = next((str(n) for n in run.table("trials") if stem(str(n)) == "fid"), "fid")
-    rows = run.table(VERDICTS).replace({"target": {"fid": fid}}).to_dict("records")
-    verdicts = [
-        Verdict(
-            claim=f"{row['candidate']} beats {UNIFORM} at a mean of {row['budget']:g} bits: "
-            f"{row['target']}",
-            subject=f"{row['candidate']} over {UNIFORM}, {row['budget']:g} bits, {row['target']}",
-            verdict=str(row["beats_uniform"]) if row["seeds"] > 1 else "not judged",
-            effect=float(row["ratio_of_means"]),
-            effect_name=f"ratio of mean {row['target']}",
-            low=None,
-            high=None,
-            n=int(row["seeds"]),
-            n_of="training seeds",
-            test="worst seed against best",
-            p_value=None,
-        )
-        for row in rows
-    ]
-    return [Claim(verdict, run.title, run.href) for verdict in verdicts]
+def heat_panel(
+    name: str, alt: str, title: str, frame: pd.DataFrame, edges: Sequence[float], label: str,
+    texts: pd.DataFrame | bool, x: str = "",
+) -> Picture:  # fmt: skip
+    """A heat map as a panel of its own; `x` labels its columns."""
+    with panel(name, alt, height=1.25 + 0.22 * len(frame), title=title) as drawn:
+        heat(frame, drawn.axes, edges, label, texts=texts)
+        drawn.axes.set(xlabel=x, ylabel="")
+    return drawn.picture

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 
 from reports.loading import RunData
 from reports.page import Block, Figures, Fold
-from reports.text import percent, plural, significant
+from reports.text import fixed, percent, plural, significant
 from robuq_bench.figures import Picture, colour, heat, log_axis, panel, points
 from robuq_bench.normality.names import VERDICT_LIMIT as LIMIT
 
@@ -138,12 +140,40 @@ def distances(run: RunData, subject: str) -> Iterator[Figures]:
         drawn.axes.set(xlabel="L₃ of the token", ylabel="distance to normal")
         log_axis(drawn.axes, "x")
         log_axis(drawn.axes, "y")
+    kinds = dict(zip("real " + bound["layer_type"].unique(), marks.values(), strict=False))
     yield Figures(
-        [drawn.picture],
+        [drawn.picture, *_decay(run, kinds)],
         "Greatest distance between the distribution function of one coordinate under random signs "
-        "and the normal one: exact, one mark per token, and the Berry–Esseen bound 0.56·L₃ (grey).",
+        "and the normal one. First, exact, one mark per token, and the Berry–Esseen bound 0.56·L₃ "
+        "(grey). Second, median by width for parts of real tokens and for controls (grey), with "
+        "falls as 1/√d (dashed), which the bound promises, and as 1/d (dotted), which symmetric "
+        "sums can reach.",
         [("rotated", f"{_TYPE_MARKS[mark]} {place}") for place, mark in marks.items()],
     )
+
+
+def _decay(run: RunData, kinds: Mapping[str, str]) -> Iterator[Picture]:
+    """The distance by width; `kinds` are the marks of real tokens by their source."""
+    frame = run.table("decay").rename(columns={"exact_distance_median": "distance"})
+    if frame.empty:
+        return
+    slopes = run.table("decay_slopes").to_dict("records")
+    alt = "; ".join(f"{row['source']} falls as d^{fixed(row['slope'], 2)}" for row in slopes)
+    is_real = frame["source"].isin(kinds)
+    widths = np.sort(frame["width"].unique())
+    start = frame.loc[frame["width"] == widths[0], "distance"].median()
+    with panel(f"normality-decay-{run.anchor}", f"Distance by width: {alt}", height=2.6) as drawn:
+        same: dict[str, Any] = {"x": "width", "y": "distance", "ax": drawn.axes, "legend": False}
+        grey, blue = same | {"color": colour("reference")}, same | {"color": colour("rotated")}
+        sns.lineplot(frame[~is_real], units="source", estimator=None, linewidth=0.9, **grey)
+        sns.lineplot(frame[is_real], style="source", markers=kinds, dashes=False, **blue)
+        for power, dash in ((0.5, "--"), (1.0, ":")):
+            fall = {"width": widths, "distance": start * (widths / widths[0]) ** -power}
+            sns.lineplot(pd.DataFrame(fall), linestyle=dash, **grey)
+        drawn.axes.set(xlabel="width d of the token", ylabel="distance to normal")
+        log_axis(drawn.axes, "x")
+        log_axis(drawn.axes, "y")
+    yield drawn.picture
 
 
 def examples(run: RunData, subject: str) -> Iterator[Block]:

@@ -281,7 +281,7 @@ def evidence(verdict: Verdict) -> str:
     if verdict.effect is not None:
         text = f"{verdict.effect_name} {significant(verdict.effect)}"
         if verdict.low is not None and verdict.high is not None:
-            text += f" {interval_text(verdict.low, verdict.high, (0.0, 1.0, verdict.effect))}"
+            text += f" {interval_text(verdict.low, verdict.high)}"
         parts.append(text)
     if verdict.n:
         units = verdict.n_of if verdict.n > 1 else verdict.n_of.removesuffix("s")

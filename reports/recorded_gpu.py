@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -53,10 +52,6 @@ class RecordedRun(RunData):
         text = io.StringIO(self.cells[name])
         return pd.read_csv(text, keep_default_na=False, na_values=[""])
 
-    def read_output(self, relative: str) -> bytes | None:
-        """None: a record holds tables and nothing else."""
-        return None
-
 
 def read_records(folder: Path | None = None) -> list[RecordedRun]:
     """Every recorded run below `folder` (default: `FOLDER`), by device and file name.
@@ -69,11 +64,10 @@ def read_records(folder: Path | None = None) -> list[RecordedRun]:
 
 def recorded_section(run: RecordedRun, shown: Section) -> Section:
     """What the study's module shows of a recorded run, as a section apart from the runs at hand."""
-    session = run.manifest["sessions"][-1]
-    gpu, packages, code = (section(run.provenance, part) for part in ("gpu", "packages", "code"))
+    gpu, packages, code = (run.provenance[part] for part in ("gpu", "packages", "code"))
     lead = (
-        f"Run {run.id}, finished {session['end']} on {run.device}; kept by the project, of another "
-        "machine and often of other code than the runs of this report, and mixed with none of them."
+        f"Run {run.id}, finished {run.manifest['sessions'][-1]['end']} on {run.device}: another "
+        "machine and often other code than of the runs of this report; mixed with none of them."
     )
     facts = [f"{name}: {gpu.get(name) or 'not recorded'}" for name in _FACTS]
     facts += [f"{name}: {packages.get(name, 'not installed')}" for name in _VERSIONS]
@@ -93,35 +87,34 @@ def recorded_section(run: RecordedRun, shown: Section) -> Section:
     )
 
 
+def no_record(path: Path, error: Exception) -> CheckpointError:
+    """What to raise for a file that cannot be read or shown."""
+    return CheckpointError(
+        f"{path} is not a recorded GPU result ({type(error).__name__}: {error}); write it again "
+        "with python -m robuq_bench.measuring.record, or delete it"
+    )
+
+
 def _read(path: Path) -> RecordedRun:
     try:
-        return _run(path, json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        config = dict(document["config"])
+        if config["study"] != document["study"]:
+            raise ValueError(f"its config is of study {config['study']}")
+        places = {"gpu": "device", "packages": "packages", "code": "code"}
+        provenance = {part: dict(document[place]) for part, place in places.items()}
+        return RecordedRun(
+            path=path,
+            id=str(document["run"]),
+            config=config,
+            plan=read_plan(config["plan"], section(config["workload"], "model")),
+            manifest={"sessions": [{"end": document["finished"], "provenance": provenance}]},
+            records=(),
+            finished=True,
+            cells={
+                name: pd.DataFrame(rows, dtype=object).to_csv(index=False)
+                for name, rows in document["tables"].items()
+            },
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is not a recorded GPU result ({type(error).__name__}: {error}); write it "
-            "again with python -m robuq_bench.measuring.record, or delete it"
-        ) from error
-
-
-def _run(path: Path, document: Mapping[str, Any]) -> RecordedRun:
-    config = dict(document["config"])
-    provenance = {
-        "gpu": {"name": document["device"]["name"], **document["device"]},
-        "packages": dict(document["packages"]),
-        "code": dict(document["code"]),
-    }
-    if config["study"] != document["study"]:
-        raise ValueError(f"its config is of study {config['study']}")
-    return RecordedRun(
-        path=path,
-        id=str(document["run"]),
-        config=config,
-        plan=read_plan(config["plan"], section(config["workload"], "model")),
-        manifest={"sessions": [{"end": document["finished"], "provenance": provenance}]},
-        records=(),
-        finished=True,
-        cells={
-            name: pd.DataFrame(rows, dtype=object).to_csv(index=False)
-            for name, rows in document["tables"].items()
-        },
-    )
+        raise no_record(path, error) from error

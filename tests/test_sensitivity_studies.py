@@ -353,7 +353,8 @@ def test_few_seeds_and_diverged_training_are_not_judged() -> None:
 
 
 def gain_row(bits: Any, gain: float, low: float, high: float, **other: Any) -> dict[str, Any]:
-    fixed = {"metric": "epsilon_mse", "resamples": 20_000, "seed_agreement": 0.8}
+    fixed = {"metric": "epsilon_mse", "resamples": 20_000, "seed_agreement": 0.8,
+             "steps_before": 0, "steps_after": 200}  # fmt: skip
     p_values = {"p_none": 1e-4, "p_small": 1e-4}
     return {"bits": bits, "gain": gain, "low": low, "high": high, **fixed, **p_values, **other}
 
@@ -366,6 +367,7 @@ def test_sensitivity_words_follow_the_interval_the_seeds_and_the_family() -> Non
         gain_row(4, 0.05, -0.1, 0.2, p_none=0.3, p_small=0.9),
         gain_row(5, 0.2, 0.01, 0.3, p_none=0.03),
         gain_row("all", 0.0, -0.1, 0.04, p_small=0.04),
+        gain_row(6, 0.0, 0.0, 0.0, steps_after=0),
         gain_row(1, 0.9, 0.8, 1.0, metric="fisher"),
     ]
     found = {v.subject: v for v in sensitivity_tables.judge(rows, layers=16)}
@@ -376,6 +378,7 @@ def test_sensitivity_words_follow_the_interval_the_seeds_and_the_family() -> Non
         "3 bits": "not judged",
         "4 bits": "undecided",
         "5 bits": "undecided",
+        "6 bits": "not judged",
     }
     assert found["5 bits"].p_adjusted == pytest.approx(0.09)
     assert found["3 bits"].p_value is None

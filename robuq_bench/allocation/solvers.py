@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from robuq_bench.allocation.costs import mac_cost
 from robuq_bench.allocation.heuristics import greedy, uniform
-from robuq_bench.allocation.problem import Allocation, Problem
+from robuq_bench.allocation.problem import Allocation, Problem, Sensitivities, allocation_problem
 from robuq_bench.allocation.programming import lagrangian, mixed_integer
 from robuq_bench.allocation.search import evolutionary_search, random_search
 from robuq_bench.allocation.table import exact
@@ -35,3 +36,17 @@ def solve(problem: Problem, solver: str, *, seed: int = 0) -> Allocation:
     if solver not in SOLVERS:
         raise UsageError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)}")
     return SOLVERS[solver](problem, seed)
+
+
+def optimal_bits(values: Sensitivities, macs: Mapping[str, int], budget: float) -> dict[str, int]:
+    """Bits with the least sum of `values`, which may lie below 0, at a mean of `budget` bits.
+
+    Raises:
+        UsageError: as of `allocation_problem`.
+    """
+    # What all bits of a layer share changes no choice, and solvers take nothing below 0.
+    above = {
+        layer: {bits: value - min(by_bits.values()) for bits, value in by_bits.items()}
+        for layer, by_bits in values.items()
+    }
+    return exact(allocation_problem(above, macs, [mac_cost(macs, budget)])).bits_by_layer

@@ -10,6 +10,7 @@ from robuq_bench.sensitivity.agreement import (
     agreement_gain,
     rank_agreement,
     recovered_layers,
+    seed_agreement,
 )
 from robuq_bench.sensitivity.calibration import (
     CalibrationBatch,
@@ -57,5 +58,6 @@ __all__ = [
     "output_nsr",
     "rank_agreement",
     "recovered_layers",
+    "seed_agreement",
     "timestep_buckets",
 ]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from robuq_bench.errors import RobuqError, UsageError, suggest
+from robuq_bench.statistics.bootstrap import bootstrap_p_value
 
 Array = npt.NDArray[np.float64]
 #: (x [n], y [n], counts [R, n]) -> [R].
@@ -127,6 +128,28 @@ def agreement_gain(
     return _estimate(point, resampled, confidence, nulls)
 
 
+def seed_agreement(
+    by_seed: Mapping[str, Mapping[int, Sequence[float]]], *, bits: int | None = None
+) -> list[tuple[float | None, float | None]]:
+    """ρ and τ_b of each seed's values with the mean of the other seeds; none of one seed alone.
+
+    Args:
+        by_seed: {layer: {bits: [a value per seed]}}; a seed that some cell lacks is not compared.
+        bits: as of `rank_agreement`, as are errors.
+    """
+    seeds = min(len(values) for by_bits in by_seed.values() for values in by_bits.values())
+    found = []
+    for seed in range(seeds if seeds > 1 else 0):
+        one, others = {}, {}
+        for layer, by_bits in by_seed.items():
+            one[layer] = {b: float(values[seed]) for b, values in by_bits.items()}
+            rest = {b: np.delete(values, seed) for b, values in by_bits.items()}
+            others[layer] = {b: float(np.mean(values)) for b, values in rest.items()}
+        agreement = rank_agreement(one, others, bits=bits, resamples=1)
+        found.append((agreement.spearman.value, agreement.kendall.value))
+    return found
+
+
 def _draw(layers: int, resamples: int, seed: int) -> npt.NDArray[np.int64]:
     """How often each layer is drawn in each resample, [resamples, layers]."""
     generator = np.random.default_rng(seed)
@@ -182,8 +205,7 @@ def _estimate(
         return Estimate(None, None, None)
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
-    tails = [min((defined <= null).sum(), (defined >= null).sum()) for null in nulls]
-    p_values = tuple(min(1.0, float(2 * (t + 1) / (defined.size + 1))) for t in tails)
+    p_values = tuple(bootstrap_p_value(defined, null) for null in nulls)
     return Estimate(float(point[0]), float(low), float(high), p_values)
 
 

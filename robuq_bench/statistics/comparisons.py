@@ -23,6 +23,7 @@ from statsmodels.stats.multitest import multipletests
 
 from robuq_bench.errors import UsageError
 from robuq_bench.seeds import seeded
+from robuq_bench.statistics.bootstrap import bootstrap_p_value
 from robuq_bench.statistics.verdicts import Verdict
 
 Floats = NDArray[np.float64]
@@ -337,12 +338,10 @@ def paired_bootstrap(
         confidence_level=confidence,
         random_state=np.random.default_rng(seeded("paired-bootstrap", seed)),
     )
-    drawn = found.bootstrap_distribution
-    tail = min(int((drawn <= null).sum()), int((drawn >= null).sum()))
     interval = found.confidence_interval
     return PairedBootstrap(
         float(effect(*data)),
         float(interval.low),
         float(interval.high),
-        min(1.0, 2 * (tail + 1) / (draws + 1)),
+        bootstrap_p_value(found.bootstrap_distribution, null),
     )

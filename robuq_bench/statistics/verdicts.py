@@ -160,6 +160,8 @@ def interval_text(low: float, high: float, thresholds: Sequence[float] = (0.0, 1
     if not low <= high:
         raise ValueError(f"an interval goes from low to high, got {low} and {high}")
     limits = [limit for limit in (low, high) if math.isfinite(limit)]
+    if len(limits) == 2 and high - low > 1e-4 * max(map(abs, limits)):
+        thresholds = (*thresholds, (low + high) / 2)
     decimals = max((_decimals_of_two_digits(limit) for limit in limits), default=0)
     while not all(_same_side(limit, f"{limit:.{decimals}f}", thresholds) for limit in limits):
         decimals += 1

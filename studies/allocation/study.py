@@ -16,6 +16,7 @@ bucket, whose mean over the sampling steps meets the same budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -55,8 +56,10 @@ VERSION = "3"
 SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."
 RULE = (
     "Every candidate is compared with uniform at the same budget, and qat (AMPN) with ptq, on the "
-    "distillation loss and on FID, lower being better. " + comparisons.RULE + " All comparisons of "
-    "a run are one family."
+    "distillation loss and on FID, lower being better. "
+    + comparisons.RULE
+    + " Nor are comparisons "
+    "with a network whose metric is not a number above 0. All comparisons of a run are one family."
 )
 
 
@@ -117,10 +120,8 @@ def measure_sensitivities(
         for name, (metric, after) in SOURCES.items():
             if after == after_training:
                 function = METRICS[metric].bind(bound)
-                measure_once(
-                    f"source/{name}",
-                    lambda f=function: f(model, layers, options.choices, batches),  # type: ignore[misc]
-                )
+                measured = partial(function, model, layers, options.choices, batches)
+                measure_once(f"source/{name}", measured)
 
     measure_all(after_training=False)
     wanted = [f"source/{name}" for name, (_, after) in SOURCES.items() if after]

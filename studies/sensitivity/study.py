@@ -46,20 +46,28 @@ from robuq_bench.sensitivity.epsilon import mean_squared_error
 from robuq_bench.sensitivity.probing import predict
 from robuq_bench.trials import Judge, check_choices, make_judge
 from studies.sensitivity.settings import Settings
-from studies.sensitivity.tables import MAIN_METRIC, metric_table, summarise
+from studies.sensitivity.tables import (
+    MAIN_METRIC,
+    MIN_RELIABILITY,
+    MIN_RESAMPLES,
+    NO_GAIN,
+    metric_table,
+    summarise,
+)
 from studies.sensitivity.truth import measure_truth
 
 VERSION = "3"
 SUMMARY = "Do sensitivities of the post-training-quantized model mislead? Metrics against training."
 RULE = (
-    "At each bit width of the truth, and over all, G is Spearman's ρ of epsilon_mse with the "
+    f"At each bit width of the truth, and over all, G is Spearman's ρ of {MAIN_METRIC} with the "
     "increase of the distillation loss after the last of qat_steps, minus the same before "
-    "training, with its 95 % interval from 20,000 resamples of layers. “Sensitivities measured "
-    "before training mislead” holds if the interval lies above 0, does not hold if it lies below "
-    "0.05 (training improves the order by less than that), and is undecided otherwise. Not judged "
-    "where one seed's truth agrees with the mean of the others by a mean ρ below 0.3. The verdicts "
-    "of a run are one family: to hold or not must also survive Holm's correction of the "
-    "bootstrap's p-values, of a gain of 0 and of 0.05."
+    f"training, with its 95 % interval from at least {MIN_RESAMPLES:,} resamples of layers. "
+    "“Sensitivities measured before training mislead” holds if the interval lies above 0, else "
+    f"does not hold if it lies below {NO_GAIN} (training improves the order by less than that), "
+    "and is undecided otherwise. Not judged where one seed's truth agrees with the mean of the "
+    f"others by a mean ρ below {MIN_RELIABILITY}, or has no others, or where nothing was measured "
+    "after training. The verdicts of a run are one family: to hold or not must also survive Holm's "
+    f"correction of the bootstrap's p-values, of a gain of 0 and of {NO_GAIN}."
 )
 
 

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 
 from robuq_bench.accounting.structure import dit_layer_macs
-from robuq_bench.allocation import allocation_problem, mac_cost, solve
+from robuq_bench.allocation import optimal_bits
 from robuq_bench.config import Config
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
-from robuq_bench.sensitivity import METRICS, agreement_gain, rank_agreement, recovered_layers
+from robuq_bench.sensitivity import (
+    METRICS,
+    agreement_gain,
+    rank_agreement,
+    recovered_layers,
+    seed_agreement,
+)
 from robuq_bench.statistics.comparisons import judge_family
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
 from studies.sensitivity.settings import Settings
@@ -39,7 +45,7 @@ def metric_table(run: Run, steps: int, metric: str) -> Table:
     }
 
 
-def summarise(config: Config, run: Run, rule: str) -> list[dict[str, Any]]:
+def summarise(config: Config, run: Run, rule: str) -> Rows:
     """Write the tables from the run's records, and return the headline.
 
     `rule` is what verdicts are given by, as text.
@@ -53,50 +59,60 @@ def summarise(config: Config, run: Run, rule: str) -> list[dict[str, Any]]:
         }
         for target, by_layer in differences.items()
     }
-    run.write_table("truth", truth_rows(differences))
+    main = truth[MAIN_TARGET]
+    agreement = [
+        {
+            "steps": steps,
+            "metric": metric,
+            "target": target,
+            **agreement_fields(config, metric_table(run, steps, metric), by_layer, bits),
+        }
+        for steps in options.qat_steps
+        for metric in METRICS
+        for target, by_layer in truth.items()
+        for bits in (*options.truth_bits, None)
+    ]
     ceiling = ceiling_rows(differences, options.truth_bits)
-    if ceiling:
-        run.write_table("ceiling", ceiling)
-    metric_rows, agreement_rows = [], []
-    for steps in options.qat_steps:
-        for metric in METRICS:
-            table = metric_table(run, steps, metric)
-            for layer, by_bits in table.items():
-                for bits, value in by_bits.items():
-                    fields = {"steps": steps, "metric": metric, "layer": layer}
-                    kind = layer_type(layer)
-                    metric_rows.append({**fields, "layer_type": kind, "bits": bits, "value": value})
-            for target, by_layer in truth.items():
-                for width in (*options.truth_bits, None):
-                    agreement_rows.append(
-                        {
-                            "steps": steps,
-                            "metric": metric,
-                            "target": target,
-                            **agreement_fields(config, table, by_layer, width),
-                        }
-                    )
-    run.write_table("metrics", metric_rows)
-    run.write_table("agreement", agreement_rows)
-    gains = gain_rows(config, run, truth[MAIN_TARGET], ceiling)
-    run.write_table("gains", gains)
-    run.write_table("verdicts", verdict_rows(judge(gains, len(truth[MAIN_TARGET])), rule))
-    regret = regret_rows(config, run, truth[MAIN_TARGET])
-    if regret:
-        run.write_table("regret", regret)
-    recovered = recovered_rows(config, run, truth[MAIN_TARGET])
-    if recovered:
-        run.write_table("recovered", recovered)
-    run.write_table("timesteps", timestep_rows(run))
-    interactions = interaction_rows(run)
-    if interactions:
-        run.write_table("interactions", interactions)
-    headline = []
-    for row in agreement_rows:
-        if row["target"] == MAIN_TARGET and row["bits"] == "all":
-            names = ("metric", "steps", "spearman", "spearman_low", "spearman_high", "kendall")
-            headline.append({name: row[name] for name in names})
-    return headline
+    gains = gain_rows(config, run, main, ceiling)
+    tables = {
+        "truth": truth_rows(differences),
+        "ceiling": ceiling,
+        "metrics": metric_rows(config, run),
+        "agreement": agreement,
+        "gains": gains,
+        "verdicts": verdict_rows(judge(gains, len(main)), rule),
+        "regret": regret_rows(config, run, main),
+        "recovered": recovered_rows(config, run, main),
+        "timesteps": timestep_rows(run),
+        "interactions": interaction_rows(run),
+    }
+    for name, rows in tables.items():
+        if rows:
+            run.write_table(name, rows)
+    names = ("metric", "steps", "spearman", "spearman_low", "spearman_high", "kendall")
+    return [
+        {name: row[name] for name in names}
+        for row in agreement
+        if row["target"] == MAIN_TARGET and row["bits"] == "all"
+    ]
+
+
+def metric_rows(config: Config, run: Run) -> Rows:
+    """One row per number of steps, metric, layer and bits."""
+    return [
+        {
+            "steps": steps,
+            "metric": metric,
+            "layer": layer,
+            "layer_type": layer_type(layer),
+            "bits": bits,
+            "value": value,
+        }
+        for steps in config.settings_of(Settings).qat_steps
+        for metric in METRICS
+        for layer, by_bits in metric_table(run, steps, metric).items()
+        for bits, value in by_bits.items()
+    ]
 
 
 def agreement_fields(
@@ -138,6 +154,8 @@ def judge(gains: Rows, layers: int) -> list[Verdict]:
         agreement = row["seed_agreement"]
         if row["gain"] is None:
             word, note = "not judged", "Spearman's ρ is not defined"
+        elif row["steps_after"] == row["steps_before"]:
+            word, note = "not judged", "nothing was measured after training"
         elif agreement is None or agreement < MIN_RELIABILITY:
             known = "unknown" if agreement is None else f"ρ {agreement:.2f}"
             word, note = "not judged", f"agreement of training seeds: {known}"
@@ -221,7 +239,7 @@ def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
 
 def truth_rows(
     differences: Mapping[str, Mapping[str, Mapping[int, list[float]]]],
-) -> list[dict[str, Any]]:
+) -> Rows:
     """One row per target, layer and bits: mean and spread over seeds of the paired increase."""
     return [
         {
@@ -241,32 +259,20 @@ def truth_rows(
 
 def ceiling_rows(
     differences: Mapping[str, Mapping[str, Mapping[int, list[float]]]], truth_bits: tuple[int, ...]
-) -> list[dict[str, Any]]:
+) -> Rows:
     """How well each seed's truth orders layers as the mean of the other seeds."""
-    rows = []
-    for target, by_layer in differences.items():
-        seeds = min(len(values) for by_bits in by_layer.values() for values in by_bits.values())
-        for left_out in range(seeds if seeds > 1 else 0):
-            one: Table = {}
-            rest: Table = {}
-            for layer, by_bits in by_layer.items():
-                one[layer] = {bits: values[left_out] for bits, values in by_bits.items()}
-                rest[layer] = {
-                    bits: float(np.mean([v for i, v in enumerate(values) if i != left_out]))
-                    for bits, values in by_bits.items()
-                }
-            for bits in (*truth_bits, None):
-                found = rank_agreement(one, rest, bits=bits, resamples=1)
-                rows.append(
-                    {
-                        "target": target,
-                        "bits": "all" if bits is None else bits,
-                        "seed": left_out,
-                        "spearman": found.spearman.value,
-                        "kendall": found.kendall.value,
-                    }
-                )
-    return rows
+    return [
+        {
+            "target": target,
+            "bits": "all" if bits is None else bits,
+            "seed": seed,
+            "spearman": spearman,
+            "kendall": kendall,
+        }
+        for target, by_layer in differences.items()
+        for bits in (*truth_bits, None)
+        for seed, (spearman, kendall) in enumerate(seed_agreement(by_layer, bits=bits))
+    ]
 
 
 def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
@@ -284,11 +290,8 @@ def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
     whole = {layer: {own: 0.0, **by_bits} for layer, by_bits in truth.items()}
 
     def best(table: Table, budget: float) -> dict[str, int]:
-        # What all bits of a layer share changes no choice, and solvers take nothing below 0.
-        least = {layer: min(table[layer][b] for b in widths) for layer in truth}
-        narrowed = {layer: {b: table[layer][b] - least[layer] for b in widths} for layer in truth}
-        problem = allocation_problem(narrowed, macs, [mac_cost(macs, budget)])
-        return solve(problem, "exact").bits_by_layer
+        narrowed = {layer: {bits: table[layer][bits] for bits in widths} for layer in truth}
+        return optimal_bits(narrowed, macs, budget)
 
     rows = []
     for budget in widths[1:-1]:
@@ -302,7 +305,7 @@ def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
     return rows
 
 
-def recovered_rows(config: Config, run: Run, truth: Table) -> list[dict[str, Any]]:
+def recovered_rows(config: Config, run: Run, truth: Table) -> Rows:
     """Layers that the metric before training puts among the worst and the truth does not."""
     options = config.settings_of(Settings)
     before = metric_table(run, 0, MAIN_METRIC)
@@ -313,7 +316,7 @@ def recovered_rows(config: Config, run: Run, truth: Table) -> list[dict[str, Any
     ]
 
 
-def timestep_rows(run: Run) -> list[dict[str, Any]]:
+def timestep_rows(run: Run) -> Rows:
     """The main metric by timestep bucket, low t (little noise) first."""
     return [
         {
@@ -332,7 +335,7 @@ def timestep_rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def interaction_rows(run: Run) -> list[dict[str, Any]]:
+def interaction_rows(run: Run) -> Rows:
     """Predicted and actual change of every pair and whole allocation."""
     names = ("steps", "layers", "mean_bits", "predicted", "actual")
     return [

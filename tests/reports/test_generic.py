@@ -82,6 +82,24 @@ def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
     assert "The first 200 of 240 rows" in page.text
 
 
+def test_units_ranges_and_what_is_alike_are_printed_for_readers(tmp_path: Path) -> None:
+    rows = [
+        {"layer": layer, "peak_bytes": 2048 * n, "share_of_ceiling": 0.125 * n, "gb_s": 1500.0 * n,
+         "fid": 0.5 * n, "fid_min": 0.4 * n, "fid_max": 0.5 * n + 0.1, "basis": "exact"}
+        for n, layer in enumerate(("qkv", "proj"), start=1)
+    ]  # fmt: skip
+    with Run.open(tmp_path / "runs", resolve("my-question", "1", "a2", "digits", 0), []) as run:
+        run.write_table("costs", rows)
+        run.finish()
+    table = parse(build_report([run.path], tmp_path / "report.html")).table("costs of a2")
+    assert [cell.text for cell in table.head] == [
+        *("layer", "peak_bytes", "share_of_ceiling", "gb_s", "fid")
+    ]
+    cells = [(cell.text, cell.small) for cell in table.rows[1]]
+    assert cells[1:4] == [("4 KiB", ""), ("25 %", ""), ("3000", "")]
+    assert cells[4] == ("1.00", "[0.80–1.10]")
+
+
 def test_every_section_says_what_it_asks_and_what_it_writes() -> None:
     found = section_modules()
     assert "packed" in found

@@ -64,7 +64,8 @@ def test_variants_print_the_run(tmp_path: Path, parse_page: Callable[[Path], Any
     assert (fid.text, fid.small) == ("0.75", "[0.64–0.88]")
     # What the trained student weighs is the FP32 size that the factors are of.
     assert shown.cell("trained", "file").text == "5.72 MiB"
-    assert page.table("Metrics of a2").cell("int8", "is_digits").text == "9.00"
+    metric = page.table("packed of a2").cell("int8", "is_digits")
+    assert (metric.text, metric.small) == ("9.00", "[8.50–9.50]")
     labels = [attributes.get("aria-label", "") for _, attributes in page.tags]
     assert any("trained 0.50; reference 0.50; int8 0.75" in label for label in labels)
 

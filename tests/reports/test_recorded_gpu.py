@@ -142,6 +142,28 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path, text: str) -> None:
         recorded_gpu.read_records(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("kernels", [{"kernel": 1}]),  # no column that the section reads
+        ("kernels", []),
+        ("verdicts", [{"claim": "fast", "verdict": "perhaps"}]),
+    ],
+)
+def test_a_record_that_its_section_cannot_show_is_named(
+    tmp_path: Path, recorded: Path, fabricate: Any, name: str, rows: list[Row]
+) -> None:
+    fabricate.run("a4")
+    (path,) = recorded.glob("*/kernels-*.json")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if name == "verdicts":
+        rows = [{**document["tables"][name][0], **rows[0]}]
+    document["tables"][name] = rows
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{path.name} is not a recorded GPU result"):
+        build_report([fabricate.root], tmp_path / "report.html")
+
+
 def test_tables_read_as_those_of_the_run(recorded: Path, tmp_path: Path) -> None:
     found = {run.study: run for run in recorded_gpu.read_records()}
     for name in ("kernels", "roofline", "verdicts"):

@@ -14,6 +14,7 @@ from robuq_bench.sensitivity.agreement import (
     kendall,
     rank_agreement,
     recovered_layers,
+    seed_agreement,
     spearman,
 )
 
@@ -190,3 +191,19 @@ def test_gain_is_the_difference_of_two_agreements_on_the_same_resamples() -> Non
     assert 0 < gain.low < gain.value < gain.high
     none = agreement_gain(near, near, truth, bits=2, resamples=100)
     assert (none.value, none.low, none.high) == (0.0, 0.0, 0.0)
+
+
+def test_seeds_agree_as_scipy_says_of_one_and_the_mean_of_the_others() -> None:
+    values = np.random.default_rng(4).normal(size=(9, 2, 3))  # layers, widths, seeds
+    by_seed = {
+        f"l{i}": {b + 1: [*row] for b, row in enumerate(rows)} for i, rows in enumerate(values)
+    }
+    for bits, part in ((2, values[:, 1:]), (None, values)):
+        found = seed_agreement(by_seed, bits=bits)
+        for seed, (rho, tau) in enumerate(found):
+            one, others = part[..., seed].ravel(), np.delete(part, seed, axis=2).mean(2).ravel()
+            assert rho == pytest.approx(stats.spearmanr(one, others).statistic)
+            assert tau == pytest.approx(stats.kendalltau(one, others).statistic)
+        assert len(found) == 3
+    alone = {layer: {b: v[:1] for b, v in row.items()} for layer, row in by_seed.items()}
+    assert seed_agreement(alone) == []
