@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from reports import generic
 from reports.loading import LeftOut, RunData, find_runs, leave_out
 from reports.page import Section, Sheet, claims_sheet, evidence
-from reports.provenance import left_out_sheet, machines_of, run_card, unfinished_sheet
+from reports.provenance import left_out_sheet, machines_of, run_cards, unfinished_sheet
 from reports.recorded_gpu import RecordedRun, no_record, read_records, recorded_section
 from reports.text import NOT_RUN, Phrase, plural
 from robuq_bench.errors import CheckpointError, UsageError
@@ -167,7 +167,7 @@ def _write(
             checklists=_checklists({**sections, **kept}),
             unfinished=unfinished_sheet(runs),
             left_out=left_out_sheet(left_out),
-            runs=[run_card(run, machines) for run in finished],
+            runs=run_cards(finished, machines),
             machines=list(machines.values()),
             count=_count(runs, left_out),
         )

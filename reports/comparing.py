@@ -8,54 +8,44 @@ gain that a claim is about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy.stats import binomtest
 
 from reports.page import Claim
-from reports.protocols import TEACHER, Group, Row, row_settings
-from reports.settings import (
-    AMPN,
-    PARTIAL,
-    UNIFORM,
-    UNROTATED,
-    comparable,
-    differing,
-    section,
-    weight_precision,
-)
+from reports.protocols import Group, Row, row_settings
+from reports.settings import Family, comparable, differing, section, weight_precision
 from reports.text import fixed, listing, number
 from robuq_bench.errors import UsageError
-from robuq_bench.statistics.comparisons import (
-    CONFIDENCE,
-    MARGIN,
-    MIN_SEEDS,
-    compare_plans,
-    judge_family,
-)
-from robuq_bench.statistics.comparisons import RULE as RULE_OF_PAIRS
+from robuq_bench.statistics import comparisons
+from robuq_bench.statistics.comparisons import CONFIDENCE, MARGIN, MIN_SEEDS
 from robuq_bench.statistics.verdicts import Verdict
 
 LAYER_TYPES = ("proj", "qkv", "fc1", "fc2")
-RULE = (
-    f"{RULE_OF_PAIRS} A claim that one plan beats another holds where it is better, and does not "
-    "hold where it is worse or equivalent; the comparisons of one protocol are a family. What is "
-    "claimed of every training needs as many of them, holds where all show it, and does not hold "
-    "where none does; one that diverges, or exceeds its budget, refutes its claim."
+RULE = comparisons.RULE + (
+    " A claim that one plan beats another holds where it is better, and does not hold where it is "
+    "worse or equivalent; the comparisons of one protocol are a family. What is claimed of every "
+    "training needs as many of them, holds where all show it, and does not hold where none does; "
+    "one that diverges, or exceeds its budget, refutes its claim."
 )
 
 _BUDGET_TOLERANCE = 1e-9
+_PUBLISHED_ORDER = {2: "2.75 / 2.21 / 2.00 / 1.64", 3: "3.89 / 2.96 / 3.04 / 2.31"}
 _WORDS = {"better": "holds", "worse": "does not hold", "equivalent": "does not hold"}
 
+Pair = tuple[Row, Row]  # of which a claim says that the first is better
 
-class Pair(NamedTuple):
-    """Two rows, of which a claim says that the first is better."""
 
-    better: Row
-    worse: Row
+class Finding(NamedTuple):
+    """A claim with its verdict, or with what it needs where no run can tell."""
+
+    claim: str
+    verdict: Verdict | None
+    needs: str = ""
+    href: str = ""
 
 
 class Judged(NamedTuple):
@@ -67,58 +57,65 @@ class Judged(NamedTuple):
 
 def judge(group: Group) -> Judged:
     """The claims that runs of one protocol can support or refute, in the order of the paper."""
-    needs: dict[str, str] = {}
-    found: list[tuple[Verdict | None, Row | None]] = []
-
-    def add(claim: str, pair: Pair | None, what: str, about: str = ".rotation.") -> None:
-        if pair is None:
-            needs[claim] = what
-        else:
-            found.append((_compared(group, claim, pair, about), pair.better))
-
-    for bits in (8, 4, 3, 2):
-        pair = _nearest(group, UNIFORM, UNROTATED, bits)
-        if pair or bits != 8:
-            add(f"With {bits} activation bits, the plan with Hadamard beats the plan without",
-                pair, f"needs a rotated and an unrotated plan at {bits} bits")  # fmt: skip
-    for bits in (3, 2):
-        add(f"At a mean of {bits} bits, AMPN beats the same {bits} bits in every layer",
-            _nearest(group, AMPN, UNIFORM, bits),
-            f"needs an AMPN plan and a uniform plan at {bits} bits", about=".bits")  # fmt: skip
-    for bits in (4, 3):
-        add(f"At W1.58A{bits}, RobuQ beats BitNet v2",
-            _nearest(group, UNIFORM, PARTIAL, bits, only_ternary=True),
-            f"needs a RobuQ and a BitNet v2 plan at {bits} bits")  # fmt: skip
-    claim = "At cfg 4.0, quantized models get a lower FID than full precision (a metric anomaly)"
-    scale = float(group.evaluation.get("cfg_scale", 0))
-    anomalous = [r for r in group.rows if r.family == UNIFORM and not r.is_ptq and scale >= 4]
-    for row in anomalous:
-        add(claim, Pair(row, group.teacher) if _measured(group, row, group.teacher) else None,
-            "needs quantized plans and their teacher")  # fmt: skip
-    if not anomalous:
-        needs[claim] = f"these runs were sampled at cfg {scale:g}"
-    found += _gains(group, needs)
-    family = judge_family([verdict for verdict, _ in found if verdict is not None])
+    compared = [*_contests(group), *_anomaly(group), *_gains(group)]
+    checked = [_budget(group), _order(group, 2), _order(group, 3), _stable(group)]
+    family = comparisons.judge_family([found.verdict for found in compared if found.verdict])
+    hrefs = [found.href for found in compared if found.verdict]
     claims = [
-        Claim(_as_claim(verdict), group.title, f"#{row.anchor}" if row else "")
-        for verdict, (_, row) in zip(family, found, strict=True)
+        Claim(_as_claim(verdict), group.title, href)
+        for verdict, href in zip(family, hrefs, strict=True)
     ]
-    for claim, of_runs, what in (*_of_allocations(group), _stable(group)):
-        if of_runs is None:
-            needs[claim] = what
-        else:
-            claims.append(Claim(of_runs, group.title))
-    return Judged(claims, needs)
+    claims += [Claim(found.verdict, group.title) for found in checked if found.verdict]
+    return Judged(claims, {f.claim: f.needs for f in [*compared, *checked] if f.verdict is None})
 
 
 def mean_bits_by_type(group: Group, bits: float) -> tuple[Row, pd.DataFrame] | None:
     """Of the AMPN row at `bits`: mean activation bits, layer types × training seeds."""
-    for row in _rows(group, AMPN, bits):
+    for row in _rows(group, Family.AMPN, bits):
         by_seed = {run.seed: section(run.first("allocation"), "by_type") for run in row.runs}
         frame = pd.DataFrame({seed: dict(found) for seed, found in by_seed.items() if found})
         if not frame.empty:
             return row, frame.astype(float)
     return None
+
+
+def _contests(group: Group) -> Iterable[Finding]:
+    uniform = Family.UNIFORM
+    for bits in (8, 4, 3, 2):
+        pair = _nearest(group, uniform, Family.UNROTATED, bits)
+        if pair or bits != 8:
+            claim = f"With {bits} activation bits, the plan with Hadamard beats the plan without"
+            yield _of_pair(group, claim, pair, f"a rotated and an unrotated plan at {bits} bits")
+    for bits in (3, 2):
+        pair = _nearest(group, Family.AMPN, uniform, bits)
+        claim = f"At a mean of {bits} bits, AMPN beats the same {bits} bits in every layer"
+        needs = f"an AMPN plan and a uniform plan at {bits} bits"
+        yield _of_pair(group, claim, pair, needs, about=".bits")
+    for bits in (4, 3):
+        pair = _nearest(group, uniform, Family.PARTIAL, bits, only_ternary=True)
+        claim = f"At W1.58A{bits}, RobuQ beats BitNet v2"
+        yield _of_pair(group, claim, pair, f"a RobuQ and a BitNet v2 plan at {bits} bits")
+
+
+def _anomaly(group: Group) -> Iterable[Finding]:
+    """Every trained plan of uniform bits against its teacher, where guidance is strong."""
+    claim = "At cfg 4.0, quantized models get a lower FID than full precision (a metric anomaly)"
+    scale = float(group.evaluation.get("cfg_scale", 0))
+    rows = [r for r in group.rows if r.family == Family.UNIFORM and not r.is_ptq and scale >= 4]
+    if not rows:
+        yield Finding(claim, None, f"these runs were sampled at cfg {scale:g}")
+    for row in rows:
+        is_measured = _measured(group, row) and _measured(group, group.teacher)
+        pair = (row, group.teacher) if is_measured else None
+        yield _of_pair(group, claim, pair, "quantized plans and their teacher")
+
+
+def _of_pair(
+    group: Group, claim: str, pair: Pair | None, needs: str, about: str = ".rotation."
+) -> Finding:
+    if pair is None:
+        return Finding(claim, None, f"needs {needs}")
+    return Finding(claim, _compared(group, claim, pair, about), "", f"#{pair[0].anchor}")
 
 
 def _compared(group: Group, claim: str, pair: Pair, about: str) -> Verdict:
@@ -127,34 +124,44 @@ def _compared(group: Group, claim: str, pair: Pair, about: str) -> Verdict:
     Settings with `about` in their key are what is claimed; others that differ are noted.
     """
     a, b = pair
-    metric = group.fid or ""
-    values = group.values[(group.values["metric"] == metric) & group.values["seed_range"].notna()]
-    values = values[values["plan"].isin([a.label, b.label])]
-    if b.name == TEACHER and b is group.teacher:  # it is one model, whatever seed a plan has
+    values = _fids(group, pair)
+    note = "; ".join(f"{row.label}: {group.text(row, group.fid or '')}" for row in pair)
+    if b is group.teacher:  # it is one model, whatever seed a plan has
         seeds = values.loc[values["plan"] == a.label, ["seed"]].drop_duplicates()
-        teacher = values[values["plan"] == TEACHER].drop(columns="seed").merge(seeds, how="cross")
-        values = pd.concat([values[values["plan"] == a.label], teacher])
-    note = f"{a.label}: {group.text(a, metric)}; {b.label}: {group.text(b, metric)}"
-    others = [key for key in _differing(a, b) if about not in f".{key}"]
-    if others and b is not group.teacher:
+        is_teacher = values["plan"] == b.label
+        teacher = values[is_teacher].drop(columns="seed").merge(seeds, how="cross")
+        values = pd.concat([values[~is_teacher], teacher])
+    elif others := [key for key in _differing(a, b) if about not in f".{key}"]:
         note += f"; the two also differ in {listing(others)}"
-    return _verdict(values, claim, (a.label, b.label), metric, note)
+    return _verdict(values, claim, (a.label, b.label), group.fid or "", note)
+
+
+def _fids(group: Group, pair: Pair) -> pd.DataFrame:
+    """plan, seed, image_range, value of two rows: means, as a seed may have several runs."""
+    values = group.values[group.values["metric"] == group.fid]
+    values = values[values["plan"].isin([row.label for row in pair])]
+    keys = ["plan", "seed", "seed_range"]
+    means = values.groupby(keys, dropna=False)["value"].mean().reset_index()
+    return means.rename(columns={"seed_range": "image_range"})
 
 
 def _verdict(
     values: pd.DataFrame, claim: str, plans: tuple[str, str], metric: str, note: str
 ) -> Verdict:
-    """Judge `plans[0]` beside `plans[1]`, whose values may be of several runs of one seed."""
-    values = values.rename(columns={"seed_range": "image_range"})
-    means = values.groupby(["plan", "seed", "image_range"])["value"].mean().reset_index()
+    """Judge `plans[0]` beside `plans[1]`."""
     try:
-        found = compare_plans(means, *plans, metric)
+        found = comparisons.compare_plans(values, *plans, metric)
     except UsageError as error:
-        found = Verdict(claim=claim, subject="", verdict="not judged", effect=None,
-                        effect_name=metric, low=None, high=None, n=0, n_of="training seeds",
-                        test="none", p_value=None, note=str(error))  # fmt: skip
+        found = _plain_verdict(claim, "", "not judged", effect_name=metric, note=str(error))
     note = "; ".join(filter(None, [note, found.note]))
     return replace(found, claim=claim, subject=" against ".join(plans), note=note)
+
+
+def _plain_verdict(claim: str, subject: str, word: str, **fields: Any) -> Verdict:
+    """A verdict without effect, interval, units and test, but for what `fields` say."""
+    absent = {"effect": None, "low": None, "high": None, "p_value": None, "test": "none"}
+    nothing = {**absent, "n": 0, "n_of": "training seeds"}
+    return Verdict(claim=claim, subject=subject, verdict=word, **{**nothing, **fields})
 
 
 def _as_claim(verdict: Verdict) -> Verdict:
@@ -165,101 +172,91 @@ def _as_claim(verdict: Verdict) -> Verdict:
     return replace(verdict, verdict=word, note=note)
 
 
-def _gains(group: Group, needs: dict[str, str]) -> list[tuple[Verdict, Row | None]]:
+def _gains(group: Group) -> Iterable[Finding]:
     """Whether Hadamard gains most at 2 bits: its gain there against that at 3 and at 4 bits."""
-    pairs = {bits: _nearest(group, UNIFORM, UNROTATED, bits) for bits in (4, 3, 2)}
-    found: list[tuple[Verdict, Row | None]] = []
+    pairs = {n: _nearest(group, Family.UNIFORM, Family.UNROTATED, n) for n in (4, 3, 2)}
     for bits in (4, 3):
         claim = f"The gain by Hadamard is greater at 2 bits than at {bits}"
         two, other = pairs[2], pairs[bits]
         if two is None or other is None:
-            needs[claim] = f"needs plans with and without Hadamard at 2 and at {bits} bits"
+            needs = f"needs plans with and without Hadamard at 2 and at {bits} bits"
+            yield Finding(claim, None, needs)
             continue
-        gains = {f"{width} bits": _ratios(group, pair) for width, pair in ((2, two), (bits, other))}
+        gains = {"2 bits": _ratios(group, two), f"{bits} bits": _ratios(group, other)}
         values = pd.concat([gain.assign(plan=name) for name, gain in gains.items()])
         note = "ratio of FIDs, with Hadamard over without: " + listing(
             f"{number('ratio', gain['value'].mean())} at {name}" for name, gain in gains.items()
         )
         metric = f"{group.fid} with Hadamard over without"
-        plans = ("2 bits", f"{bits} bits")
-        found.append((_verdict(values, claim, plans, metric, note), two.better))
-    return found
+        verdict = _verdict(values, claim, ("2 bits", f"{bits} bits"), metric, note)
+        yield Finding(claim, verdict, "", f"#{two[0].anchor}")
 
 
 def _ratios(group: Group, pair: Pair) -> pd.DataFrame:
     """FID of the first row over that of the second, by seed and range that both have."""
-    values = group.values[group.values["metric"] == group.fid].dropna(subset=["seed"])
-    table = values.pivot_table(
-        index=["seed", "seed_range"], columns="plan", values="value", aggfunc="mean"
-    )
-    ratio = table[pair.better.label] / table[pair.worse.label]
+    table = _fids(group, pair).pivot(index=["seed", "image_range"], columns="plan", values="value")
+    ratio = table[pair[0].label] / table[pair[1].label]
     return ratio.dropna().rename("value").reset_index()
 
 
-_OfRuns = tuple[str, Verdict | None, str]
-
-
-def _of_allocations(group: Group) -> Iterable[_OfRuns]:
-    """Whether AMPN keeps its budget, and gives most bits to proj and fewest to fc2."""
+def _budget(group: Group) -> Finding:
+    """Whether AMPN keeps its budget in every run."""
     claim = "AMPN keeps its budget of mean activation bits, weighted by MACs"
     excess = {
         f"{row.label} seed {run.seed}": float(run.first("allocation")["mean_bits"]) - row.bits
         for row in _ternary(group.rows)
-        if row.family == AMPN and row.bits is not None and not row.is_ptq
+        if row.family == Family.AMPN and row.bits is not None and not row.is_ptq
         for run in row.runs
         if "mean_bits" in run.first("allocation")
     }
-    verdict = None
-    if excess:
-        worst = max(excess, key=lambda name: excess[name])
-        verdict = Verdict(
-            claim=claim, subject="every run",
-            verdict="holds" if excess[worst] <= _BUDGET_TOLERANCE else "does not hold",
-            effect=excess[worst], effect_name="greatest mean bits above the budget",
-            low=None, high=None, n=len(excess), n_of="runs", test="check of each run",
-            p_value=None, note=f"greatest in {worst}",
-        )  # fmt: skip
-    yield claim, verdict, "needs a run of an AMPN plan"
-    published = {2: "2.75 / 2.21 / 2.00 / 1.64", 3: "3.89 / 2.96 / 3.04 / 2.31"}
-    for bits, paper in published.items():
-        claim = f"At a mean of {bits} bits, AMPN gives most bits to proj and fewest to fc2"
-        of_row = mean_bits_by_type(group, bits)
-        verdict = None
-        if of_row and set(LAYER_TYPES) <= set(of_row[1].index):
-            frame = of_row[1].loc[list(LAYER_TYPES)]
-            most, least = frame.eq(frame.max()), frame.eq(frame.min())
-            agrees = (most.T["proj"] & least.T["fc2"]).tolist()
-            means = " / ".join(fixed(mean, 2) for mean in frame.mean(axis=1))
-            note = f"{' / '.join(LAYER_TYPES)}: {means}; in the paper {paper}"
-            verdict = _of_seeds(claim, of_row[0].label, agrees, "share in that order", note)
-        yield claim, verdict, f"needs a run of an AMPN plan at {bits} bits"
+    if not excess:
+        return Finding(claim, None, "needs a run of an AMPN plan")
+    worst, most = max(excess.items(), key=lambda item: item[1])
+    verdict = _plain_verdict(
+        claim, "every run", "holds" if most <= _BUDGET_TOLERANCE else "does not hold",
+        effect=most, effect_name="greatest mean bits above the budget", n=len(excess),
+        n_of="runs", test="check of each run", note=f"greatest in {worst}",
+    )  # fmt: skip
+    return Finding(claim, verdict)
 
 
-def _stable(group: Group) -> _OfRuns:
+def _order(group: Group, bits: int) -> Finding:
+    """Whether each training gives most bits to proj and fewest to fc2."""
+    claim = f"At a mean of {bits} bits, AMPN gives most bits to proj and fewest to fc2"
+    of_row = mean_bits_by_type(group, bits)
+    if of_row is None or not set(LAYER_TYPES) <= set(of_row[1].index):
+        return Finding(claim, None, f"needs a run of an AMPN plan at {bits} bits")
+    frame = of_row[1].loc[list(LAYER_TYPES)]
+    most, least = frame.eq(frame.max()).T, frame.eq(frame.min()).T
+    agrees = (most["proj"] & least["fc2"]).tolist()
+    means = " / ".join(fixed(mean, 2) for mean in frame.mean(axis=1))
+    note = f"{' / '.join(LAYER_TYPES)}: {means}; in the paper {_PUBLISHED_ORDER[bits]}"
+    effect = "share in that order"
+    return Finding(claim, _of_seeds(claim, of_row[0].label, agrees, effect, note))
+
+
+def _stable(group: Group) -> Finding:
     claim = "W1.58A2 trains stably (every logged loss finite; the last tenth below the first)"
-    rows = _ternary([*_rows(group, AMPN, 2), *_rows(group, UNIFORM, 2)])
-    stable: dict[str, bool] = {}
-    seeds = set()
+    rows = _ternary([*_rows(group, Family.AMPN, 2), *_rows(group, Family.UNIFORM, 2)])
+    stable: dict[tuple[str, int], bool] = {}
     for row in rows:
         for run in row.runs:
-            losses = pd.Series(
-                [r["loss"] for r in run.of_kind("train") if "loss" in r], dtype=float
-            )
+            losses = [record["loss"] for record in run.of_kind("train") if "loss" in record]
             if len(losses) >= 2:
+                values = pd.Series(losses, dtype=float)
                 tenth = max(1, len(losses) // 10)
-                falls = losses[-tenth:].mean() < losses[:tenth].mean()
-                stable[f"{row.label} seed {run.seed}"] = bool(losses.notna().all() and falls)
-                seeds.add(run.seed)
+                falls = values[-tenth:].mean() < values[:tenth].mean()
+                stable[row.label, run.seed] = bool(values.notna().all() and falls)
     if not stable:
-        return claim, None, "needs a RobuQ plan at 2 bits"
-    failed = [name for name, is_stable in stable.items() if not is_stable]
-    labels = listing(row.label for row in rows)
+        return Finding(claim, None, "needs a RobuQ plan at 2 bits")
+    labels, failed = listing(row.label for row in rows), [key for key in stable if not stable[key]]
     verdict = _of_seeds(claim, labels, list(stable.values()), "share of stable trainings", "")
     if failed:
-        verdict = replace(verdict, verdict="does not hold", note=f"not stable: {listing(failed)}")
-    elif len(seeds) < MIN_SEEDS:
+        note = f"not stable: {listing(f'{label} seed {seed}' for label, seed in failed)}"
+        verdict = replace(verdict, verdict="does not hold", note=note)
+    elif len({seed for _, seed in stable}) < MIN_SEEDS:
         verdict = replace(verdict, verdict="not judged", note=f"{MIN_SEEDS} seeds are needed")
-    return claim, verdict, ""
+    return Finding(claim, verdict)
 
 
 def _of_seeds(claim: str, subject: str, shows: Sequence[bool], effect: str, note: str) -> Verdict:
@@ -269,14 +266,14 @@ def _of_seeds(claim: str, subject: str, shows: Sequence[bool], effect: str, note
     word = "holds" if count == n else "undecided" if count else "does not hold"
     if n < MIN_SEEDS:
         word, note = "not judged", "; ".join(filter(None, [note, f"{MIN_SEEDS} seeds are needed"]))
-    return Verdict(
-        claim=claim, subject=subject, verdict=word, effect=count / n, effect_name=effect,
-        low=float(interval.low), high=float(interval.high), confidence=CONFIDENCE, n=n,
-        n_of="trainings", test="exact binomial interval", p_value=None, note=note,
+    return _plain_verdict(
+        claim, subject, word, effect=count / n, effect_name=effect, low=float(interval.low),
+        high=float(interval.high), confidence=CONFIDENCE, n=n, n_of="trainings",
+        test="exact binomial interval", note=note,
     )  # fmt: skip
 
 
-def _rows(group: Group, family: str, bits: float) -> list[Row]:
+def _rows(group: Group, family: Family, bits: float) -> list[Row]:
     return [row for row in group.rows if row.family == family and row.bits == bits]
 
 
@@ -284,12 +281,12 @@ def _ternary(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if weight_precision(row.plan) == ("ternary",)]
 
 
-def _measured(group: Group, *rows: Row) -> bool:
-    return all(group.found(row, group.fid) is not None for row in rows)
+def _measured(group: Group, row: Row) -> bool:
+    return group.found(row, group.fid) is not None
 
 
 def _nearest(
-    group: Group, family: str, other: str, bits: float, *, only_ternary: bool = False
+    group: Group, better: Family, worse: Family, bits: float, *, only_ternary: bool = False
 ) -> Pair | None:
     """Of the pairs that may be compared, trained ones first, the one with the fewest differences.
 
@@ -297,11 +294,16 @@ def _nearest(
     """
     left, right = (
         [row for row in _rows(group, kind, bits) if _measured(group, row)]
-        for kind in (family, other)
+        for kind in (better, worse)
     )
     if only_ternary:
         left, right = _ternary(left), _ternary(right)
-    pairs = [Pair(a, b) for a in left for b in right if _kind_of(a) == _kind_of(b)]
+    pairs = [
+        (a, b)
+        for a in left
+        for b in right
+        if a.qat_steps == b.qat_steps and weight_precision(a.plan) == weight_precision(b.plan)
+    ]
 
     def rank(pair: Pair) -> tuple[bool, int, str, str]:
         a, b = pair
@@ -310,15 +312,7 @@ def _nearest(
     return min(pairs, key=rank, default=None)
 
 
-def _kind_of(row: Row) -> tuple[int | None, tuple[str, ...]]:
-    """What two rows must have in common."""
-    return row.qat_steps, weight_precision(row.plan)
-
-
 def _differing(a: Row, b: Row) -> list[str]:
     """Settings of plans and budgets in which two rows differ."""
     settings = [row_settings(row.runs[0]) for row in (a, b) if row.runs]
-    bare: list[Mapping[str, object]] = [
-        {k: v for k, v in own.items() if k != "name"} for own in settings
-    ]
-    return differing(comparable(bare))
+    return differing(comparable([{**own, "name": ""} for own in settings]))

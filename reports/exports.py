@@ -12,7 +12,7 @@ from reports.protocols import Group
 from reports.settings import allocated, flatten
 from reports.text import NOT_RUN
 
-_TRAINING = "step phase loss distillation_loss denoising_loss learning_rate grad_norm"
+Lines = Iterable[Mapping[str, Any]]
 
 
 def exports(groups: Sequence[Group], runs: Sequence[RunData]) -> dict[str, pd.DataFrame]:
@@ -29,21 +29,18 @@ def exports(groups: Sequence[Group], runs: Sequence[RunData]) -> dict[str, pd.Da
 
 def training(runs: Sequence[RunData]) -> pd.DataFrame:
     """Every logged training step of the runs."""
-    return _of_runs(runs, lambda run: run.of_kind("train"), _TRAINING)
+    columns = "step phase loss distillation_loss denoising_loss learning_rate grad_norm"
+    return _of_runs(runs, lambda run: run.of_kind("train"), columns)
 
 
 def _metrics(group: Group) -> pd.DataFrame:
     """`Group.values` with the protocol, in the order of the summary."""
-    order = {key: place for place, key in enumerate(group.summary.index)}
-    keys = zip(group.values["plan"], group.values["metric"], strict=True)
-    frame = group.values.assign(
-        workload=group.title,
-        num_samples=group.num_samples,
-        place=[order[key] for key in keys],
-        **{n: group.evaluation.get(n) for n in ("sampler", "sampling_steps", "cfg_scale")},
-    ).sort_values("place", kind="stable")
-    columns = "workload sampler sampling_steps cfg_scale num_samples plan subject seed seed_range"
-    return frame[[*columns.split(), "metric", "value", "is_rank_deficient", "run"]]
+    places = pd.MultiIndex.from_frame(group.values[["plan", "metric"]])
+    protocol = {n: group.evaluation.get(n) for n in ("sampler", "sampling_steps", "cfg_scale")}
+    frame = group.values.assign(workload=group.title, num_samples=group.num_samples, **protocol)
+    frame = frame.iloc[group.summary.index.get_indexer(places).argsort(kind="stable")]
+    columns = ["workload", *protocol, "num_samples", "plan", "subject", "seed", "seed_range"]
+    return frame[[*columns, "metric", "value", "is_rank_deficient", "run"]]
 
 
 def _summary(group: Group) -> pd.DataFrame:
@@ -51,21 +48,16 @@ def _summary(group: Group) -> pd.DataFrame:
     names = [[row.label for row in group.all_rows], group.metrics]
     every = pd.MultiIndex.from_product(names, names=["plan", "metric"])
     frame = group.summary.reindex(every).reset_index()
-    counts = frame[["values", "training_seeds"]].fillna(0).astype(int)
-    frame = frame.assign(
-        workload=group.title,
-        num_samples=group.num_samples,
-        mean=frame["mean"].astype(object).where(frame["mean"].notna(), NOT_RUN),
-        **{str(name): counts[name] for name in counts},
-    )
+    frame["mean"] = frame["mean"].astype(object).where(frame["mean"].notna(), NOT_RUN)
+    frame = frame.fillna({"values": 0, "training_seeds": 0})
+    frame = frame.astype({"values": int, "training_seeds": int})
+    frame = frame.assign(workload=group.title, num_samples=group.num_samples)
     columns = ["workload", "num_samples", "plan", "metric", "mean", "min", "max"]
     return frame[[*columns, "values", "training_seeds"]]
 
 
 def _of_runs(
-    runs: Sequence[RunData],
-    lines: Callable[[RunData], Iterable[Mapping[str, Any]]],
-    columns: str,
+    runs: Sequence[RunData], lines: Callable[[RunData], Lines], columns: str
 ) -> pd.DataFrame:
     """One table of what all runs recorded; weight bits have a column where a run allocates them."""
     found = [
@@ -77,19 +69,19 @@ def _of_runs(
     return pd.DataFrame(found, columns=["run", "plan", "seed", *columns.split(), *extra])
 
 
-def _allocation(run: RunData) -> Iterable[Mapping[str, Any]]:
+def _allocation(run: RunData) -> Lines:
     record = run.first("allocation")
     for layer, bits in record.get("bits_by_layer", {}).items():
         macs = record.get("macs", {}).get(layer)
         yield {"layer": layer, f"{allocated(run.plan)}_bits": bits, "macs": macs}
 
 
-def _sensitivity(run: RunData) -> Iterable[Mapping[str, Any]]:
+def _sensitivity(run: RunData) -> Lines:
     for record in run.of_kind("sensitivity"):
         yield {**record, f"{allocated(run.plan)}_bits": record.get("bits")}
 
 
-def _accounting(run: RunData) -> Iterable[Mapping[str, Any]]:
+def _accounting(run: RunData) -> Lines:
     record = {k: v for k, v in run.first("accounting").items() if k not in ("key", "kind")}
     for scheme in record.pop("packing_table", []):
         record[f"packing.{scheme.get('packing')}.total_bytes"] = int(scheme["total_bytes"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -62,7 +63,7 @@ class Sheet:
         if unknown:
             raise ValueError(f"table {self.caption!r} has no columns {unknown}")
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """The columns that are printed, in order."""
         hidden = {*self.links.values(), *self.small.values(), self.anchors}
@@ -71,9 +72,13 @@ class Sheet:
     def head(self, column: str) -> str:
         return self.heads.get(column, column)
 
+    @cached_property
+    def _numbers(self) -> frozenset[str]:
+        numbers = self.frame.select_dtypes("number", exclude="bool")
+        return frozenset(map(str, numbers.columns))
+
     def is_number(self, column: str) -> bool:
-        is_bool = pd.api.types.is_bool_dtype(self.frame[column])
-        return pd.api.types.is_numeric_dtype(self.frame[column]) and not is_bool
+        return column in self._numbers
 
     def text(self, column: str, value: Any) -> str:
         """A value as it is printed; "not run" for what is absent."""

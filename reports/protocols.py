@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from reports.loading import Record, RunData
-from reports.settings import (
-    FAMILIES,
-    activation_bits,
-    differences,
-    family,
-    is_full_precision,
-    qat_steps,
-    section,
-)
+from reports.loading import RunData
+from reports.settings import Family, activation_bits, differences, family, section
 from reports.text import NOT_RUN, number, plural, spread, stem
 from robuq_bench.errors import CheckpointError
 
@@ -80,11 +72,11 @@ class Row:
     def notes(self) -> str:
         """That it is PTQ, and the settings that tell it from others of its name."""
         is_namesake = self.name == TEACHER and bool(self.plan.get("layers"))
-        parts = ["a plan"] * is_namesake + ["PTQ"] * self.is_ptq
-        return ", ".join(parts + [self.differs] * bool(self.differs))
+        said = ["a plan" * is_namesake, "PTQ" * self.is_ptq, self.differs]
+        return ", ".join(filter(None, said))
 
     @cached_property
-    def family(self) -> str:
+    def family(self) -> Family:
         return family(self.plan)
 
     @cached_property
@@ -97,13 +89,15 @@ class Row:
 
     @property
     def qat_steps(self) -> int | None:
-        """Steps of training; None where the runs do not say."""
-        return qat_steps(self.plan, self.runs[0].workload) if self.runs else None
+        """Steps of training, the plan's or the workload's; None where the runs do not say."""
+        workload = self.runs[0].workload if self.runs else {}
+        steps = section(self.plan, "train").get("steps", section(workload, "training").get("steps"))
+        return None if steps is None or not self.runs else int(steps)
 
     @property
     def is_ptq(self) -> bool:
         """Whether the plan quantizes and does not train."""
-        return not is_full_precision(self.plan) and self.qat_steps == 0
+        return self.family != Family.FULL_PRECISION and self.qat_steps == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +115,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        name = str(self.workload.get("name", "unknown"))
-        return f"{name}, {self.differs}" if self.differs else name
+        return ", ".join(filter(None, [str(self.workload.get("name", "unknown")), self.differs]))
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
@@ -164,13 +157,8 @@ class Group:
 
     @cached_property
     def _found(self) -> dict[tuple[str, str], Summary]:
-        lines = self.summary.reset_index().to_dict("records")
-        return {
-            (line["plan"], line["metric"]): Summary(
-                line["mean"], line["min"], line["max"], line["is_rank_deficient"]
-            )
-            for line in lines
-        }
+        lines = self.summary[["mean", "min", "max", "is_rank_deficient"]].itertuples(name=None)
+        return {place: Summary(*values) for place, *values in lines}
 
     def found(self, row: Row, metric: str | None) -> Summary | None:
         """Mean and range over training seeds and seed ranges, None if not run."""
@@ -206,18 +194,31 @@ def group_runs(runs: Iterable[RunData]) -> list[Group]:
         CheckpointError: a metric is no number, or a run mixes numbers of samples.
     """
     by_id = {run.id: run for run in runs if run.finished}
-    by_protocol: dict[str, tuple[dict[str, Any], list[RunData]]] = {}
-    for run in by_id.values():
-        if run.study == STUDY:
-            protocol = _protocol(run)
-            by_protocol.setdefault(_canonical(protocol), (protocol, []))[1].append(run)
-    ordered = [by_protocol[key] for key in sorted(by_protocol)]
-    texts = differences([protocol for protocol, _ in ordered])
+    alike = _alike([run for run in by_id.values() if run.study == STUDY], _protocol)
+    texts = differences([_protocol(members[0]) for members in alike])
     groups = [
-        replace(_group(members, by_id), differs=text.replace("evaluation.", ""))
-        for (_, members), text in zip(ordered, texts, strict=True)
+        _group(members, by_id, text.replace("evaluation.", ""))
+        for members, text in zip(alike, texts, strict=True)
     ]
     return sorted(groups, key=lambda group: (-group.version, -len(group.rows), group.title))
+
+
+def row_settings(run: RunData) -> dict[str, Any]:
+    """Settings of plan and training; equal in the runs of one row."""
+    plan = {k: v for k, v in run.plan.items() if k not in ("description", "expected")}
+    skipped = ("checkpoint_every_steps", "log_every_steps")
+    training = {k: v for k, v in section(run.workload, "training").items() if k not in skipped}
+    return {**plan, "training": training}
+
+
+def _alike(
+    runs: Iterable[RunData], settings: Callable[[RunData], Mapping[str, Any]]
+) -> list[list[RunData]]:
+    """The runs that have equal settings, sorted by what these are."""
+    found: dict[str, list[RunData]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(settings(run), sort_keys=True, default=dict), []).append(run)
+    return [found[key] for key in sorted(found)]
 
 
 def _protocol(run: RunData) -> dict[str, Any]:
@@ -240,14 +241,9 @@ def _protocol(run: RunData) -> dict[str, Any]:
         "diffusion": _set_fields(section(workload, "diffusion")),
         "teacher": teacher.get("sha256") or teacher.get("checkpoint", ""),
         "evaluation": evaluation | {"num_samples": _num_samples(run)},
+        # Raised where numbers change, as KID's did from 1 to 2.
         "study_version": _version(run),
     }
-
-
-def _version(run: RunData) -> int:
-    """The study's version, 0 if unknown: raised where numbers change, as KID's did from 1 to 2."""
-    text = str(run.config.get("study_version", ""))
-    return int(text) if text.isdecimal() else 0
 
 
 def _set_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,114 +257,91 @@ def _input(run: RunData, name: str) -> str:
 
 
 def _num_samples(run: RunData) -> int:
-    counts = {record.get("num_samples") for record in run.of_kind("metrics")}
+    configured = section(run.workload, "evaluation").get("num_samples", 0)
+    counts = {record.get("num_samples") for record in run.of_kind("metrics")} or {configured}
     if len(counts) > 1:
         raise CheckpointError(
             f"{run.path / 'results.jsonl'} mixes metrics of different num_samples: "
             f"{sorted(map(str, counts))}; delete the folder and run it again"
         )
-    recorded = next(iter(counts), None)
-    configured = section(run.workload, "evaluation").get("num_samples", 0)
+    (recorded,) = counts
     return int(configured if recorded is None else recorded)
 
 
-def _group(members: Sequence[RunData], by_id: Mapping[str, RunData]) -> Group:
-    by_plan: dict[str, list[RunData]] = {}
-    for run in members:
-        by_plan.setdefault(_canonical(row_settings(run)), []).append(run)
-    found = [sorted(by_plan[key], key=lambda run: run.seed) for key in sorted(by_plan)]
-    texts = differences([row_settings(runs[0]) for runs in found])
+def _version(run: RunData) -> int:
+    text = str(run.config.get("study_version", ""))
+    return int(text) if text.isdecimal() else 0
+
+
+def _group(members: Sequence[RunData], by_id: Mapping[str, RunData], differs: str) -> Group:
+    alike = [sorted(runs, key=lambda run: run.seed) for runs in _alike(members, row_settings)]
+    texts = differences([row_settings(runs[0]) for runs in alike])
     rows = [
         Row(runs[0].plan, tuple(runs), f"row-{runs[0].anchor}", text)
-        for runs, text in zip(found, texts, strict=True)
+        for runs, text in zip(alike, texts, strict=True)
     ]
-    lines = [line for row in rows for run in row.runs for line in _student_lines(row, run)]
-    students = pd.DataFrame(lines, columns=list(VALUES))
-    teachers = _teacher_values(members, by_id)
-    for row in [row for row in rows if is_full_precision(row.plan)]:
-        own = students["plan"] == row.label
-        if _is_teacher(students[own], teachers):
+    labels = {run.id: row.label for row in rows for run in row.runs}
+    lines = [line for run in members for line in _lines(run)]
+    values = pd.DataFrame(lines, columns=[*VALUES, "start", "source"])
+    values = values.astype({"seed": "Int64", "seed_range": "Int64"})
+    is_teacher = values["subject"] == TEACHER
+    values["plan"] = values["run"].map(labels).where(~is_teacher, TEACHER)
+    known = set(zip(values["metric"][is_teacher], values["value"][is_teacher], strict=True))
+    for row in [row for row in rows if row.family == Family.FULL_PRECISION]:
+        own = values[values["plan"] == row.label]
+        sampled = own[own["seed_range"].notna()]
+        if set(zip(sampled["metric"], sampled["value"], strict=True)) <= known:
             # The plan without quantization: its metrics are the teacher's, its losses are new.
-            losses = students[own & students["seed_range"].isna()]
-            losses = losses.assign(plan=TEACHER, subject=TEACHER, seed=None)
-            teachers, students = _joined([teachers, losses]), students[~own]
+            values.loc[own.index, ["plan", "subject"]] = TEACHER
+            values = values.drop(sampled.index)
             rows.remove(row)
-    values = _joined([teachers, students]).astype({"seed": "Int64", "seed_range": "Int64"})
-    sources = [by_id[name] for name in dict.fromkeys(teachers["run"])]
+    is_teacher = values["subject"] == TEACHER
+    values["seed"] = values["seed"].mask(is_teacher)
+    values["run"] = values["source"].where(is_teacher & values["source"].isin(by_id), values["run"])
+    # A teacher's metrics are copied into every run, so equal ones count once.
+    is_copy = values.duplicated(["subject", "seed_range", "start", "metric", "value"])
+    values = values[~(is_copy & is_teacher & values["seed_range"].notna())]
+    is_teacher = values["subject"] == TEACHER
+    values = pd.concat([values[is_teacher], values[~is_teacher]], ignore_index=True)
+    sources = dict.fromkeys(values["run"][values["subject"] == TEACHER])
+    # The runs of a protocol are in no other, so the first of them makes a unique anchor.
+    anchor = f"row-teacher-of-{members[0].anchor}"
     starts = {int(r.get("seed_start", 0)) for run in members for r in run.of_kind("metrics")}
     return Group(
         workload=members[0].workload,
         num_samples=_num_samples(members[0]),
         seed_starts=sorted(starts),
         rows=sorted(rows, key=_row_rank),
-        # The runs of a protocol are in no other, so the first of them makes a unique anchor.
-        teacher=Row({"name": TEACHER}, tuple(sources), f"row-teacher-of-{members[0].anchor}"),
+        teacher=Row({"name": TEACHER}, tuple(map(by_id.__getitem__, sources)), anchor),
         version=_version(members[0]),
-        values=values,
+        values=values[list(VALUES)],
+        differs=differs,
     )
 
 
-def row_settings(run: RunData) -> dict[str, Any]:
-    """Settings of plan and training; equal in the runs of one row."""
-    plan = {k: v for k, v in run.plan.items() if k not in ("description", "expected")}
-    skipped = ("checkpoint_every_steps", "log_every_steps")
-    training = {k: v for k, v in section(run.workload, "training").items() if k not in skipped}
-    return {**plan, "training": training}
-
-
-def _student_lines(row: Row, run: RunData) -> list[dict[str, Any]]:
-    records = [r for r in run.of_kind("metrics") if r.get("subject") == "student"]
+def _lines(run: RunData) -> Iterable[dict[str, Any]]:
+    """One line per metric that a run holds of its student and its teacher, and per loss."""
     losses = {k: v for k, v in run.first("validation").items() if k.endswith("_loss")}
-    shared = {"plan": row.label, "subject": "student", "seed": run.seed, "run": run.id}
-    return [shared | line for record in [*records, losses] for line in _metric_lines(record)]
-
-
-def _teacher_values(members: Sequence[RunData], by_id: Mapping[str, RunData]) -> pd.DataFrame:
-    """Teacher metrics are copied into every run, so equal ones count once."""
-    lines = [
-        {"plan": TEACHER, "subject": TEACHER, "seed": None, "start": record.get("seed_start")}
-        | {"run": by_id.get(str(record.get("source_run")), run).id}
-        | line
-        for run in members
-        for record in run.of_kind("metrics")
-        if record.get("subject") == TEACHER
-        for line in _metric_lines(record)
-    ]
-    frame = pd.DataFrame(lines, columns=[*VALUES, "start"])
-    return frame.drop_duplicates(["seed_range", "start", "metric", "value"])[list(VALUES)]
-
-
-def _metric_lines(record: Record) -> list[dict[str, Any]]:
-    """One line per metric of a record, without its bookkeeping fields."""
-    lines = []
-    for name, value in record.items():
-        if stem(name) in STEMS and not name.endswith(_DETAILS):
+    for record in [*run.of_kind("metrics"), {"subject": "student", **losses}]:
+        for name, value in record.items():
+            if stem(name) not in STEMS or name.endswith(_DETAILS):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise CheckpointError(f"{record.get('key')} has {name} of another kind: {value!r}")
-            is_deficient = bool(record.get(f"{name}_is_rank_deficient", False))
-            place = record.get("seed_range", pd.NA)
-            lines.append({"seed_range": place, "metric": name, "value": float(value),
-                          "is_rank_deficient": is_deficient})  # fmt: skip
-    return lines
-
-
-def _is_teacher(own: pd.DataFrame, teachers: pd.DataFrame) -> bool:
-    """Whether all metrics of a full-precision plan are values of the teacher row."""
-    sampled = own[own["seed_range"].notna()]
-    known = set(zip(teachers["metric"], teachers["value"], strict=True))
-    return set(zip(sampled["metric"], sampled["value"], strict=True)) <= known
-
-
-def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    whole = [frame for frame in frames if not frame.empty]
-    return pd.concat(whole, ignore_index=True) if whole else frames[0]
+            yield {
+                "subject": record.get("subject"),
+                "seed": run.seed,
+                "seed_range": record.get("seed_range"),
+                "metric": name,
+                "value": float(value),
+                "is_rank_deficient": bool(record.get(f"{name}_is_rank_deficient", False)),
+                "run": run.id,
+                "start": record.get("seed_start"),
+                "source": record.get("source_run"),
+            }
 
 
 def _row_rank(row: Row) -> tuple[Any, ...]:
     has_bits = any("activation" in rule for rule in row.plan.get("layers", []))
     bits = (row.bits or 0) if has_bits else math.inf
-    return (-bits, FAMILIES.index(row.family), row.is_ptq, row.label)
-
-
-def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, default=dict)
+    return (-bits, list(Family).index(row.family), row.is_ptq, row.label)

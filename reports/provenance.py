@@ -50,8 +50,18 @@ def machines_of(runs: Sequence[RunData]) -> dict[str, Machine]:
     return machines
 
 
-def run_card(run: RunData, machines: Mapping[str, Machine]) -> dict[str, Any]:
-    """What the template prints of one run."""
+def run_cards(runs: Sequence[RunData], machines: Mapping[str, Machine]) -> list[dict[str, Any]]:
+    """What the template prints of each run; a config is printed once for runs of other seeds."""
+    shown: dict[str, RunData] = {}
+    cards = []
+    for run in runs:
+        config = json.dumps({**run.config, "seed": None}, sort_keys=True, default=str)
+        first = shown.setdefault(config, run)
+        cards.append(_run_card(run, machines) | {"config_of": None if first is run else first})
+    return cards
+
+
+def _run_card(run: RunData, machines: Mapping[str, Machine]) -> dict[str, Any]:
     manifest, origin = run.manifest, run.provenance
     sessions = manifest["sessions"]
     code = section(origin, "code")

@@ -12,7 +12,7 @@ import pandas as pd
 
 from reports.comparing import mean_bits_by_type
 from reports.page import Sheet
-from reports.protocols import Group, Row
+from reports.protocols import Group
 from reports.settings import section
 from reports.text import NOT_RUN, number, signed, significant, stem
 
@@ -49,7 +49,10 @@ def published_values() -> dict[str, float]:
 def published_sheet(groups: Sequence[Group]) -> Sheet:
     """Every published number beside the one measured here, if any run holds its like."""
     numbers = load_published()["number"]
-    rows = [_line(entry, _measured(entry.get("ours", {}), groups)) for entry in numbers]
+    rows = []
+    for entry in numbers:
+        found = (_measured(entry.get("ours", {}), group) for group in groups)
+        rows.append(_line(entry, next(filter(None, found), None)))
     return Sheet(
         pd.DataFrame(rows),
         "Published numbers beside measured ones",
@@ -96,54 +99,37 @@ def _line(entry: Mapping[str, Any], here: Measured | None) -> dict[str, Any]:
     }
 
 
-def _measured(ours: Mapping[str, Any], groups: Sequence[Group]) -> Measured | None:
-    found = (_in_group(ours, group) for group in groups)
-    return next((one for one in found if one is not None), None)
-
-
-def _in_group(ours: Mapping[str, Any], group: Group) -> Measured | None:
-    if "layer_type" in ours:
-        return _layer_bits(group, float(ours["mean_bits"]), str(ours["layer_type"]))
-    if "accounting" in ours:
-        return _reduction(group, f"{ours['accounting']}_reduction")
-    if "plan" not in ours:
-        return None
-    metric = next((name for name in group.metrics if stem(name) == ours["metric"]), "")
-    row = _row(group, ours["plan"])
-    found = group.found(row, metric) if row else None
-    if row is None or found is None:
-        return None
-    href = f"#{row.anchor}"
-    if "over" not in ours:
-        return Measured(group.text(row, metric), f"{row.label}, {metric}", href, found.mean)
-    other = _row(group, ours["over"])
-    below = group.found(other, metric) if other else None
-    if other is None or below is None or not below.mean:
-        return None
-    ratio = found.mean / below.mean
-    label = f"{row.label} over {other.label}, {metric}"
-    return Measured(number("ratio", ratio), label, href, ratio)
-
-
-def _layer_bits(group: Group, bits: float, layer_type: str) -> Measured | None:
-    found = mean_bits_by_type(group, bits)
-    if found is None or layer_type not in found[1].index:
-        return None
-    row, mean = found[0], float(found[1].mean(axis=1)[layer_type])
-    return Measured(f"{mean:.2f}", row.label, row.runs[0].href, mean)
-
-
-def _reduction(group: Group, key: str) -> Measured | None:
-    model = section(group.workload, "model")
-    if any(model.get(name) != value for name, value in _XL.items()):
-        return None
-    for row in group.rows:
-        for run in row.runs:
-            value = run.first("accounting").get(key)
-            if row.bits is not None and isinstance(value, int | float):
-                return Measured(f"{significant(value, 3)}×", row.label, run.href, float(value))
+def _measured(ours: Mapping[str, Any], group: Group) -> Measured | None:
+    """What a protocol holds of the kind that `ours` in published.toml names."""
+    match ours:
+        case {"layer_type": kind, "mean_bits": bits}:
+            found = mean_bits_by_type(group, float(bits))
+            if found and kind in found[1].index:
+                row, mean = found[0], float(found[1].mean(axis=1)[kind])
+                return Measured(f"{mean:.2f}", row.label, row.runs[0].href, mean)
+        case {"accounting": part} if _XL.items() <= section(group.workload, "model").items():
+            for row in group.rows:
+                for run in row.runs:
+                    value = run.first("accounting").get(f"{part}_reduction")
+                    if row.bits is not None and isinstance(value, int | float):
+                        text = f"{significant(value, 3)}×"
+                        return Measured(text, row.label, run.href, float(value))
+        case {"plan": plan, "metric": metric}:
+            return _of_plans(group, metric, plan, ours.get("over"))
     return None
 
 
-def _row(group: Group, name: str) -> Row | None:
-    return next((row for row in group.rows if row.label == name), None)
+def _of_plans(group: Group, metric: str, plan: str, over: str | None) -> Measured | None:
+    """A plan's mean, or its ratio to that of the plan `over`."""
+    name = next((name for name in group.metrics if stem(name) == metric), "")
+    rows = {row.label: row for row in group.rows if group.found(row, name)}
+    if plan not in rows or (over and over not in rows):
+        return None
+    row, href = rows[plan], f"#{rows[plan].anchor}"
+    means = group.summary["mean"].xs(name, level="metric")
+    if over is None:
+        return Measured(group.text(row, name), f"{plan}, {name}", href, means[plan])
+    if not means[over]:
+        return None
+    ratio = means[plan] / means[over]
+    return Measured(number("ratio", ratio), f"{plan} over {over}, {name}", href, ratio)

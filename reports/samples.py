@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 
 from PIL import Image as Pillow
 
-from reports.loading import RunData
 from reports.page import Image
 from reports.protocols import Group
 
@@ -27,15 +25,23 @@ def sample_grids(group: Group, budget: int) -> list[Image]:
         CheckpointError: a picture is damaged.
     """
     runs = [*group.teacher.runs, *(run for row in group.rows for run in row.runs)]
-    wanted = [("teacher", "full precision", runs, "samples/grid-teacher.png")]
-    wanted += [(r.label, "", list(r.runs), "samples/grid-student.png") for r in group.rows]
-    found = [
-        (label, note or f"training seed {picture[0].seed}", *picture)
-        for label, note, of, name in wanted
-        if (picture := _first(of, name))
-    ]
-    share = budget // max(1, len(found))
-    return [_grid(label, note, run, data, share) for label, note, run, data in found]
+    wanted = [("teacher", runs, "samples/grid-teacher.png")]
+    wanted += [(row.label, list(row.runs), "samples/grid-student.png") for row in group.rows]
+    found = {}
+    for label, of, name in wanted:
+        pictures = ((run, data) for run in of if (data := run.read_png(name)) is not None)
+        if first := next(pictures, None):
+            found[label] = first
+    images = []
+    for label, (run, data) in found.items():
+        width, height = _size(data)
+        data, factor = fit(data, budget // len(found))
+        note = f"training seed {run.seed}" if label != "teacher" else "full precision"
+        note += f", shown at 1/{factor} of its size" if factor > 1 else ""
+        uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+        alt = f"Grid of images sampled from {label} ({note}); the same image seeds for every plan"
+        images.append(Image(label, note, uri, width, height, run.href, alt))
+    return images
 
 
 def fit(data: bytes, budget: int) -> tuple[bytes, int]:
@@ -52,20 +58,3 @@ def fit(data: bytes, budget: int) -> tuple[bytes, int]:
 def _size(data: bytes) -> tuple[int, int]:
     with Pillow.open(io.BytesIO(data)) as picture:
         return picture.size
-
-
-def _first(runs: Sequence[RunData], name: str) -> tuple[RunData, bytes] | None:
-    for run in runs:
-        data = run.read_png(name)
-        if data is not None:
-            return run, data
-    return None
-
-
-def _grid(label: str, note: str, run: RunData, data: bytes, budget: int) -> Image:
-    width, height = _size(data)
-    data, factor = fit(data, budget)
-    note += f", shown at 1/{factor} of its size" if factor > 1 else ""
-    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
-    alt = f"Grid of images sampled from {label} ({note}); the same image seeds for every plan"
-    return Image(label, note, uri, width, height, run.href, alt)

@@ -6,43 +6,44 @@ A plan here is one that `reports.plans.read_plan` has read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from enum import StrEnum
 from typing import Any
 
-from reports.plans import EVERY, given, rules_of
-from robuq_bench.methods import SLOTS, Slot, is_packaged, method_class
+import pandas as pd
+
+from reports.plans import EVERY, rules_of
+from robuq_bench.methods import SLOTS
 
 FULL_PRECISION = "full precision"
-AMPN = "rotation, AMPN bits"
-ALLOCATED = "rotation, bits allocated otherwise"
-UNIFORM = "rotation, uniform bits"
-PARTIAL = "rotation of some layers"
-UNROTATED = "no rotation"
-FROM_FILE = "rotation, bits from a file"
-FAMILIES = (FULL_PRECISION, AMPN, ALLOCATED, FROM_FILE, UNIFORM, PARTIAL, UNROTATED)
 
 Rule = Mapping[str, Any]
 
 
-def is_full_precision(plan: Mapping[str, Any]) -> bool:
-    return not plan.get("layers")
+class Family(StrEnum):
+    """The kinds of plans, in the order in which tables list them."""
+
+    FULL_PRECISION = FULL_PRECISION
+    AMPN = "rotation, AMPN bits"
+    ALLOCATED = "rotation, bits allocated otherwise"
+    FROM_FILE = "rotation, bits from a file"
+    UNIFORM = "rotation, uniform bits"
+    PARTIAL = "rotation of some layers"
+    UNROTATED = "no rotation"
 
 
-def family(plan: Mapping[str, Any]) -> str:
+def family(plan: Mapping[str, Any]) -> Family:
     """The kind of plan, read from its settings and never from its name."""
+    if not plan.get("layers"):
+        return Family.FULL_PRECISION
     rotated = ["rotation" in rule for rule in _quantizing(plan)]
-    if is_full_precision(plan):
-        return FULL_PRECISION
-    if not any(rotated):
-        return UNROTATED
     if not all(rotated):
-        return PARTIAL
+        return Family.PARTIAL if any(rotated) else Family.UNROTATED
     bits = section(plan, "bits")
     if bits.get("of") != "activation":
-        return UNIFORM
+        return Family.UNIFORM
     if "path" in bits:
-        return FROM_FILE
-    return AMPN if _is_ampn(bits) else ALLOCATED
+        return Family.FROM_FILE
+    return Family.AMPN if _is_ampn(bits) else Family.ALLOCATED
 
 
 def activation_bits(plan: Mapping[str, Any]) -> float | None:
@@ -53,13 +54,10 @@ def activation_bits(plan: Mapping[str, Any]) -> float | None:
     """
     rules = [rule for rule in _quantizing(plan) if "activation" in rule]
     bits = section(plan, "bits")
-    if not rules or (bits.get("of") == "activation" and "path" in bits):
-        return None
-    if bits.get("of") == "activation":
-        return float(bits["mean"])
-    found = {_bits_of(rule) for rule in rules if not rule["fixed_bits"]} or {
-        _bits_of(rule) for rule in rules
-    }
+    if rules and bits.get("of") == "activation":
+        return None if "path" in bits else float(bits["mean"])
+    free = [rule for rule in rules if not rule["fixed_bits"]]
+    found = {_bits_of(rule) for rule in free or rules}
     return float(found.pop()) if len(found) == 1 else None
 
 
@@ -70,41 +68,63 @@ def allocated(plan: Mapping[str, Any]) -> str:
 
 def weight_precision(plan: Mapping[str, Any]) -> tuple[str, ...]:
     """What the codes of weights in the blocks are: "ternary", "4 bits", another method's name."""
-
-    def precision(rule: Rule) -> str:
-        table = rule.get("weight", {})
-        method = str(table.get("method", FULL_PRECISION))
-        return f"{table['bits']} bits" if "bits" in table else method.partition("-")[0]
-
-    found = sorted({precision(rule) for rule in _quantizing(plan)})
-    if allocated(plan) == "weight":
-        found.append(_allocation(section(plan, "bits")))
-    return tuple(found)
+    tables = [rule.get("weight", {"method": FULL_PRECISION}) for rule in _quantizing(plan)]
+    found = {
+        f"{table['bits']} bits" if "bits" in table else table["method"].partition("-")[0]
+        for table in tables
+    }
+    return (*sorted(found), *_weight_allocation(plan))
 
 
-def qat_steps(plan: Mapping[str, Any], workload: Mapping[str, Any]) -> int | None:
-    """Steps of training, the plan's or the workload's; 0 is PTQ, None not recorded."""
-    own = section(plan, "train").get("steps", section(workload, "training").get("steps"))
-    return None if own is None else int(own)
+def recipes(plans: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """How each plan quantizes, one entry per part; "full precision" where it does not.
+
+    Bits and ranks are always said, another parameter where uses of its method differ in it.
+    """
+    tables = [
+        {"slot": slot, **rule[slot]}
+        for plan in plans
+        for rule in plan.get("layers", [])
+        for slot in SLOTS
+        if slot in rule
+    ]
+    frame = pd.DataFrame(tables, columns=None if tables else ["slot", "method"]).astype(str)
+    uses = frame.groupby(["slot", "method"]).nunique(dropna=False).stack().to_dict()
+    return [_recipe(plan, uses) for plan in plans]
 
 
-def recipe(plan: Mapping[str, Any]) -> dict[str, str]:
-    """How a plan quantizes, one entry per part; "full precision" where it does not."""
+def _recipe(plan: Mapping[str, Any], uses: Mapping[Any, int]) -> dict[str, str]:
     blocks, matmul = _quantizing(plan), section(plan, "attention").get("matmul_bits")
-    adaln, other = rules_of(plan, "adaLN"), rules_of(plan, "other")
-    weights = _by_rule(blocks, lambda rule: _method(rule, "weight"), FULL_PRECISION)
-    if allocated(plan) == "weight":
-        weights += f", {_allocation(section(plan, 'bits'))}"
+    other = rules_of(plan, "other")
+
+    def method(rule: Rule, slot: str) -> str:
+        table = {"method": FULL_PRECISION, **rule.get(slot, {})}
+        name = str(table.pop("method"))
+        always = {"weight": "bits", "branch": "rank"}.get(slot, "")
+        told = {"bits": f"{name}, {table.get('bits')} bits", "rank": f"rank {table.get('rank')}"}
+        first = told[always] if always in table else name
+        rest = {key: value for key, value in table.items() if key not in (*told, "sha256")}
+        texts = [f"{k} = {_plain(v)}" for k, v in rest.items() if uses[slot, name, k] > 1]
+        return ", ".join([first, *texts])
+
+    def both(rule: Rule) -> str:
+        return f"{method(rule, 'weight')}, " + (
+            f"A{_bits_of(rule)}" if "activation" in rule else "activations full precision"
+        )
+
+    def of_blocks(slot: str, absent: str = FULL_PRECISION) -> str:
+        return _by_rule(blocks, lambda rule: method(rule, slot) if slot in rule else absent, absent)
+
     return {
-        "weights": weights,
-        "activations": _by_rule(blocks, lambda rule: _method(rule, "activation"), FULL_PRECISION),
+        "weights": ", ".join([of_blocks("weight"), *_weight_allocation(plan)]),
+        "activations": of_blocks("activation"),
         "activation bits": _activation_bits(plan),
-        "scaling": _by_rule(blocks, lambda rule: _method(rule, "scaling"), "none"),
-        "rotation": _by_rule(blocks, lambda rule: _method(rule, "rotation"), "none"),
-        "low-rank branch": _by_rule(blocks, lambda rule: _method(rule, "branch"), "rank 0"),
-        "adaLN": _by_rule(adaln, _both, _both({})),
-        "other layers": _by_rule(other if blocks != other else [], _both, FULL_PRECISION),
-        "attention products": "full precision" if matmul is None else f"{matmul} bits",
+        "scaling": of_blocks("scaling", "none"),
+        "rotation": of_blocks("rotation", "none"),
+        "low-rank branch": of_blocks("branch", "rank 0"),
+        "adaLN": _by_rule(rules_of(plan, "adaLN"), both, both({})),
+        "other layers": _by_rule(other if blocks != other else [], both, FULL_PRECISION),
+        "attention products": FULL_PRECISION if matmul is None else f"{matmul} bits",
     }
 
 
@@ -116,13 +136,11 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """For configs of one name, the settings that tell each from the others ("" if alone)."""
     texts = [""] * len(configs)
-    by_name: dict[object, list[int]] = {}
-    for place, config in enumerate(configs):
-        by_name.setdefault(config.get("name"), []).append(place)
-    for places in by_name.values():
-        flat = comparable([configs[place] for place in places]) if len(places) > 1 else []
+    for name in {config.get("name") for config in configs}:
+        places = [place for place, config in enumerate(configs) if config.get("name") == name]
+        flat = comparable([configs[place] for place in places])
         keys = differing(flat)
-        for place, own in zip(places, flat, strict=False):
+        for place, own in zip(places, flat, strict=True):
             texts[place] = ", ".join(f"{key} = {_plain(own.get(key))}" for key in keys)
     return texts
 
@@ -137,7 +155,8 @@ def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
 
     def is_implied(key: str) -> bool:
         head, _, last = key.rpartition(".")
-        if head.rpartition(".")[2] not in (*SLOTS, "bits") or last in ("method", "mean", "path"):
+        is_of_method = head.rpartition(".")[2] in (*SLOTS, "bits")
+        if not is_of_method or last in ("method", "mean", "path"):
             return False
         return len({_plain(settings[key]) for settings in flat if key in settings}) == 1
 
@@ -175,16 +194,17 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys and values; tables of a list are told by their `name`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        named = value if isinstance(value, list) and value else [{}]
+        if isinstance(value, list) and value and all(_is_named(item) for item in value):
+            value = {item["name"]: {k: v for k, v in item.items() if k != "name"} for item in value}
         if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        elif all(isinstance(item, Mapping) and "name" in item for item in named):
-            for item in named:
-                rest = {inner: setting for inner, setting in item.items() if inner != "name"}
-                flat.update(flatten(rest, f"{prefix}{key}.{item['name']}."))
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _is_named(item: object) -> bool:
+    return isinstance(item, Mapping) and "name" in item
 
 
 def _quantizing(plan: Mapping[str, Any]) -> list[Rule]:
@@ -204,6 +224,10 @@ def _allocation(bits: Mapping[str, Any]) -> str:
     return f"{how}, mean {bits.get('mean')}"
 
 
+def _weight_allocation(plan: Mapping[str, Any]) -> list[str]:
+    return [_allocation(section(plan, "bits"))] if allocated(plan) == "weight" else []
+
+
 def _is_ampn(bits: Mapping[str, Any]) -> bool:
     """Whether activation bits have the least sum of AMPN's metric, which two solvers find."""
     is_optimal = bits.get("solver") in ("exact", "milp")
@@ -211,62 +235,27 @@ def _is_ampn(bits: Mapping[str, Any]) -> bool:
 
 
 def _activation_bits(plan: Mapping[str, Any]) -> str:
-    rules = _quantizing(plan)
-    if not any("activation" in rule for rule in rules):
-        return FULL_PRECISION
-    bits = section(plan, "bits")
-    if bits.get("of") == "activation":
+    rules, bits = _quantizing(plan), section(plan, "bits")
+    if bits.get("of") == "activation" and any("activation" in rule for rule in rules):
         return _allocation(bits)
 
     def text(rule: Rule) -> str:
         return str(_bits_of(rule)) if "activation" in rule else FULL_PRECISION
 
-    texts = {text(rule) for rule in rules}
-    return f"{texts.pop()} everywhere" if len(texts) == 1 else _by_rule(rules, text, "")
+    found = _by_rule(rules, text, FULL_PRECISION)
+    return f"{found} everywhere" if found.isdecimal() else found
 
 
 def _by_rule(rules: Sequence[Rule], text: Callable[[Rule], str], absent: str) -> str:
     """What a part is in every rule, said once where it is the same; `absent` where it is none."""
-    texts = [(text(rule) or absent, rule["match"]) for rule in rules]
+    texts = [(text(rule), rule["match"]) for rule in rules]
     if not texts or texts[-1][1] != EVERY:
         texts.append((absent, EVERY))
-    if len({found for found, _ in texts}) == 1:
-        return texts[0][0]
     *some, (rest, _) = texts
+    if all(found == rest for found, _ in some):
+        return rest
     parts = [f"{found} on {', '.join(match)}" for found, match in some if found != absent]
     return "; ".join(parts + [f"{rest} elsewhere"] * (rest != absent))
-
-
-def _both(rule: Rule) -> str:
-    """Weights and activations in a few words."""
-    weights = _method(rule, "weight") or FULL_PRECISION
-    return f"{weights}, " + (
-        f"A{_bits_of(rule)}" if "activation" in rule else "activations full precision"
-    )
-
-
-def _method(rule: Rule, slot: Slot) -> str:
-    """A method with the parameters that are not its defaults; "" for a slot that is not filled."""
-    table = dict(rule.get(slot, {}))
-    method = str(table.pop("method", ""))
-    table.pop("sha256", None)
-    bits, rank = table.pop("bits", None), table.get("rank")
-    defaults = _defaults(slot, method)
-    table = {key: v for key, v in table.items() if key not in defaults or v != defaults[key]}
-    if slot == "branch" and rank is not None:
-        method, _ = f"rank {rank}", table.pop("rank", None)
-    words = [f"{bits} bits"] if slot == "weight" and bits is not None else []
-    words += [f"{key} = {_plain(value)}" for key, value in table.items()]
-    return ", ".join([method, *words]) if method else ""
-
-
-@cache
-def _defaults(slot: Slot, method: str) -> Mapping[str, Any]:
-    """Defaults of a method of the suite; nothing is known of others, whose code is not run here."""
-    if not is_packaged(slot, method):
-        return {}
-    fields = method_class(slot, method).model_fields
-    return given({key: field.get_default() for key, field in fields.items()})
 
 
 def _plain(value: object) -> str:

@@ -9,54 +9,17 @@ from typing import Any
 import pandas as pd
 import seaborn as sns
 
+from reports import page
 from reports.comparing import RULE, judge
 from reports.exports import exports
 from reports.layer_bits import allocation_blocks
 from reports.loading import RunData
-from reports.page import (
-    Block,
-    Figures,
-    Fold,
-    Format,
-    Heading,
-    Images,
-    Points,
-    Prose,
-    Section,
-    Sheet,
-    sentence,
-)
 from reports.plan_tables import cost_sheet, plans_sheet, timing_sheet
-from reports.protocols import (
-    HIGHER_IS_BETTER,
-    KID_UNBIASED_SINCE,
-    TEACHER,
-    Group,
-    Row,
-    group_runs,
-)
+from reports.protocols import HIGHER_IS_BETTER, KID_UNBIASED_SINCE, TEACHER, Group, Row, group_runs
 from reports.published import published_sheet, rivals_sheet
 from reports.samples import BUDGET_BYTES, sample_grids
-from reports.settings import (
-    ALLOCATED,
-    AMPN,
-    FROM_FILE,
-    FULL_PRECISION,
-    PARTIAL,
-    UNIFORM,
-    UNROTATED,
-    is_full_precision,
-)
-from reports.text import (
-    NOT_RUN,
-    Phrase,
-    listing,
-    of_metric,
-    plural,
-    significant,
-    spread,
-    stem,
-)
+from reports.settings import Family
+from reports.text import NOT_RUN, Phrase, listing, of_metric, plural, significant, spread, stem
 from reports.train_teacher import Curves, loss_blocks
 from robuq_bench.figures import Picture, colour, log_axis, panel
 from robuq_bench.statistics.comparisons import MIN_SEEDS
@@ -74,39 +37,39 @@ EXPORTS = (
     *("accounting.csv", "summary.tex"),
 )
 MARKS = {
-    AMPN: ("rotated", "D", "◆ Hadamard, AMPN bits"),
-    ALLOCATED: ("rotated", "s", "■ Hadamard, bits allocated otherwise"),
-    FROM_FILE: ("rotated", "P", "✚ Hadamard, bits from a file"),
-    UNIFORM: ("uniform bits", "o", "● Hadamard, uniform bits"),
-    PARTIAL: ("partly rotated", "^", "▲ Hadamard in some layers"),
-    UNROTATED: ("not rotated", "X", "✖ no rotation"),
-    FULL_PRECISION: ("reference", "s", "■ full precision"),
+    Family.AMPN: ("rotated", "D", "◆ Hadamard, AMPN bits"),
+    Family.ALLOCATED: ("rotated", "s", "■ Hadamard, bits allocated otherwise"),
+    Family.FROM_FILE: ("rotated", "P", "✚ Hadamard, bits from a file"),
+    Family.UNIFORM: ("uniform bits", "o", "● Hadamard, uniform bits"),
+    Family.PARTIAL: ("partly rotated", "^", "▲ Hadamard in some layers"),
+    Family.UNROTATED: ("not rotated", "X", "✖ no rotation"),
+    Family.FULL_PRECISION: ("reference", "s", "■ full precision"),
 }
 _ROWS_OF_A_PANEL = 40
 _DAGGER = "†"
 
 
-def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
+def view(runs: Sequence[RunData], every: Sequence[RunData]) -> page.Section | None:
     """Results, bits, cost and samples of every protocol, and the published numbers."""
     groups = group_runs(every)
     judged = [judge(group) for group in groups]
-    blocks: list[Block] = list(_caveats(groups))
+    blocks: list[page.Block] = list(_caveats(groups))
     budget = BUDGET_BYTES // len(groups)
     for place, group in enumerate(groups):
         if len(groups) > 1:
-            blocks.append(Heading(f"Results on {group.title}", f"results-{place}"))
-            blocks += [Prose(_answer(group))] if place else []
+            blocks.append(page.Heading(f"Results on {group.title}", f"results-{place}"))
+            blocks += [page.Prose(_answer(group))] if place else []
         blocks += _results(group, budget)
     timing = timing_sheet(runs)
-    blocks += [Fold("Time of each run", [timing])] if timing else []
+    blocks += [page.Fold("Time of each run", [timing])] if timing else []
     blocks += [
-        Heading("Published numbers", "published"),
-        Fold(
+        page.Heading("Published numbers", "published"),
+        page.Fold(
             "Numbers of others, each with its source, beside what these runs measured",
             [published_sheet(groups), rivals_sheet()],
         ),
     ]
-    return Section(
+    return page.Section(
         anchor="results",
         title="Plans and their quality",
         answer=_answer(groups[0]),
@@ -122,29 +85,29 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
 def _answer(group: Group) -> list[Phrase]:
     """Which plan is nearest to the teacher, and which is farthest."""
     metric = group.fid
-    rows = [row for row in group.rows if not is_full_precision(row.plan)]
+    rows = [row for row in group.rows if row.family != Family.FULL_PRECISION]
     means = {row: found.mean for row in rows if (found := group.found(row, metric))}
     teacher = group.found(group.teacher, metric)
     if metric is None or not means:
-        return sentence(f"On {group.title}, no quantized plan’s FID was measured: {NOT_RUN}.")
+        return page.sentence(f"On {group.title}, no quantized plan’s FID was measured: {NOT_RUN}.")
     ranked = sorted(means, key=lambda row: abs(means[row] - (teacher.mean if teacher else 0)))
     untrained = sum(row.is_ptq for row in means)
     of = f"{plural(len(means), 'quantized plan')}"
     of += f" ({untrained} without training)" if untrained else ""
     near, far = ranked[0], ranked[-1]
-    parts: list[str | Phrase] = [
+    values = {
+        row: Phrase(group.text(row, metric), f"#{row.anchor}" if group.found(row, metric) else "")
+        for row in (near, far, group.teacher)
+    }
+    return page.sentence(
         f"On {group.title}, {near.label} comes nearest to its teacher of {of}: {metric} ",
-        Phrase(group.text(near, metric), f"#{near.anchor}"),
-        " against ",
-        Phrase(group.text(group.teacher, metric), f"#{group.teacher.anchor}" if teacher else ""),
-    ]
-    if far is not near:
-        far_text = Phrase(group.text(far, metric), f"#{far.anchor}")
-        parts += [f"; {far.label} is farthest with ", far_text]
-    return sentence(*parts, " (mean and range over training seeds and image seeds).")
+        *(values[near], " against ", values[group.teacher]),
+        *((f"; {far.label} is farthest with ", values[far]) if far is not near else ()),
+        " (mean and range over training seeds and image seeds).",
+    )
 
 
-def _caveats(groups: Sequence[Group]) -> Iterable[Block]:
+def _caveats(groups: Sequence[Group]) -> Iterable[page.Block]:
     items = []
     if len(groups) > 1:
         items.append(
@@ -162,35 +125,33 @@ def _caveats(groups: Sequence[Group]) -> Iterable[Block]:
     if by_count and min(by_count) < MIN_SEEDS:
         seeds = "; ".join(f"{n} for {listing(by_count[n])}" for n in sorted(by_count))
         items.append(f"Training seeds: {seeds}. Below {MIN_SEEDS}, plans are not judged.")
-    return [Points(items)] if items else []
+    return [page.Points(items)] if items else []
 
 
-def _results(group: Group, budget: int) -> list[Block]:
+def _results(group: Group, budget: int) -> list[page.Block]:
     curves = [Curves(row.label, row.runs, MARKS[row.family][0]) for row in group.rows]
-    grids = sample_grids(group, budget)
     losses = [name for name in group.metrics if name.endswith("_loss")]
     metrics = [name for name in group.metrics if name not in losses]
     means_of_losses = _summary(group, losses, "Losses", "Means over fixed validation batches.")
-    folds: dict[str, Sequence[Block]] = {
-        "What each plan does": [plans_sheet(group)] if group.rows else [],
+    grids = sample_grids(group, budget)
+    folds: dict[str, Sequence[page.Block | None]] = {
+        "What each plan does": [plans_sheet(group) if group.rows else None],
         "Every measured value": _values(group),
-        "Samples: the same image seeds and labels in every grid": [Images(grids)] if grids else [],
-        "Losses": [
-            *loss_blocks(curves, group.teacher.anchor),
-            *([means_of_losses] if losses else []),
+        "Samples: the same image seeds and labels in every grid": [
+            page.Images(grids) if grids else None
         ],
+        "Losses": [*loss_blocks(curves, group.teacher.anchor), means_of_losses if losses else None],
         "Bits and sensitivity of each layer": allocation_blocks(group),
-        "Cost of each plan": [cost_sheet(group)] if group.rows else [],
+        "Cost of each plan": [cost_sheet(group) if group.rows else None],
     }
-    shown = [Fold(name, blocks) for name, blocks in folds.items() if blocks]
-    return [
-        *_fid_figure(group),
-        _summary(group, metrics, "Plans and metrics", _protocol(group)),
-        *shown,
-    ]
+    blocks = [*_fid_figure(group), _summary(group, metrics, "Plans and metrics", _protocol(group))]
+    for name, folded in folds.items():
+        shown = [block for block in folded if block]
+        blocks += [page.Fold(name, shown)] if shown else []
+    return blocks
 
 
-def _fid_figure(group: Group) -> list[Block]:
+def _fid_figure(group: Group) -> list[page.Block]:
     metric = group.fid
     rows = [row for row in group.rows if group.found(row, metric)]
     if metric is None or not rows:
@@ -198,18 +159,15 @@ def _fid_figure(group: Group) -> list[Block]:
     pieces = [rows[i : i + _ROWS_OF_A_PANEL] for i in range(0, len(rows), _ROWS_OF_A_PANEL)]
     found = group.values[group.values["metric"] == metric]
     pictures = [_fid_panel(group, piece, found, i) for i, piece in enumerate(pieces)]
-    families = [kind for kind in MARKS if any(row.family == kind for row in rows)]
-    key = [(MARKS[kind][0], MARKS[kind][2]) for kind in families]
+    families = {row.family for row in rows}
+    key = [(hue, words) for kind, (hue, _, words) in MARKS.items() if kind in families]
     if group.found(group.teacher, metric):
         key.append(("reference", "┃ teacher, its range shaded"))
-    return [
-        Figures(
-            pictures,
-            f"{metric} by plan on {group.title}: the mark is the mean, dots are single values "
-            "(training seed × seed range), the bar spans them.",
-            key,
-        )
-    ]
+    caption = (
+        f"{metric} by plan on {group.title}: the mark is the mean, dots are single values "
+        "(training seed × seed range), the bar spans them."
+    )
+    return [page.Figures(pictures, caption, key)]
 
 
 def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: int) -> Picture:
@@ -247,12 +205,12 @@ def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: in
     return drawn.picture
 
 
-def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> Sheet:
+def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> page.Sheet:
     """Plans × metrics: mean and [min–max] over training seeds and seed ranges."""
     rows = group.all_rows
     means = group.summary["mean"].unstack("metric").reindex([row.label for row in rows])
     frame = means.reindex(columns=list(metrics)).reset_index(drop=True)
-    formats: dict[str, Format] = {name: of_metric(name) for name in metrics}
+    formats: dict[str, page.Format] = {name: of_metric(name) for name in metrics}
     teacher = group.found(group.teacher, group.fid)
     if group.fid in formats and teacher and teacher.mean > 0:
         place = list(frame).index(group.fid) + 1
@@ -263,7 +221,7 @@ def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> Shee
         frame[f"{metric} range"] = [_range(group, row, metric) for row in rows]
     frame["href"] = [f"#{row.anchor}" for row in rows]
     frame["about"] = [_about(row, row is group.teacher) for row in rows]
-    return Sheet(
+    return page.Sheet(
         frame,
         f"{what} on {group.title}",
         note,
@@ -276,78 +234,69 @@ def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> Shee
 
 def _protocol(group: Group) -> str:
     """The note below the summary: how its numbers were measured."""
-    note = (
+    biased = (
+        f" {_DAGGER} Too few images for the number of features, so the covariance is "
+        "rank-deficient and the value biased."
+    )
+    return (
         f"Protocol: {group.protocol}. Means are over all training seeds and seed ranges of the "
         "row; brackets hold the least and the greatest of these values. Every plan is sampled from "
         "the image seeds of the teacher."
-    )
-    if group.values["is_rank_deficient"].any():
-        note += (
-            f" {_DAGGER} Too few images for the number of features, so the covariance is "
-            "rank-deficient and the value biased."
-        )
-    return note
+    ) + (biased if group.values["is_rank_deficient"].any() else "")
 
 
 def _range(group: Group, row: Row, metric: str) -> str:
     """`[min–max]` of a cell, and the mark of a rank-deficient one."""
     found = group.found(row, metric)
-    if found is None:
-        return ""
-    mark = _DAGGER if found.is_rank_deficient else ""
-    return f"{spread(metric, found.low, found.high)} {mark}".strip()
+    mark = f" {_DAGGER}" if found and found.is_rank_deficient else ""
+    return f"{spread(metric, found.low, found.high)}{mark}".strip() if found else ""
 
 
 def _about(row: Row, is_teacher: bool) -> str:
     """Seeds and notes of a row, for the small print below its name."""
     if is_teacher:
         return "full precision"
-    listed = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
+    seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
     if len(row.seeds) > MIN_SEEDS:
-        listed = f"{len(row.seeds)} seeds"
-    return f"{listed}; {row.notes}" if row.notes else listed
+        seeds = f"{len(row.seeds)} seeds"
+    return "; ".join(filter(None, [seeds, row.notes]))
 
 
-def _values(group: Group) -> list[Block]:
+def _values(group: Group) -> list[page.Block]:
     """Every value behind the summary, each line linked to its run; samples, then losses."""
-    anchors = {row.label: row.anchor for row in group.all_rows}
-    runs = {run.id: run.href for row in group.all_rows for run in row.runs}
-    places = {label: place for place, label in enumerate(anchors)}
-    is_sample = group.values["seed_range"].notna()
-    blocks: list[Block] = []
+    rows = group.all_rows
+    values = group.values.assign(
+        plan=pd.Categorical(group.values["plan"], [row.label for row in rows]),
+        run=group.values["run"].map({run.id: run.href for row in rows for run in row.runs}),
+    )
+    is_sample = values["seed_range"].notna()
+    blocks: list[page.Block] = []
     for what, shown in (
-        ("Every measured value", group.values[is_sample]),
-        ("Every loss on validation batches", group.values[~is_sample]),
+        ("Every measured value", values[is_sample]),
+        ("Every loss on validation batches", values[~is_sample].drop(columns="seed_range")),
     ):
-        keys = ["plan", "seed", "run"]
-        if shown["seed_range"].notna().any():
-            keys.insert(2, "seed_range")
+        keys = [name for name in ("plan", "seed", "seed_range", "run") if name in shown]
         table = shown.set_index([*keys, "metric"])["value"].unstack().reset_index()
-        table = table.sort_values(keys[1:]).sort_values(
-            "plan", key=lambda labels: labels.map(places), kind="stable", ignore_index=True
-        )
         metrics = [name for name in group.metrics if name in table]
-        is_anchor = ~table["plan"].duplicated() & (what == "Every measured value")
-        table["seed"] = table["seed"].map(lambda seed: "none" if pd.isna(seed) else str(seed))
-        table["run"] = table["run"].map(runs)
-        table["anchor"] = table["plan"].map(anchors).where(is_anchor, None)
-        blocks.append(
-            Sheet(
-                table[[*keys, *metrics, "anchor"]],
-                f"{what} on {group.title}",
-                "Numbers link to their run.",
-                formats={name: of_metric(name) for name in metrics},
-                heads={"seed": "training seed", **dict.fromkeys(keys[2:-1], "seed range")},
-                links=dict.fromkeys(metrics, "run"),
-                anchors="anchor",
-                kind="dense",
-            )
+        table["seed"] = table["seed"].astype(object).where(table["seed"].notna(), "none")
+        anchors = table["plan"].map({row.label: row.anchor for row in rows}).astype(object)
+        table["anchor"] = anchors.where(~table["plan"].duplicated() & ("seed_range" in keys), None)
+        sheet = page.Sheet(
+            table[[*keys, *metrics, "anchor"]],
+            f"{what} on {group.title}",
+            "Numbers link to their run.",
+            formats={name: of_metric(name) for name in metrics},
+            heads={"seed": "training seed", **dict.fromkeys(keys[2:-1], "seed range")},
+            links=dict.fromkeys(metrics, "run"),
+            anchors="anchor",
+            kind="dense",
         )
-    return [block for block in blocks if isinstance(block, Sheet) and len(block.frame)]
+        blocks += [sheet] * bool(len(table))
+    return blocks
 
 
-def _summary_tex(group: Group) -> Sheet:
+def _summary_tex(group: Group) -> page.Sheet:
     frame = pd.DataFrame({"plan": [row.label for row in group.all_rows]})
     for metric in group.metrics:
         frame[metric] = [group.text(row, metric) for row in group.all_rows]
-    return Sheet(frame, f"{group.title}: mean [min–max]", f"{group.protocol}.")
+    return page.Sheet(frame, f"{group.title}: mean [min–max]", f"{group.protocol}.")

@@ -66,14 +66,12 @@ def loss_blocks(panels: Sequence[Curves], name: str) -> list[Block]:
     All have the same axes. A curve that diverges is cut off instead of flattening the others, and
     the caption names it. `name` makes the pictures' ids unique.
     """
-    losses = [(curves, _losses(curves.runs)) for curves in panels]
-    losses = [(curves, frame) for curves, frame in losses if not frame.empty]
+    losses = [(curves, frame) for curves in panels if len(frame := _losses(curves.runs))]
     if not losses:
         return []
-    tops = pd.Series({curves.label: frame["loss"].max() for curves, frame in losses})
+    every = pd.concat([frame.assign(label=curves.label) for curves, frame in losses])
+    tops = every.groupby("label", sort=False)["loss"].max()
     limit = min(tops.max(), _HEADROOM * tops.median())
-    bottom = min(frame["loss"].min() for _, frame in losses)
-    steps = max(frame["step"].max() for _, frame in losses)
     pictures = []
     for place, (curves, frame) in enumerate(losses[:MAX_PANELS]):
         ends = frame.groupby("seed")["loss"].last()
@@ -86,7 +84,8 @@ def loss_blocks(panels: Sequence[Curves], name: str) -> list[Block]:
                 frame, x="step", y="loss", style="seed", ax=drawn.axes, estimator=None,
                 color=colour(curves.meaning), legend=False, linewidth=1.1,
             )  # fmt: skip
-            drawn.axes.set(xlim=(0, steps), ylim=(bottom / 1.1, limit * 1.1))
+            drawn.axes.set(xlim=(0, every["step"].max()))
+            drawn.axes.set(ylim=(every["loss"].min() / 1.1, limit * 1.1))
             log_axis(drawn.axes, "y")
             drawn.axes.set(xlabel="training step", ylabel="loss")
         pictures.append(drawn.picture)
@@ -94,8 +93,7 @@ def loss_blocks(panels: Sequence[Curves], name: str) -> list[Block]:
         "Training loss by step, logarithmic, the same axes in all panels; one line style per "
         f"seed, at most {MAX_POINTS} of its logged points."
     )
-    cut = tops[tops > limit]
-    if len(cut):
+    if len(cut := tops[tops > limit]):
         names = listing(f"{label} (up to {significant(top)})" for label, top in cut.items())
         caption += f" Cut off above {significant(limit)}: {names}."
     if len(losses) > MAX_PANELS:
@@ -105,14 +103,8 @@ def loss_blocks(panels: Sequence[Curves], name: str) -> list[Block]:
 
 def _losses(runs: Sequence[RunData]) -> pd.DataFrame:
     """seed, step, loss of the logged steps; thinned evenly, the last one kept."""
-    lines = [
-        (run.seed, record["step"], record["loss"])
-        for run in runs
-        for record in run.of_kind("train")
-        if "step" in record and "loss" in record
-    ]
-    frame = pd.DataFrame(lines, columns=["seed", "step", "loss"]).sort_values(["seed", "step"])
-    frame = frame[np.isfinite(frame["loss"].astype(float)) & (frame["loss"] > 0)]
+    frame = training(runs)[["seed", "step", "loss"]].dropna().astype({"loss": float})
+    frame = frame[np.isfinite(frame["loss"]) & (frame["loss"] > 0)].sort_values(["seed", "step"])
     by_seed = frame.groupby("seed")["step"]
     stride = np.ceil(by_seed.transform("size") / MAX_POINTS)
     is_kept = (by_seed.cumcount() % stride == 0) | (by_seed.cumcount(ascending=False) == 0)

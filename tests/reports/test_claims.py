@@ -96,7 +96,8 @@ def test_few_common_seeds_are_not_judged_but_shown(fabricate, ours, theirs):
     b = fids(run_seeds(fabricate, "bitnetv2-a4", 1.5, theirs))
     verdict = judged(fabricate)[0][BITNET_4]
     common = min(ours, theirs)
-    assert (verdict.verdict, verdict.n, verdict.low) == ("not judged", common, None)
+    assert (verdict.verdict, verdict.n, verdict.p_value) == ("not judged", common, None)
+    assert (verdict.low is None) == (common == 1)
     expected = np.exp(np.log(a[:common] / b[:common]).mean())
     assert verdict.effect == pytest.approx(expected, rel=1e-12)
     assert "5 training seeds that both plans have are needed" in verdict.note

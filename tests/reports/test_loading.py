@@ -20,7 +20,8 @@ def test_a_folder_of_runs_and_its_run_folders_give_the_same_runs(fabricate):
     paths = [fabricate.run("a4"), fabricate.run("a2")]
     from_root = find_runs([fabricate.root]).runs
     assert [run.plan_name for run in from_root] == ["a2", "a4"]
-    assert find_runs([*paths, fabricate.root]).runs == from_root
+    again = find_runs([*paths, fabricate.root]).runs
+    assert [run.id for run in again] == [run.id for run in from_root]
     assert {run.id for run in from_root} == {f"train-and-eval/{path.name}" for path in paths}
 
 

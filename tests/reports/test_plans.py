@@ -17,19 +17,12 @@ from reports.loading import find_runs
 from reports.plans import read_plan
 from reports.protocols import group_runs
 from reports.settings import (
-    ALLOCATED,
-    AMPN,
-    FROM_FILE,
-    FULL_PRECISION,
-    PARTIAL,
-    UNIFORM,
-    UNROTATED,
+    Family,
     activation_bits,
     comparable,
     differing,
     family,
-    is_full_precision,
-    recipe,
+    recipes,
     weight_precision,
 )
 from robuq_bench.config import load_workload, plan_names, resolve
@@ -159,27 +152,26 @@ def test_rows_of_old_and_new_runs_stay_apart_where_a_setting_differs(fabricate):
 @pytest.mark.parametrize(
     ("name", "kind", "bits"),
     [
-        ("fp", FULL_PRECISION, None),
-        ("a2", AMPN, 2.0),
-        ("a3-uniform", UNIFORM, 3.0),
-        ("baseline-a2", UNROTATED, 2.0),
-        ("bitnetv2-a3", PARTIAL, 3.0),
+        ("fp", Family.FULL_PRECISION, None),
+        ("a2", Family.AMPN, 2.0),
+        ("a3-uniform", Family.UNIFORM, 3.0),
+        ("baseline-a2", Family.UNROTATED, 2.0),
+        ("bitnetv2-a3", Family.PARTIAL, 3.0),
     ],
 )
 def test_family_and_bits_of_both_schemas(name, kind, bits):
     for plan in (read_plan(OLDER[name], DIT), today(name)):
         assert (family(plan), activation_bits(plan)) == (kind, bits)
-        assert is_full_precision(plan) == (kind == FULL_PRECISION)
 
 
 def test_bits_from_a_file_and_of_another_solver_are_not_ampn():
     file = {"method": "file", "path": "bits.toml", "sha256": "a" * 64}
     plan = read_plan(older("x", allocation=file), DIT)
-    assert (family(plan), activation_bits(plan)) == (FROM_FILE, None)
-    assert recipe(plan)["activation bits"] == "from a file"
+    assert (family(plan), activation_bits(plan)) == (Family.FROM_FILE, None)
+    assert recipes([plan])[0]["activation bits"] == "from a file"
     greedy = today("a2", "bits.solver=greedy")
-    assert (family(greedy), activation_bits(greedy)) == (ALLOCATED, 2)
-    assert recipe(greedy)["activation bits"] == "epsilon_mse by greedy, mean 2.0"
+    assert (family(greedy), activation_bits(greedy)) == (Family.ALLOCATED, 2)
+    assert recipes([greedy])[0]["activation bits"] == "epsilon_mse by greedy, mean 2.0"
 
 
 def test_bits_of_another_solver_have_a_mark_of_their_own(fabricate, parse_page, tmp_path):
@@ -195,7 +187,7 @@ def test_bits_of_another_solver_have_a_mark_of_their_own(fabricate, parse_page, 
 
 def test_the_recipe_says_what_it_said():
     for plan in (read_plan(OLDER["bitnetv2-a4"], DIT), today("bitnetv2-a4")):
-        assert recipe(plan) == {
+        assert recipes([plan])[0] == {
             "weights": "ternary-absmean",
             "activations": "bitnet",
             "activation bits": "4 everywhere",
@@ -206,16 +198,21 @@ def test_the_recipe_says_what_it_said():
             "other layers": "full precision",
             "attention products": "full precision",
         }
-    found = recipe(today("a2"))
+    found = recipes([today("a2")])[0]
     assert found["activation bits"] == "AMPN, mean 2.0"
     assert (found["rotation"], found["low-rank branch"]) == ("randomized-hadamard", "rank 8")
     assert found["attention products"] == "8 bits"
-    assert recipe(today("fp"))["adaLN"] == "full precision, activations full precision"
+    assert recipes([today("fp")])[0]["adaLN"] == "full precision, activations full precision"
 
 
-def test_weight_bits_are_nominal_and_parameters_are_shown():
-    found = recipe(today("quarot-w4a4"))
-    assert found["weights"] == "gptq, 4 bits, shrink = 80"  # the rest are defaults
+def test_weight_bits_are_nominal_and_parameters_that_differ_are_shown():
+    found = recipes([today("quarot-w4a4")])[0]
+    assert found["weights"] == "gptq, 4 bits"  # parameters in which uses differ are said
+    quicker = today("quarot-w4a4", "layers.block.weight.shrink=20")
+    assert [own["weights"] for own in recipes([today("quarot-w4a4"), quicker])] == [
+        "gptq, 4 bits, shrink = 80",
+        "gptq, 4 bits, shrink = 20",
+    ]
     assert found["adaLN"].startswith("gptq, 4 bits")
     assert found["adaLN"].endswith(", A8")
     assert weight_precision(today("quarot-w4a4")) == weight_precision(today("rtn-w4a4"))
@@ -223,9 +220,9 @@ def test_weight_bits_are_nominal_and_parameters_are_shown():
     allocated = today(
         "quarot-w4a4", "bits.of=weight", "bits.mean=3", "bits.choices=[2,3,4]", "bits.steps=0"
     )
-    assert family(allocated) == UNIFORM
+    assert family(allocated) == Family.UNIFORM
     assert activation_bits(allocated) == 4
-    assert recipe(allocated)["weights"].endswith(", epsilon_mse_teacher by exact, mean 3.0")
+    assert recipes([allocated])[0]["weights"].endswith(", epsilon_mse_teacher by exact, mean 3.0")
     assert weight_precision(allocated) != weight_precision(today("quarot-w4a4"))
 
 
@@ -245,7 +242,7 @@ def test_rules_for_some_layers_are_said_by_their_patterns():
     }
     read = read_plan(plan, DIT)
     assert [rule["name"] for rule in read["layers"]] == ["block[*.fc2]", "block", "adaLN", "other"]
-    found = recipe(read)
+    found = recipes([read])[0]
     assert found["weights"] == "rtn, 4 bits elsewhere"
     assert found["activation bits"] == "8 on *.fc2; 4 elsewhere"
     assert found["adaLN"] == "rtn, 4 bits, A4"
@@ -366,9 +363,12 @@ def test_a_run_without_a_valid_plan_is_left_out_and_named(fabricate, parse_page,
 
 
 def test_the_provenance_shows_the_config_as_it_was_written(fabricate, parse_page, tmp_path):
-    fabricate.run("a4")
+    for seed in (0, 2):
+        fabricate.run("a4", seed)
     rewrite(fabricate.run("a4", 1), plan=OLDER["a4"])
     text = parse_page(build_report([fabricate.root], tmp_path / "report.html")).text
+    assert text.count("Resolved config") == 2
+    assert text.count("Config: that of seed 0 but for the seed.") == 1
     assert 'plan.layers.block.activation.method = "robust-midtread"' in text
     assert 'plan.activations.quantizer = "robust-midtread"' in text
 
@@ -381,4 +381,4 @@ def test_a_run_of_a_method_that_is_not_here_is_read(fabricate):
     with pytest.raises(ConfigError, match="my_code"):
         read_method("weight", "my_code:Mine")
     (row,) = group_of(fabricate).rows
-    assert recipe(row.plan)["weights"] == "my_code:Mine"
+    assert recipes([row.plan])[0]["weights"] == "my_code:Mine"

@@ -11,7 +11,7 @@ import pytest
 from reports import build_report
 from reports.loading import find_runs
 from reports.protocols import group_runs
-from reports.settings import AMPN, PARTIAL, UNIFORM, UNROTATED, differences
+from reports.settings import Family, differences
 from robuq_bench.errors import CheckpointError
 
 
@@ -166,11 +166,11 @@ def test_families_are_read_from_settings_and_rows_go_from_many_bits_to_few(fabri
         fabricate.run(plan)
     (group,) = groups_of(fabricate)
     assert [(row.name, row.family, row.bits) for row in group.rows] == [
-        ("a8", UNIFORM, 8),
-        ("bitnetv2-a4", PARTIAL, 4),
-        ("a2", AMPN, 2),
-        ("a2-uniform", UNIFORM, 2),
-        ("baseline-a2", UNROTATED, 2),
+        ("a8", Family.UNIFORM, 8),
+        ("bitnetv2-a4", Family.PARTIAL, 4),
+        ("a2", Family.AMPN, 2),
+        ("a2-uniform", Family.UNIFORM, 2),
+        ("baseline-a2", Family.UNROTATED, 2),
     ]
 
 

@@ -245,3 +245,24 @@ def test_copies_are_sound_runs_of_other_seeds(tmp_path: Path) -> None:
     counts = Counter(run.plan_name for run in runs)
     assert counts["fp"] == 1
     assert counts["a2"] == 6  # three originals, each taken twice
+
+
+def test_a_report_of_300_runs_takes_seconds_and_imports_no_torch(tmp_path: Path) -> None:
+    copy_runs(sorted(RECORDED.glob("digits/runs/train-and-eval/*")), tmp_path / "runs", 300)
+    program = (
+        "import sys, time; from pathlib import Path; import reports; "
+        "reports.build_report([Path(sys.argv[1])], Path(sys.argv[2])); "
+        "print(time.process_time(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "runs", tmp_path / "report.html"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    seconds, has_torch = done.stdout.split()
+    assert has_torch == "False"
+    assert float(seconds) < 20  # 6 when written, on one core of 2.5 GHz
+    ends = rows(tmp_path / "report-accounting.csv")
+    assert len({line["run"] for line in ends}) == 300
