@@ -29,8 +29,6 @@ from robuq_bench.figures import style_sheet
 from robuq_bench.files import atomic_write_text
 
 _CLAIM_COLUMNS = ("protocol", "claim", "verdict", "evidence", "subject")
-# Its numbers are the teacher rows of train-and-eval, which cites the run.
-_SHOWN_ELSEWHERE = frozenset({"teacher-eval"})
 _NO_RESULTS = "No run among these is finished, so every result is “not run”."
 
 
@@ -103,7 +101,8 @@ def section_modules() -> Mapping[str, ModuleType]:
 
     `view(runs, every)` takes the finished runs of the study, and those of all studies, and returns
     a `Section`, or None where the runs hold too little for one. `OPEN` are claims of the paper that
-    stand as "not run" until the study has run. Sections come in the order of `ORDER`.
+    stand as "not run" until the study has run; studies in `CITES`, if any, are shown by this one.
+    Sections come in the order of `ORDER`.
     """
     names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
     modules = [import_module(f"reports.{name}") for name in names]
@@ -120,12 +119,12 @@ def build_sections(runs: Sequence[RunData]) -> dict[str, Section]:
     for run in runs:
         by_study.setdefault(run.study, []).append(run)
     modules = section_modules()
+    cited = {name for study in by_study for name in getattr(modules.get(study), "CITES", ())}
     found: dict[str, Section] = {}
     for study in [*modules, *sorted(by_study.keys() - modules.keys())]:
         own = by_study.get(study, [])
         shown = modules[study].view(own, runs) if own and study in modules else None
-        is_cited = study in _SHOWN_ELSEWHERE and "train-and-eval" in by_study
-        if shown is None and own and not is_cited:
+        if shown is None and own and study not in cited:
             shown = generic.view(own, runs)
         if shown is not None:
             found[study] = shown

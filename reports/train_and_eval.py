@@ -32,6 +32,7 @@ OPEN = (
     "RobuQ beats BitNet v2 at equal bits",
     "W1.58A2 trains stably",
 )
+CITES = ("teacher-eval",)  # its numbers are the rows of the teacher
 EXPORTS = (
     *("metrics.csv", "summary.csv", "allocation.csv", "sensitivity.csv", "training.csv"),
     *("accounting.csv", "summary.tex"),
@@ -137,14 +138,14 @@ def _results(group: Group, budget: int) -> list[page.Block]:
     folds: dict[str, Sequence[page.Block | None]] = {
         "What each plan does": [plans_sheet(group) if group.rows else None],
         "Every measured value": _values(group),
-        "Samples: the same image seeds and labels in every grid": [
-            page.Images(grids) if grids else None
-        ],
         "Losses": [*loss_blocks(curves, group.teacher.anchor), means_of_losses if losses else None],
         "Bits and sensitivity of each layer": allocation_blocks(group),
         "Cost of each plan": [cost_sheet(group) if group.rows else None],
     }
     blocks = [*_fid_figure(group), _summary(group, metrics, "Plans and metrics", _protocol(group))]
+    if grids:
+        same = "Samples: the same image seeds and labels in every grid; the model differs."
+        blocks += [page.Prose([Phrase(same)]), page.Images(grids)]
     for name, folded in folds.items():
         shown = [block for block in folded if block]
         blocks += [page.Fold(name, shown)] if shown else []
