@@ -75,15 +75,19 @@ _UNREADABLE = (CheckpointError, ArithmeticError, AttributeError, LookupError, Ty
 
 
 def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
-    """The runs of which no report can be made even alone, each with what stopped it."""
-    found: list[tuple[RunData, Exception]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for run in runs:
-            try:
-                _write([run], [], Path(folder) / "report.html")
-            except _UNREADABLE as error:
-                found.append((run, error))
-    return found
+    """The runs of which no report can be made even alone, each with what stopped it.
+
+    By halves, so that one bad run among many costs a few reports, and not one for each.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(runs, [], Path(folder) / "report.html")
+    except _UNREADABLE as error:
+        half = len(runs) // 2
+        return (
+            [*_unreadable(runs[:half]), *_unreadable(runs[half:])] if half else [(runs[0], error)]
+        )
+    return []
 
 
 def _check_record(record: RecordedRun) -> None:
@@ -184,7 +188,7 @@ def _write_tables(sections: Mapping[str, Section], output: Path) -> None:
                 claim.about,
                 v.claim,
                 v.verdict,
-                "; ".join(filter(None, [evidence(v), v.note])),
+                "; ".join(filter(None, [evidence(v, section.limits), v.note])),
                 v.subject,
             )
             for section in sections.values()
@@ -217,13 +221,13 @@ def _question(sections: Mapping[str, Section]) -> str:
     modules = section_modules()
     for study, section in sections.items():
         return str(modules[study].QUESTION) if study in modules else section.title
-    return str(modules["train-and-eval"].QUESTION)
+    return str(next(iter(modules.values())).QUESTION)
 
 
 def _checklists(sections: Mapping[str, Section]) -> list[Sheet]:
     """Verdicts by section, each under its rule; then the claims that no run here has judged."""
     found = [
-        claims_sheet(section.claims, section.title, section.rule)
+        claims_sheet(section.claims, section.title, section.rule, section.limits)
         for section in sections.values()
         if section.claims
     ]

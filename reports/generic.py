@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import PurePath
@@ -27,14 +28,25 @@ from reports.page import (
     Sheet,
     claims_sheet,
     evidence,
+    sentence,
 )
-from reports.text import Phrase, bytes_text, of_metric, percent, plural, seconds_text, times
+from reports.text import (
+    Phrase,
+    bytes_text,
+    listing,
+    of_metric,
+    percent,
+    plural,
+    seconds_text,
+    times,
+)
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import Picture
 from robuq_bench.statistics.verdicts import COLUMNS, read_verdicts
 
 VERDICTS = "verdicts"
 MAX_ROWS = 200
+_MAX_LISTED = 8  # longer lists of verdicts are folded; the checklist has them too
 #: By the name of a column of numbers. "_s" is not among them: it ends rates, too.
 _UNITS: dict[str, Format] = {
     r"(^|_)bytes$": bytes_text,
@@ -48,7 +60,9 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section:
     """The section of runs of one study, whatever they hold."""
     study = runs[0].study
     claims = claims_of(runs)
-    blocks: list[Block] = [claims_sheet(claims, "Verdicts", rule_of(runs))] if claims else []
+    listed: list[Block] = [claims_sheet(claims, "Verdicts", rule_of(runs))] if claims else []
+    is_long = len(claims) > _MAX_LISTED
+    blocks: list[Block] = [Fold(f"{len(claims)} verdicts", listed)] if is_long else listed
     for run in runs:
         pictures = [*drawn(run)]
         if pictures:
@@ -104,19 +118,26 @@ def is_verdicts(frame: pd.DataFrame) -> bool:
 
 
 def rule_of(runs: Sequence[RunData]) -> str:
-    """The rule that the first run with verdicts gave them by."""
-    tables = (run.table(VERDICTS) for run in runs)
-    return next((str(table["rule"].iloc[0]) for table in tables if is_verdicts(table)), "")
+    """The rule that the runs gave their verdicts by; each, where they are of several versions."""
+    tables = [run.table(VERDICTS) for run in runs]
+    return one_rule(str(table["rule"].iloc[0]) for table in tables if is_verdicts(table))
+
+
+def one_rule(rules: Iterable[str]) -> str:
+    """Rules of several runs as one text, each once."""
+    return " Of other runs: ".join(dict.fromkeys(filter(None, rules)))
 
 
 def answer_of(claims: Sequence[Claim]) -> list[Phrase]:
-    """The first verdict in a sentence, and how many others there are."""
+    """The verdicts in a sentence: how many of which word, and the numbers of the first."""
     if not claims:
         return []
-    first = claims[0].verdict
-    more = f" ({plural(len(claims) - 1, 'further verdict')} below)" if len(claims) > 1 else ""
-    return [Phrase(f"{first.claim}: {first.verdict}, "), Phrase(evidence(first), claims[0].href),
-            Phrase(f"{more}.")]  # fmt: skip
+    first, counts = claims[0].verdict, Counter(claim.verdict.verdict for claim in claims)
+    words = listing(f"{word} for {count} of {len(claims)}" for word, count in counts.most_common())
+    start = f"{first.claim}: {first.verdict}, " if len(claims) == 1 else f"{first.claim}: {words}; "
+    subject = "" if len(claims) == 1 else f"first {first.subject}, "
+    numbers = evidence(first) or "without numbers"
+    return sentence(f"{start}{subject}", Phrase(numbers, claims[0].href), ".")
 
 
 def drawn(run: RunData) -> list[Picture]:
@@ -177,7 +198,10 @@ def plain_sheet(frame: pd.DataFrame, caption: str, note: str = "", **others: Any
     formats = {name: text for name, text in formats.items() if name not in ends}
     shown = frame.drop(columns=ends).assign(**ranges)
     return Sheet(
-        shown, caption, note, **{"formats": formats, "small": small, "kind": "dense", **others}
+        shown,
+        caption,
+        note,
+        **{"formats": formats, "small": small, "absent": "–", "kind": "dense", **others},
     )
 
 

@@ -99,8 +99,13 @@ class _Tables:
     def sheet(self) -> pd.DataFrame:
         """Rows of the roofline for the device that ran, else for the first data sheet."""
         names = list(self.roofline["device"].unique())
-        name = next((n for n in names if n.split()[0] in self.where.split()), names[0])
+        name = next((name for name in names if _is_model(name, self.where)), names[0])
         return self.roofline[self.roofline["device"] == name]
+
+    @property
+    def has_roofs(self) -> bool:
+        """Whether the data sheet is of the device that ran, or none ran."""
+        return self.speedups.empty or _is_model(str(self.sheet["device"].iloc[0]), self.where)
 
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
@@ -228,12 +233,20 @@ def _figures(tables: _Tables) -> list[Figures]:
             ("Share of the measured ceiling", _SHARE, rotations),
         ]
     drawn = [_line_panel(tables, *line) for line in lines if line[2][line[1]].notna().any()]
+    if not tables.has_roofs:
+        return [Figures(drawn, f"DiT-{model}/2 {tables.where}; its data sheet is not known.")]
     source = tables.sheet.iloc[0]
     caption = (
         f"DiT-{model}/2 on {source['device']} ({source['source']}; {source['peaks']}): {what}. "
         "On a slope memory sets the time, on a flat roof arithmetic."
     )
     return [Figures([_roofline(tables, points), *drawn], caption, _KEY)]
+
+
+def _is_model(sheet: str, device: str) -> bool:
+    """Whether a data sheet's name, "RTX 4090", is of the model of "NVIDIA GeForce RTX 4090"."""
+    numbers = [word for word in sheet.split() if any(map(str.isdigit, word))]
+    return bool(numbers) and set(numbers) <= set(device.split())
 
 
 def _rates(tables: _Tables, products: pd.DataFrame) -> pd.DataFrame:

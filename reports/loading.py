@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tomllib
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +230,12 @@ def leave_out(path: Path, error: Exception) -> LeftOut:
     """Warn that a run is in no result."""
     reason = str(error)
     if not isinstance(error, CheckpointError):
-        reason = f"what it recorded is of another kind ({type(error).__name__}: {error})"
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "reports" in f.filename]
+        where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+        reason = (
+            "what it recorded is of another kind than its section expects "
+            f"({type(error).__name__}: {error}{where})"
+        )
     logger.warning("%s is left out of the report: %s", path, reason)
     return LeftOut(path, reason)
 

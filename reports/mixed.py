@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from reports.generic import VERDICTS, claims_of, is_verdicts
+from reports.generic import VERDICTS, claims_of, is_verdicts, one_rule
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Heading, Section
 from reports.text import Phrase, plural, stem
@@ -66,7 +66,7 @@ def section(
         answer=answer(whole[0]),
         blocks=body,
         claims=claims,
-        rule=next(iter(verdicts(whole[0])["rule"]), ""),
+        rule=one_rule(rule for run in whole for rule in verdicts(run)["rule"].head(1)),
         exports={f"{study}-{export}": tables.reset_index(level="run").reset_index(drop=True)},
     )
 

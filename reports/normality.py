@@ -69,6 +69,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
         blocks=_blocks(judged[0]) + [Fold(one.run.title, _blocks(one)) for one in judged[1:]],
         claims=[claim for one in judged for claim in _claims(one)],
         rule=rule_of([*details]) or _OLD_RULE,
+        limits=(LIMIT,),
         exports={
             "normality-types": pd.concat([r.table("types").assign(run=r.id) for r in details]),
             "normality-verdicts": pd.concat([f.assign(run=r.id) for r, f in details.items()]),
@@ -80,7 +81,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
 def _found(run: RunData, details: pd.DataFrame) -> _Found:
     types, judged = placed(run.table("types")), placed(details).replace({"verdict": _OLD_WORDS})
     judged["text"] = [
-        f"{_ratio(ratio)} {interval_text(low, high, (1.0, LIMIT, ratio))}"
+        f"{_ratio(ratio)} {interval_text(low, high, (1.0, LIMIT, ratio)) if low <= high else ''}"
         for low, ratio, high in judged[["lower_95", "ratio", "upper_95"]].to_numpy()
     ]
 
@@ -247,7 +248,7 @@ def _proofs(run: RunData, subject: str) -> Iterator[str]:
         texts = [
             f"{row['source']} {fixed(row['slope'], 2)} "
             f"{interval_text(row['low'], row['high'], (-1.0, -0.5))}"
-            for row in slopes.to_dict("records")
+            for row in slopes.dropna().to_dict("records")
         ]
         yield (
             "Log–log slope of the exact distance by width, −0.5 in the bound; symmetric sums can "

@@ -40,7 +40,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
             blocks.append(Figures([_fid_panel(run, frames[run], fid)], caption))
         blocks.append(_sheet(run, frames[run], fid))
     blocks += [table_fold(run, "packed") for run in whole]
-    claims = claims_of(whole) or [c for run in whole for c in _lossless(run, frames[run])]
+    claims = [c for run in whole for c in claims_of([run]) or _lossless(run, frames[run])]
     return Section(
         anchor="packed",
         title="Packed models",

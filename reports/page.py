@@ -15,6 +15,7 @@ import pandas as pd
 
 from reports.text import NOT_RUN, Phrase, significant
 from robuq_bench.figures import COLOURS, MEANINGS, Picture
+from robuq_bench.statistics.comparisons import CONFIDENCE, MARGIN
 from robuq_bench.statistics.verdicts import Verdict, interval_text
 
 Format = Callable[[Any], str]
@@ -39,6 +40,7 @@ class Sheet:
     heads, hints: column -> head (default: the column's name), and small print below it.
     links, small: column -> the column that holds its link, its small print; those are not columns
         of their own.
+    absent: what is printed where there is no value.
     anchors: the column with an id for each row, which links of the page lead to.
     kind: CSS classes; "dense" for long tables, "claims" for sentences.
     """
@@ -54,6 +56,7 @@ class Sheet:
     links: Mapping[str, str] = field(default_factory=dict)
     small: Mapping[str, str] = field(default_factory=dict)
     anchors: str = ""
+    absent: str = NOT_RUN
     kind: str = ""
 
     def __post_init__(self) -> None:
@@ -81,9 +84,9 @@ class Sheet:
         return column in self._numbers
 
     def text(self, column: str, value: Any) -> str:
-        """A value as it is printed; "not run" for what is absent."""
+        """A value as it is printed."""
         if _is_absent(value):
-            return NOT_RUN
+            return self.absent
         if column in self.formats:
             return self.formats[column](value)
         return significant(value) if self.is_number(column) else str(value)
@@ -227,6 +230,7 @@ class Section:
 
     answer: one sentence with the number and its interval; stands first, here and at the top.
     claims, rule: verdicts for the checklist, and the text of the rule that gave them.
+    limits: of that rule, besides 0 and 1, which intervals are printed to the right side of.
     open: claims that no run here can judge -> what they need.
     exports: name -> table that is written beside the report as `<stem>-<name>.csv`, whole.
     tex: name -> tables that are written as `<stem>-<name>.tex`.
@@ -238,6 +242,7 @@ class Section:
     blocks: Sequence[Block]
     claims: Sequence[Claim] = ()
     rule: str = ""
+    limits: Sequence[float] = ()
     open: Mapping[str, str] = field(default_factory=dict)
     exports: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     tex: Mapping[str, Sequence[Sheet]] = field(default_factory=dict)
@@ -249,8 +254,10 @@ class Section:
         return [(block.anchor, block.text) for block in headings if block.anchor]
 
 
-def claims_sheet(claims: Sequence[Claim], caption: str, note: str = "") -> Sheet:
-    """The checklist: what is claimed, the verdict, and the evidence for it in numbers."""
+def claims_sheet(
+    claims: Sequence[Claim], caption: str, note: str = "", limits: Sequence[float] = ()
+) -> Sheet:
+    """The checklist: what is claimed, the verdict, and the evidence; `limits` as of a section."""
     rows = [
         {
             "claim": claim.verdict.claim,
@@ -258,7 +265,7 @@ def claims_sheet(claims: Sequence[Claim], caption: str, note: str = "") -> Sheet
             if claim.verdict.subject in claim.verdict.claim
             else claim.verdict.subject,
             "verdict": claim.verdict.verdict,
-            "evidence": evidence(claim.verdict),
+            "evidence": evidence(claim.verdict, limits),
             "href": claim.href or None,
             "note": claim.verdict.note,
         }
@@ -275,13 +282,19 @@ def claims_sheet(claims: Sequence[Claim], caption: str, note: str = "") -> Sheet
     )
 
 
-def evidence(verdict: Verdict) -> str:
-    """Effect, interval, n and the test's name; what of them there is."""
+def evidence(verdict: Verdict, limits: Sequence[float] = ()) -> str:
+    """Effect, interval, n and the test's name; no rounding takes an interval across `limits`."""
     parts = []
     if verdict.effect is not None:
         text = f"{verdict.effect_name} {significant(verdict.effect)}"
-        if verdict.low is not None and verdict.high is not None:
-            text += f" {interval_text(verdict.low, verdict.high)}"
+        low, high = verdict.low, verdict.high
+        if low is not None and high is not None:
+            sides = [0.0, 1.0, MARGIN, 1 / MARGIN, *limits]
+            if min(verdict.effect - low, high - verdict.effect) > 1e-3 * abs(verdict.effect):
+                sides.append(verdict.effect)
+            text += f" {interval_text(low, high, sides)}"
+            if verdict.confidence != CONFIDENCE:
+                text += f" at {100 * verdict.confidence:g} %"
         parts.append(text)
     if verdict.n:
         units = verdict.n_of if verdict.n > 1 else verdict.n_of.removesuffix("s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 NOT_RUN = "not run"
@@ -62,8 +62,11 @@ def times(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share, `7.4 %`."""
-    return f"{significant(100 * value)} %"
+    """A share, `7.4 %`; one below 1 never prints as 100 %."""
+    digits = 3
+    while value < 1 and digits < 9 and float(significant(100 * value, digits)) >= 100:
+        digits += 1
+    return f"{significant(100 * value, digits)} %"
 
 
 def signed(value: float) -> str:
@@ -126,8 +129,3 @@ def joined(phrases: Iterable[Phrase], separator: str = "; ") -> list[Phrase]:
     for phrase in phrases:
         parts += [Phrase(separator), phrase] if parts else [phrase]
     return parts
-
-
-def plain(phrases: Sequence[Phrase]) -> str:
-    """The sentence without its links."""
-    return "".join(phrase.text for phrase in phrases)

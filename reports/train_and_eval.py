@@ -54,6 +54,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> page.Section | No
     """Results, bits, cost and samples of every protocol, and the published numbers."""
     groups = group_runs(every)
     judged = [judge(group) for group in groups]
+    claimed = {claim.verdict.claim for found in judged for claim in found.claims}
     blocks: list[page.Block] = list(_caveats(groups))
     budget = BUDGET_BYTES // len(groups)
     for place, group in enumerate(groups):
@@ -76,7 +77,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> page.Section | No
         answer=_answer(groups[0]),
         blocks=blocks,
         claims=[claim for found in judged for claim in found.claims],
-        open=judged[0].open,
+        open={c: needs for c, needs in judged[0].open.items() if c not in claimed},
         rule=RULE,
         exports=exports(groups, every),
         tex={"summary": [_summary_tex(group) for group in groups]},
@@ -184,7 +185,7 @@ def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: in
         "legend": False,
     }  # fmt: skip
     alt = f"{metric} by plan: " + "; ".join(f"{r.label} {group.text(r, metric)}" for r in rows)
-    lines = sum(text.count("\n") + 1 for text in order)
+    lines = max(text.count("\n") + 1 for text in order) * len(order)  # rows are spaced evenly
     name = f"fid-{group.teacher.anchor}-{place}"
     with panel(name, alt, height=0.6 + 0.14 * lines + 0.07 * len(order)) as drawn:
         axes = drawn.axes

@@ -261,8 +261,9 @@ def heat(
 
 def style_sheet() -> str:
     """CSS that colours figures and their keys (`.key .blue`) as the page is: light or dark."""
+    # Without an ancestor: a mark is cloned by <use>, where no selector sees past the clone.
     dark = "".join(
-        f'.chart [style*="{part}: {light}"]{{{part}:{other}!important}}'
+        f'[style*="{part}: {light}"]{{{part}:{other}!important}}'
         for light, other in COLOURS.values()
         for part in ("fill", "stroke")
     )

@@ -83,6 +83,8 @@ def find_study(name: str, folder: Path | None = None) -> StudyInfo:
     found = look_up(name, folder)
     if found is not None:
         return found
+    if Path(name).is_dir():
+        raise UsageError(f"study {name}: a folder; name the .py file")
     if "." in name:
         return _add_outside(_source_of(name), name)
     hint = suggest(name, [study.name for study in list_studies(folder)])

@@ -252,7 +252,7 @@ def report(
         console.print_json({"command": "report", "dry_run": dry_run, "path": target, "runs": paths})
     else:
         verb = "would be written for" if dry_run else "written for"
-        print(f"{target} {verb} {len(paths)} run(s)", flush=True)
+        print(f"{target} {verb} {len(paths)} run folder(s)", flush=True)
 
 
 app.add_typer(packed_app)

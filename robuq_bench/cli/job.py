@@ -89,6 +89,7 @@ def execute(job: Job) -> RunResult | None:
             # A device that is not here is an error, finished elsewhere or not.
             replace(job, writes_run=False).context()
         return replace(stored_result(open_existing(folder), job.study), path=folder)
+    check_study(config)
     context = job.context()
     verb = "continues" if folder.exists() and not job.flags.force else "starts"
     if not job.flags.quiet:
@@ -150,7 +151,9 @@ def find_run(text: str, root: Path) -> Path:
     found = [run_id for run_id in known if run_id.rpartition("/")[2] == text]
     if len(found) == 1:
         return known[found[0]]
-    hint = suggest(text, known) or f"; there are no runs in {root}"
+    if Path(text).is_dir():
+        raise UsageError(f"{text}: neither a run nor a folder with finished runs")
+    hint = suggest(text, known) or f"; there are no runs in {root.resolve()}"
     raise UsageError(f"unknown run {text!r}{hint}")
 
 
@@ -158,8 +161,15 @@ def reported(folder: Path) -> list[Path]:
     """The finished runs of a folder of runs, and the damaged ones, which the report names."""
     from robuq_bench.runs.run import list_runs
 
-    known = list_runs(folder) if folder.is_dir() else []
-    return [summary.path for summary in known if summary.state in ("done", "damaged")]
+    if not folder.is_dir() or (folder / "manifest.json").is_file():
+        return []
+    # The folder of one study among others is one of runs, too.
+    known = [run for root in (folder, folder.parent) for run in list_runs(root)]
+    return [
+        summary.path
+        for summary in known
+        if summary.state in ("done", "damaged") and summary.path.is_relative_to(folder)
+    ]
 
 
 def plan_of(study: StudyInfo, plan: str | None, seed: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context, RunResult
-from robuq_bench.errors import CheckpointError, RobuqError
+from robuq_bench.errors import CheckpointError, RobuqError, UsageError
 from robuq_bench.files import sha256_file
 from robuq_bench.runs.run import Run
 from robuq_bench.study_index import find_study, load_study
@@ -43,6 +43,11 @@ def run_study(config: Config, root: Path, context: Context, *, wait_s: float = 0
             if not info.is_packaged:
                 run.add_input(info.path, "study")
             table = load_study(info).measure(config, run, context)
+            if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
+                raise UsageError(
+                    f"measure of study {info.path} must return the rows of its headline table, a "
+                    f"list of dicts; it returned {type(table).__name__}"
+                )
         except RobuqError:
             run.remove_if_untouched()
             raise
