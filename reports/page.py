@@ -290,7 +290,7 @@ def evidence(verdict: Verdict, limits: Sequence[float] = ()) -> str:
         low, high = verdict.low, verdict.high
         if low is not None and high is not None:
             sides = [0.0, 1.0, MARGIN, 1 / MARGIN, *limits]
-            if min(verdict.effect - low, high - verdict.effect) > 1e-3 * abs(verdict.effect):
+            if min(verdict.effect - low, high - verdict.effect) > 1e-4 * abs(verdict.effect):
                 sides.append(verdict.effect)
             text += f" {interval_text(low, high, sides)}"
             if verdict.confidence != CONFIDENCE:

@@ -58,14 +58,14 @@ def check_choices(config: Config, choices: Sequence[int], setting: str) -> None:
         setting: where `choices` come from, such as "allocation.choices".
 
     Raises:
-        UsageError: the plan allocates bits itself, no layer has bits to choose, or a method does not take one of them; names plan,
-            method and the bits that all of its methods take.
+        UsageError: the plan allocates bits itself, no layer has bits to choose, or a method does
+            not take one of them; names plan, method and the bits that all of its methods take.
     """
     plan = config.plan
     if plan.bits is not None:
         raise UsageError(
-            f"study {config.study} sets bits itself, and plan {plan.name!r} allocates its own; name "
-            "a plan with the same bits in every layer, such as --plan a4"
+            f"study {config.study} sets bits itself, and plan {plan.name!r} allocates its own; "
+            "name a plan with the same bits in every layer, such as --plan a4"
         )
     methods = [rule.activation for rule in plan.layers if rule.has_choice("activation")]
     if not methods:

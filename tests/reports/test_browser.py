@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections import defaultdict
@@ -9,9 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import pytest
+import seaborn as sns
+from PIL import Image
 
 from reports import build_report
+from robuq_bench.figures import COLOURS, MEANINGS, colour, panel, style_sheet
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -276,3 +281,26 @@ def test_without_a_browser_ci_fails_and_others_skip(
     monkeypatch.setenv("ROBUQ_REQUIRE_BROWSER", required)
     with pytest.raises(outcome.Exception, match="no Chromium"):
         missing("no Chromium here")
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_marks_have_the_colours_of_their_key(tab: Page, tmp_path: Path, side: int) -> None:
+    """By the pixels: of a mark that <use> clones, the computed style does not say what is drawn."""
+    with panel("marks", "a mark of every meaning") as drawn:
+        for place, meaning in enumerate(MEANINGS):
+            sns.scatterplot(x=[place], y=[0], s=400, color=colour(meaning), ax=drawn.axes)
+            sns.pointplot(
+                x=[place], y=[1], color=colour(meaning), marker="X", markersize=16, ax=drawn.axes
+            )
+    path = tmp_path / "marks.html"
+    head = f'<!doctype html><meta name="color-scheme" content="light dark"><style>{style_sheet()}'
+    path.write_text(f"{head}</style>{drawn.picture.svg}", "utf-8")
+    tab.emulate_media(color_scheme=("light", "dark")[side])
+    tab.goto(path.as_uri())
+    with Image.open(io.BytesIO(tab.screenshot())) as shot:
+        pixels = np.unique(np.asarray(shot.convert("RGB")).reshape(-1, 3), axis=0)
+    painted = {"#" + bytes(pixel).hex() for pixel in pixels.tolist()}
+    for name in MEANINGS.values():
+        shown, hidden = COLOURS[name][side], COLOURS[name][1 - side]
+        assert shown in painted, name
+        assert hidden not in painted, name

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import seaborn as sns
 
-from reports import build_report
+from reports import build_report, builder, generic
 from reports.builder import section_modules
 from robuq_bench.config import resolve
+from robuq_bench.errors import CheckpointError
 from robuq_bench.figures import colour, panel
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
@@ -73,6 +75,46 @@ def test_a_damaged_verdict_leaves_the_run_out_and_names_the_file(tmp_path: Path)
     page = parse(build_report([bad, good], tmp_path / "report.html"))
     assert "perhaps" in page.table("Runs left out").rows[0][1].text
     assert "tables/verdicts.csv" in page.table("Runs left out").rows[0][1].text
+
+
+def test_of_many_verdicts_the_answer_counts_the_words(tmp_path: Path) -> None:
+    words = ["holds"] * 6 + ["does not hold"] * 3
+    verdicts = [replace(VERDICT, subject=f"t{i}", verdict=word) for i, word in enumerate(words)]
+    path = write_run(tmp_path / "runs", verdicts=verdict_rows(verdicts, "rule"))
+    page = parse(build_report([path], tmp_path / "report.html"))
+    counted = "Warm tokens are wider: holds for 6 of 9 and does not hold for 3 of 9; first t0, "
+    assert counted in page.text
+    assert "9 verdicts" in page.text
+
+
+def test_one_bad_run_among_many_costs_few_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = verdict_rows([VERDICT], "rule")
+    for seed in range(16):
+        bad = seed == 11
+        write_run(
+            tmp_path / "runs", verdicts=[rows[0] | {"effect": "x"}] if bad else rows, seed=seed
+        )
+    written, write = [], builder._write
+    monkeypatch.setattr(
+        builder, "_write", lambda runs, *a: written.append(len(runs)) or write(runs, *a)
+    )
+    page = parse(build_report([tmp_path / "runs"], tmp_path / "report.html"))
+    assert len(page.table("Runs left out").rows) == 1
+    assert len(page.table("Verdicts").rows) + len(page.table("Study: my-question").rows) >= 15
+    assert sum(written) <= 6 * 16  # alone, each of them costs a report of its own
+
+
+def test_a_fault_of_a_section_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_run(tmp_path / "runs", verdicts=verdict_rows([VERDICT], "rule"))
+    monkeypatch.setattr(generic, "drawn", lambda run: run.table("widths")["no such column"])
+    with pytest.raises(
+        CheckpointError, match=r"KeyError: 'no such column' in test_generic\.py, line \d"
+    ):
+        build_report([path], tmp_path / "report.html")
 
 
 def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:

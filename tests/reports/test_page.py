@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from reports.page import Claim, Figures, Section, Sheet, claims_sheet, evidence
-from reports.text import bytes_text, significant
+from reports.text import bytes_text, percent, significant
 from robuq_bench.statistics.verdicts import Verdict
 
 
@@ -79,6 +79,14 @@ def test_evidence_says_effect_interval_n_and_test_and_hides_no_side_of_one() -> 
     assert evidence(verdict(verdict="better", p_adjusted=0.012)).endswith("adjusted p = 0.012")
 
 
+def test_an_interval_is_printed_on_its_side_of_the_margin_and_around_its_effect() -> None:
+    wide = verdict(effect=1.0, low=0.9698, high=1.02)
+    assert "[0.9698 to 1.0200]" in evidence(wide)  # 0.97 is a limit of the rule
+    assert "[1.049 to" in evidence(verdict(effect=1.06, low=1.0494, high=1.07), [1.05])
+    near = verdict(effect=0.3461, low=0.3458, high=0.374, confidence=0.8)
+    assert "0.346 [0.3458 to 0.3740] at 80 %" in evidence(near)
+
+
 def test_a_verdict_without_numbers_says_only_what_there_is() -> None:
     bare = verdict(effect=None, low=None, high=None, n=0, detectable=None, test="recorded before")
     assert evidence(bare) == "recorded before"
@@ -118,3 +126,12 @@ def test_only_headings_with_anchors_stand_in_the_contents() -> None:
 )  # fmt: skip
 def test_three_significant_digits(value: float, text: str) -> None:
     assert significant(value) == text
+
+
+def test_a_share_below_one_is_never_all() -> None:
+    assert [percent(share) for share in (1.0, 2999 / 3000, 0.5, 0.0)] == [
+        "100 %",
+        "99.97 %",
+        "50 %",
+        "0 %",
+    ]

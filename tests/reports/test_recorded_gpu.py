@@ -92,7 +92,7 @@ def test_a_record_is_shown_by_the_section_of_its_study(
     assert met[2].href.removeprefix("#") in page.ids
     assert page.table("Times of our kernels").cell("fc2 input", "rows").text == "32768"
     assert page.table("step_time of").rows[0][1].text == "0.125"
-    assert page.table("step_time of").rows[0][2].text == "not run"
+    assert page.table("step_time of").rows[0][2].text == "–"
     assert len(page.ids) == len(set(page.ids))
     again = build_report([fabricate.root], tmp_path / "again.html")
     assert html.read_bytes() == again.read_bytes()
