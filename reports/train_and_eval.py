@@ -125,9 +125,20 @@ def _caveats(groups: Sequence[Group]) -> Iterable[page.Block]:
     for row in groups[0].rows:
         by_count.setdefault(len(row.seeds), []).append(row.label)
     if by_count and min(by_count) < MIN_SEEDS:
-        seeds = "; ".join(f"{n} for {listing(by_count[n])}" for n in sorted(by_count))
+        seeds = "; ".join(f"{n} for {_some(by_count[n])}" for n in sorted(by_count))
         items.append(f"Training seeds: {seeds}. Below {MIN_SEEDS}, plans are not judged.")
+    by_steps: dict[int, list[str]] = {}
+    for row in groups[0].rows:
+        by_steps.setdefault(row.qat_steps or 0, []).append(row.label)
+    if len(by_steps) > 1:
+        steps = "; ".join(f"{n:,} for {_some(by_steps[n])}" for n in sorted(by_steps))
+        items.append(f"Plans had unequal numbers of QAT steps: {steps}.")
     return [page.Points(items)] if items else []
+
+
+def _some(labels: Sequence[str]) -> str:
+    """The labels, or how many there are."""
+    return listing(labels) if len(labels) <= 8 else f"{len(labels)} plans"
 
 
 def _results(group: Group, budget: int) -> list[page.Block]:
@@ -255,13 +266,14 @@ def _range(group: Group, row: Row, metric: str) -> str:
 
 
 def _about(row: Row, is_teacher: bool) -> str:
-    """Seeds and notes of a row, for the small print below its name."""
+    """Steps of training, seeds and notes of a row, for the small print below its name."""
     if is_teacher:
         return "full precision"
     seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
     if len(row.seeds) > MIN_SEEDS:
         seeds = f"{len(row.seeds)} seeds"
-    return "; ".join(filter(None, [seeds, row.notes]))
+    steps = f"{row.qat_steps:,} QAT steps" if row.qat_steps else ""
+    return "; ".join(filter(None, [steps, seeds, row.notes]))
 
 
 def _values(group: Group) -> list[page.Block]:

@@ -84,7 +84,7 @@ def test_an_interval_is_printed_on_its_side_of_the_margin_and_around_its_effect(
     assert "[0.9698 to 1.0200]" in evidence(wide)  # 0.97 is a limit of the rule
     assert "[1.049 to" in evidence(verdict(effect=1.06, low=1.0494, high=1.07), [1.05])
     near = verdict(effect=0.3461, low=0.3458, high=0.374, confidence=0.8)
-    assert "0.346 [0.3458 to 0.3740] at 80 %" in evidence(near)
+    assert "0.346 [0.346 to 0.374] at 80 %" in evidence(near)
 
 
 def test_a_verdict_without_numbers_says_only_what_there_is() -> None:
