@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from copies import RecordedTables, judged
 
 from reports import build_report
-from robuq_bench.config import resolve
-from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
 
 from .conftest import parse
 
-RECORDED = Path(__file__).parents[2] / "reports" / "recorded" / "digits-allocation"
-TABLES = {path.stem: path for path in next(RECORDED.rglob("trials.csv")).parent.glob("*.csv")}
-
-
-def recorded(name: str) -> pd.DataFrame:
-    return pd.read_csv(TABLES[name])
-
-
-def make_run(
-    root: Path, plan: str = "a4", *, but: Sequence[str] = (), **more: pd.DataFrame
-) -> Path:
-    """A finished run with the recorded tables `but` some, and `more` in their place."""
-    config = resolve("allocation", "2", plan, "digits", 0, [])
-    with Run.open(root, config, ["bench.py", "study", "allocation"]) as run:
-        for name in TABLES:
-            if name not in but and name not in more:
-                run.write_bytes(f"tables/{name}.csv", TABLES[name].read_bytes())
-        for name, frame in more.items():
-            run.write_bytes(f"tables/{name}.csv", frame.to_csv(index=False).encode())
-        run.finish()
-        return run.path
-
-
-def judged(folder: Path) -> list[str]:
-    """Verdicts beside the report, without those of claims that need other studies."""
-    verdicts = pd.read_csv(folder / "report-claims.csv")["verdict"]
-    return [str(word) for word in verdicts if word != "not run"]
+TABLES = RecordedTables("allocation")
+make_run = TABLES.make_run
 
 
 def number(text: str) -> float:
@@ -51,7 +24,7 @@ def number(text: str) -> float:
 def test_recorded_tables_are_shown_with_their_verdicts(tmp_path: Path) -> None:
     page = parse(build_report([make_run(tmp_path / "runs")], tmp_path / "report.html"))
     table = page.table("Candidates beside uniform bits")
-    for row in recorded("verdicts").to_dict("records"):
+    for row in TABLES["verdicts"].to_dict("records"):
         metric = "fid_digits" if row["target"] == "fid" else row["target"]
         cell = table.cell(row["candidate"], f"{metric}, {row['budget']:g} bits")
         assert number(cell.text) == pytest.approx(row["ratio_of_means"], rel=0.005)
@@ -61,17 +34,17 @@ def test_recorded_tables_are_shown_with_their_verdicts(tmp_path: Path) -> None:
         "(undecided) and 1.01× the fid_digits of uniform bits (undecided), over 3 training seeds."
     ) in page.text
     assert "candidate’s worst training seed" in page.text
-    assert judged(tmp_path) == recorded("verdicts")["beats_uniform"].tolist()
+    assert judged(tmp_path) == TABLES["verdicts"]["beats_uniform"].tolist()
     beside = pd.read_csv(tmp_path / "report-allocation-candidates.csv")
     assert beside.columns[0] == "run"
-    pd.testing.assert_frame_equal(beside.drop(columns="run"), recorded("candidates"))
+    pd.testing.assert_frame_equal(beside.drop(columns="run"), TABLES["candidates"])
 
 
 def test_means_bits_solvers_and_timesteps_are_those_of_the_run(tmp_path: Path) -> None:
     page = parse(build_report([make_run(tmp_path / "runs")], tmp_path / "report.html"))
     table = page.table("Trained networks of every candidate")
     heads = [cell.text for cell in table.head]
-    for row, line in zip(recorded("candidates").to_dict("records"), table.rows, strict=True):
+    for row, line in zip(TABLES["candidates"].to_dict("records"), table.rows, strict=True):
         cells = dict(zip(heads, line, strict=True))
         assert cells["candidate"].text == row["candidate"]
         loss = cells["distillation_loss"]
@@ -81,10 +54,10 @@ def test_means_bits_solvers_and_timesteps_are_those_of_the_run(tmp_path: Path) -
         assert float(high) == pytest.approx(row["distillation_loss_max"], rel=0.005)
         assert cells["fid_digits"].text == f"{row['fid']:.2f}"
     for name in ("solvers", "timestep_aware"):
-        assert len(page.table(f"{name} of a4").rows) == len(recorded(name))
+        assert len(page.table(f"{name} of a4").rows) == len(TABLES[name])
     labels = [found["aria-label"] for tag, found in page.tags if tag == "svg"]
     bits = next(text for text in labels if text.startswith("bits by layer type, mean of 2"))
-    means = recorded("by_type").query("candidate == 'fisher' and budget == 2").iloc[0]
+    means = TABLES["by_type"].query("candidate == 'fisher' and budget == 2").iloc[0]
     assert f"fisher proj {means['proj']:.3g} qkv {means['qkv']:.3g}" in bits
     assert "the paper proj 2.75 qkv 2.21 fc1 2 fc2 1.64" in bits
     assert "qat and ptq name the same bits at a mean of 3." in page.text
@@ -130,19 +103,19 @@ def test_new_verdicts_are_read_and_not_judged_again(tmp_path: Path) -> None:
 
 
 def test_one_seed_of_version_1_is_not_judged(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "runs", verdicts=recorded("verdicts").assign(seeds=1))
+    path = make_run(tmp_path / "runs", verdicts=TABLES["verdicts"].assign(seeds=1))
     page = parse(build_report([path], tmp_path / "report.html"))
     assert "uniform bits (not judged)" in page.text
     assert set(judged(tmp_path)) == {"not judged"}
 
 
 def test_few_tables_a_shard_and_two_runs(tmp_path: Path) -> None:
-    few = [name for name in TABLES if name in ("verdicts", "solvers", "timestep_aware")]
+    few = [name for name in TABLES.paths if name in ("verdicts", "solvers", "timestep_aware")]
     page = parse(build_report([make_run(tmp_path / "few", but=few)], tmp_path / "few.html"))
     assert "AMPN (qat) and uniform bits were not judged." in page.text
     assert page.table("Trained networks of every candidate").rows
     page = parse(
-        build_report([make_run(tmp_path / "shard", but=[*TABLES])], tmp_path / "shard.html")
+        build_report([make_run(tmp_path / "shard", but=[*TABLES.paths])], tmp_path / "shard.html")
     )
     assert "without a verdict" in page.text
     for plan in ("a4", "baseline-a4"):

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from copies import RecordedTables, judged
 
 from reports import build_report
-from robuq_bench.config import resolve
-from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
 
 from .conftest import parse
 
-RECORDED = Path(__file__).parents[2] / "reports" / "recorded" / "digits-allocation"
-TABLES = {path.stem: path for path in next(RECORDED.rglob("agreement.csv")).parent.glob("*.csv")}
-
-
-def recorded(name: str) -> pd.DataFrame:
-    return pd.read_csv(TABLES[name])
-
-
-def make_run(
-    root: Path, plan: str = "a4", *, but: Sequence[str] = (), **more: pd.DataFrame
-) -> Path:
-    """A finished run with the recorded tables `but` some, and `more` in their place."""
-    config = resolve("sensitivity", "2", plan, "digits", 0, [])
-    with Run.open(root, config, ["bench.py", "study", "sensitivity"]) as run:
-        for name in TABLES:
-            if name not in but and name not in more:
-                run.write_bytes(f"tables/{name}.csv", TABLES[name].read_bytes())
-        for name, frame in more.items():
-            run.write_bytes(f"tables/{name}.csv", frame.to_csv(index=False).encode())
-        run.finish()
-        return run.path
-
-
-def judged(folder: Path) -> list[str]:
-    """Verdicts beside the report, without those of claims that need other studies."""
-    verdicts = pd.read_csv(folder / "report-claims.csv")["verdict"]
-    return [str(word) for word in verdicts if word != "not run"]
+TABLES = RecordedTables("sensitivity")
+make_run = TABLES.make_run
 
 
 def two(value: float) -> str:
@@ -53,7 +26,7 @@ def test_recorded_tables_are_shown_with_their_verdicts(tmp_path: Path) -> None:
     report = build_report([make_run(tmp_path / "runs")], tmp_path / "report.html")
     page = parse(report)
     table = page.table("Do sensitivities measured before training mislead?")
-    old, agreement = recorded("verdicts"), recorded("agreement")
+    old, agreement = TABLES["verdicts"], TABLES["agreement"]
     own = agreement.query("metric == 'epsilon_mse' and target == 'distillation_loss'")
     for row in old.to_dict("records"):
         width = {"1": "1 bit", "all": "all bit widths"}.get(row["bits"], f"{row['bits']} bits")
@@ -77,12 +50,12 @@ def test_recorded_tables_are_shown_with_their_verdicts(tmp_path: Path) -> None:
 def test_figures_say_their_numbers(tmp_path: Path) -> None:
     page = parse(build_report([make_run(tmp_path / "runs")], tmp_path / "report.html"))
     labels = [found["aria-label"] for tag, found in page.tags if tag == "svg"]
-    agreement = recorded("agreement").query("target == 'distillation_loss' and bits == 'all'")
+    agreement = TABLES["agreement"].query("target == 'distillation_loss' and bits == 'all'")
     label = next(text for text in labels if "with the truth, all bit widths" in text)
     for row in agreement.query("steps == 0").to_dict("records"):
         assert f"{row['metric']} before training {two(row['spearman'])}" in label
     assert label.endswith("cap 0.92")
-    truth = recorded("truth").query("target == 'distillation_loss'")
+    truth = TABLES["truth"].query("target == 'distillation_loss'")
     assert any(f"{truth['increase'].max():.2g}" in text for text in labels if "trains at" in text)
 
 
@@ -130,20 +103,20 @@ def test_new_verdicts_and_regret_are_read(tmp_path: Path) -> None:
 
 def test_few_tables_a_shard_and_two_runs(tmp_path: Path) -> None:
     few = ("ceiling", "interactions", "timesteps", "recovered")
-    one_seed = recorded("gains").assign(seed_agreement=np.nan)
+    one_seed = TABLES["gains"].assign(seed_agreement=np.nan)
     path = make_run(tmp_path / "few", but=few, gains=one_seed)
     page = parse(build_report([path], tmp_path / "few.html"))
     table = page.table("Do sensitivities measured before training mislead?")
     assert table.cell("1 bit", "cap of ρ").text == "not run"
     assert "caps ρ" not in page.text
     # With qat_steps = [0] there is no measurement after training.
-    gains = recorded("gains").assign(steps_after=0, gain=0.0)
-    old = recorded("verdicts").assign(steps_after=0, gain=0.0)
+    gains = TABLES["gains"].assign(steps_after=0, gain=0.0)
+    old = TABLES["verdicts"].assign(steps_after=0, gain=0.0)
     path = make_run(tmp_path / "untrained", gains=gains, verdicts=old)
     page = parse(build_report([path], tmp_path / "untrained.html"))
     assert "with the trained truth is not defined" in page.text
     page = parse(
-        build_report([make_run(tmp_path / "shard", but=[*TABLES])], tmp_path / "shard.html")
+        build_report([make_run(tmp_path / "shard", but=[*TABLES.paths])], tmp_path / "shard.html")
     )
     assert "without a verdict" in page.text
     for plan in ("a4", "baseline-a4"):
