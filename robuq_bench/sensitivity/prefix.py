@@ -151,7 +151,7 @@ class _Observed:
 
 
 def _candidate(model: nn.Module) -> list[nn.Module]:
-    """The children of the list with the most modules below it; none if calls there are seen."""
+    """The children of the list with the most modules below it; none if hooks see their calls."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     longest = max(lists, key=lambda found: len(list(found.modules())), default=None)
     blocks = [] if longest is None else list(longest)
@@ -160,7 +160,8 @@ def _candidate(model: nn.Module) -> list[nn.Module]:
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         for module in inside
     )
-    return [] if is_seen or len(set(blocks)) < len(blocks) else blocks
+    is_repeated = len(set(blocks)) < len(blocks)
+    return [] if is_seen or is_repeated or len(blocks) < 2 else blocks
 
 
 def _unchanged(versions: Iterable[tuple[Tensor, int]]) -> bool:
