@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from robuq_bench import memory
+from robuq_bench.cli.flags import Flags
+from robuq_bench.cli.job import Job
+from robuq_bench.context import Context
 from robuq_bench.runs import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,3 +87,14 @@ def test_provenance_says_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     found = provenance.collect("cpu", 1)
     assert found["malloc"] == settings
     assert found["environment"]["MALLOC_ARENA_MAX"] == "1"
+
+
+@pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("cuda", 0)])
+def test_commands_that_compute_on_a_cpu_ask_for_it(
+    device: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(Context, "create", lambda **_: None)
+    Job("sample", "1", "fp", Flags(device=device, quiet=True), writes_run=False).context()
+    assert len(asked) == times
