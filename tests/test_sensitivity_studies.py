@@ -18,6 +18,7 @@ from scipy import stats
 
 from robuq_bench import trials
 from robuq_bench.accounting.structure import dit_layer_macs
+from robuq_bench.allocation import table as allocation_table
 from robuq_bench.cli import app as cli
 from robuq_bench.config import BitsConfig, Config, load_allocation_file, resolve
 from robuq_bench.context import Context
@@ -439,3 +440,25 @@ def test_the_fid_of_a_trial_is_found_whatever_its_features_are_called(suffix: st
     assert ground_truth.metric_key(record, "fid") == f"fid{suffix}"
     assert ground_truth.metric_key(details, "distillation_loss") is None
     assert ground_truth.metric_key({"denoising_loss": 1.0}, "fid") is None
+
+
+def test_solvers_and_fronts_of_a_table_too_large(
+    tiny_workload: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(allocation, "allocation", tiny_workload)
+    macs = dict(zip("abcd", (3, 1, 4, 4), strict=True))
+    values = {
+        layer: {bits: count / 4**bits for bits in (1, 2, 3, 4)} for layer, count in macs.items()
+    }
+    whole = allocation_tables.front_rows(config, {"qat": values}, macs)
+    exact = {row["mean_bits"]: row["objective"] for row in whole}
+    monkeypatch.setattr(allocation_table, "MAX_TABLE_STATES", 0)
+    solvers = [
+        row["solver"] for row in allocation_tables.solver_rows(config, {"qat": values}, macs)
+    ]
+    assert "exact" not in solvers
+    assert solvers.count("milp") == 2  # one a budget
+    front = allocation_tables.front_rows(config, {"qat": values}, macs)
+    assert [row["mean_bits"] for row in front] == [2.0, 3.0]
+    assert all(row["objective"] == pytest.approx(exact[row["mean_bits"]]) for row in front)
+    assert "The front of qat has the study's budgets alone" in caplog.messages[-1]

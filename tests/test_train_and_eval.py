@@ -144,6 +144,7 @@ def test_the_allocation_is_optimal_for_the_measured_sensitivities(finished: RunR
     assert record["mean_bits"] <= 2.0
     best = allocation.solve_ampn(table, record["macs"], 2.0)
     assert record["bits_by_layer"] == best.bits_by_layer
+    assert record["solver"] == "exact"
     uniform = sum(row[2] for row in table.values())
     assert record["objective"] <= uniform
 

@@ -24,6 +24,7 @@ from robuq_bench.allocation.solvers import SOLVERS, optimal_bits, solve
 from robuq_bench.allocation.table import (
     AllocationTable,
     Knapsack,
+    TableTooLargeError,
     allocation_table,
     exact,
     knapsack,
@@ -38,6 +39,7 @@ __all__ = [
     "Cost",
     "Knapsack",
     "Problem",
+    "TableTooLargeError",
     "activation_bytes_cost",
     "allocation_problem",
     "allocation_table",

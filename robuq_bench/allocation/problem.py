@@ -36,6 +36,7 @@ class Allocation:
     `budget` the mean that was allowed (infinite when only other costs are limited); `mean_bits <=
     budget` always. `costs` and `budgets` hold what was reached and allowed for every cost by name.
     No allocation within the budgets has an objective below `lower_bound` (None: not known).
+    `solver` is the one that found it, as `solve` knows them (None: called directly).
     """
 
     bits_by_layer: dict[str, int]
@@ -45,6 +46,7 @@ class Allocation:
     costs: dict[str, float] = field(default_factory=dict)
     budgets: dict[str, float] = field(default_factory=dict)
     lower_bound: float | None = None
+    solver: str | None = None
 
     @property
     def gap(self) -> float | None:

@@ -6,6 +6,7 @@ Variables x[l, b] in {0, 1} say that layer l takes option b; the options of a la
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,17 +81,38 @@ def lagrangian(problem: Problem) -> Allocation:
         UsageError: no allocation meets all budgets together, or rounding finds none.
     """
     _, (shares, prices) = _relaxation(problem)
-    # the bound is evaluated anew, so that solver tolerances cannot make it too high
-    priced = problem.values.copy()
-    for price, cost in zip(prices, problem.costs, strict=True):
-        priced += price * cost.units
-    spent = math.fsum(p * cost.capacity for p, cost in zip(prices, problem.costs, strict=True))
-    bound = math.fsum(priced.min(axis=1)) - spent
+    _, bound = _priced(problem, prices)
     used = np.where(shares > 1e-9, problem.relative_costs(), np.inf)
     choice = np.argmin(used, axis=1)
     if not problem.allows(choice):
         choice = problem.cheapest()
     return problem.allocation(improve(problem, choice), lower_bound=max(bound, 0.0))
+
+
+def core(problem: Problem) -> Problem:
+    """Return the problem without the options that no optimum takes, infinite from here on.
+
+    An allocation with option b of layer l costs at least the Lagrangian bound plus how far the
+    option's priced value lies above the layer's least; the option goes where that exceeds what
+    `lagrangian` found. Errors as of `lagrangian`.
+    """
+    _, (_, prices) = _relaxation(problem)
+    priced, bound = _priced(problem, prices)
+    least = bound + (priced - priced.min(axis=1, keepdims=True))
+    found = lagrangian(problem).objective
+    return replace(problem, values=np.where(least > found * (1 + 1e-9), np.inf, problem.values))
+
+
+def _priced(problem: Problem, prices: Floats) -> tuple[Floats, float]:
+    """Values [layers, options] with what the options' costs are worth, and the bound L(prices).
+
+    Evaluated from the problem, so that solver tolerances cannot make the bound too high.
+    """
+    priced = problem.values.copy()
+    for price, cost in zip(prices, problem.costs, strict=True):
+        priced += price * cost.units
+    spent = math.fsum(p * cost.capacity for p, cost in zip(prices, problem.costs, strict=True))
+    return priced, math.fsum(priced.min(axis=1)) - spent
 
 
 def _relaxation(problem: Problem) -> tuple[float, tuple[Floats, Floats]]:

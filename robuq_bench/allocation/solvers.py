@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from robuq_bench.allocation.costs import mac_cost
 from robuq_bench.allocation.heuristics import greedy, uniform
 from robuq_bench.allocation.problem import Allocation, Problem, Sensitivities, allocation_problem
-from robuq_bench.allocation.programming import lagrangian, mixed_integer
+from robuq_bench.allocation.programming import core, lagrangian, mixed_integer
 from robuq_bench.allocation.search import evolutionary_search, random_search
-from robuq_bench.allocation.table import exact
+from robuq_bench.allocation.table import TableTooLargeError, exact
 from robuq_bench.errors import UsageError, suggest
+
+logger = logging.getLogger(__name__)
+
+FALLBACK_TIME_LIMIT_S = 600.0
+"""For HiGHS in place of the table; 10,000 layers take seconds."""
 
 Solver = Callable[[Problem, int], Allocation]
 """Takes the problem and a seed, which only the solvers that draw use."""
 
 SOLVERS: dict[str, Solver] = {
-    "exact": lambda problem, seed: exact(problem),
+    "exact": lambda problem, seed: _exact(problem),
     "milp": lambda problem, seed: mixed_integer(problem),
     "lagrangian": lambda problem, seed: lagrangian(problem),
     "greedy": lambda problem, seed: greedy(problem),
@@ -30,12 +37,25 @@ SOLVERS: dict[str, Solver] = {
 def solve(problem: Problem, solver: str, *, seed: int = 0) -> Allocation:
     """Solve with the solver of that name.
 
+    Where the table of 'exact' would be too large, HiGHS finds the optimum instead: a warning says
+    so, and the allocation's `solver` is 'milp'.
+
     Raises:
         UsageError: unknown solver, or the problem is not one that it can solve.
     """
     if solver not in SOLVERS:
         raise UsageError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)}")
-    return SOLVERS[solver](problem, seed)
+    found = SOLVERS[solver](problem, seed)
+    return replace(found, solver=found.solver or solver)
+
+
+def _exact(problem: Problem) -> Allocation:
+    try:
+        return exact(problem)
+    except TableTooLargeError as error:
+        found = mixed_integer(core(problem), time_limit_s=FALLBACK_TIME_LIMIT_S)
+        logger.warning("%s. Solved by milp, at most %.1e above the optimum", error, found.gap)
+        return replace(found, solver="milp")
 
 
 def optimal_bits(values: Sensitivities, macs: Mapping[str, int], budget: float) -> dict[str, int]:
@@ -49,4 +69,5 @@ def optimal_bits(values: Sensitivities, macs: Mapping[str, int], budget: float) 
         layer: {bits: value - min(by_bits.values()) for bits, value in by_bits.items()}
         for layer, by_bits in values.items()
     }
-    return exact(allocation_problem(above, macs, [mac_cost(macs, budget)])).bits_by_layer
+    problem = allocation_problem(above, macs, [mac_cost(macs, budget)])
+    return solve(problem, "exact").bits_by_layer

@@ -4,9 +4,9 @@ Layers are added one after another. After each, only the totals that are not dom
 those where spending more lowers the sum of sensitivities. There are at most as many as budget
 units, and far fewer when the costs share no divisor, so costs need no rounding.
 
-Memory: 5 bytes per kept total and layer, refused above `MAX_TABLE_STATES`. 112 layers of DiT-XL/2
-(MAC units 3:1:4:4, 1 to 4 bits) keep about 55,000, 0.3 MB; with MACs that share no divisor about
-400,000, 2 MB. 1,000 layers of DiT-XL/2 keep 4.5 million, 22 MB.
+Memory: 5 bytes per kept total and layer, refused above `MAX_TABLE_STATES`, where `solve` turns to
+HiGHS. 112 layers of DiT-XL/2 (MAC units 3:1:4:4, 1 to 4 bits) keep about 55,000, 0.3 MB; with MACs
+that share no divisor about 400,000, 2 MB. 1,000 layers of DiT-XL/2 keep 4.5 million, 22 MB.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ MAX_TABLE_STATES = 2**27
 
 MAX_FRONT_CELLS = 2**24
 """Most points x layers that `AllocationTable.front` spells out: about 0.7 GB of dicts."""
+
+
+class TableTooLargeError(UsageError):
+    """The table would keep more than `MAX_TABLE_STATES` totals; solver 'milp' needs no table."""
+
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -73,7 +78,7 @@ def knapsack(values: Floats, costs: Ints, capacity: int) -> Knapsack:
     Of equal totals the one with the lowest option in the last row that differs is kept.
 
     Raises:
-        UsageError: more than `MAX_TABLE_STATES` totals would have to be kept.
+        TableTooLargeError: more than `MAX_TABLE_STATES` totals would have to be kept.
     """
     spent, best = np.zeros(1, dtype=np.int64), np.zeros(1)
     options: list[npt.NDArray[np.uint8]] = []
@@ -96,7 +101,7 @@ def knapsack(values: Floats, costs: Ints, capacity: int) -> Knapsack:
         spent, best = new_spent[better], new_best[better]
         kept += len(spent)
         if kept > MAX_TABLE_STATES:
-            raise UsageError(
+            raise TableTooLargeError(
                 f"the exact table of {len(values)} layers would keep more than {MAX_TABLE_STATES} "
                 f"totals (it got to layer {len(options)}): round the costs to a coarser common "
                 "unit, or use solver 'milp', which needs no table"
@@ -177,7 +182,8 @@ def problem_table(problem: Problem) -> AllocationTable:
     """Solve a problem with one cost for every budget up to its own.
 
     Raises:
-        UsageError: several costs, or a table above `MAX_TABLE_STATES`.
+        UsageError: several costs.
+        TableTooLargeError: more than `MAX_TABLE_STATES` totals would have to be kept.
     """
     if len(problem.costs) > 1:
         names = ", ".join(cost.cost.name for cost in problem.costs)

@@ -56,8 +56,11 @@ class Job:
     def context(self) -> Context:
         """Import torch and set up device, threads and progress."""
         from robuq_bench.context import Context
+        from robuq_bench.memory import keep_freed_memory
         from robuq_bench.progress import Progress
 
+        if not self.flags.device.startswith("cuda"):
+            keep_freed_memory()
         written = [self.flags.output] if self.writes_run else []
         for folder in (*written, *(path.parent for path in self.outputs)):
             console.check_writable(folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 from robuq_bench import __version__
 from robuq_bench.files import cache_folder, expand_user, sha256_file
+from robuq_bench.memory import malloc_settings
 
 __all__ = ["code_version", "collect", "default_threads", "environment_report", "sha256_file"]
 
@@ -24,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # What decides a result: everything the checkout imports or reads, but no tests or documents.
 _SOURCES = ("bench.py", "robuq_bench", "studies", "kernels", "pyproject.toml", "constraints.txt")
 _VARIABLES = re.compile(
-    r"(OMP|KMP|MKL|OPENBLAS|CUDA|CUBLAS|PYTORCH|TORCH|TRITON|NVIDIA)_\w+|PYTHONHASHSEED"
+    r"(OMP|KMP|MKL|OPENBLAS|CUDA|CUBLAS|PYTORCH|TORCH|TRITON|NVIDIA|MALLOC)_\w+"
+    r"|PYTHONHASHSEED|GLIBC_TUNABLES"
 )
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _REPORTED = ("torch", "torchvision", "diffusers", "torch-fidelity", "triton", "numpy", "scipy")
@@ -41,7 +43,8 @@ def collect(device: str, threads: int) -> dict[str, Any]:
     Returns:
         code (git sha and hash of uncommitted changes, or package version), packages (name to
         version), python, platform, cpu, gpu (None off CUDA), device, threads, environment
-        (OMP_*, MKL_*, CUDA_*, …) and torch settings. Memory is in bytes.
+        (OMP_*, MKL_*, CUDA_*, …), malloc (see `keep_freed_memory`) and torch settings. Memory is
+        in bytes.
     """
     return {
         "code": code_version(),
@@ -55,6 +58,7 @@ def collect(device: str, threads: int) -> dict[str, Any]:
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
         },
+        "malloc": malloc_settings(),
         "torch": _torch_settings(),
     }
 

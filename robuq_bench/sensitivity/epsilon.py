@@ -21,6 +21,7 @@ from robuq_bench.errors import RobuqError
 from robuq_bench.judging.sampling import evaluation_mode
 from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.sensitivity.calibration import ModelInputs
+from robuq_bench.sensitivity.prefix import Prefix
 from robuq_bench.sensitivity.probing import (
     Done,
     OnItem,
@@ -68,7 +69,8 @@ def epsilon_mse(
 
     The model runs in evaluation mode without gradients, on its own device; its activation bits
     and its training flags are restored afterwards, also after an error. A layer's present bit
-    width changes nothing and costs no forward pass: its sensitivity is 0 by definition.
+    width changes nothing and costs no forward pass: its sensitivity is 0 by definition. Others skip
+    the blocks before their layer where `Prefix` finds that they may.
 
     Args:
         model: a model with `QuantizedLinear` layers, called as model(x_t, t, y) and returning
@@ -91,6 +93,7 @@ def epsilon_mse(
     before = {layer: layer.activation_bits for layer in quantized_layers(model).values()}
     result: Table = {layer: {} for layer in layers}
     target: list[Tensor] | None = None
+    prefix: Prefix | None = None
     present_error = 0.0
     try:
         with evaluation_mode(model), torch.no_grad():
@@ -103,8 +106,10 @@ def epsilon_mse(
                         target, present_error = _target(model, reference, batches)
                     value = 0.0
                     if bits != before[module]:
+                        prefix = prefix or Prefix(model, modules, batches)
                         module.activation_bits = bits
-                        error = mean_squared_error(model, batches, target)
+                        with prefix.reused(name):
+                            error = mean_squared_error(model, batches, target)
                         module.activation_bits = before[module]
                         _check_finite(error, f"with layer {name!r} at {bits} bits")
                         value = error - present_error

@@ -12,6 +12,7 @@ from robuq_bench.errors import UsageError
 from robuq_bench.judging.sampling import evaluation_mode
 from robuq_bench.sensitivity.calibration import ModelInputs
 from robuq_bench.sensitivity.epsilon import mean_squared_error
+from robuq_bench.sensitivity.prefix import Prefix
 from robuq_bench.sensitivity.probing import Done, OnItem, Table, named_layers, predict, resumable
 
 
@@ -48,6 +49,7 @@ def weight_epsilon_mse(
         with evaluation_mode(source):
             target = [predict(source, batch) for batch in batches]
         present = mean_squared_error(base, batches, target)
+        prefix = Prefix(base, {name: base.get_submodule(name) for name in layers}, batches)
 
         def compute(names: list[str]) -> Table:
             table: Table = {}
@@ -57,7 +59,11 @@ def weight_epsilon_mse(
                     if model is base:
                         continue
                     other = model.get_submodule(name)
-                    with _exchanged(base, name, other), evaluation_mode(other):
+                    with (
+                        _exchanged(base, name, other),
+                        evaluation_mode(other),
+                        prefix.reused(name),
+                    ):
                         error = mean_squared_error(base, batches, target)
                     table[name][bits] = max(0.0, error - present)
             return table

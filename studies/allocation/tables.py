@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 from robuq_bench.allocation import (
     SOLVERS,
     Allocation,
+    TableTooLargeError,
     allocation_problem,
     allocation_table,
     expand_over_buckets,
@@ -39,6 +41,8 @@ SOURCES = {
     "output-mse": ("output_mse", False),
     "fisher": ("fisher", False),
 }
+logger = logging.getLogger(__name__)
+
 JUDGED = ("distillation_loss", "fid")
 
 Table = dict[str, dict[int, float]]
@@ -59,7 +63,7 @@ def write_allocations(
             run.path / "allocations" / f"{candidate}-{budget:g}.toml",
             allocation,
             metric=metric,
-            solver=candidate if candidate in SOLVERS else "exact",
+            solver=str(allocation.solver),
             sensitivities_sha256=sensitivities_sha256(tables.get(candidate, tables["qat"])),
         )
         rows += _bit_rows(candidate, budget, "all", allocation.bits_by_layer)
@@ -103,6 +107,8 @@ def solver_rows(
         for name in SOLVERS:
             start = time.perf_counter()
             found = solve(problem, name, seed=config.seed)
+            if found.solver != name:
+                continue  # the one that took its place has its own row
             rows.append(
                 {
                     "budget": budget,
@@ -120,11 +126,20 @@ def solver_rows(
 def front_rows(
     config: Config, tables: dict[str, Table], macs: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """The whole Pareto front of every source, exact at every budget."""
+    """The whole Pareto front of every source; of a table too large, its points at the budgets."""
     options = config.settings_of(Settings)
     rows = []
     for name, table in tables.items():
-        means, objectives = allocation_table(table, macs, options.choices).pareto()
+        try:
+            means, objectives = allocation_table(table, macs, options.choices).pareto()
+        except TableTooLargeError as error:
+            logger.warning("%s. The front of %s has the study's budgets alone", error, name)
+            found = [
+                solve(allocation_problem(table, macs, [mac_cost(macs, budget)]), "milp")
+                for budget in options.budgets
+            ]
+            means = np.array([allocation.mean_bits for allocation in found])
+            objectives = np.array([allocation.objective for allocation in found])
         for mean, objective in zip(means, objectives, strict=True):
             rows.append({"source": name, "mean_bits": float(mean), "objective": float(objective)})
     return rows

@@ -9,7 +9,7 @@ from torch import nn
 
 from robuq_bench import sensitivity
 from robuq_bench.accounting.structure import dit_layer_inputs, dit_layer_macs, dit_layer_weights
-from robuq_bench.allocation import mean_bits, mean_bits_by_type
+from robuq_bench.allocation import Allocation, mean_bits, mean_bits_by_type
 from robuq_bench.allocation.costs import Cost, activation_bytes_cost, mac_cost
 from robuq_bench.allocation.problem import allocation_problem
 from robuq_bench.allocation.solvers import solve
@@ -39,7 +39,7 @@ def activation_bits(
         present = {
             name: layer.activation_bits or 0 for name, layer in quantized_layers(student).items()
         }
-        bits, objective = {name: present[name] for name in layers}, None
+        bits, found = {name: present[name] for name in layers}, None
         if plan.bits is not None and plan.bits.path is not None:
             bits = load_allocation_file(plan.bits, layers)
         elif plan.bits is not None:
@@ -53,9 +53,10 @@ def activation_bits(
             def measure(done: Any, on_item: Any) -> Any:
                 return metric(student, layers, choices, batches, done=done, on_item=on_item)
 
-            bits, objective = solved(config, run, context, layers, measure)
+            found = solved(config, run, context, layers, measure)
+            bits = found.bits_by_layer
         if bits:  # of a plan that quantizes weights alone there are none
-            record_allocation(run, config.workload, bits, objective)
+            record_allocation(run, config.workload, bits, found)
     return dict((run.get("allocation") or {}).get("bits_by_layer", {}))
 
 
@@ -66,7 +67,7 @@ def allocated_weight_bits(
     bits_config = config.plan.bits
     assert bits_config is not None
     if not run.has("allocation"):
-        objective = None
+        found = None
         blank = copy.deepcopy(teacher)
         quantize_(blank, config.plan, seed=config.seed, blank=True)
         layers = allocatable_layers(blank, of="weight")
@@ -97,15 +98,16 @@ def allocated_weight_bits(
                     variants, layers, batches, reference=reference, done=done, on_item=on_item
                 )
 
-            bits, objective = solved(config, run, context, layers, measure)
-        record_allocation(run, config.workload, bits, objective, of="weight")
+            found = solved(config, run, context, layers, measure)
+            bits = found.bits_by_layer
+        record_allocation(run, config.workload, bits, found, of="weight")
     return dict((run.get("allocation") or {}).get("bits_by_layer", {}))
 
 
 def solved(
     config: Config, run: Run, context: Context, layers: list[str], measure: Any
-) -> tuple[dict[str, int], float]:
-    """Measure s_l(b) (resumable) and solve for the plan's mean; bits and objective."""
+) -> Allocation:
+    """Measure s_l(b) (resumable) and solve for the plan's mean."""
     bits_config = config.plan.bits
     assert bits_config is not None
     done: dict[str, dict[int, float]] = {}
@@ -124,8 +126,7 @@ def solved(
         table = measure(done, on_item)
     cost, macs = cost_of(config, layers)
     problem = allocation_problem(table, macs, [cost], bits_config.choices)
-    solution = solve(problem, bits_config.solver, seed=config.seed)
-    return solution.bits_by_layer, solution.objective
+    return solve(problem, bits_config.solver, seed=config.seed)
 
 
 def cost_of(config: Config, layers: list[str]) -> tuple[Cost, dict[str, int]]:
@@ -146,10 +147,10 @@ def record_allocation(
     run: Run,
     workload: Workload,
     bits: dict[str, int],
-    objective: float | None,
+    found: Allocation | None,
     of: str = "activation",
 ) -> None:
-    """Append the allocation with MACs and its means per layer type."""
+    """Append the allocation with MACs, its means per layer type and, if `found`, its solver."""
     all_macs = dit_layer_macs(workload.model)
     macs = {name: all_macs[name] for name in bits}
     run.append(
@@ -159,6 +160,7 @@ def record_allocation(
         bits_by_layer=bits,
         macs=macs,
         mean_bits=mean_bits(bits, macs),
-        objective=objective,
+        objective=found and found.objective,
+        solver=found and found.solver,
         by_type=mean_bits_by_type(bits),
     )

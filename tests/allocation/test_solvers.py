@@ -13,6 +13,7 @@ from robuq_bench.allocation import (
     SOLVERS,
     Cost,
     Problem,
+    TableTooLargeError,
     activation_bytes_cost,
     allocation_problem,
     evolutionary_search,
@@ -22,9 +23,11 @@ from robuq_bench.allocation import (
     latency_cost,
     mac_cost,
     mixed_integer,
+    optimal_bits,
     programming,
     random_search,
     solve,
+    table,
     uniform,
 )
 from robuq_bench.errors import RobuqError, UsageError
@@ -249,6 +252,50 @@ def test_flat_and_slack_problems_are_solved_by_all(dit_instance: Make) -> None:
 def test_one_layer_with_one_width() -> None:
     problem = allocation_problem({"a": {3: 0.5}}, {"a": 7}, [mac_cost({"a": 7}, 3.0)])
     assert all(solve(problem, name).bits_by_layer == {"a": 3} for name in SOLVERS)
+
+
+def test_a_table_too_large_is_said_and_solved_by_milp(
+    random_instance: Make,
+    brute_force: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rng = np.random.default_rng(12)
+    monkeypatch.setattr(table, "MAX_TABLE_STATES", 0)
+    for index in range(60):
+        sensitivity, macs = random_instance(rng, int(rng.integers(1, 8)))
+        if index % 5 == 0:
+            sensitivity = {
+                n: {b: round(v, 1) for b, v in s.items()} for n, s in sensitivity.items()
+            }
+        costs = [mac_cost(macs, float(rng.uniform(1, 4)))]
+        found = solve(allocation_problem(sensitivity, macs, costs), "exact")
+        objectives, spent = brute_force(sensitivity, costs[0].table)
+        best = objectives[spent / sum(macs.values()) <= costs[0].budget].min()
+        assert found.objective == pytest.approx(best, rel=1e-9)
+        assert found.gap == pytest.approx(0, abs=1e-6)
+        assert found.solver == "milp"
+        assert found.mean_bits <= costs[0].budget
+    assert len(caplog.messages) == 60
+    assert "more than 0 totals" in caplog.messages[0]
+    assert "Solved by milp" in caplog.messages[0]
+    assert optimal_bits({"a": {1: -1.0, 2: -3.0}}, {"a": 5}, 2.0) == {"a": 2}
+
+
+def test_ten_thousand_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.lognormal(size=(10_000, 1)) * 4.0 ** -np.arange(4)
+    sensitivity = {f"l{i}": dict(zip(BITS, v.tolist(), strict=True)) for i, v in enumerate(values)}
+    macs = {layer: (3, 1, 4, 4)[i % 4] for i, layer in enumerate(sensitivity)}
+    problem = allocation_problem(sensitivity, macs, [mac_cost(macs, 2.0)])
+    monkeypatch.setattr(table, "MAX_TABLE_STATES", 10**6)  # the real limit takes 20 s to reach
+    with pytest.raises(TableTooLargeError, match="10000 layers"):
+        exact(problem)
+    found = solve(problem, "exact")
+    assert found.solver == "milp"
+    assert found.gap == pytest.approx(0, abs=1e-9)
+    assert found.mean_bits == 2.0
+    assert found.lower_bound == pytest.approx(lagrangian(problem).lower_bound, rel=1e-5)
 
 
 def test_activation_bytes() -> None:
