@@ -10,6 +10,7 @@ Everything is computed in float32, or float64 for float64 tokens.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,6 +22,12 @@ from torch import Tensor
 from kernels.launch import KernelInputError, check_tensor
 
 OP = "hadamard_quantize"
+ROWS = 64
+"""Tokens that a CPU computes at once, so that what a step leaves is in the cache for the next."""
+
+MAX_SYLVESTER = 32
+"""Largest Sylvester matrix applied as one product."""
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Statistic = Literal["mean-mad", "min-max", "absmax", "absmean"]
@@ -141,25 +148,37 @@ def hadamard_quantize(
         gate = _rows_of_images(gated_residual.gate, gated_residual.tokens_per_image)
         x = (x.to(work) + gate.to(work) * gated_residual.value.to(work)).to(x.dtype)
         residual = x
-    y = x.to(work)
-    if modulation is not None:
-        shift = _rows_of_images(modulation.shift, modulation.tokens_per_image).to(work)
-        scale = _rows_of_images(modulation.scale, modulation.tokens_per_image).to(work)
-        y = F.layer_norm(y, y.shape[-1:], eps=modulation.eps) * (1 + scale) + shift
-    if silu:
-        y = F.silu(y)
-    if signs is not None:
-        y = y * signs.to(work).unsqueeze(-2)  # [M, K], or [G, M, K] for grouped signs
-    z = y if rotation is None else _rotate(y, rotation)
-    codes, scale, offset = _quantize(z, grid)
-    return Quantized(
-        codes,
-        scale,
-        offset,
-        codes.sum(-1, dtype=torch.int32),
-        None if down is None else z @ down.to(work).mT,
-        residual,
-    )
+    rows = len(x)
+    at_once = ROWS if x.device.type == "cpu" else max(rows, 1)
+    parts = []
+    for first in range(0, max(rows, 1), at_once):
+        y = x[first : first + at_once].to(work)
+        if modulation is not None:
+            y = _modulate(y, modulation, first)
+        if silu:
+            y = F.silu(y)
+        if signs is not None:
+            y = y * signs.to(work).unsqueeze(-2)  # [M, K], or [G, M, K] for grouped signs
+        z = y if rotation is None else _rotate(y, rotation)
+        branch = None if down is None else z @ down.to(work).mT
+        parts.append((*_quantize(z, grid), branch))
+    codes, scale, offset, branch = parts[0]
+    if len(parts) > 1:
+        axis = 0 if signs is None else signs.dim() - 1  # after the groups
+        codes, scale, offset, branch = (
+            None if part[0] is None else torch.cat(part, axis) for part in zip(*parts, strict=True)
+        )
+    return Quantized(codes, scale, offset, codes.sum(-1, dtype=torch.int32), branch, residual)
+
+
+def _modulate(y: Tensor, modulation: Modulation, first: int) -> Tensor:
+    """LayerNorm and modulation of the tokens y [m, K], of which `first` is the number of one."""
+    y = F.layer_norm(y, y.shape[-1:], eps=modulation.eps)
+    image = torch.arange(first, first + len(y), device=y.device) // modulation.tokens_per_image
+    if len(y) and image[0] == image[-1]:
+        image = image[:1]
+    scale, shift = modulation.scale[image].to(y.dtype), modulation.shift[image].to(y.dtype)
+    return y.mul_(1 + scale).add_(shift)
 
 
 def _rows_of_images(values: Tensor, tokens_per_image: int) -> Tensor:
@@ -168,27 +187,36 @@ def _rows_of_images(values: Tensor, tokens_per_image: int) -> Tensor:
 
 def _rotate(y: Tensor, rotation: Rotation) -> Tensor:
     """y (Sylvester(outer) ⊗ inner) / sqrt(K); y [..., K]."""
-    tokens = y.reshape(-1, rotation.outer, len(rotation.inner))
-    tokens = tokens @ rotation.inner.to(y.dtype)
-    # One stage per factor [[1, 1], [1, -1]] of Sylvester's matrix, first factor first.
-    stage = rotation.outer // 2
-    while stage:
-        pairs = tokens.reshape(-1, 2, stage * len(rotation.inner))
-        tokens = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1)
-        stage //= 2
-    return tokens.reshape(y.shape) / math.sqrt(y.shape[-1])
+    stride, outer = len(rotation.inner), rotation.outer
+    z = y.reshape(-1, stride) @ rotation.inner.to(y.dtype)
+    while outer > 1:
+        order = min(outer, MAX_SYLVESTER)
+        z = _sylvester(order).to(y) @ z.view(-1, order, stride)
+        stride, outer = stride * order, outer // order
+    return z.view(y.shape).div_(math.sqrt(y.shape[-1]))
+
+
+@functools.cache
+def _sylvester(order: int) -> Tensor:
+    """Sylvester's Hadamard matrix, ±1 [order, order], of an order that is a power of two."""
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1)
+        while len(matrix) < order:
+            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
 
 
 def _quantize(z: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 like z [..., K], scale and offset [...]."""
+    t = torch.empty_like(z)
     if grid.statistic == "mean-mad":
         shift = z.mean(-1, keepdim=True)
-        statistic = (z - shift).abs().mean(-1, keepdim=True)
+        statistic = torch.sub(z, shift, out=t).abs_().mean(-1, keepdim=True)
     elif grid.statistic == "min-max":
         shift = z.amin(-1, keepdim=True)
         statistic = z.amax(-1, keepdim=True) - shift
     else:
-        magnitude = z.abs()
+        magnitude = torch.abs(z, out=t)
         absmax = grid.statistic == "absmax"
         statistic = magnitude.amax(-1, keepdim=True) if absmax else magnitude.mean(-1, keepdim=True)
         shift = torch.zeros_like(statistic)
@@ -199,9 +227,9 @@ def _quantize(z: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     dead = ~(scale < math.inf)  # also NaN
     inverse = inverse.masked_fill(dead, 1.0).nan_to_num(posinf=0.0)
     scale, shift = scale.masked_fill(dead, 1.0), shift.masked_fill(dead, 0.0)
-    t = (z - shift) * inverse
-    t = torch.floor(t) if grid.floor else torch.round(t)
-    codes = t.clamp(grid.low, grid.high).nan_to_num(nan=grid.low).to(torch.int8)
+    torch.sub(z, shift, out=t).mul_(inverse)
+    t = t.floor_() if grid.floor else t.round_()
+    codes = t.clamp_(grid.low, grid.high).nan_to_num_(nan=grid.low).to(torch.int8)
     offset = shift + scale / 2 if grid.floor else shift
     return codes, scale.squeeze(-1), offset.squeeze(-1)
 
