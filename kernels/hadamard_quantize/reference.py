@@ -22,11 +22,9 @@ from torch import Tensor
 from kernels.launch import KernelInputError, check_tensor
 
 OP = "hadamard_quantize"
-ROWS = 64
-"""Tokens that a CPU computes at once, so that what a step leaves is in the cache for the next."""
 
-MAX_SYLVESTER = 32
-"""Largest Sylvester matrix applied as one product."""
+AT_ONCE = 2**18
+"""Elements that a CPU computes at once, so that what a step leaves is in the cache for the next."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -108,6 +106,7 @@ class GatedResidual:
     tokens_per_image: int
 
 
+@torch.no_grad()
 def hadamard_quantize(
     x: Tensor,
     grid: Grid,
@@ -119,7 +118,7 @@ def hadamard_quantize(
     silu: bool = False,
     down: Tensor | None = None,
 ) -> Quantized:
-    """Codes of the rotated tokens.
+    """Codes of the rotated tokens; nothing has a gradient.
 
     Scale 0 (a constant token) has codes 0. A token whose statistic is infinite or NaN has scale 1
     and offset 0, so an infinite coordinate saturates; a NaN coordinate has code `low`.
@@ -149,7 +148,7 @@ def hadamard_quantize(
         x = (x.to(work) + gate.to(work) * gated_residual.value.to(work)).to(x.dtype)
         residual = x
     rows = len(x)
-    at_once = ROWS if x.device.type == "cpu" else max(rows, 1)
+    at_once = max(1, AT_ONCE // x.shape[1] if x.device.type == "cpu" else rows)
     parts = []
     for first in range(0, max(rows, 1), at_once):
         y = x[first : first + at_once].to(work)
@@ -164,7 +163,7 @@ def hadamard_quantize(
         parts.append((*_quantize(z, grid), branch))
     codes, scale, offset, branch = parts[0]
     if len(parts) > 1:
-        axis = 0 if signs is None else signs.dim() - 1  # after the groups
+        axis = 1 if signs is not None and signs.dim() == 2 else 0  # after the groups
         codes, scale, offset, branch = (
             None if part[0] is None else torch.cat(part, axis) for part in zip(*parts, strict=True)
         )
@@ -172,11 +171,9 @@ def hadamard_quantize(
 
 
 def _modulate(y: Tensor, modulation: Modulation, first: int) -> Tensor:
-    """LayerNorm and modulation of the tokens y [m, K], of which `first` is the number of one."""
+    """LayerNorm and modulation of tokens y [m, K], which are those from `first` on."""
     y = F.layer_norm(y, y.shape[-1:], eps=modulation.eps)
     image = torch.arange(first, first + len(y), device=y.device) // modulation.tokens_per_image
-    if len(y) and image[0] == image[-1]:
-        image = image[:1]
     scale, shift = modulation.scale[image].to(y.dtype), modulation.shift[image].to(y.dtype)
     return y.mul_(1 + scale).add_(shift)
 
@@ -188,12 +185,12 @@ def _rows_of_images(values: Tensor, tokens_per_image: int) -> Tensor:
 def _rotate(y: Tensor, rotation: Rotation) -> Tensor:
     """y (Sylvester(outer) ⊗ inner) / sqrt(K); y [..., K]."""
     stride, outer = len(rotation.inner), rotation.outer
-    z = y.reshape(-1, stride) @ rotation.inner.to(y.dtype)
+    z = y.reshape(-1, stride) @ (rotation.inner.to(y.dtype) / math.sqrt(y.shape[-1]))
     while outer > 1:
-        order = min(outer, MAX_SYLVESTER)
+        order = outer if outer <= 32 else 16  # large factors cost arithmetic, many cost passes
         z = _sylvester(order).to(y) @ z.view(-1, order, stride)
         stride, outer = stride * order, outer // order
-    return z.view(y.shape).div_(math.sqrt(y.shape[-1]))
+    return z.view(y.shape)
 
 
 @functools.cache
@@ -228,7 +225,7 @@ def _quantize(z: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     inverse = inverse.masked_fill(dead, 1.0).nan_to_num(posinf=0.0)
     scale, shift = scale.masked_fill(dead, 1.0), shift.masked_fill(dead, 0.0)
     torch.sub(z, shift, out=t).mul_(inverse)
-    t = t.floor_() if grid.floor else t.round_()
+    t = t.floor_() if grid.floor else t.round_()  # in place: a CPU waits for memory here
     codes = t.clamp_(grid.low, grid.high).nan_to_num_(nan=grid.low).to(torch.int8)
     offset = shift + scale / 2 if grid.floor else shift
     return codes, scale.squeeze(-1), offset.squeeze(-1)
