@@ -149,7 +149,7 @@ def hadamard_quantize(
         residual = x
     rows = len(x)
     at_once = max(1, AT_ONCE // x.shape[1] if x.device.type == "cpu" else rows)
-    parts = []
+    quantized, branches = [], []
     for first in range(0, max(rows, 1), at_once):
         y = x[first : first + at_once].to(work)
         if modulation is not None:
@@ -159,14 +159,12 @@ def hadamard_quantize(
         if signs is not None:
             y = y * signs.to(work).unsqueeze(-2)  # [M, K], or [G, M, K] for grouped signs
         z = y if rotation is None else _rotate(y, rotation)
-        branch = None if down is None else z @ down.to(work).mT
-        parts.append((*_quantize(z, grid), branch))
-    codes, scale, offset, branch = parts[0]
-    if len(parts) > 1:
-        axis = 1 if signs is not None and signs.dim() == 2 else 0  # after the groups
-        codes, scale, offset, branch = (
-            None if part[0] is None else torch.cat(part, axis) for part in zip(*parts, strict=True)
-        )
+        quantized.append(_quantize(z, grid))
+        if down is not None:
+            branches.append(z @ down.to(work).mT)
+    axis = 1 if signs is not None and signs.dim() == 2 else 0  # after the groups
+    codes, scale, offset = (torch.cat(parts, axis) for parts in zip(*quantized, strict=True))
+    branch = torch.cat(branches, axis) if branches else None
     return Quantized(codes, scale, offset, codes.sum(-1, dtype=torch.int32), branch, residual)
 
 
