@@ -328,7 +328,7 @@ def test_sample_passes_on_what_it_is_told(bench: Any, monkeypatch: pytest.Monkey
     assert seen == {
         "checkpoint": None,
         "packed": None,
-        "backend": "reference",
+        "backend": None,
         "num": 4,
         "output": Path("x.png"),
     }

@@ -16,7 +16,7 @@ def rows_of(output: str) -> dict[str, Any]:
     return {row["part"]: row for row in json.loads(output.splitlines()[-1])["table"]}
 
 
-def test_a_plan_is_exported_and_sampled_on_both_backends(bench: Bench, tiny_workload: Path) -> None:
+def test_a_plan_is_exported_and_sampled_on_every_backend(bench: Bench, tiny_workload: Path) -> None:
     on = ("--on", str(tiny_workload))
     code, out, err = bench("export", "a4", *on, "-o", "m.safetensors", "--json")
     assert code == 0, err
@@ -29,13 +29,15 @@ def test_a_plan_is_exported_and_sampled_on_both_backends(bench: Bench, tiny_work
     assert (facts["plan"], facts["storage"]) == ("a4", "base3/fp32/fp32")
     assert facts["mean_activation_bits"]["fc1"] == 4
     assert facts["table"][-1]["bytes"] == rows["total"]["bytes"]
-    for backend in ("reference", "integer"):
+    for backend in ("reference", "integer", "cpu", None):
+        chosen = () if backend is None else ("--backend", backend)
         code, _, err = bench(
-            "sample", *on, "--packed", "m.safetensors", "--backend", backend,
+            "sample", *on, "--packed", "m.safetensors", *chosen,
             "--num", "4", "--png", f"{backend}.png", "--quiet",
         )  # fmt: skip
         assert code == 0, err
         assert Path(f"{backend}.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("None.png").read_bytes() == Path("cpu.png").read_bytes()
 
 
 def test_a_finished_run_is_exported_with_its_allocation(

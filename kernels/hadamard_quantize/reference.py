@@ -10,6 +10,7 @@ Everything is computed in float32, or float64 for float64 tokens.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,6 +22,10 @@ from torch import Tensor
 from kernels.launch import KernelInputError, check_tensor
 
 OP = "hadamard_quantize"
+
+AT_ONCE = 2**18
+"""Elements that a CPU computes at once, so that what a step leaves is in the cache for the next."""
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Statistic = Literal["mean-mad", "min-max", "absmax", "absmean"]
@@ -101,6 +106,7 @@ class GatedResidual:
     tokens_per_image: int
 
 
+@torch.no_grad()
 def hadamard_quantize(
     x: Tensor,
     grid: Grid,
@@ -112,7 +118,7 @@ def hadamard_quantize(
     silu: bool = False,
     down: Tensor | None = None,
 ) -> Quantized:
-    """Codes of the rotated tokens.
+    """Codes of the rotated tokens; nothing has a gradient.
 
     Scale 0 (a constant token) has codes 0. A token whose statistic is infinite or NaN has scale 1
     and offset 0, so an infinite coordinate saturates; a NaN coordinate has code `low`.
@@ -141,25 +147,33 @@ def hadamard_quantize(
         gate = _rows_of_images(gated_residual.gate, gated_residual.tokens_per_image)
         x = (x.to(work) + gate.to(work) * gated_residual.value.to(work)).to(x.dtype)
         residual = x
-    y = x.to(work)
-    if modulation is not None:
-        shift = _rows_of_images(modulation.shift, modulation.tokens_per_image).to(work)
-        scale = _rows_of_images(modulation.scale, modulation.tokens_per_image).to(work)
-        y = F.layer_norm(y, y.shape[-1:], eps=modulation.eps) * (1 + scale) + shift
-    if silu:
-        y = F.silu(y)
-    if signs is not None:
-        y = y * signs.to(work).unsqueeze(-2)  # [M, K], or [G, M, K] for grouped signs
-    z = y if rotation is None else _rotate(y, rotation)
-    codes, scale, offset = _quantize(z, grid)
-    return Quantized(
-        codes,
-        scale,
-        offset,
-        codes.sum(-1, dtype=torch.int32),
-        None if down is None else z @ down.to(work).mT,
-        residual,
-    )
+    rows = len(x)
+    at_once = max(1, AT_ONCE // x.shape[1] if x.device.type == "cpu" else rows)
+    quantized, branches = [], []
+    for first in range(0, max(rows, 1), at_once):
+        y = x[first : first + at_once].to(work)
+        if modulation is not None:
+            y = _modulate(y, modulation, first)
+        if silu:
+            y = F.silu(y)
+        if signs is not None:
+            y = y * signs.to(work).unsqueeze(-2)  # [M, K], or [G, M, K] for grouped signs
+        z = y if rotation is None else _rotate(y, rotation)
+        quantized.append(_quantize(z, grid))
+        if down is not None:
+            branches.append(z @ down.to(work).mT)
+    axis = 1 if signs is not None and signs.dim() == 2 else 0  # after the groups
+    codes, scale, offset = (torch.cat(parts, axis) for parts in zip(*quantized, strict=True))
+    branch = torch.cat(branches, axis) if branches else None
+    return Quantized(codes, scale, offset, codes.sum(-1, dtype=torch.int32), branch, residual)
+
+
+def _modulate(y: Tensor, modulation: Modulation, first: int) -> Tensor:
+    """LayerNorm and modulation of tokens y [m, K], which are those from `first` on."""
+    y = F.layer_norm(y, y.shape[-1:], eps=modulation.eps)
+    image = torch.arange(first, first + len(y), device=y.device) // modulation.tokens_per_image
+    scale, shift = modulation.scale[image].to(y.dtype), modulation.shift[image].to(y.dtype)
+    return y.mul_(1 + scale).add_(shift)
 
 
 def _rows_of_images(values: Tensor, tokens_per_image: int) -> Tensor:
@@ -168,27 +182,36 @@ def _rows_of_images(values: Tensor, tokens_per_image: int) -> Tensor:
 
 def _rotate(y: Tensor, rotation: Rotation) -> Tensor:
     """y (Sylvester(outer) ⊗ inner) / sqrt(K); y [..., K]."""
-    tokens = y.reshape(-1, rotation.outer, len(rotation.inner))
-    tokens = tokens @ rotation.inner.to(y.dtype)
-    # One stage per factor [[1, 1], [1, -1]] of Sylvester's matrix, first factor first.
-    stage = rotation.outer // 2
-    while stage:
-        pairs = tokens.reshape(-1, 2, stage * len(rotation.inner))
-        tokens = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1)
-        stage //= 2
-    return tokens.reshape(y.shape) / math.sqrt(y.shape[-1])
+    stride, outer = len(rotation.inner), rotation.outer
+    z = y.reshape(-1, stride) @ (rotation.inner.to(y.dtype) / math.sqrt(y.shape[-1]))
+    while outer > 1:
+        order = outer if outer <= 32 else 16  # large factors cost arithmetic, many cost passes
+        z = _sylvester(order).to(y) @ z.view(-1, order, stride)
+        stride, outer = stride * order, outer // order
+    return z.view(y.shape)
+
+
+@functools.cache
+def _sylvester(order: int) -> Tensor:
+    """Sylvester's Hadamard matrix, ±1 [order, order], of an order that is a power of two."""
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1)
+        while len(matrix) < order:
+            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
 
 
 def _quantize(z: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 like z [..., K], scale and offset [...]."""
+    t = torch.empty_like(z)
     if grid.statistic == "mean-mad":
         shift = z.mean(-1, keepdim=True)
-        statistic = (z - shift).abs().mean(-1, keepdim=True)
+        statistic = torch.sub(z, shift, out=t).abs_().mean(-1, keepdim=True)
     elif grid.statistic == "min-max":
         shift = z.amin(-1, keepdim=True)
         statistic = z.amax(-1, keepdim=True) - shift
     else:
-        magnitude = z.abs()
+        magnitude = torch.abs(z, out=t)
         absmax = grid.statistic == "absmax"
         statistic = magnitude.amax(-1, keepdim=True) if absmax else magnitude.mean(-1, keepdim=True)
         shift = torch.zeros_like(statistic)
@@ -199,9 +222,9 @@ def _quantize(z: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     dead = ~(scale < math.inf)  # also NaN
     inverse = inverse.masked_fill(dead, 1.0).nan_to_num(posinf=0.0)
     scale, shift = scale.masked_fill(dead, 1.0), shift.masked_fill(dead, 0.0)
-    t = (z - shift) * inverse
-    t = torch.floor(t) if grid.floor else torch.round(t)
-    codes = t.clamp(grid.low, grid.high).nan_to_num(nan=grid.low).to(torch.int8)
+    torch.sub(z, shift, out=t).mul_(inverse)
+    t = t.floor_() if grid.floor else t.round_()  # in place: a CPU waits for memory here
+    codes = t.clamp_(grid.low, grid.high).nan_to_num_(nan=grid.low).to(torch.int8)
     offset = shift + scale / 2 if grid.floor else shift
     return codes, scale.squeeze(-1), offset.squeeze(-1)
 

@@ -65,12 +65,14 @@ def check_operands(
     out_dtype: torch.dtype,
     grouped: bool,
     anywhere: bool = False,
+    unpacked: bool = False,
 ) -> Operands:
     """Check every tensor; KernelInputError says what is supported.
 
     Args:
         grouped: whether tensors carry a leading group dimension.
         anywhere: whether any device will do, as for the reference.
+        unpacked: whether `planes` are not packed: int8 [N, K].
     """
     g: tuple[int | None, ...] = (None,) if grouped else ()
     like = codes if anywhere else None
@@ -89,8 +91,8 @@ def check_operands(
         op,
         "planes",
         planes,
-        shape=(*group, None, packed_width(k)),
-        dtypes=(torch.uint8,),
+        shape=(*group, None, k if unpacked else packed_width(k)),
+        dtypes=(torch.int8 if unpacked else torch.uint8,),
         like=codes,
     )
     n = planes.shape[-2]

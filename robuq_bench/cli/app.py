@@ -143,9 +143,14 @@ def sample(
         Path | None, typer.Option("--packed", metavar="FILE", help="Take this packed model.")
     ] = None,
     backend: Annotated[
-        str,
-        typer.Option("--backend", metavar="NAME", help="--packed: reference, integer or triton."),
-    ] = "reference",
+        str | None,
+        typer.Option(
+            "--backend",
+            metavar="NAME",
+            help="--packed: reference (bit for bit as trained), integer, cpu or triton; if not "
+            "given, cpu for models that can on a CPU, else reference.",
+        ),
+    ] = None,
     num: Annotated[int, typer.Option("--num", min=1, help="Number of images.")] = 40,
     png: Annotated[
         Path | None,
@@ -160,7 +165,7 @@ def sample(
     run_path = None if checkpoint is None else find_run(checkpoint, flags.output)
     if packed is not None and checkpoint is not None:
         raise UsageError("--checkpoint and --packed are two models; give one of them")
-    if packed is None and backend != "reference":
+    if packed is None and backend is not None:
         raise UsageError(f"--backend {backend} goes with --packed FILE; make one with `export`")
     if flags.dry_run:
         show_dry_run(job, config, target, target.exists())

@@ -3,8 +3,8 @@
 `export_packed` and `load_packed` write and read one self-describing file; `pack_` turns the
 fake-quantized layers of a trained model into `PackedLinear`s (ternary codes) and `PackedUniform`s
 (2 to 8 bits) in memory, whatever packaged methods are in their other slots;
-`prepare_for_inference` chooses what computes their products: "reference" all of them, the integer
-backends those with ternary weights and methods that the kernels know.
+`prepare_for_inference` chooses what computes their products: "reference" all of them, the others
+those with ternary weights and methods that the kernels know.
 """
 
 from robuq_bench.inference.packed_file import export_packed, load_packed

@@ -23,7 +23,7 @@ from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
 
 class FusedBlocks(nn.Module):
-    """`Blocks` whose linears are `PackedLinear`s on the backend "integer" or "triton"."""
+    """`Blocks` whose linears are `PackedLinear`s on "integer", "cpu" or "triton"."""
 
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
@@ -72,6 +72,7 @@ class GroupedModulation(nn.Module):
     """
 
     planes: Tensor
+    unpacked: Tensor | None
     scale: Tensor
     weight_sums: Tensor
     bias: Tensor | None
@@ -79,7 +80,9 @@ class GroupedModulation(nn.Module):
     low_rank_down: Tensor | None
     signs: Tensor
 
-    BUFFERS = ("planes", "scale", "weight_sums", "bias", "low_rank_up", "low_rank_down")
+    BUFFERS = (
+        "planes", "unpacked", "scale", "weight_sums", "bias", "low_rank_up", "low_rank_down",
+    )  # fmt: skip
 
     def __init__(self, layers: list[PackedLinear]) -> None:
         super().__init__()

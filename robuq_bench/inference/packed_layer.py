@@ -19,9 +19,10 @@ from robuq_bench.quantization.bits import QuantizedInput
 from robuq_bench.quantization.guard import GuardedWeight, guarded_weight
 from robuq_bench.quantization.linear import rename_old_state
 
-BACKENDS = ("reference", "integer", "triton")
+BACKENDS = ("reference", "integer", "cpu", "triton")
 """reference: dequantized floats, bit for bit what training evaluates · integer: the kernels'
-arithmetic in plain PyTorch, exact integer sums · triton: the kernels."""
+arithmetic in plain PyTorch, exact integer sums · cpu: the same, fast on a CPU, with a byte a weight
+besides · triton: the kernels."""
 
 _LIKE = "like"
 _KNOWN = {"rotation": HadamardRotation, "branch": LowRankBranch, "activation": GridQuantizer}
@@ -163,6 +164,10 @@ class PackedLayer(QuantizedInput, ABC):
             raise UsageError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
         if backend == "reference":
             return
+        if backend == "cpu" and self.like.device.type != "cpu":
+            raise UsageError(
+                f'the model is on {self.like.device}; move it with .cpu() for backend "cpu"'
+            )
         try:
             for slot in self.other_slots():
                 raise UsageError(
@@ -172,6 +177,10 @@ class PackedLayer(QuantizedInput, ABC):
             self._check_kernels()
         except UsageError as error:
             raise UsageError(f"layer {self.name!r}, backend {backend!r}: {error}") from None
+
+    def run_on(self, backend: str) -> None:
+        """Compute on `backend` from now on, which `check_backend` has let pass."""
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the layer's dtype.

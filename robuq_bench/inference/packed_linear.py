@@ -29,11 +29,13 @@ class PackedLinear(PackedLayer):
 
     Buffers: `planes` uint8 [out, 32 ceil(in / 128)] (kernels.ternary_matmul.layout), `scale`
     float32 [out] (float64 for a float64 layer), `weight_sums` int32 [out] (sum of the ternary
-    codes of a channel). `signs`, `low_rank_up` and `low_rank_down` are those of its slots.
+    codes of a channel); on backend "cpu" also `unpacked` int8 [out, in], the codes, which no
+    `state_dict` holds. `signs`, `low_rank_up` and `low_rank_down` are those of its slots.
     """
 
     planes: Tensor
     weight_sums: Tensor
+    unpacked: Tensor | None
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None, **rest: Unpack[Rest]
@@ -54,10 +56,15 @@ class PackedLinear(PackedLayer):
         self.register_buffer("planes", pack_planes(codes))
         self.register_buffer("scale", own(scale))
         self.register_buffer("weight_sums", codes.sum(1, dtype=torch.int32))
+        self.register_buffer("unpacked", None, persistent=False)
 
     def codes(self) -> Tensor:
         """Ternary codes [out, in] int8."""
         return unpack_planes(self.planes, self.in_features)
+
+    def run_on(self, backend: str) -> None:
+        super().run_on(backend)
+        self.unpacked = self.codes() if backend == "cpu" else None
 
     def product_weight(self, dtype: torch.dtype | None) -> Tensor:
         """The dequantized weight [out, in] in `dtype`; None is the layer's."""
@@ -110,7 +117,7 @@ def product_operands(tokens: Quantized, weights: Any) -> dict[str, Tensor | None
     of `PackedLinear`, stacked or not."""
     return {
         "codes": tokens.codes,
-        "planes": weights.planes,
+        "planes": weights.planes if weights.unpacked is None else weights.unpacked,
         "token_scale": tokens.scale,
         "token_offset": tokens.offset,
         "code_sums": tokens.code_sums,
@@ -126,7 +133,8 @@ def kernel_module(operation: str, backend: str) -> ModuleType:
     """The module that computes `operation` for a backend; Triton is imported when asked for."""
     from importlib import import_module
 
-    return import_module(f"kernels.{operation}.{'triton' if backend == 'triton' else 'reference'}")
+    own = backend == "triton" or (backend, operation) == ("cpu", "ternary_matmul")
+    return import_module(f"kernels.{operation}.{backend if own else 'reference'}")
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

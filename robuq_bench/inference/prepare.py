@@ -19,13 +19,14 @@ from robuq_bench.quantization.module_tree import exchange_layers, move_hooks
 DEFAULT_DTYPE = {
     "reference": None,
     "integer": torch.float32,
+    "cpu": torch.float32,
     "triton": torch.bfloat16,
 }
 
 
 def prepare_for_inference(
     model: nn.Module,
-    backend: str = "reference",
+    backend: str | None = None,
     dtype: torch.dtype | None = None,
     *,
     fuse: bool = True,
@@ -33,18 +34,20 @@ def prepare_for_inference(
     """Pack a quantized model if it is not packed yet, and make it run on `backend`, in place.
 
     Works on any module: our DiT and diffusers' transformers alike. In a DiT whose block linears
-    are all packed, "integer" and "triton" also fuse LayerNorm, modulation, GELU, gates and
+    are all packed, all but "reference" also fuse LayerNorm, modulation, GELU, gates and
     residuals into the two operations around them, and compute the modulation of all blocks at
     once; diffusers' models have their linears exchanged.
 
     Args:
         model: converted by `quantize_`, or loaded by `load_packed`; move it to its device first.
         backend: "reference" (dequantized floats, bit for bit what training evaluates; any packed
-            layer), "integer" (the kernels' arithmetic in plain PyTorch), or "triton" (a CUDA
-            device, or anywhere with TRITON_INTERPRET=1).
+            layer), "integer" (the kernels' arithmetic in plain PyTorch), "cpu" (the same codes and
+            integer sums, fast on a CPU; unpacks the weights, a byte each, beside their two bits),
+            or "triton" (a CUDA device, or anywhere with TRITON_INTERPRET=1). None is "cpu" for a
+            model on the CPU all of whose layers are float32 and can run so, else "reference".
         dtype: of everything but codes and scales, and of the inputs the model then takes; None
-            leaves them as they are for "reference", and is float32 for "integer" and bfloat16
-            for "triton".
+            leaves them as they are for "reference", and is float32 for "integer" and "cpu" and
+            bfloat16 for "triton".
         fuse: False leaves the blocks of a DiT as they are and exchanges their linears only.
 
     Returns:
@@ -66,6 +69,7 @@ def prepare_for_inference(
             f"{type(model).__name__} has no quantized layers; convert it with quantize_, or load "
             "it with load_packed"
         )
+    backend = _default_backend(layers) if backend is None else backend
     for layer in layers:
         layer.check_backend(backend)
     device = layers[0].like.device
@@ -92,12 +96,22 @@ def prepare_for_inference(
     if dtype and any(tensor.dtype != dtype and id(tensor) not in exact for tensor in floats):
         model.to(dtype)
     for layer in layers:
-        layer.backend = backend
+        layer.run_on(backend)
     for name, blocks in fusible:
         fused = FusedBlocks(blocks)
         move_hooks(blocks, fused)
         setattr(model, name, fused)
     return model
+
+
+def _default_backend(layers: list[PackedLayer]) -> str:
+    """ "cpu" if all layers are float32 and can run so, else "reference"."""
+    try:
+        for layer in layers:
+            layer.check_backend("cpu")
+    except UsageError:
+        return "reference"
+    return "cpu" if all(layer.like.dtype == torch.float32 for layer in layers) else "reference"
 
 
 def _check_hooks(name: str, blocks: Blocks) -> None:

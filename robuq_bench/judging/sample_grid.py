@@ -36,14 +36,15 @@ def run_sample(
     *,
     checkpoint: Path | None,
     packed: Path | None = None,
-    backend: str = "reference",
+    backend: str | None = None,
     num: int,
     output: Path,
 ) -> Path:
     """Sample `num` images with seeds seed, seed + 1, ... and write one PNG grid.
 
     The model is the student of the train-and-eval run folder `checkpoint`, the packed model in the
-    file `packed` on its `backend`, or else the workload's teacher.
+    file `packed` on `backend` (None as for `prepare_for_inference`), or else the workload's
+    teacher.
     """
     workload = config.workload
     if workload.data.source == "latents":

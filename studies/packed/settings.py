@@ -6,13 +6,13 @@ from pydantic import model_validator
 
 from robuq_bench.sections import Digest, RunInput, Section, Strings, check_choices
 
-VARIANTS = ("reference", "integer", "triton", "fp16", "int8")
+VARIANTS = ("reference", "integer", "cpu", "triton", "fp16", "int8")
 
 
 class Settings(Section):
     """What `study packed` judges: variants of the student of the finished run in folder `run`.
 
-    "triton" needs a CUDA device, or Triton's interpreter and patience.
+    "cpu" needs the device cpu; "triton" a CUDA device, or Triton's interpreter and patience.
     """
 
     run: RunInput = None

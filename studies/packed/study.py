@@ -6,6 +6,7 @@ trained, fake-quantized student:
     trained     as `train-and-eval` judged it
     reference   a lossless packed file, dequantized: must give the very same images
     integer     the same file in the kernels' arithmetic (integer sums, one dequantization)
+    cpu         the same sums by a CPU's integer instructions, the default of `sample` there
     triton      the same file on the kernels, in float32
     fp16, int8  low-rank branch and everything full-precision stored so, dequantized
 
@@ -65,6 +66,7 @@ TRAINED = "trained"
 VARIANTS = {
     "reference": ("base3/fp32/fp32", "reference"),
     "integer": ("base3/fp32/fp32", "integer"),
+    "cpu": ("base3/fp32/fp32", "cpu"),
     "triton": ("base3/fp32/fp32", "triton"),
     "fp16": ("base3/fp16/fp16", "reference"),
     "int8": ("base3/int8/int8", "reference"),

@@ -138,8 +138,9 @@ def test_half_precision_keeps_the_scales(student: Student, inputs: Inputs) -> No
     assert distance(found.float(), expected) < 0.1
 
 
+@pytest.mark.parametrize("backend", ["integer", "cpu"])
 @torch.inference_mode()
-def test_linears_of_diffusers_are_exchanged() -> None:
+def test_linears_of_diffusers_are_exchanged(backend: str) -> None:
     from robuq_bench._compat import import_torchvision
 
     import_torchvision()
@@ -159,8 +160,8 @@ def test_linears_of_diffusers_are_exchanged() -> None:
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
     expected = model(**inputs).sample
-    prepared = prepare_for_inference(model, "integer")
-    assert all(layer.backend == "integer" for layer in packed_layers(prepared).values())
+    prepared = prepare_for_inference(model, backend)
+    assert all(layer.backend == backend for layer in packed_layers(prepared).values())
     assert distance(prepared(**inputs).sample, expected) < 0.02
 
 

@@ -1,0 +1,227 @@
+"""Backend "cpu": the codes and integer sums of "integer", by whatever instructions the CPU has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from making import changed
+from torch import Tensor
+
+from kernels.hadamard_quantize import reference as quantization
+from kernels.launch import KernelInputError
+from kernels.ternary_matmul import cpu, reference
+from kernels.ternary_matmul.layout import pack_planes
+from robuq_bench.config import Plan
+from robuq_bench.errors import UsageError
+from robuq_bench.inference import pack_, prepare_for_inference
+from robuq_bench.inference.packed_linear import PackedLinear, packed_layers
+from robuq_bench.inference.prepare import weight_bytes
+from robuq_bench.models.dit import DiT
+from robuq_bench.quantization.grids import grid_of, kernel_rotation
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+Student = Callable[..., tuple[DiT, Plan]]
+
+
+@pytest.fixture(params=["as the CPU is", "without _int_mm"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU has, and a CPU without integer instructions."""
+    if request.param == "without _int_mm":
+        monkeypatch.setattr(cpu, "has_fast_int_mm", lambda: False)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def operands(rows: int, outputs: int, width: int, rank: int = 0) -> dict[str, Tensor]:
+    """Operands of `ternary_matmul` with unpacked planes; codes reach both ends of int8."""
+    generator = torch.Generator().manual_seed(rows * width + outputs)
+    codes = torch.randint(-128, 128, (rows, width), dtype=torch.int8, generator=generator)
+    codes[:, 0], codes[:, -1] = -128, 127
+    planes = torch.randint(-1, 2, (outputs, width), dtype=torch.int8, generator=generator)
+    given = {
+        "codes": codes,
+        "planes": planes,
+        "token_scale": torch.rand(rows, generator=generator),
+        "token_offset": torch.randn(rows, generator=generator),
+        "code_sums": codes.sum(1, dtype=torch.int32),
+        "channel_scale": torch.rand(outputs, generator=generator),
+        "weight_sums": planes.sum(1, dtype=torch.int32),
+    }
+    if rank:
+        given["branch"] = torch.randn(rows, rank, generator=generator)
+        given["up"] = torch.randn(outputs, rank, generator=generator)
+        given["bias"] = torch.randn(outputs, generator=generator)
+    return given
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("width", [1, 35, 144, 384, 576, 768, 1152, 3456, 4608])
+@pytest.mark.parametrize("rows", [1, 2, 17, 256])
+def test_integer_sums_are_exact(rows: int, width: int) -> None:
+    for outputs in (37, 136):
+        given = operands(rows, outputs, width)
+        codes, planes = given["codes"], given["planes"]
+        expected = codes.numpy().astype(np.int64) @ planes.numpy().astype(np.int64).T
+        found = cpu.integer_product(codes, planes).numpy()
+        assert np.array_equal(found.astype(np.int64), expected)
+        planes.fill_(1)  # the largest sums
+        found = cpu.integer_product(codes.fill_(-128), planes).numpy()
+        assert np.array_equal(found, np.full((rows, outputs), -128.0 * width))
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("rows", [1, 34, 256])
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("kind", ["plain", "gelu", "gate"])
+def test_epilogues_agree_with_the_reference(
+    monkeypatch: pytest.MonkeyPatch, rows: int, rank: int, kind: str
+) -> None:
+    monkeypatch.setattr(cpu, "AT_ONCE", 20 * 136)  # parts that do not end with an image
+    given = operands(rows, 136, 144, rank)
+    options = {"gelu": kind == "gelu", "out_dtype": torch.float32}
+    if kind == "gate":
+        images = 2 if rows > 1 else 1
+        given["gate"], given["residual"] = torch.randn(images, 136), torch.randn(rows, 136)
+        options["tokens_per_image"] = rows // images
+    found = cpu.ternary_matmul(**given, **options)
+    packed = given | {"planes": pack_planes(given["planes"])}
+    expected = reference.ternary_matmul(**packed, **options)
+    assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    half = cpu.ternary_matmul(**given, **options | {"out_dtype": torch.bfloat16})
+    assert torch.equal(half, found.bfloat16())
+
+
+@pytest.mark.usefixtures("instructions")
+def test_groups_are_the_layers_one_by_one() -> None:
+    layers = [operands(3, 48, 144, rank=4), operands(3, 48, 144, rank=4)]
+    layers[1]["planes"] = -layers[1]["planes"]
+    stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    found = cpu.grouped_ternary_matmul(**stacked, out_dtype=torch.float32)
+    for layer, one in zip(layers, found, strict=True):
+        assert torch.equal(one, cpu.ternary_matmul(**layer, out_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_tokens_are_quantized_alike_in_parts_and_at_once(
+    monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(30, 144, generator=generator)
+    shift, scale = torch.randn(2, 2, 144, generator=generator)
+    signs = torch.randn(*([groups] * (groups > 0)), 144, generator=generator).sign()
+    down = torch.randn(*signs.shape[:-1], 4, 144, generator=generator)
+    options = {
+        "rotation": kernel_rotation(144, x.device),
+        "signs": signs,
+        "modulation": quantization.Modulation(scale, shift, 15),
+        "down": down,
+    }
+    grid = grid_of("robust-midtread", 8)
+    whole = quantization.hadamard_quantize(x, grid, **options)
+    monkeypatch.setattr(quantization, "AT_ONCE", 7 * 144)
+    parts = quantization.hadamard_quantize(x, grid, **options)
+    assert parts.codes.shape == whole.codes.shape
+    assert int((parts.codes.int() - whole.codes.int()).abs().max()) <= 1
+    for name in ("scale", "offset", "branch"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    assert torch.equal(parts.code_sums, parts.codes.sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("name", ["a8", "a4", "a2-uniform", "baseline-a2", "bitnetv2-a4"])
+@torch.inference_mode()
+def test_every_layer_has_the_codes_and_outputs_of_integer(student: Student, name: str) -> None:
+    model = pack_(student(name)[0])
+    integer = packed_layers(prepare_for_inference(copy.deepcopy(model), "integer", fuse=False))
+    fast = packed_layers(prepare_for_inference(model, "cpu", fuse=False))
+    generator = torch.Generator().manual_seed(0)
+    for layer_name, layer in integer.items():
+        x = torch.randn(2, 30, layer.in_features, generator=generator)
+        tokens = x.view(60, -1)
+        found_tokens = fast[layer_name].quantize(tokens)
+        for one, other in zip(layer.quantize(tokens), found_tokens, strict=True):
+            assert one is other is None or torch.equal(one, other), layer_name
+        expected, found = layer(x), fast[layer_name](x)
+        assert found.shape == expected.shape
+        difference = (found - expected).abs().max()
+        assert float(difference) <= 1e-6 * float(expected.abs().max()), layer_name
+
+
+@torch.inference_mode()
+def test_a_model_is_the_same_whatever_instructions_and_threads(
+    student: Student,
+    inputs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: Callable[[int], None],
+) -> None:
+    model, _ = student("a4")
+    integer = prepare_for_inference(copy.deepcopy(model), "integer")(*inputs)
+    prepared = prepare_for_inference(model, "cpu")
+    assert prepared.blocks.modulations is not None
+    threads(1)
+    found = prepared(*inputs)
+    # A code that lies on a threshold may move by what an earlier epilogue rounds otherwise.
+    assert float((found - integer).norm() / integer.norm()) < 0.02
+    threads(2)
+    assert torch.equal(prepared(*inputs), found)
+    monkeypatch.setattr(cpu, "has_fast_int_mm", lambda: False)
+    assert torch.equal(prepared(*inputs), found)
+
+
+def test_integer_instructions_are_used_where_vnni_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = operands(2, 8, 16)
+    for has_vnni, dtype in ((True, torch.int32), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has=has_vnni: has)
+        expected = dtype if torch.backends.mkldnn.is_available() else torch.float32
+        assert cpu.integer_product(given["codes"], given["planes"]).dtype == expected
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not cpu.has_fast_int_mm()
+
+
+def test_the_default_is_cpu_where_every_layer_can(student: Student) -> None:
+    def chosen(model: DiT, **options: object) -> set[str]:
+        prepared = prepare_for_inference(model, **options)
+        return {layer.backend for layer in packed_layers(prepared).values()}
+
+    assert chosen(student("a4")[0]) == {"cpu"}
+    assert chosen(student("a4")[0], backend="reference") == {"reference"}
+    assert chosen(student(changed("a4", activation="lloyd-max"))[0]) == {"reference"}
+    assert chosen(student("rtn-w4a4")[0]) == {"reference"}
+    assert chosen(student("a4")[0].bfloat16()) == {"reference"}
+
+
+def test_unpacked_weights_take_a_byte_each_and_are_not_saved(student: Student) -> None:
+    model = pack_(student("a4")[0])
+    plain = weight_bytes(model)
+    names = set(model.state_dict())
+    layers = packed_layers(prepare_for_inference(model, "cpu", fuse=False)).values()
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    assert weight_bytes(model) == plain + weights
+    assert set(model.state_dict()) == names
+    fused = prepare_for_inference(pack_(student("a4")[0]), "cpu")
+    integer = prepare_for_inference(pack_(student("a4")[0]), "integer")
+    assert weight_bytes(fused) == weight_bytes(integer) + weights
+    prepare_for_inference(model, "integer", fuse=False)
+    assert weight_bytes(model) == plain
+
+
+def test_what_is_not_on_a_cpu_or_too_wide_is_refused() -> None:
+    layer = PackedLinear(torch.zeros(4, 12, dtype=torch.int8), torch.ones(4), None, name="a")
+    with pytest.raises(UsageError, match=r"the model is on meta; move it with \.cpu\(\)"):
+        prepare_for_inference(torch.nn.Sequential(layer.to("meta")), "cpu")
+    wide = operands(1, 1, reference.EXACT_WIDTH)
+    with pytest.raises(KernelInputError, match=r"on a CPU: K = 65536 is not exact"):
+        cpu.ternary_matmul(**wide)
+    elsewhere = {name: value.to("meta") for name, value in operands(2, 3, 4).items()}
+    with pytest.raises(KernelInputError, match="codes are on meta; this one runs on a CPU only"):
+        cpu.ternary_matmul(**elsewhere)
