@@ -82,7 +82,7 @@ USES_DATA = False
 RULE = (
     "A kernel holds where every call agrees with plain PyTorch on the same inputs, each within the "
     "limits of its kernel. Targets are this project’s own, for DiT-XL/2 on an H100; the paper "
-    "states none. A target is judged by the 95 % t intervals over rounds of the calls that it names "
+    "states none. A target is judged by the 95 % t intervals over rounds of the calls it names "
     "(of adaLN, at batches that the data sheet allows): it holds where the whole interval of every "
     "call meets it, does not hold where one call’s lies wholly beyond, and is undecided otherwise "
     "or where a time is unstable. Without a GPU, or where a call has no interval, it is not judged."
