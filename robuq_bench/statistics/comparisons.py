@@ -118,7 +118,8 @@ def compare_plans(
 
     Raises:
         UsageError: a column, plan, seed or range is missing, a (plan, seed, range) is there twice,
-            a value is not finite, or not above 0 where ratios are compared; names it.
+            a value is not finite, or not above 0 where ratios are compared (give
+            `difference_margin` for such a metric); names it.
     """
     ratio = difference_margin is None
     if difference_margin is not None and not difference_margin > 0:
@@ -186,7 +187,7 @@ def _differences(
         (used[key].isna().any(axis=1).to_numpy(), "has no seed or range"),
         (used.duplicated(key).to_numpy(), "is there twice"),
         (~np.isfinite(number), "is not finite"),
-        (ratio & (number <= 0), "is not above 0: give difference_margin to compare differences"),
+        (ratio & (number <= 0), "is not above 0, as a ratio needs"),
     ):
         if bad.any():
             plan, seed, image_range = used[key].iloc[int(bad.argmax())]

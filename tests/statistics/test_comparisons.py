@@ -219,7 +219,7 @@ def test_metrics_around_zero_are_compared_by_differences() -> None:
     assert found.verdict == "better"
     wide = compare_plans(frame, "new", "old", "kid", difference_margin=0.1)
     assert wide.verdict == "equivalent"
-    with pytest.raises(UsageError, match=r"kid of new, seed 100, range 0:50, is not above 0: give"):
+    with pytest.raises(UsageError, match=r"seed 100, range 0:50, is not above 0, as a ratio needs"):
         compare_plans(frame, "new", "old", "kid")
 
 
