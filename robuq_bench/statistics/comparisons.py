@@ -18,8 +18,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
-from statsmodels.stats.multitest import multipletests
 
 from robuq_bench.errors import UsageError
 from robuq_bench.statistics.verdicts import Verdict
@@ -192,6 +190,8 @@ def _differences(
 
 def _estimate(d: pd.Series[float]) -> _Estimate:
     """Mean of `d` (index: seed, image_range; at least two seeds) and its standard error."""
+    from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
+
     seeds, ranges = (pd.factorize(d.index.get_level_values(i))[0] for i in ("seed", "image_range"))
     S, R, N = seeds.max() + 1, ranges.max() + 1, len(d)
     means = d.groupby("seed").mean()
@@ -258,6 +258,8 @@ def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verd
     Raises:
         UsageError: a verdict of the family is adjusted already.
     """
+    from statsmodels.stats.multitest import multipletests
+
     if done := [v.subject for v in verdicts if v.p_adjusted is not None]:
         raise UsageError(f"p-values are adjusted once, and these were: {', '.join(done)}")
     p_values = [v.p_value for v in verdicts if v.p_value is not None]

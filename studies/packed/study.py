@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from statsmodels.stats.weightstats import DescrStatsW
 from torch import nn
 
 from robuq_bench.config import Config, Workload
@@ -209,6 +208,8 @@ def judge_lossless(largest: NDArray[np.int16]) -> Verdict:
 
 def judge_images(variant: str, mean: NDArray[np.float64]) -> Verdict:
     """Whether images differ by less than a grey level, from their mean differences [N]."""
+    from statsmodels.stats.weightstats import DescrStatsW
+
     low = high = None
     word, note = "not judged", f"{MIN_SEEDS} images are needed"
     if len(mean) >= MIN_SEEDS:
