@@ -30,8 +30,11 @@ def train_with_checkpoints(
     context: Context,
     *,
     phase: str,
+    label: str = "QAT",
 ) -> None:
     """Train to step `until`, logging window means and saving atomically every N steps.
+
+    Progress is of "`label` `phase`", records are of `phase`.
 
     The logging window restarts at each checkpoint, so a resumed run logs the same numbers. When the
     process is asked to end, the step under way is finished and saved, with its window.
@@ -41,7 +44,7 @@ def train_with_checkpoints(
         return
     with (
         at_step_boundary() as asked_to_end,
-        context.progress.task(f"QAT {phase}", until, trainer.step) as task,
+        context.progress.task(f"{label} {phase}", until, trainer.step) as task,
     ):
         for values in trainer.train(source, loss_function, until):
             step, window = trainer.step, trainer.window

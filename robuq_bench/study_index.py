@@ -26,16 +26,20 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
 
 from robuq_bench.errors import UsageError, suggest
 from robuq_bench.files import sha256_file
 from robuq_bench.sections import Section
 
-#: Keys of a config, which a study's section must not hide.
-RESERVED = ("plan", "seed", "settings", "study", "study_version", "workload")
-
-ConstantT = TypeVar("ConstantT", str, bool)
+#: Keys of a config, its plan and its workload, which a study's section must not hide.
+# fmt: off
+RESERVED = frozenset(
+    ("attention", "bits", "calibration", "data", "description", "diffusion", "evaluation", "layers",
+     "model", "name", "plan", "seed", "settings", "study", "study_version", "teacher", "train",
+     "training", "workload")
+)
+# fmt: on
+FLAGS = ("USES_TEACHER", "USES_DATA", "USES_PLAN", "USES_TRAINING")
 
 _outside: dict[str, StudyInfo] = {}
 
@@ -49,7 +53,6 @@ class StudyInfo:
     path: Path
     version: str
     summary: str
-    rule: str = ""
     settings: str | None = None
     has_check: bool = False
     is_packaged: bool = True
@@ -153,13 +156,22 @@ def read_study(path: Path, module: str, *, is_packaged: bool = True) -> StudyInf
     """Read what a study's file says of itself.
 
     Raises:
-        UsageError: it is not Python, or lacks VERSION or measure.
+        UsageError: it is not Python, lacks VERSION or measure, has its `Settings` from elsewhere,
+            or a flag that is neither True nor False.
     """
     body = _body(path)
-    texts, flags = _constants(body, str), _constants(body, bool)
+    assigned = _assigned(body)
+    constants = {k: v.value for k, v in assigned.items() if isinstance(v, ast.Constant)}
+    version, summary = constants.get("VERSION"), constants.get("SUMMARY")
+    flags: dict[str, bool] = {}
+    for name in FLAGS:
+        flag = constants.get(name) if name in assigned else True
+        if not isinstance(flag, bool):
+            raise UsageError(f"study {path}: {name} must be True or False, written out")
+        flags[name] = flag
     functions = {item.name for item in body if isinstance(item, ast.FunctionDef)}
     classes = {item.name for item in body if isinstance(item, ast.ClassDef)}
-    if "VERSION" not in texts:
+    if not isinstance(version, str):
         raise UsageError(f'study {path} must set VERSION to a text, e.g. VERSION = "1"')
     if "measure" not in functions:
         raise UsageError(
@@ -167,23 +179,25 @@ def read_study(path: Path, module: str, *, is_packaged: bool = True) -> StudyInf
             "its headline table"
         )
     settings = module if "Settings" in classes else None
-    if is_packaged and path.with_name("settings.py").is_file():
+    beside = path.name == "study.py" and path.with_name("settings.py").is_file()
+    if is_packaged and beside:
         settings = f"{module.rpartition('.')[0]}.settings"
+    elif settings is None and (beside or "Settings" in _imported(body) | assigned.keys()):
+        raise UsageError(f"study {path}: define class Settings in the file; it is read from there")
     stem = path.parent.name if path.name == "study.py" else path.stem
     return StudyInfo(
         name=stem.replace("_", "-"),
         module=module,
         path=path,
-        version=texts["VERSION"],
-        summary=texts.get("SUMMARY", ""),
-        rule=texts.get("RULE", ""),
+        version=version,
+        summary=summary if isinstance(summary, str) else "",
         settings=settings,
         has_check="check" in functions,
         is_packaged=is_packaged,
-        uses_teacher=flags.get("USES_TEACHER", True),
-        uses_data=flags.get("USES_DATA", True),
-        uses_plan=flags.get("USES_PLAN", True),
-        uses_training=flags.get("USES_TRAINING", True),
+        uses_teacher=flags["USES_TEACHER"],
+        uses_data=flags["USES_DATA"],
+        uses_plan=flags["USES_PLAN"],
+        uses_training=flags["USES_TRAINING"],
     )
 
 
@@ -197,22 +211,24 @@ def _is_study(path: Path) -> bool:
     """Whether a file in `studies/` means to be one, rather than to help others."""
     body = _body(path)
     names = {item.name for item in body if isinstance(item, ast.FunctionDef)}
-    return "measure" in names or "VERSION" in _constants(body, str)
+    return "measure" in names or "VERSION" in _assigned(body)
 
 
 def _add_outside(path: Path, module: str | None) -> StudyInfo:
     if not path.is_file():
         raise UsageError(f"study {path}: no such file")
     name = module or f"_study_{sha256_file(path)[:12]}"  # two files may have one name
-    study = read_study(path.resolve(), name, is_packaged=False)
+    here = path.absolute()  # a link is called as it is here, not as what it leads to
+    study = read_study(here.resolve() if ".." in here.parts else here, name, is_packaged=False)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", study.name):
         raise UsageError(
             f"study {path}: a study cannot be called {study.name!r}; rename the file, "
             "with letters, digits and underscores"
         )
     packaged = look_up(study.name)
-    if (packaged is not None and packaged.is_packaged) or study.name in RESERVED:
-        taken = "a word of the config" if study.name in RESERVED else "a study of the suite"
+    is_reserved = study.name.replace("-", "_") in RESERVED
+    if is_reserved or (packaged is not None and packaged.is_packaged):
+        taken = "a word of the config" if is_reserved else "a study of the suite"
         raise UsageError(f"study {path}: {study.name!r} is {taken}; rename the file")
     _outside[study.name] = study
     return study
@@ -233,25 +249,26 @@ def _source_of(module: str) -> Path:
 
 def _body(path: Path) -> list[ast.stmt]:
     try:
-        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path)).body
+        return ast.parse(path.read_bytes(), filename=str(path)).body
     except (OSError, SyntaxError, ValueError) as error:
         raise UsageError(f"study {path} cannot be read: {error}") from error
 
 
-def _constants(body: list[ast.stmt], kind: type[ConstantT]) -> dict[str, ConstantT]:
-    """Names that a file sets to a constant of this kind."""
-    found: dict[str, ConstantT] = {}
+def _assigned(body: list[ast.stmt]) -> dict[str, ast.expr]:
+    """What a file sets names to, at its top level."""
+    found: dict[str, ast.expr] = {}
     for item in body:
-        if isinstance(item, ast.Assign) and len(item.targets) == 1:
-            target, value = item.targets[0], item.value
+        if isinstance(item, ast.Assign):
+            targets, value = item.targets, item.value
         elif isinstance(item, ast.AnnAssign) and item.value is not None:
-            target, value = item.target, item.value
+            targets, value = [item.target], item.value
         else:
             continue
-        if (
-            isinstance(target, ast.Name)
-            and isinstance(value, ast.Constant)
-            and isinstance(value.value, kind)
-        ):
-            found[target.id] = value.value
+        found |= {target.id: value for target in targets if isinstance(target, ast.Name)}
     return found
+
+
+def _imported(body: list[ast.stmt]) -> set[str]:
+    """The names that a file imports, at its top level."""
+    imports = [item for item in body if isinstance(item, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name for item in imports for alias in item.names}

@@ -60,6 +60,7 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         store,
         context,
         phase="teacher",
+        label="training",
     )
     trainer.copy_ema_to(model)
     metadata = {

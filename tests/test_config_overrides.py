@@ -111,7 +111,7 @@ def test_values_are_toml_or_else_text(override: str, read: Any, value: Any) -> N
         ),
         ("layers.block.weight=3", 'layers.block.weight: write "none", or a table with a method'),
         ("layers.block.activation.bits=9", "layers.block.activation: bits: input should be less"),
-        ("layers.block.match=3", "layers.block.match: input should be a valid tuple, got 3"),
+        ("layers.block.match=3", "layers.block.match: must be a list, e.g. [3], got 3"),
         ("layers.block.match=[]", "layers.block.match: must not be empty"),
         ("layers.block.kind=blok", "layers.block.kind.0: 'blok' is not one of 'block', 'adaLN' or"),
         ("bits.meen=2", "did you mean 'bits.mean'?"),

@@ -353,6 +353,10 @@ def test_factors_are_judged_against_each_baseline() -> None:
         row("tf32, step", 1, 2.0, 1.9, 2.1),
         row("tf32, step", 8, 3.4, 3.3, 3.45),
         row("bf16, step", 1, 3.6, 3.4, 3.8),
+        row("fp16, step", 1, 3.7, 3.6, 3.8),
+        row("fp16, step", 8, 3.9, 2.0, 5.8),  # the better of two, and in doubt
+        row("int8, step", 1, 3.4, 3.35, 3.45),
+        row("int8, step", 8, 3.3, 2.9, 3.7),
         row("torchao-int8, step", 1, 9.0, 8.9, 9.1),  # packed too: no baseline of the paper's
     ]
     found = {v.claim: v for v in by_baseline("It runs 3.5× faster", rows)}
@@ -360,6 +364,8 @@ def test_factors_are_judged_against_each_baseline() -> None:
         "It runs 3.5× faster than fp32, step": ("holds", 3.7),
         "It runs 3.5× faster than tf32, step": ("does not hold", 3.4),
         "It runs 3.5× faster than bf16, step": ("undecided", 3.6),
+        "It runs 3.5× faster than fp16, step": ("undecided", 3.9),
+        "It runs 3.5× faster than int8, step": ("undecided", 3.3),
     }
     shaky = [rows[0] | {"verdict": "faster, unstable"}]
     assert by_baseline("It", shaky)[0].verdict == "undecided"

@@ -89,6 +89,10 @@ def test_the_guide_to_studies_runs(bench: Any, tmp_path: Path) -> None:
     assert len(shown.claims) == len(found)
     assert names["EXPORTS"] == ("spectrum.csv",)
     assert len(shown.exports["spectrum"]) == len(document["table"])
+    figures, sheet, _ = shown.blocks
+    assert len(figures.pictures) == 1
+    _, (layer, held) = sheet.rows()[0]
+    assert (layer.href, held.href) == ("", read_run(run.path).href)
 
 
 def test_the_guide_to_methods_runs(

@@ -421,6 +421,7 @@ def test_a_target_is_judged_by_its_interval() -> None:
     assert timed_target(1.7, 1.71, 1.8, 1.9, stability="unstable") == "undecided"
     assert timed_target(1.7, 1.71, 1.8, 1.9, rows=512) == "not judged"
     assert timed_target(1.7, 1.71, 1.8, 1.9, **{f"{SPEEDUP}_low": None}) == "not judged"
+    assert timed_target(1.7, 1.71, 1.8, 1.9, **{SPEEDUP: None}) == "not judged"
     adaln = {"kernel": GROUPED, "model": "XL", "layer": "adaLN of all blocks", "rows": 2,
              "width": 1152, "images": 2, "stability": "stable", "status": "ok", "rounds": 3,
              "median_us": 20.0, "median_us_low": 19.0, "median_us_high": 21.0}  # fmt: skip
@@ -429,6 +430,48 @@ def test_a_target_is_judged_by_its_interval() -> None:
     # A batch that the data sheet forbids in this time is not the target's.
     sheet = [adaln | {"device": "H100 SXM", "least_us": 30.0}]
     assert of_target(TARGETS[4], [adaln], sheet, "NVIDIA H100").verdict == "not judged"
+
+
+@pytest.mark.parametrize(
+    ("fc1", "fc2", "word", "layer"),
+    [
+        ((1.55, 1.60, 1.65), (1.10, 1.62, 2.40), "undecided", "fc2"),
+        ((1.10, 1.40, 1.70), (1.42, 1.45, 1.48), "does not hold", "fc2"),
+        ((1.55, 1.60, 1.65), (1.51, 1.62, 1.70), "holds", "fc2"),
+    ],
+)
+def test_a_target_is_met_by_every_call_and_missed_by_one(
+    fc1: tuple[float, ...], fc2: tuple[float, ...], word: str, layer: str
+) -> None:
+    calls = [
+        {"kernel": MATMUL, "model": "XL", "layer": name, "rows": 512, "width": 1, "images": 2,
+         "stability": "stable", "status": "ok", "rounds": 3,
+         f"{SPEEDUP}_low": low, SPEEDUP: value, f"{SPEEDUP}_high": high}
+        for name, (low, value, high) in (("fc1", fc1), ("fc2", fc2))
+    ]  # fmt: skip
+    found = of_target(TARGETS[3], calls, [], "NVIDIA H100")
+    assert (found.verdict, found.note) == (word, f"{layer}, 512 rows")
+    # A time is met from below: the same intervals mirrored give the same words.
+    mirrored = [
+        row | {SPEEDUP: None, "median_us": -row[SPEEDUP],
+               "median_us_low": -row[f"{SPEEDUP}_high"], "median_us_high": -row[f"{SPEEDUP}_low"]}
+        for row in calls
+    ]  # fmt: skip
+    upper = replace(TARGETS[3], column="median_us", bound=-1.5)
+    assert of_target(upper, mirrored, [], "NVIDIA H100").verdict == word
+
+
+def test_a_time_of_older_code_is_told_from_one_without_a_baseline() -> None:
+    row = {"kernel": MATMUL, "model": "XL", "layer": "fc2", "rows": 512, "width": 4608,
+           "images": 2, "stability": "stable", "status": "ok", "rounds": 3}  # fmt: skip
+    target = replace(TARGETS[3], layers=("fc2",))
+    for more, note in (
+        ({SPEEDUP: 1.8}, "fc2: measured by older code, without an interval"),
+        ({SPEEDUP: None}, "fc2: its baseline or ceiling has no time"),
+        ({"status": "wrong"}, "fc2: wrong"),
+    ):
+        found = of_target(target, [row | more], [], "NVIDIA H100")
+        assert (found.verdict, found.note) == ("not judged", note)
 
 
 @pytest.mark.gpu

@@ -198,3 +198,50 @@ def test_twenty_lines_run_resume_and_appear_in_the_report(bench: Any, tmp_path: 
     assert "Table squares: 3 rows" in page
     claims = csv.DictReader(Path("runs/report-claims.csv").read_text().splitlines())
     assert [row["verdict"] for row in claims if row["claim"] == "squares grow"] == ["holds"]
+
+
+TINY = """
+from typing import ClassVar
+from robuq_bench.sections import Ints, OptionalInt, Section
+VERSION = "1"
+class Settings(Section):
+    {fields}
+def measure(config, run, context):
+    return [{{"blocks": config.settings.blocks}}]
+"""
+
+
+def test_a_setting_without_a_default_has_to_be_given(bench: Any, tmp_path: Path) -> None:
+    (tmp_path / "tiny.py").write_text(TINY.format(fields="blocks: int"))
+    outcome = bench("study", "tiny.py")
+    assert outcome.code == 2
+    assert "tiny.py: Settings.blocks has no default; give --set tiny.blocks=VALUE" in outcome.err
+    outcome = bench("study", "tiny.py", "--set", "tiny.blocks=3", "--json")
+    assert (outcome.code, outcome.document["table"]) == (0, [{"blocks": 3}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('blocks: int = "many"', "tiny.py: default of Settings: blocks: input should be"),
+        (
+            'blocks: OptionalInt = None\n    LAST_STEP: ClassVar[str] = "blocks"',
+            "tiny.py: LAST_STEP names Settings.blocks, which must hold a number of steps, or "
+            "several; it is None",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_named(
+    bench: Any, tmp_path: Path, fields: str, message: str
+) -> None:
+    (tmp_path / "tiny.py").write_text(TINY.format(fields=fields))
+    outcome = bench("study", "tiny.py", "--dry-run")
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+def test_a_list_of_one_is_written_as_a_list(bench: Any, tmp_path: Path) -> None:
+    (tmp_path / "tiny.py").write_text(TINY.format(fields="blocks: Ints = (1, 2)"))
+    outcome = bench("study", "tiny.py", "--set", "tiny.blocks=8")
+    assert outcome.code == 2
+    assert "tiny: blocks: must be a list, e.g. [8], got 8" in outcome.err

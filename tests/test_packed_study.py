@@ -113,6 +113,16 @@ def test_fid_is_paired_over_seed_ranges() -> None:
     assert found.verdict == "worse"
     assert (found.low, found.high) == pytest.approx((np.exp(interval.low), np.exp(interval.high)))
     assert (found.n, found.n_of, found.test) == (6, "seed ranges", "paired t over seed ranges")
+    (few,) = packed.judge_fid("int8", records[:6])
+    few_interval = stats.ttest_1samp(np.log(ratios[:3]), 0).confidence_interval()
+    assert (few.verdict, few.n, few.test) == ("not judged", 3, "paired t over seed ranges")
+    assert few.high == pytest.approx(np.exp(few_interval.high))
+    assert few.note.endswith("judge one of train-and-eval --set evaluation.seed_ranges=5")
+    (one,) = packed.judge_fid("int8", records[:2])
+    assert (one.low, one.test) == (None, "none")
+    (none,) = packed.judge_fid("int8", [*records[:-1], records[-1] | {"fid_digits": 0.0}])
+    assert (none.verdict, none.effect) == ("not judged", None)
+    assert none.note == "not a number above 0, so without a ratio: int8 in range 5"
 
 
 def test_settings_and_study_know_the_same_variants() -> None:

@@ -137,7 +137,7 @@ def test_every_slot_may_be_empty_a_name_or_a_table(plan: Any, slot: Any) -> None
          "'other'; did you mean 'block'?"),
         ("name='a'\nkind=[]", "layers.a.kind: must not be empty: the rule would fit no layer"),
         ("name='a'\nmatch=[]", "layers.a.match: must not be empty: the rule would fit no layer"),
-        ("name='a'\nmatch=3", "layers.a.match: input should be a valid tuple, got 3"),
+        ("name='a'\nmatch=3", "layers.a.match: must be a list, e.g. [3], got 3"),
         ("name='a'\nmatch={}", "layers.a.match: input should be a valid tuple, got {}"),
         ("name='a'\nmatch=['x', 3]", "layers.a.match.1: input should be a valid string, got 3"),
         ("name='a'\nfixed_bits=1", "layers.a.fixed_bits: input should be a valid boolean, got 1"),

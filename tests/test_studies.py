@@ -64,3 +64,41 @@ def test_nothing_else_names_a_study_by_its_module() -> None:
     for path in shipped:
         text = path.read_text("utf-8")
         assert not any(name in text for name in modules()), path
+
+
+#: Where what serves every study names one after all -> which, and why.
+NAMED = {
+    "robuq_bench/config/resolve.py": {"train-and-eval"},  # hashes that its old runs have
+    "robuq_bench/config/older.py": {  # sections that every config had, before studies owned them
+        "allocation", "efficiency", "kernels", "normality", "packed", "sensitivity"
+    },
+    # commands of their own
+    "robuq_bench/cli/app.py": {"train-and-eval", "train-features", "train-teacher"},
+    "robuq_bench/cli/packed.py": {"packed"},  # the command that describes a packed file
+    "robuq_bench/config/workload.py": {"train-features"},  # an error's way out
+    "robuq_bench/runs/provenance.py": {"kernels"},  # the folder of that name
+}  # fmt: skip
+
+
+def named_in(path: Path) -> set[str]:
+    """The studies that a file names: as a whole string, or with a dash within one."""
+    tree = ast.parse(path.read_text("utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    prose = {ast.get_docstring(n, False) for n in ast.walk(tree) if isinstance(n, documented)}
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} - prose
+    names = {study.name for study in list_studies()}
+    return {
+        name
+        for name in names
+        for text in texts
+        if isinstance(text, str) and (name == text or ("-" in name and name in text))
+    }
+
+
+def test_what_serves_every_study_names_none() -> None:
+    root = FOLDER.parent
+    shared = [path for name in ("config", "cli", "runs") for path in
+              (root / "robuq_bench" / name).rglob("*.py")]  # fmt: skip
+    shared += [root / "robuq_bench" / "study_index.py", root / "reports" / "builder.py"]
+    found = {path.relative_to(root).as_posix(): named_in(path) for path in shared}
+    assert {path: names for path, names in found.items() if names} == NAMED

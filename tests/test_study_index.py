@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from robuq_bench.config import Config, Plan, Workload
 from robuq_bench.errors import UsageError
 from robuq_bench.study_index import (
+    RESERVED,
     find_study,
     inputs_of,
     list_studies,
@@ -27,13 +29,13 @@ def test_names_versions_and_summaries_are_read_without_running(tmp_path: Path) -
     (tmp_path / "figures.py").write_text("import matplotlib\n")
     (tmp_path / "_private.py").write_text(STUDY)
     (tmp_path / "in_a_folder").mkdir()
-    (tmp_path / "in_a_folder" / "study.py").write_text(f'{STUDY}RULE = "if"\n')
+    (tmp_path / "in_a_folder" / "study.py").write_text(STUDY)
     (tmp_path / "in_a_folder" / "settings.py").write_text("class Settings: pass\n")
     (tmp_path / "in_a_folder" / "tables.py").write_text(STUDY)
     alpha, folder, step_time = list_studies(tmp_path)
     assert (alpha.name, alpha.has_check, alpha.settings) == ("alpha", True, "studies.alpha")
     assert (folder.name, folder.module) == ("in-a-folder", "studies.in_a_folder.study")
-    assert (folder.rule, folder.settings) == ("if", "studies.in_a_folder.settings")
+    assert folder.settings == "studies.in_a_folder.settings"
     assert step_time == find_study("step_time", tmp_path)
     assert (step_time.version, step_time.summary, step_time.uses_data) == ("3", "How long?", False)
     with pytest.raises(UsageError, match="unknown study 'step-tiem'; did you mean 'step-time'"):
@@ -62,12 +64,61 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path, text: str, message: st
             look()
 
 
-@pytest.mark.parametrize("name", ["normality", "step_time", "train_and_eval", "plan", "seed"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("study.py", "from settings import Settings"),
+        ("study.py", "import settings"),
+        ("alone.py", "from settings import Settings"),
+        ("alone.py", "from settings import Other as Settings"),
+        ("alone.py", "import settings\nSettings = settings.Other"),
+    ],
+)
+def test_settings_from_elsewhere_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "settings.py").write_text("class Settings: pass\nclass Other: pass\n")
+    (tmp_path / name).write_text(f"{text}\n{STUDY}")
+    with pytest.raises(UsageError, match=rf"{name}: define class Settings in the file"):
+        find_study(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("value", ["0", "not True", '"no"'])
+def test_a_flag_is_true_or_false(tmp_path: Path, value: str) -> None:
+    (tmp_path / "mine.py").write_text(f"{STUDY}USES_PLAN = {value}\n")
+    with pytest.raises(UsageError, match=r"mine\.py: USES_PLAN must be True or False"):
+        find_study(str(tmp_path / "mine.py"))
+    (tmp_path / "mine.py").write_text(f"{STUDY}USES_PLAN = USES_DATA = False\n")
+    found = find_study(str(tmp_path / "mine.py"))
+    assert (found.uses_plan, found.uses_data, found.uses_teacher) == (False, False, True)
+
+
+def test_a_link_is_called_as_it_is_here(tmp_path: Path) -> None:
+    (tmp_path / "target.py").write_text(STUDY)
+    (tmp_path / "link.py").symlink_to("target.py")
+    (tmp_path / "below").mkdir()
+    assert find_study(str(tmp_path / "link.py")).name == "link"
+    assert find_study(str(tmp_path / "below" / ".." / "target.py")).name == "target"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_study(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"# ä\n{STUDY}", encoding="utf-8-sig")
+    study = find_study(str(tmp_path / "mine.py"))
+    assert load_study(study).VERSION == study.version == "1"
+
+
+def test_every_word_of_the_config_is_reserved() -> None:
+    words = {name for part in (Config, Plan, Workload) for name in part.model_fields}
+    assert words == RESERVED
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["normality", "step_time", "train_and_eval", "plan", "seed", "data", "study_version", "layers"],
+)
 def test_a_study_from_outside_does_not_hide_another(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.py").write_text(STUDY)
     with pytest.raises(UsageError, match="rename the file"):
         find_study(str(tmp_path / f"{name}.py"))
-    assert (look_up(name.replace("_", "-")) is None) == (name in ("plan", "seed"))
+    assert (look_up(name.replace("_", "-")) is None) == (name in RESERVED)
 
 
 @pytest.mark.parametrize("name", ["a b", "a.b", "ä"])

@@ -327,3 +327,21 @@ def test_the_branch_trains_at_the_rate_of_the_config(workload: Path) -> None:
     own = rates("training.low_rank_learning_rate=3e-5")
     assert own["up"] == own["down"] == pytest.approx(3e-5)
     assert own["weight"] == own["bias"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["train-and-eval", "packed"])
+def test_a_check_does_not_wait_for_what_draws_and_fits(name: str) -> None:
+    code = (
+        "import sys; from robuq_bench.config import resolve;"
+        "from robuq_bench.runs.study import check_study;"
+        "from robuq_bench.study_index import find_study, load_study;"
+        f"study = find_study({name!r}); load_study(study);"
+        "config = resolve(study.name, study.version, 'a2', 'digits');"
+        "study.name == 'packed' or check_study(config);"
+        "print({'seaborn', 'matplotlib', 'statsmodels'} & set(sys.modules))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_interrupted_training_continues_to_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             run_job(tmp_path / "part")
     assert run_job(tmp_path / "part").table[0]["sha256"] == whole.table[0]["sha256"]
+
+
+def test_progress_does_not_call_it_quantization_aware(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    context = Context.create(
+        device="cpu", threads=1, progress=Progress(stream=stream, interval_s=0.0), argv=["test"]
+    )
+    run_study(config(), tmp_path, context)
+    assert "training teacher: 6/6" in stream.getvalue()
+    assert "QAT" not in stream.getvalue()
 
 
 def test_export_writes_weights_checksum_and_card(tmp_path: Path) -> None:

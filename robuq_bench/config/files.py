@@ -325,6 +325,8 @@ def _explain(model: type[BaseModel], error: Any, origin: str, values: Mapping[st
         return f"{prefix}{error['input']!r} is not one of {expected}{_near(error)}"
     if error["type"] == "model_type":
         return f"{prefix}must be a section [{key}], got {error['input']!r}"
+    if error["type"] == "tuple_type" and not isinstance(error["input"], Mapping):
+        return f"{prefix}must be a list, e.g. {[error['input']]}, got {error['input']!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{prefix}{message}, got {error['input']!r}"
 

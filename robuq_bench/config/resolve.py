@@ -107,8 +107,10 @@ def resolve(
     }
     info, kind = look_up(study), settings_class(study)
     if kind is not None:
-        parts[study] = kind().model_dump(mode="json")
+        parts[study] = _defaults(study, kind)
     apply_overrides(parts, study, overrides)
+    if kind is not None:
+        _refuse_missing(study, kind, parts[study])
     origin = "--set" if overrides else "config"
     bits = parts["plan"]["bits"]
     if isinstance(bits, dict) and none_word(bits.get("path")):
@@ -157,7 +159,41 @@ def config_for(study: str, config: Config) -> Config:
     """
     info, kind = find_study(study), settings_class(study)
     own = {"study": info.name, "study_version": info.version}
-    return _narrowed(config.model_copy(update={**own, "settings": kind and kind()}))
+    if kind is None:
+        return _narrowed(config.model_copy(update={**own, "settings": None}))
+    values = _defaults(study, kind)
+    _refuse_missing(study, kind, values)
+    settings = validate(kind, values, f"config: {study}")
+    return _narrowed(config.model_copy(update={**own, "settings": settings}))
+
+
+def _defaults(study: str, kind: type[Section]) -> dict[str, Any]:
+    """What a study's settings are before any is set; without the fields that have no default.
+
+    Raises:
+        ConfigError: a default that its class refuses.
+    """
+    values = kind.model_construct().model_dump(mode="json", warnings=False)
+    if not _required(kind):
+        validate(kind, values, f"study {_file_of(study)}: default of Settings")
+    return values
+
+
+def _required(kind: type[Section]) -> list[str]:
+    return [name for name, field in kind.model_fields.items() if field.is_required()]
+
+
+def _refuse_missing(study: str, kind: type[Section], values: dict[str, Any]) -> None:
+    for name in _required(kind):
+        if name not in values:
+            raise ConfigError(
+                f"study {_file_of(study)}: Settings.{name} has no default; give "
+                f"--set {study}.{name}=VALUE"
+            )
+
+
+def _file_of(study: str) -> Path:
+    return find_study(study).path
 
 
 def _narrowed(config: Config) -> Config:
@@ -176,10 +212,17 @@ def _check_steps(config: Config) -> None:
 
     `LAST_STEP` of its settings names the field that says how far into the training it looks.
     """
-    key, most = getattr(config.settings, "LAST_STEP", None), 0
-    if key is not None:
-        value = getattr(config.settings, key)
-        most = max(value, default=0) if isinstance(value, tuple) else value
+    key = getattr(config.settings, "LAST_STEP", None)
+    if key is None:
+        return
+    value = getattr(config.settings, key, None)
+    asked = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(step, int) for step in asked):
+        raise ConfigError(
+            f"study {_file_of(config.study)}: LAST_STEP names Settings.{key}, which must hold a "
+            f"number of steps, or several; it is {value!r}"
+        )
+    most = max(asked, default=0)
     steps = config.workload.training.steps
     if most > steps:
         raise ConfigError(

@@ -54,6 +54,11 @@ class TokenTable(NamedTuple):
         """Which tokens are not degenerate, [T]."""
         return np.isfinite(self.column("shapiro_w"))
 
+    @property
+    def usable_images(self) -> int:
+        """How many images have a token that is not degenerate."""
+        return len(np.unique(self.images[self.valid]))
+
 
 def column_names(settings: Sequence[Setting] = SETTINGS) -> tuple[str, ...]:
     """Columns of a `TokenTable`: the statistics, then quantizer/bits."""

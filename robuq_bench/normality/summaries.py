@@ -97,7 +97,7 @@ def type_rows(
             "n": table.n,
             "layers": len({cell.layer for cell in group}),
             "timesteps": len({cell.timestep for cell in group}),
-            "images": len(np.unique(table.images)),
+            "images": table.usable_images,
             "tokens": len(valid),
             "degenerate": int((~valid).sum()),
             "alpha": settings.alpha,
@@ -143,7 +143,7 @@ def error_rows(
                     "high": high,
                     "null_ratio": float(null.column(column).mean()),
                     "tokens": int(table.valid.sum()),
-                    "images": len(np.unique(table.images)),
+                    "images": table.usable_images,
                     **averaged,
                 }
             )
@@ -296,7 +296,7 @@ def lyapunov_rows(cells: Sequence[Cell]) -> list[Row]:
 
 def has_enough_images(table: TokenTable) -> bool:
     """Whether an interval can be given: a layer may be degenerate on most images."""
-    return len(np.unique(table.images[table.valid])) >= MIN_CLUSTERS
+    return table.usable_images >= MIN_CLUSTERS
 
 
 def effect_sizes(table: TokenTable) -> Row:

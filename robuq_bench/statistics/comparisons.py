@@ -16,14 +16,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
-from statsmodels.stats.multitest import multipletests
 
 from robuq_bench.errors import UsageError
-from robuq_bench.seeds import seeded
-from robuq_bench.statistics.bootstrap import bootstrap_p_value
 from robuq_bench.statistics.verdicts import Verdict
 
 Floats = NDArray[np.float64]
@@ -49,15 +45,6 @@ RULE = (
 )
 
 _DECIDED = ("better", "worse", "holds", "does not hold")
-
-
-class PairedBootstrap(NamedTuple):
-    """Effect, percentile interval [low, high] and two-sided p-value of the null effect."""
-
-    effect: float
-    low: float
-    high: float
-    p_value: float
 
 
 class _Estimate(NamedTuple):
@@ -96,9 +83,11 @@ def compare_plans(
 
     The interval is mean ± t · SE of the mixed model (REML); by Satterthwaite's rule, the part of
     SE² that ranges hold has ranges − 1 degrees of freedom, the rest seeds − 1, and the whole at
-    most seeds − 1. With one range, or where the model cannot be fitted, it is the paired t interval
-    over the seeds' means; `test` says which, and why. `detectable` is the effect that would be told
-    from none with 80 % power: exp((t(1 − α/2) + t(0.8)) · SE), without exp for differences.
+    most seeds − 1. Where the model cannot be fitted, as without residual, SE comes from the mean
+    squares of the analysis of variance; with one range, or where pairs are missing besides, it is
+    the paired t interval over the seeds' means, ranges taken as fixed. `test` says which, and why.
+    `detectable` is the effect that would be told from none with 80 % power:
+    exp((t(1 − α/2) + t(0.8)) · SE), without exp for differences.
 
     From two seeds on there is an interval, and a word from `MIN_SEEDS` on.
 
@@ -118,7 +107,8 @@ def compare_plans(
 
     Raises:
         UsageError: a column, plan, seed or range is missing, a (plan, seed, range) is there twice,
-            a value is not finite, or not above 0 where ratios are compared; names it.
+            a value is not finite, or not above 0 where ratios are compared (give
+            `difference_margin` for such a metric); names it.
     """
     ratio = difference_margin is None
     if difference_margin is not None and not difference_margin > 0:
@@ -186,7 +176,7 @@ def _differences(
         (used[key].isna().any(axis=1).to_numpy(), "has no seed or range"),
         (used.duplicated(key).to_numpy(), "is there twice"),
         (~np.isfinite(number), "is not finite"),
-        (ratio & (number <= 0), "is not above 0: give difference_margin to compare differences"),
+        (ratio & (number <= 0), "is not above 0, as a ratio needs"),
     ):
         if bad.any():
             plan, seed, image_range = used[key].iloc[int(bad.argmax())]
@@ -200,6 +190,8 @@ def _differences(
 
 def _estimate(d: pd.Series[float]) -> _Estimate:
     """Mean of `d` (index: seed, image_range; at least two seeds) and its standard error."""
+    from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
+
     seeds, ranges = (pd.factorize(d.index.get_level_values(i))[0] for i in ("seed", "image_range"))
     S, R, N = seeds.max() + 1, ranges.max() + 1, len(d)
     means = d.groupby("seed").mean()
@@ -220,19 +212,34 @@ def _estimate(d: pd.Series[float]) -> _Estimate:
         try:
             # Nelder-Mead: gradient methods stop short where a component is 0
             fit = model.fit(reml=True, method="nm")
+            error = float(fit.bse_fe[0]) * spread
+            why = "" if fit.converged and math.isfinite(error) else "did not converge"
         except np.linalg.LinAlgError:
-            return _Estimate(*paired, "paired t over seeds (mixed model singular)")
-    error = float(fit.bse_fe[0]) * spread
-    if not fit.converged or not math.isfinite(error):
-        return _Estimate(*paired, "paired t over seeds (mixed model did not converge)")
-    of_ranges = fit.vcomp[1] * spread**2 / R  # their part of the squared error
+            why = "singular"
+    if not why:
+        of_ranges = float(fit.vcomp[1]) * spread**2 / R  # their part of the squared error
+        mean, test, how = float(fit.fe_params[0]) * spread, "mixed model", "REML"
+    elif N == S * R:
+        error, of_ranges = _moments(d.unstack().to_numpy())
+        mean, test, how = paired[0], "analysis of variance", f"mixed model {why}"
+    else:
+        return _Estimate(*paired, f"paired t over seeds, ranges taken as fixed (mixed model {why})")
     freedom = error**4 / ((error**2 - of_ranges) ** 2 / (S - 1) + of_ranges**2 / (R - 1))
-    return _Estimate(
-        float(fit.fe_params[0]) * spread,
-        error,
-        min(float(freedom), S - 1.0),
-        "mixed model, seeds and image ranges random (REML, Satterthwaite t)",
-    )
+    test += f", seeds and image ranges random ({how}, Satterthwaite t)"
+    return _Estimate(mean, error, min(freedom, S - 1.0), test)
+
+
+def _moments(d: Floats) -> tuple[float, float]:
+    """Standard error of the mean of d [S, R], and the ranges' part of its square.
+
+    From the mean squares of the two-way table without repetition; negative components are 0.
+    """
+    S, R = d.shape
+    by_seed, by_range = d.mean(axis=1, keepdims=True), d.mean(axis=0, keepdims=True)
+    residual = ((d - by_seed - by_range + d.mean()) ** 2).sum() / ((S - 1) * (R - 1))
+    of_seeds = max(R * by_seed.var(ddof=1) - residual, 0.0) / d.size
+    of_ranges = max(S * by_range.var(ddof=1) - residual, 0.0) / d.size
+    return math.sqrt(of_seeds + of_ranges + residual / d.size), of_ranges
 
 
 def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verdict]:
@@ -251,6 +258,8 @@ def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verd
     Raises:
         UsageError: a verdict of the family is adjusted already.
     """
+    from statsmodels.stats.multitest import multipletests
+
     if done := [v.subject for v in verdicts if v.p_adjusted is not None]:
         raise UsageError(f"p-values are adjusted once, and these were: {', '.join(done)}")
     p_values = [v.p_value for v in verdicts if v.p_value is not None]
@@ -271,77 +280,3 @@ def _survived(verdict: Verdict, p_adjusted: float, size: int, method: str) -> Ve
 
 def _noted(verdict: Verdict, reason: str) -> Verdict:
     return dataclasses.replace(verdict, note="; ".join(filter(None, [verdict.note, reason])))
-
-
-def paired_bootstrap(
-    a: ArrayLike,
-    b: ArrayLike,
-    statistic: Callable[[Floats, Floats], Floats],
-    clusters: ArrayLike,
-    *,
-    null: float = 0.0,
-    draws: int = 2000,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-) -> PairedBootstrap:
-    """Effect of two paired measurements, with clusters (images or seeds) resampled whole.
-
-    A draw takes as many clusters as there are, with replacement, and means of `a` and `b` over all
-    their units. p is twice the smaller share of draws on one side of `null`, at least
-    2 / (draws + 1). Percentile intervals of few clusters are too narrow: at 95 %, they
-    cover about 83 % with 5 clusters and 89 % with 8.
-
-    Args:
-        a, b: [N] finite; a[i] and b[i] are of the same unit.
-        statistic: maps means of a and b, arrays of one shape, to effects of that shape.
-        clusters: [N], which image or seed each unit is of; at least `MIN_SEEDS` different ones.
-        null: the effect if a and b did not differ: 0 for a difference, 1 for a ratio.
-        draws: bootstrap samples.
-        seed: of the draws.
-        confidence: of the interval, in (0, 1).
-
-    Raises:
-        UsageError: lengths differ, values or effects are not finite, too few clusters, no draws, or
-            a confidence outside (0, 1).
-    """
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    labels = np.asarray(clusters)
-    if not first.shape == second.shape == labels.shape == (first.size,):
-        raise UsageError(
-            f"needs a, b and clusters of one length, got shapes {first.shape}, {second.shape} and "
-            f"{labels.shape}"
-        )
-    if bad := int((~np.isfinite([first, second])).sum()):
-        raise UsageError(f"{bad} values are not finite; count them and leave their pairs out")
-    if draws < 1 or not 0 < confidence < 1:
-        raise UsageError(f"needs draws >= 1 and 0 < confidence < 1, got {draws} and {confidence}")
-    units = pd.DataFrame({"a": first, "b": second, "size": np.ones_like(first)})
-    sums = units.groupby(labels).sum()
-    if len(sums) < MIN_SEEDS:
-        raise UsageError(f"{len(sums)} clusters are too few for an interval: take {MIN_SEEDS}")
-
-    def effect(a: Floats, b: Floats, size: Floats, axis: int = -1) -> Floats:
-        total = size.sum(axis=axis)
-        found = statistic(a.sum(axis=axis) / total, b.sum(axis=axis) / total)
-        if not np.isfinite(found).all():
-            raise UsageError("the statistic is not finite in every draw")
-        return found
-
-    data = sums["a"].to_numpy(), sums["b"].to_numpy(), sums["size"].to_numpy()
-    found = stats.bootstrap(
-        data,
-        effect,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=draws,
-        confidence_level=confidence,
-        random_state=np.random.default_rng(seeded("paired-bootstrap", seed)),
-    )
-    interval = found.confidence_interval
-    return PairedBootstrap(
-        float(effect(*data)),
-        float(interval.low),
-        float(interval.high),
-        bootstrap_p_value(found.bootstrap_distribution, null),
-    )

@@ -72,11 +72,10 @@ USES_DATA = False
 RULE = (
     "Factors are those that the paper prints for DiT-XL/2. A count of bytes holds where it reaches "
     "the printed factor, for a checkpoint in one file with every part counted. The paper names no "
-    "baseline, so memory and speed are judged against each: they hold where even the least factor "
-    "over packed variants and batches reaches the paper's, do not hold where even the greatest "
-    "stays below, and are undecided otherwise or where a time is unstable; of times, all of "
-    "the 95 % t interval over rounds has to. What needs a GPU, or is of another model, is not "
-    "judged."
+    "baseline, so memory and speed are judged against each: they hold where the factors of all "
+    "packed variants and batches reach the paper's, do not hold where all stay below, and are "
+    "undecided otherwise or where a time is unstable; of times, the whole 95 % t interval over "
+    "rounds of each has to. What needs a GPU, or is of another model, is not judged."
 )
 #: Width and depth of DiT-XL/2, of which the paper speaks.
 XL = (1152, 28)

@@ -75,17 +75,19 @@ def by_baseline(claim: str, rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _against(claim: str, against: str, rows: Sequence[Row]) -> Verdict:
-    """Judged on the row that decides: the least factor, or the greatest if even that is below."""
-    least = min(rows, key=lambda row: row["factor"])
-    most = max(rows, key=lambda row: row["factor"])
-    low = least["factor"] if least["factor_low"] is None else least["factor_low"]
-    high = most["factor"] if most["factor_high"] is None else most["factor_high"]
+    """Judged on the row that decides: the lowest end, or the highest if even that is below."""
+
+    def end(row: Row, name: str) -> float:
+        return float(row["factor"] if row[name] is None else row[name])
+
+    least = min(rows, key=lambda row: end(row, "factor_low"))
+    most = max(rows, key=lambda row: end(row, "factor_high"))
     claim = f"{claim} than {against}"
     if any("unstable" in row["verdict"] for row in rows):
         return _verdict(claim, "undecided", least, rows, "unstable times")
-    if low >= least["paper"]:
+    if end(least, "factor_low") >= least["paper"]:
         return _verdict(claim, "holds", least, rows)
-    if high < least["paper"]:
+    if end(most, "factor_high") < most["paper"]:
         return _verdict(claim, "does not hold", most, rows)
     return _verdict(claim, "undecided", least, rows)
 

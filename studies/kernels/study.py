@@ -82,10 +82,10 @@ USES_DATA = False
 RULE = (
     "A kernel holds where every call agrees with plain PyTorch on the same inputs, each within the "
     "limits of its kernel. Targets are this project’s own, for DiT-XL/2 on an H100; the paper "
-    "states none. A target is judged on the slowest call that it names (of adaLN, among batches "
-    "that the data sheet allows), by the 95 % t interval over rounds: it holds where all of the "
-    "interval meets it, does not hold where none does, and is undecided otherwise or where a time "
-    "is unstable. Without a GPU, or where a call has no time, it is not judged."
+    "states none. A target is judged by the 95 % t intervals over rounds of the calls it names "
+    "(of adaLN, at batches that the data sheet allows): it holds where the whole interval of every "
+    "call meets it, does not hold where one call’s lies wholly beyond, and is undecided otherwise "
+    "or where a time is unstable. Without a GPU, or where a call has no interval, it is not judged."
 )
 NEEDS_GPU = "timings need a CUDA device; the roofline here is a model from data-sheet peaks"
 

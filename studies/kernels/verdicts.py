@@ -104,23 +104,27 @@ def of_kernel(kernel: str, calls: pd.DataFrame, where: str) -> Verdict:
 
 
 def of_target(target: Target, ours: Sequence[Row], roofline: Sequence[Row], device: str) -> Verdict:
-    """A target judged on the worst of the calls that it names."""
+    """A target judged on the call whose interval decides: every call that it names must meet it."""
     if not device:
         return _verdict(target, "not judged", None, NEEDS_GPU)
     calls = [row for row in ours if _is_named(target, row, roofline)]
     reason = _not_judged(target, calls, device)
     if reason:
         return _verdict(target, "not judged", None, reason)
-    worst = (max if target.is_upper else min)(calls, key=lambda row: row[target.column])
-    low, high = worst[f"{target.column}_low"], worst[f"{target.column}_high"]
-    if any(row["stability"] == "unstable" for row in calls):
-        return _verdict(target, "undecided", worst, "unstable timing")
+    low, high = f"{target.column}_low", f"{target.column}_high"
     if target.is_upper:
-        is_met, is_missed = high <= target.bound, low > target.bound
+        doubtful = max(calls, key=lambda row: row[high])
+        missing = max(calls, key=lambda row: row[low])
+        is_met, is_missed = doubtful[high] <= target.bound, missing[low] > target.bound
     else:
-        is_met, is_missed = low >= target.bound, high < target.bound
-    word = "holds" if is_met else "does not hold" if is_missed else "undecided"
-    return _verdict(target, word, worst)
+        doubtful = min(calls, key=lambda row: row[low])
+        missing = min(calls, key=lambda row: row[high])
+        is_met, is_missed = doubtful[low] >= target.bound, missing[high] < target.bound
+    if any(row["stability"] == "unstable" for row in calls):
+        return _verdict(target, "undecided", doubtful, "unstable timing")
+    if is_missed:
+        return _verdict(target, "does not hold", missing)
+    return _verdict(target, "holds" if is_met else "undecided", doubtful)
 
 
 def _is_named(target: Target, row: Row, roofline: Sequence[Row]) -> bool:
@@ -148,9 +152,12 @@ def _not_judged(target: Target, calls: Sequence[Row], device: str) -> str:
     if target.is_upper and "H100" not in device:
         return f"set for an H100; this is {device}"
     for row in calls:
+        if row["status"] != "ok":
+            return f"{row['layer']}: {row['status']}"
+        if row.get(target.column) is None:
+            return f"{row['layer']}: its baseline or ceiling has no time"
         if row.get(f"{target.column}_low") is None:
-            why = row["status"] if row["status"] != "ok" else "its baseline or ceiling has no time"
-            return f"{row['layer']}: {why}"
+            return f"{row['layer']}: measured by older code, without an interval"
     return ""
 
 

@@ -59,10 +59,10 @@ lower end is at or above 1.05, and is undecided in between. The interval resampl
 because tokens of one image are not independent; with fewer than 16 nothing is judged. Amended \
 after the first run: signs are a draw, and one draw moved proj by more than the interval over \
 images, so for the randomised transform the mean also runs over several draws and the interval \
-allows for their spread. At 8 bits normal tokens of width 144 exceed 1.05 themselves, because few \
-values decide the overload: their ratio stands beside every verdict. No verdict has a p-value and \
-none is corrected for their number: each is its own at 95 %, and one in 40 can be expected to hold \
-or not to hold falsely, at most and if the interval covers as it should."""
+allows for their spread. At 8 bits true Gaussian tokens of width 144 can exceed 1.05 themselves, \
+because few values decide the overload: the null beside each verdict says by how much. No verdict \
+has a p-value and none is corrected for their number: each is its own at 95 %, and one in 40 can \
+be expected to hold or not to hold falsely, at most and if the interval covers as it should."""
 CALIBRATION = "calibration"
 CALIBRATION_IMAGES = 16
 CALIBRATION_TOKENS = 8

@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from statsmodels.stats.weightstats import DescrStatsW
 from torch import nn
 
 from robuq_bench.config import Config, Workload
@@ -211,6 +210,8 @@ def judge_lossless(largest: NDArray[np.int16]) -> Verdict:
 
 def judge_images(variant: str, mean: NDArray[np.float64]) -> Verdict:
     """Whether images differ by less than a grey level, from their mean differences [N]."""
+    from statsmodels.stats.weightstats import DescrStatsW
+
     low = high = None
     word, note = "not judged", f"{MIN_SEEDS} images are needed"
     if len(mean) >= MIN_SEEDS:
@@ -245,18 +246,45 @@ def judge_fid(variant: str, records: Iterable[dict[str, Any]]) -> list[Verdict]:
         values = metrics.assign(
             plan=metrics["subject"], seed=metrics["seed_range"], image_range=0, value=metrics[name]
         )
+        claim = f"{variant} has another {name} than the trained student"
+        own = values[values["plan"].isin([variant, TRAINED])]
+        if (bad := own[~(np.isfinite(own["value"]) & (own["value"] > 0))]).size:
+            found.append(_without_ratio(variant, claim, name, bad))
+            continue
         judged = compare_plans(values, variant, TRAINED, name)
-        few = judged.n < MIN_SEEDS
+        few = (
+            f"{MIN_SEEDS} seed ranges are needed, which are the run's own: judge one of "
+            f"train-and-eval --set evaluation.seed_ranges={MIN_SEEDS}"
+        )
         found.append(
             replace(
                 judged,
-                claim=f"{variant} has another {name} than the trained student",
+                claim=claim,
                 n_of="seed ranges",
-                test="none" if few else "paired t over seed ranges",
-                note=f"{MIN_SEEDS} seed ranges are needed" if few else "",
+                test="none" if judged.low is None else "paired t over seed ranges",
+                note=few if judged.n < MIN_SEEDS else judged.note,
             )
         )
     return found
+
+
+def _without_ratio(variant: str, claim: str, name: str, bad: pd.DataFrame) -> Verdict:
+    """What is said where values of FID are not numbers above 0."""
+    where = ", ".join(f"{row.subject} in range {row.seed_range}" for row in bad.itertuples())
+    return Verdict(
+        claim=claim,
+        subject=variant,
+        verdict="not judged",
+        effect=None,
+        effect_name=f"ratio of geometric means of {name}",
+        low=None,
+        high=None,
+        n=0,
+        n_of="seed ranges",
+        test="none",
+        p_value=None,
+        note=f"not a number above 0, so without a ratio: {where}",
+    )
 
 
 def table(run: Run, variants: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -31,7 +31,6 @@ from robuq_bench.judging.evaluation import (
 )
 from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.judging.summary import metric_summary
-from robuq_bench.loss_figure import plot_losses
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.qat import convert_teacher, prepare_training
 from robuq_bench.quantization.convert import (
@@ -43,7 +42,6 @@ from robuq_bench.runs.run import Run, open_existing, run_folder
 from robuq_bench.runs.study import run_study
 from robuq_bench.students import save_student
 from studies.train_and_eval.allocated_bits import activation_bits, allocated_weight_bits
-from studies.train_and_eval.figures import plot_allocation
 
 VERSION = "2"
 SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
@@ -207,6 +205,10 @@ def summary_table(run: Run) -> list[dict[str, Any]]:
 
 def write_outputs(run: Run) -> None:
     """Write the tidy tables and figures of a finished job from its records alone."""
+    # Here, since drawing takes seconds to import, which checks and dry runs need not wait for.
+    from robuq_bench.loss_figure import plot_losses
+    from studies.train_and_eval.figures import plot_allocation
+
     records = run.results()
     metrics = [
         {k: v for k, v in record.items() if k not in ("key", "kind")}

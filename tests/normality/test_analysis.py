@@ -28,6 +28,7 @@ from robuq_bench.normality.summaries import (
     lyapunov_rows,
     sign_draw_fields,
     type_rows,
+    verdicts,
 )
 from robuq_bench.normality.transforms import make_transform
 
@@ -105,6 +106,13 @@ def test_a_layer_that_is_degenerate_on_most_images_has_no_interval() -> None:
     tokens[:10] = gaussian(0)[:10]
     rows = summarise([cell(tokens)])
     assert rows["types"][0]["degenerate"] == 90
+    assert rows["types"][0]["images"] == 2
+    tokens[10:90] = gaussian(0)[10:90]  # of 18 images, which are enough
+    rows = summarise([cell(tokens)])
+    images = {row["images"] for row in (*rows["types"], *rows["errors"])}
+    assert images == {verdict.n for verdict in verdicts(rows["types"], rows["judgements"])} == {18}
+    tokens[10:] = 0.0
+    rows = summarise([cell(tokens)])
     assert "shapiro_w_median" not in rows["types"][0]
     assert rows["errors"] == rows["judgements"] == []
 

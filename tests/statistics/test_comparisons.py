@@ -20,14 +20,12 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from robuq_bench.errors import UsageError
-from robuq_bench.normality.intervals import cluster_bootstrap_mean
 from robuq_bench.statistics.comparisons import (
     MARGIN,
     RULE,
     compare_plans,
     judge_family,
     judge_interval,
-    paired_bootstrap,
 )
 from robuq_bench.statistics.verdicts import Verdict
 
@@ -86,8 +84,15 @@ def test_one_range_is_the_paired_t_test(confidence: float) -> None:
     assert (found.n, found.n_of) == (8, "training seeds")
 
 
+def singular(*_: Any, **__: Any) -> None:
+    raise np.linalg.LinAlgError
+
+
 @pytest.mark.parametrize("seeds", [5, 8])
-def test_the_balanced_mixed_model_is_the_analysis_of_variance(seeds: int) -> None:
+@pytest.mark.parametrize("is_singular", [False, True])
+def test_the_balanced_mixed_model_is_the_analysis_of_variance(
+    seeds: int, is_singular: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     d = log_ratios(np.random.default_rng(8), seeds, 3, (0.05, 0.03, 0.02))
     seed, image_range = np.indices(d.shape)
     table = pd.DataFrame({"d": d.ravel(), "s": seed.ravel(), "r": image_range.ravel()})
@@ -98,11 +103,24 @@ def test_the_balanced_mixed_model_is_the_analysis_of_variance(seeds: int) -> Non
     by_range = of_ranges - residual
     freedom = variance**2 / ((variance - by_range) ** 2 / (seeds - 1) + by_range**2 / 2)
     half = stats.t(min(freedom, seeds - 1)).ppf(0.975) * math.sqrt(variance)
+    if is_singular:
+        monkeypatch.setattr(MixedLM, "fit", singular)
     found = compare(d)
-    assert found.test.startswith("mixed model")
+    assert found.test.startswith("analysis of variance" if is_singular else "mixed model")
     assert np.log([found.effect, found.low, found.high]) == pytest.approx(
-        [d.mean(), d.mean() - half, d.mean() + half], abs=2e-4 * half
+        [d.mean(), d.mean() - half, d.mean() + half], abs=(1e-9 if is_singular else 2e-4) * half
     )
+
+
+def test_without_residual_ranges_still_count() -> None:
+    """Then REML has no solution; if seeds do not vary either, the ranges are all there is."""
+    of_ranges = np.array([[-0.02, 0.01, 0.04, -0.01, 0.03]])
+    found = compare(np.repeat(of_ranges, 6, axis=0))
+    assert found.test.startswith("analysis of variance, seeds and image ranges random (mixed model")
+    interval = stats.ttest_1samp(of_ranges[0], 0).confidence_interval()
+    assert np.log([found.low, found.high]) == pytest.approx(interval)
+    both = compare(of_ranges + log_ratios(np.random.default_rng(0), 6, 1, (0.05, 0.0, 0.0)))
+    assert (both.high or 0) / (both.low or 1) > (found.high or 9) / (found.low or 9)
 
 
 def test_ranges_that_do_not_vary_leave_the_paired_t_over_seeds() -> None:
@@ -219,7 +237,7 @@ def test_metrics_around_zero_are_compared_by_differences() -> None:
     assert found.verdict == "better"
     wide = compare_plans(frame, "new", "old", "kid", difference_margin=0.1)
     assert wide.verdict == "equivalent"
-    with pytest.raises(UsageError, match=r"kid of new, seed 100, range 0:50, is not above 0: give"):
+    with pytest.raises(UsageError, match=r"seed 100, range 0:50, is not above 0, as a ratio needs"):
         compare_plans(frame, "new", "old", "kid")
 
 
@@ -233,21 +251,21 @@ def test_equal_differences_have_no_spread(ratio: float, word: str, p: float) -> 
     assert found.test == "paired t over seeds (all differences are equal)"
 
 
-def test_a_model_that_fails_gives_way_to_the_paired_t(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unbalanced_model_that_fails_gives_way_to_the_paired_t(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     d = log_ratios(np.random.default_rng(0), 6, 3, (0.05, 0.03, 0.02))
-    interval = stats.ttest_1samp(d.mean(axis=1), 0).confidence_interval()
-
-    def singular(*_: Any, **__: Any) -> None:
-        raise np.linalg.LinAlgError
-
+    frame = plans(d).drop(index=0)
+    means = [d[0, 1:].mean(), *d[1:].mean(axis=1)]
+    interval = stats.ttest_1samp(means, 0).confidence_interval()
     fit = MixedLM.fit
     for fake, why in (
         (singular, "singular"),
         (lambda self, **options: fit(self, maxiter=1, **options), "did not converge"),
     ):
         monkeypatch.setattr(MixedLM, "fit", fake)
-        found = compare(d)
-        assert found.test == f"paired t over seeds (mixed model {why})"
+        found = compare_plans(frame, "new", "old", "fid_digits")
+        assert found.test == f"paired t over seeds, ranges taken as fixed (mixed model {why})"
         assert np.log([found.low, found.high]) == pytest.approx(interval)
 
 
@@ -312,72 +330,3 @@ def test_a_family_of_one_keeps_its_word_and_is_adjusted_once() -> None:
     with pytest.raises(UsageError, match="were: new"):
         judge_family([judged])
     assert judge_family([]) == []
-
-
-def difference(a: Floats, b: Floats) -> Floats:
-    return a - b
-
-
-def test_the_bootstrap_of_differences_is_that_of_their_mean() -> None:
-    rng = np.random.default_rng(0)
-    images = np.repeat(np.arange(40), rng.integers(1, 9, 40))
-    b = rng.normal(size=images.size) + rng.normal(size=40)[images]
-    a = b + 0.3 + 0.5 * rng.normal(size=40)[images]
-    found = paired_bootstrap(a, b, difference, images, draws=20_000)
-    expected = cluster_bootstrap_mean(a - b, images, draws=20_000)
-    assert found.effect == pytest.approx(expected.mean)
-    assert found[1:3] == pytest.approx(expected[1:], abs=0.02)
-    again = paired_bootstrap(a, b, difference, images, draws=20_000)
-    assert again == found
-    assert paired_bootstrap(a, b, difference, images, seed=1) != found
-
-
-def test_the_bootstrap_p_is_that_of_a_z_test() -> None:
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=400)
-    for shift in (0.05, 0.1, 0.15):
-        a = x - x.mean() + shift
-        found = paired_bootstrap(a, np.zeros(400), difference, np.arange(400), draws=20_000)
-        z = shift / x.std() * 20
-        assert found.p_value == pytest.approx(2 * stats.norm.sf(z), abs=0.02)
-    least = paired_bootstrap(x + 9, x, difference, np.arange(400), draws=999)
-    assert least == pytest.approx((9, 9, 9, 2 / 1000))
-
-
-def test_the_bootstrap_of_a_ratio_counts_units() -> None:
-    a = np.array([2.0, 2, 2, 6, 6, 6, 6, 6])
-    found = paired_bootstrap(
-        a, a / 2, lambda a, b: a / b, [0, 0, 0, 1, 2, 3, 4, 5], null=1.0, draws=99
-    )
-    assert found == pytest.approx((2, 2, 2, 0.02))
-
-
-def test_coverage_of_few_clusters_is_what_the_docstring_says() -> None:
-    rng = np.random.default_rng(3)
-    inside = 0
-    for i in range(400):
-        found = paired_bootstrap(
-            rng.normal(size=8), np.zeros(8), difference, np.arange(8), draws=400, seed=i
-        )
-        inside += found.low <= 0 <= found.high
-    assert inside / 400 == pytest.approx(0.89, abs=0.04)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"b": [1.0] * 5}, "one length"),
-        ({"clusters": [[0] * 6]}, "one length"),
-        ({"a": [1.0] * 5 + [math.inf]}, "1 values are not finite"),
-        ({"clusters": [0, 0, 1, 2, 3, 3]}, "4 clusters"),
-        ({"draws": 0}, "draws"),
-        ({"confidence": 0.0}, "confidence"),
-        ({"statistic": lambda a, b: np.full_like(a, np.nan)}, "statistic is not finite"),
-    ],
-)
-def test_wrong_input_of_the_bootstrap(changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {
-        "a": [1.0] * 6, "b": [2.0] * 6, "statistic": difference, "clusters": range(6),
-    }  # fmt: skip
-    with pytest.raises(UsageError, match=message):
-        paired_bootstrap(**(arguments | changes))
