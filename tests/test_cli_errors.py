@@ -54,7 +54,7 @@ ROOT = Path(cli.__file__).resolve().parents[2]
         (["train-and-evla"], "train-and-eval"),
         (["plans", "b4"], "unknown plan 'b4'"),
         (["account", "--plan", "a22"], "did you mean 'a2'?"),
-        (["runs", "show", "nothing"], "unknown run 'nothing'; there are no runs in runs"),
+        (["runs", "show", "nothing"], "unknown run 'nothing'; there are no runs in /"),
         (["runs", "lst"], "list"),
     ],
 )

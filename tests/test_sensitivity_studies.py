@@ -284,7 +284,7 @@ def test_shards_only_where_they_exist(capsys: pytest.CaptureFixture[str]) -> Non
     assert "allocation and sensitivity do" in capsys.readouterr().err
     assert cli.main(["study", "allocation", "--shard", "2", "--dry-run"]) == 2
     assert "'i/n'" in capsys.readouterr().err
-    assert cli.main(["study", "allocation", "--shard", "1/2", "--dry-run"]) == 0
+    assert cli.main(["study", "allocation", "--plan", "a4", "--shard", "1/2", "--dry-run"]) == 0
     assert 'shard = "1/2"' in capsys.readouterr().out
 
 
