@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.hadamard_quantize import reference as quantization
 from kernels.launch import KernelInputError
-from kernels.ternary_matmul import cpu, reference
+from kernels.ternary_matmul import int_mm, reference
 from kernels.ternary_matmul.layout import pack_planes
 from robuq_bench.config import Plan
 from robuq_bench.errors import UsageError
