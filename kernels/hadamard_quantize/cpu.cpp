@@ -15,6 +15,7 @@
 
 namespace {
 
+constexpr int TOKENS = 16;  // of a work item
 constexpr int QUAD = 4;     // inputs whose signed sums are shared by all outputs
 constexpr int SUMS = 16;    // signed sums of a quad
 constexpr int PART = 128;   // columns of a partial sum: long fp32 sums lose digits
@@ -49,22 +50,23 @@ struct HadamardQuantize {
 namespace {
 
 // A token after LayerNorm, modulation and signs, times the norm of the transform.
+template <class V>
 INLINE void prepare(const HadamardQuantize& q, int64_t m, float* row) {
   const int64_t width = q.width, image = m / q.tokens_per_image;
   const float* x = q.x + m * q.x_stride;
   if (q.shift) {
-    Floats sum{}, squares{};
+    typename V::Floats sum{}, squares{};
     float mean = 0.0f, variance = 0.0f;
-    const int64_t whole = width / LANES * LANES;
-    for (int64_t k = 0; k < whole; k += LANES) sum += load<Floats>(x + k);
-    for (int i = 0; i < LANES; i++) mean += sum[i];
+    const int64_t whole = width / V::LANES * V::LANES;
+    for (int64_t k = 0; k < whole; k += V::LANES) sum += V::load(x + k);
+    for (int i = 0; i < V::LANES; i++) mean += sum[i];
     for (int64_t k = whole; k < width; k++) mean += x[k];
     mean /= static_cast<float>(width);
-    for (int64_t k = 0; k < whole; k += LANES) {
-      const Floats centred = load<Floats>(x + k) - mean;
+    for (int64_t k = 0; k < whole; k += V::LANES) {
+      const typename V::Floats centred = V::load(x + k) - mean;
       squares += centred * centred;
     }
-    for (int i = 0; i < LANES; i++) variance += squares[i];
+    for (int i = 0; i < V::LANES; i++) variance += squares[i];
     for (int64_t k = whole; k < width; k++) variance += (x[k] - mean) * (x[k] - mean);
     variance /= static_cast<float>(width);
     const float inverse = 1.0f / std::sqrt(variance + q.layer_norm_eps);
@@ -80,12 +82,14 @@ INLINE void prepare(const HadamardQuantize& q, int64_t m, float* row) {
     for (int64_t k = 0; k < width; k++) row[k] = x[k] * q.norm;
 }
 
-// x [outer, m] of 16 tokens becomes Sylvester(outer) x H.
+// x [outer, m] of the tokens becomes Sylvester(outer) x H.
 //
 // The signs of four rows of H in column j are one of 16 patterns; bit i of patterns[j, quad] is set
-// where row 4 quad + i has -1. `shared` has room for the 16 signed sums of every quad.
-INLINE void transform(const HadamardQuantize& q, const uint8_t* patterns, Floats* z,
-                      Floats* shared) {
+// where row 4 quad + i has -1. `shared` has room for 16 signed sums per quad, and for a column.
+template <class V>
+INLINE void transform(const HadamardQuantize& q, const uint8_t* patterns, typename V::Floats* z,
+                      typename V::Floats* shared) {
+  using Floats = typename V::Floats;
   const int64_t m = q.order, quads = (m + QUAD - 1) / QUAD;
   for (int64_t o = 0; o < q.outer; o++) {
     Floats* x = z + o * m;
@@ -105,60 +109,71 @@ INLINE void transform(const HadamardQuantize& q, const uint8_t* patterns, Floats
       x[j] = y;
     }
   }
-  // Factors [[1, 1], [1, -1]], first factor first; two of them share a pass over memory.
-  int64_t stage = q.outer / 2;
-  for (; stage >= 2; stage /= 4) {
-    const int64_t far = stage * m, near = far / 2;
-    for (int64_t block = 0; block < q.outer * m; block += 2 * far)
-      for (Floats* p = z + block; p < z + block + near; p++) {
-        const Floats a = p[0] + p[far], c = p[0] - p[far];
-        const Floats b = p[near] + p[far + near], d = p[near] - p[far + near];
-        p[0] = a + b, p[near] = a - b, p[far] = c + d, p[far + near] = c - d;
-      }
+  if (q.outer == 1) return;
+  // Factors [[1, 1], [1, -1]] of a column at a time, which the first-level cache holds.
+  for (int64_t j = 0; j < m; j++) {
+    Floats* column = shared;
+    for (int64_t o = 0; o < q.outer; o++) column[o] = z[o * m + j];
+    int64_t stage = q.outer / 2;
+    for (; stage >= 2; stage /= 4) {
+      const int64_t near = stage / 2;
+      for (Floats* block = column; block < column + q.outer; block += 2 * stage)
+        for (Floats* p = block; p < block + near; p++) {
+          const Floats a = p[0] + p[stage], c = p[0] - p[stage];
+          const Floats b = p[near] + p[stage + near], d = p[near] - p[stage + near];
+          p[0] = a + b, p[near] = a - b, p[stage] = c + d, p[stage + near] = c - d;
+        }
+    }
+    for (int64_t o = 0; o < q.outer; o += 2) {
+      const Floats a = column[o], b = column[o + 1];
+      z[o * m + j] = stage ? a + b : a;
+      z[(o + 1) * m + j] = stage ? a - b : b;
+    }
   }
-  if (stage == 1)
-    for (Floats* block = z; block < z + q.outer * m; block += 2 * m)
-      for (Floats* p = block; p < block + m; p++) {
-        const Floats a = p[0], b = p[m];
-        p[0] = a + b, p[m] = a - b;
-      }
 }
 
-INLINE Floats magnitude(const Floats& x) { return bits<Floats>(bits<Ints>(x) & 0x7fffffff); }
+template <class V>
+INLINE typename V::Floats magnitude(typename V::Floats x) {
+  return bits<typename V::Floats>(bits<typename V::Ints>(x) & 0x7fffffff);
+}
 
-// Sum over the columns of f(z), by parts.
-template <class F>
-INLINE Floats sum(const Floats* z, int64_t width, F f) {
+// Sum over the columns of |z - shift|, or of z - shift, by parts.
+template <class V, bool MAGNITUDE>
+INLINE typename V::Floats sum(const typename V::Floats* z, int64_t width,
+                              typename V::Floats shift) {
+  using Floats = typename V::Floats;
   Floats total{};
   for (int64_t begin = 0; begin < width; begin += PART) {
     const int64_t end = std::min(width, begin + PART);
     Floats part[4] = {};
     int64_t k = begin;
     for (; k + 4 <= end; k += 4)
-      for (int i = 0; i < 4; i++) part[i] += f(z[k + i]);
-    for (; k < end; k++) part[0] += f(z[k]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++)
+        part[i] += MAGNITUDE ? magnitude<V>(z[k + i] - shift) : z[k + i] - shift;
+    for (; k < end; k++) part[0] += MAGNITUDE ? magnitude<V>(z[k] - shift) : z[k] - shift;
     total += (part[0] + part[1]) + (part[2] + part[3]);
   }
   return total;
 }
 
+template <class V>
 struct Levels {
-  Floats scale, shift, inverse;
+  typename V::Floats scale, shift, inverse;
 };
 
-INLINE Levels levels(const HadamardQuantize& q, const Floats* z) {
+template <class V>
+INLINE Levels<V> levels(const HadamardQuantize& q, const typename V::Floats* z) {
+  using Floats = typename V::Floats;
   const float count = static_cast<float>(q.width);
   Floats shift{}, statistic{};
-  if (q.statistic == MEAN_MAD) {
-    shift = sum(z, q.width, [](const Floats& v) INLINE_LAMBDA { return v; }) / count;
-    statistic = sum(z, q.width, [&](const Floats& v) INLINE_LAMBDA { return magnitude(v - shift); });
-    statistic /= count;
-  } else if (q.statistic == ABSMEAN) {
-    statistic = sum(z, q.width, [](const Floats& v) INLINE_LAMBDA { return magnitude(v); }) / count;
+  if (q.statistic == MEAN_MAD) shift = sum<V, false>(z, q.width, shift) / count;
+  if (q.statistic == MEAN_MAD || q.statistic == ABSMEAN) {
+    statistic = sum<V, true>(z, q.width, shift) / count;
   } else {
     Floats low = z[0], high = z[0], most{}, infinite{};
     for (int64_t k = 0; k < q.width; k++) {
-      const Floats v = z[k], a = magnitude(v);
+      const Floats v = z[k], a = magnitude<V>(v);
       low = v < low ? v : low;
       high = v > high ? v : high;
       most = a > most ? a : most;
@@ -171,76 +186,45 @@ INLINE Levels levels(const HadamardQuantize& q, const Floats* z) {
       statistic = most + infinite;
     }
   }
-  Floats scale = q.factor * statistic;
+  const Floats scale = q.factor * statistic;
   if (q.statistic == MIN_MAX) shift -= q.low * scale;
   const Floats divisor = q.factor * (statistic + q.epsilon);
-  Floats inverse = divisor > 0.0f ? 1.0f / divisor : Floats{};
   const float infinity = std::numeric_limits<float>::infinity();
+  Floats inverse = 1.0f / divisor;
   inverse = inverse < infinity ? inverse : Floats{};
-  const auto alive = scale < infinity;
-  return {alive ? scale : floats(1.0f), alive ? shift : Floats{}, alive ? inverse : floats(1.0f)};
+  const Floats one = V::floats(1.0f);
+  return {scale < infinity ? scale : one, scale < infinity ? shift : Floats{},
+          scale < infinity ? inverse : one};
 }
 
-INLINE Ints code(const HadamardQuantize& q, const Levels& l, const Floats& z) {
+template <class V>
+INLINE typename V::Ints code(const HadamardQuantize& q, const Levels<V>& l,
+                             typename V::Floats z) {
+  using Floats = typename V::Floats;
   Floats t = (z - l.shift) * l.inverse;
-  t = t > q.low ? t : floats(q.low);  // also NaN
-  t = t < q.high ? t : floats(q.high);
+  t = t > q.low ? t : V::floats(q.low);  // also NaN
+  t = t < q.high ? t : V::floats(q.high);
   constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
   Floats whole = (t + ROUNDER) - ROUNDER;
   if (q.floor) whole = whole > t ? whole - 1.0f : whole;
-  return int_of(whole);
+  return V::int_of(whole);
 }
 
-// Tokens [first, first + 16) that exist. `rows` [16, round_up(width, 16)] and z are scratch.
-template <bool FMA>
-INLINE void block(const HadamardQuantize& q, const uint8_t* patterns, int64_t first, float* rows,
-                  Floats* z, Floats* shared) {
-  const int64_t width = q.width, padded = round_up(width, LANES);
-  const int count = static_cast<int>(std::min<int64_t>(LANES, q.rows - first));
-  for (int i = 0; i < count; i++) prepare(q, first + i, rows + i * padded);
-  for (int64_t k = 0; k < width; k += LANES) {
-    Ints tile[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) tile[i] = load<Ints>(reinterpret_cast<int32_t*>(rows + i * padded + k));
-    transpose(tile);
-    const int columns = static_cast<int>(std::min<int64_t>(LANES, width - k));
-    memcpy(z + k, tile, columns * sizeof(Floats));
-  }
-  if (q.inner) transform(q, patterns, z, shared);
-
-  const Levels l = levels(q, z);
-  Ints sums{};
-  for (int64_t k = 0; k < width; k += 4 * LANES) {
-    Ints tile[LANES];  // four codes of a token in a lane
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      tile[i] = Ints{};
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        if (k + 4 * i + j >= width) break;
-        const Ints c = code(q, l, z[k + 4 * i + j]);
-        sums += c;
-        tile[i] |= (c & 255) << (8 * j);
-      }
-    }
-    transpose(tile);
-    const size_t columns = static_cast<size_t>(std::min<int64_t>(4 * LANES, width - k));
-    for (int i = 0; i < count; i++) memcpy(q.codes + (first + i) * width + k, &tile[i], columns);
-  }
-  const Floats offset = q.floor ? l.shift + l.scale / 2.0f : l.shift;
-  memcpy(q.token_scale + first, &l.scale, count * sizeof(float));
-  memcpy(q.token_offset + first, &offset, count * sizeof(float));
-  memcpy(q.code_sums + first, &sums, count * sizeof(int32_t));
-
+// z @ down.T of the tokens that exist.
+template <class V>
+INLINE void project(const HadamardQuantize& q, int64_t first, int count,
+                    const typename V::Floats* z) {
+  using Floats = typename V::Floats;
   for (int64_t r = 0; r < q.rank; r += RANKS) {
     const float* down[RANKS];
-    for (int i = 0; i < RANKS; i++) down[i] = q.down + std::min(r + i, q.rank - 1) * width;
+    for (int i = 0; i < RANKS; i++) down[i] = q.down + std::min(r + i, q.rank - 1) * q.width;
     Floats total[RANKS] = {};
-    for (int64_t begin = 0; begin < width; begin += PART) {
+    for (int64_t begin = 0; begin < q.width; begin += PART) {
       Floats part[RANKS] = {};
-      for (int64_t k = begin; k < std::min(width, begin + PART); k++)
+      for (int64_t k = begin; k < std::min(q.width, begin + PART); k++)
 #pragma GCC unroll 8
-        for (int i = 0; i < RANKS; i++) part[i] = multiply_add<FMA>(z[k], floats(down[i][k]), part[i]);
+        for (int i = 0; i < RANKS; i++)
+          part[i] = V::multiply_add(z[k], V::floats(down[i][k]), part[i]);
       for (int i = 0; i < RANKS; i++) total[i] += part[i];
     }
     for (int i = 0; i < RANKS && r + i < q.rank; i++)
@@ -248,20 +232,87 @@ INLINE void block(const HadamardQuantize& q, const uint8_t* patterns, int64_t fi
   }
 }
 
-void portable(const HadamardQuantize& q, const uint8_t* patterns, int64_t first, float* rows,
-              Floats* z, Floats* shared) {
-  block<false>(q, patterns, first, rows, z, shared);
+struct Scratch {
+  float* rows;      // [16, round_up(width, 16)]
+  float* z;         // [width, 16]
+  float* shared;    // [max(16 quads, outer), 16]
+  uint8_t* patterns;  // [order, quads]
+};
+
+// Tokens from `first`, one per lane.
+template <class V>
+INLINE void block(const HadamardQuantize& q, int64_t first, const Scratch& scratch) {
+  constexpr int LANES = V::LANES;
+  using Floats = typename V::Floats;
+  using Ints = typename V::Ints;
+  const int64_t width = q.width, padded = round_up(width, LANES);
+  const int count = static_cast<int>(std::min<int64_t>(LANES, q.rows - first));
+  Floats* z = reinterpret_cast<Floats*>(scratch.z);
+  for (int i = 0; i < count; i++) prepare<V>(q, first + i, scratch.rows + i * padded);
+  for (int64_t k = 0; k < width; k += LANES) {
+    Ints tile[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) memcpy(&tile[i], scratch.rows + i * padded + k, sizeof(Ints));
+    V::transpose(tile);
+    if (k + LANES <= width)
+      memcpy(z + k, tile, sizeof tile);
+    else
+      memcpy(z + k, tile, (width - k) * sizeof(Floats));
+  }
+  if (q.inner) transform<V>(q, scratch.patterns, z, reinterpret_cast<Floats*>(scratch.shared));
+
+  const Levels<V> l = levels<V>(q, z);
+  Ints sums{};
+  for (int64_t k = 0; k < width; k += 4 * LANES) {
+    const int64_t columns = std::min<int64_t>(4 * LANES, width - k);
+    Ints tile[LANES];  // four codes of a token in a lane
+    if (columns == 4 * LANES) {
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) {
+        tile[i] = Ints{};
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          const Ints c = code<V>(q, l, z[k + 4 * i + j]);
+          sums += c;
+          tile[i] |= (c & 255) << (8 * j);
+        }
+      }
+    } else {
+      for (int i = 0; i < LANES; i++) tile[i] = Ints{};
+      for (int i = 0; i < columns; i++) {
+        const Ints c = code<V>(q, l, z[k + i]);
+        sums += c;
+        tile[i / 4] |= (c & 255) << (8 * (i % 4));
+      }
+    }
+    V::transpose(tile);
+    for (int i = 0; i < count; i++) memcpy(q.codes + (first + i) * width + k, &tile[i], columns);
+  }
+  const Floats offset = q.floor ? l.shift + l.scale / 2.0f : l.shift;
+  memcpy(q.token_scale + first, &l.scale, count * sizeof(float));
+  memcpy(q.token_offset + first, &offset, count * sizeof(float));
+  memcpy(q.code_sums + first, &sums, count * sizeof(int32_t));
+  project<V>(q, first, count, z);
+}
+
+// Tokens [first, first + 16) that exist.
+template <class V>
+INLINE void tokens(const HadamardQuantize& q, int64_t first, const Scratch& scratch) {
+  for (int64_t m = first; m < std::min(q.rows, first + TOKENS); m += V::LANES)
+    block<V>(q, m, scratch);
+}
+
+void portable(const HadamardQuantize& q, int64_t first, const Scratch& scratch) {
+  tokens<Vectors<4, false>>(q, first, scratch);
 }
 
 #if defined(X86)
-TARGET_AVX2 void avx2(const HadamardQuantize& q, const uint8_t* patterns, int64_t first,
-                      float* rows, Floats* z, Floats* shared) {
-  block<true>(q, patterns, first, rows, z, shared);
+TARGET_AVX2 void avx2(const HadamardQuantize& q, int64_t first, const Scratch& scratch) {
+  tokens<Vectors<8, true>>(q, first, scratch);
 }
 
-TARGET_AVX512 void avx512(const HadamardQuantize& q, const uint8_t* patterns, int64_t first,
-                          float* rows, Floats* z, Floats* shared) {
-  block<true>(q, patterns, first, rows, z, shared);
+TARGET_AVX512 void avx512(const HadamardQuantize& q, int64_t first, const Scratch& scratch) {
+  tokens<Vectors<16, true>>(q, first, scratch);
 }
 #endif
 
@@ -283,20 +334,20 @@ bool find_patterns(const float* inner, int64_t m, uint8_t* patterns) {
 // 0; nothing was written where memory ran out (1) or `inner` has another entry than ±1 (2).
 extern "C" int32_t robuq_hadamard_quantize(const HadamardQuantize* arguments) {
   const HadamardQuantize& q = *arguments;
-  void (*tokens)(const HadamardQuantize&, const uint8_t*, int64_t, float*, Floats*, Floats*) =
-      portable;
+  void (*run)(const HadamardQuantize&, int64_t, const Scratch&) = portable;
 #if defined(X86)
-  if (q.instruction_set == AVX2_FMA) tokens = avx2;
-  if (q.instruction_set >= AVX512_VNNI) tokens = avx512;
+  if (q.instruction_set == AVX2_FMA) run = avx2;
+  if (q.instruction_set >= AVX512_VNNI) run = avx512;
 #endif
-  const int64_t blocks = (q.rows + LANES - 1) / LANES;
+  const int64_t blocks = (q.rows + TOKENS - 1) / TOKENS;
   const int threads = static_cast<int>(std::min<int64_t>(std::max(1, q.threads), blocks));
   if (threads == 0) return 0;
-  const int64_t row_size = round_up(q.width, LANES) * LANES;
-  const int64_t quads = (q.order + QUAD - 1) / QUAD, shared_size = quads * SUMS;
+  const int64_t row_size = round_up(q.width, TOKENS) * TOKENS;
+  const int64_t quads = (q.order + QUAD - 1) / QUAD;
+  const int64_t shared_size = std::max(quads * SUMS, q.outer) * TOKENS;
   const auto rows = allocate<float>(threads * row_size);
-  const auto z = allocate<Floats>(threads * q.width);
-  const auto shared = allocate<Floats>(threads * shared_size);
+  const auto z = allocate<float>(threads * q.width * TOKENS);
+  const auto shared = allocate<float>(threads * shared_size);
   const auto patterns = allocate<uint8_t>(q.order * quads);
   if (!rows || !z || !shared || !patterns) return 1;
   if (q.inner && !find_patterns(q.inner, q.order, patterns.get())) return 2;
@@ -309,10 +360,10 @@ extern "C" int32_t robuq_hadamard_quantize(const HadamardQuantize* arguments) {
 #else
     const int thread = 0;
 #endif
+    const Scratch scratch{&rows[thread * row_size], &z[thread * q.width * TOKENS],
+                          &shared[thread * shared_size], patterns.get()};
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < blocks; b++)
-      tokens(q, patterns.get(), b * LANES, rows.get() + thread * row_size, z.get() + thread * q.width,
-             shared.get() + thread * shared_size);
+    for (int64_t b = 0; b < blocks; b++) run(q, b * TOKENS, scratch);
   }
   return 0;
 }

@@ -86,37 +86,45 @@ const char* robuq_source() { return ROBUQ_SOURCE; }
 namespace {
 
 // Bytes w + 1 of 32 outputs; an output past the last one repeats it.
+template <class V>
 INLINE void unpack_panel(const TernaryMatmul& x, int64_t first, uint8_t* panel) {
-  const int64_t row_bytes = (x.width + BLOCK_K - 1) / BLOCK_K * PLANE_BYTES;
-  for (int half = 0; half < 2; half++) {
+  constexpr int LANES = V::LANES, WORDS = PLANE_BYTES / 4;
+  const int64_t words = (x.width + BLOCK_K - 1) / BLOCK_K * WORDS;
+  for (int part = 0; part < PANEL; part += LANES) {
     const uint8_t* rows[LANES];
     for (int i = 0; i < LANES; i++)
-      rows[i] = x.planes + std::min(first + half * LANES + i, x.outputs - 1) * row_bytes;
-    for (int64_t byte = 0; byte < row_bytes; byte += 2 * PLANE_BYTES) {
-      const bool two = byte + PLANE_BYTES < row_bytes;
-      Ints words[LANES];
+      rows[i] = x.planes + std::min(first + part + i, x.outputs - 1) * 4 * words;
+    for (int64_t w = 0; w < words; w += LANES) {
+      const int count = static_cast<int>(std::min<int64_t>(LANES, words - w));
+      typename V::Ints tile[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++) {
-        words[i] = Ints{};
-        memcpy(&words[i], rows[i] + byte, two ? 2 * PLANE_BYTES : PLANE_BYTES);
+        if (count == LANES) {
+          memcpy(&tile[i], rows[i] + 4 * w, 4 * LANES);
+        } else {
+          tile[i] = typename V::Ints{};
+          memcpy(&tile[i], rows[i] + 4 * w, 4 * WORDS);
+        }
       }
-      transpose(words);  // word d of all outputs: columns 4 d to 4 d + 3 of each plane
-      for (int block = 0; block < (two ? 2 : 1); block++)
-        for (int plane = 0; plane < 4; plane++)
-          for (int d = 0; d < 8; d++) {
-            const int64_t step = byte + 32 * block + 8 * plane + d;
-            const Ints codes = words[8 * block + d] >> (2 * plane) & 0x03030303;
-            memcpy(panel + step * STEP + half * 64, &codes, 64);
-          }
+      V::transpose(tile);  // word d of all outputs: columns 4 d to 4 d + 3 of each plane
+      for (int d = 0; d < count; d++)
+#pragma GCC unroll 4
+        for (int plane = 0; plane < 4; plane++) {
+          const int64_t step = (w + d) / WORDS * (BLOCK_K / 4) + plane * WORDS + (w + d) % WORDS;
+          const auto codes = tile[d] >> (2 * plane) & 0x03030303;
+          memcpy(panel + step * STEP + 4 * part, &codes, sizeof codes);
+        }
     }
   }
 }
 
-INLINE Floats gelu(const Floats& y) {
+template <class V>
+INLINE typename V::Floats gelu(typename V::Floats y) {
+  using Floats = typename V::Floats;
   // 0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3))) = y / (1 + 2^x)
   Floats x = y * (y * y * -0.1029432397f - 2.302208198f);
-  x = x > 126.0f ? floats(126.0f) : x;
-  x = x < -126.0f ? floats(-126.0f) : x;
+  x = x > 126.0f ? V::floats(126.0f) : x;
+  x = x < -126.0f ? V::floats(-126.0f) : x;
   constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   const Floats whole = (x + ROUNDER) - ROUNDER;
   const Floats f = (x - whole) * 0.693147181f;
@@ -127,8 +135,8 @@ INLINE Floats gelu(const Floats& y) {
   power = power * f + 0.5f;
   power = power * f + 1.0f;
   power = power * f + 1.0f;
-  const Floats scaled = bits<Floats>(bits<Ints>(power) + (int_of(whole) << 23));
-  return y / (1.0f + scaled);
+  using Ints = typename V::Ints;
+  return y / (1.0f + bits<Floats>(bits<Ints>(power) + (V::int_of(whole) << 23)));
 }
 
 // Per-channel operands of a panel, zeros past the last output.
@@ -149,9 +157,10 @@ INLINE Channels channels(const TernaryMatmul& x, int64_t first, int count, float
 }
 
 // One token of a panel from its integer sums.
-template <bool FMA>
+template <class V>
 INLINE void finish(const TernaryMatmul& x, const Channels& c, const float* up, const int32_t* sums,
                    int64_t m, int64_t first, int count) {
+  constexpr int LANES = V::LANES, PARTS = PANEL / LANES;
   const bool whole = count == PANEL;
   alignas(64) float padded[PANEL];
   const auto row = [&](const float* from) {
@@ -160,38 +169,37 @@ INLINE void finish(const TernaryMatmul& x, const Channels& c, const float* up, c
     memcpy(padded, from, count * sizeof(float));
     return static_cast<const float*>(padded);
   };
-  Floats y[2];
-  for (int h = 0; h < 2; h++) {
-    y[h] = float_of(load<Ints>(sums + h * LANES) - x.code_sums[m]) * x.token_scale[m];
-    y[h] += x.token_offset[m] * load<Floats>(c.weight_sums + h * LANES);
-    y[h] *= load<Floats>(c.scale + h * LANES);
+  typename V::Floats y[PARTS];
+  for (int p = 0; p < PARTS; p++) {
+    y[p] = V::float_of(V::load(sums + p * LANES) - x.code_sums[m]) * x.token_scale[m];
+    y[p] += x.token_offset[m] * V::load(c.weight_sums + p * LANES);
+    y[p] *= V::load(c.scale + p * LANES);
   }
   if (x.rank) {
-    Floats branch[2] = {};
+    typename V::Floats branch[PARTS] = {};
     for (int64_t r = 0; r < x.rank; r++)
-      for (int h = 0; h < 2; h++)
-        branch[h] = multiply_add<FMA>(floats(x.branch[m * x.rank + r]),
-                                      load<Floats>(up + r * PANEL + h * LANES), branch[h]);
-    for (int h = 0; h < 2; h++) y[h] += branch[h];
+      for (int p = 0; p < PARTS; p++)
+        branch[p] = V::multiply_add(V::floats(x.branch[m * x.rank + r]),
+                                    V::load(up + r * PANEL + p * LANES), branch[p]);
+    for (int p = 0; p < PARTS; p++) y[p] += branch[p];
   }
   if (x.bias)
-    for (int h = 0; h < 2; h++) y[h] += load<Floats>(c.bias + h * LANES);
+    for (int p = 0; p < PARTS; p++) y[p] += V::load(c.bias + p * LANES);
   if (x.gelu)
-    for (int h = 0; h < 2; h++) y[h] = gelu(y[h]);
+    for (int p = 0; p < PARTS; p++) y[p] = gelu<V>(y[p]);
   if (x.gate) {
     const float* gate = row(x.gate + m / x.tokens_per_image * x.outputs + first);
-    for (int h = 0; h < 2; h++) y[h] *= load<Floats>(gate + h * LANES);
+    for (int p = 0; p < PARTS; p++) y[p] *= V::load(gate + p * LANES);
   }
   if (x.residual) {
     const float* residual = row(x.residual + m * x.outputs + first);
-    for (int h = 0; h < 2; h++) y[h] += load<Floats>(residual + h * LANES);
+    for (int p = 0; p < PARTS; p++) y[p] += V::load(residual + p * LANES);
   }
   float* out = x.out + m * x.outputs + first;
-  if (whole) {
-    for (int h = 0; h < 2; h++) store(out + h * LANES, y[h]);
-  } else {
+  if (whole)
+    memcpy(out, y, sizeof y);
+  else
     memcpy(out, y, count * sizeof(float));
-  }
 }
 
 INLINE int32_t word(const int8_t* codes) {
@@ -201,8 +209,7 @@ INLINE int32_t word(const int8_t* codes) {
 }
 
 // Sums of ROWS tokens: codes are rows `stride` bytes apart, the panel has `steps` steps.
-struct Portable {
-  static constexpr bool FMA = false;
+struct Portable : Vectors<4, false> {
   template <int ROWS>
   static void sums(const uint8_t* panel, const int8_t* codes, int64_t stride, int64_t steps,
                    int32_t* out) {
@@ -220,8 +227,7 @@ struct Portable {
 };
 
 #if defined(X86)
-struct Avx2 {
-  static constexpr bool FMA = true;
+struct Avx2 : Vectors<8, true> {
   // Two products of a pair reach at most 2 * 2 * 128, so 63 pairs fit int16.
   static constexpr int64_t PAIRS = 63;
 
@@ -268,8 +274,7 @@ struct Avx2 {
   }
 };
 
-struct Avx512 {
-  static constexpr bool FMA = true;
+struct Avx512 : Vectors<16, true> {
   template <int ROWS>
   TARGET_AVX512 static void sums(const uint8_t* panel, const int8_t* codes, int64_t stride,
                                  int64_t steps, int32_t* out) {
@@ -348,7 +353,7 @@ INLINE void panel_product(const TernaryMatmul& x, const int8_t* codes, int64_t s
                           float* up) {
   const int count = static_cast<int>(std::min<int64_t>(PANEL, x.outputs - first));
   alignas(64) int32_t sums[2 * TILE * PANEL];
-  unpack_panel(x, first, panel);
+  unpack_panel<Set>(x, first, panel);
   const Channels c = channels(x, first, count, up);
   for (int64_t m = begin; m < end;) {
     int rows = static_cast<int>(std::min<int64_t>(TOKENS, end - m));
@@ -360,7 +365,7 @@ INLINE void panel_product(const TernaryMatmul& x, const int8_t* codes, int64_t s
 #endif
       sums_of<Set>(rows, panel, codes + m * stride, stride, steps, sums);
     for (int i = 0; i < rows; i++)
-      finish<Set::FMA>(x, c, up, sums + i * PANEL, m + i, first, count);
+      finish<Set>(x, c, up, sums + i * PANEL, m + i, first, count);
     m += rows;
   }
 }
