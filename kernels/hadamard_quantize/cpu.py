@@ -40,7 +40,6 @@ class _Arguments(ctypes.Structure):
     )
 
 
-@torch.library.custom_op("robuq::cpu_hadamard_quantize", mutates_args=())
 def _hadamard_quantize(
     x: Tensor,
     shift: Tensor | None,
@@ -94,7 +93,12 @@ def _hadamard_quantize(
     return outputs
 
 
-@_hadamard_quantize.register_fake
+_operator = torch.library.custom_op(
+    "robuq::cpu_hadamard_quantize", _hadamard_quantize, mutates_args=()
+)
+
+
+@_operator.register_fake
 def _(
     x: Tensor,
     shift: Tensor | None,
@@ -127,7 +131,7 @@ def hadamard_quantize(
 ) -> Quantized:
     """`reference.hadamard_quantize` for bfloat16, float16 and float32 tokens on the CPU.
 
-    Scale, offset and branch are float32. Where neither rotation, modulation nor a mean is asked
+    Scale, offset and branch are float32 and carry no gradient. Where neither rotation, modulation nor a mean is asked
     for, codes, scale and offset equal the reference's bit for bit. Otherwise float32 sums are
     added in another order, which moves a value by a few units in its last place, so that a code
     within that distance of the next one may be it: at most 0.1 % of the codes differ, by 1.
@@ -147,9 +151,11 @@ def hadamard_quantize(
         x = residual = (x.float() + gate * gated_residual.value.float()).to(x.dtype)
     tokens = F.silu(x.float()) if silu else x.float()
     inner = None if rotation is None else rotation.inner.float()
+    # The dispatcher costs more than a few tokens, and only tracing needs it.
+    compute = _operator if torch.compiler.is_compiling() else _hadamard_quantize
 
     def quantize(signs: Tensor | None, down: Tensor | None) -> tuple[Tensor, ...]:
-        return _hadamard_quantize(
+        return compute(
             tokens,
             None if modulation is None else modulation.shift.float(),
             None if modulation is None else modulation.scale.float(),

@@ -27,7 +27,6 @@ class _Arguments(ctypes.Structure):
     )
 
 
-@torch.library.custom_op("robuq::cpu_ternary_matmul", mutates_args=())
 def _ternary_matmul(
     codes: Tensor,
     planes: Tensor,
@@ -77,7 +76,10 @@ def _ternary_matmul(
     return out
 
 
-@_ternary_matmul.register_fake
+_operator = torch.library.custom_op("robuq::cpu_ternary_matmul", _ternary_matmul, mutates_args=())
+
+
+@_operator.register_fake
 def _(codes: Tensor, planes: Tensor, *others: Any) -> Tensor:
     return codes.new_empty((codes.shape[0], planes.shape[0]), dtype=torch.float32)
 
@@ -103,7 +105,7 @@ def ternary_matmul(
     """`reference.ternary_matmul` for tensors on the CPU.
 
     Without branch and GELU it equals the reference bit for bit; with them, to within the rounding
-    of a float32 sum over the rank, and to 1e-6 of GELU's result.
+    of a float32 sum over the rank, and to 1e-6 of GELU's result. The result carries no gradient.
 
     Raises:
         KernelInputError: a tensor of another shape, dtype, device or layout.
@@ -132,7 +134,9 @@ def ternary_matmul(
     )
     if branch is not None and up is not None:
         branch, up = branch.to(up.dtype).float(), up.float()
-    y: Tensor = _ternary_matmul(
+    # The dispatcher costs more than a small product, and only tracing needs it.
+    compute = _operator if torch.compiler.is_compiling() else _ternary_matmul
+    y: Tensor = compute(
         codes,
         planes,
         token_scale,
