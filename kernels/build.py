@@ -1,4 +1,4 @@
-"""Compile the CPU kernels: `python -m kernels.build`, or as part of an installation.
+"""Compile the CPU kernels: `python -m kernels.build [FILE [FLAG...]]`, or when installing.
 
 One shared library without any of torch's headers. It holds the code of every instruction set and
 chooses when it runs, so that it is never compiled for the machine at hand.
@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,4 +83,8 @@ def build(target: Path = LIBRARY, extra_flags: Sequence[str] = ()) -> Path:
 
 
 if __name__ == "__main__":
-    print(build())
+    target, *flags = sys.argv[1:] or [str(LIBRARY)]
+    try:
+        print(build(Path(target), flags))
+    except BuildError as error:
+        sys.exit(str(error))

@@ -37,7 +37,9 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         library.robuq_source.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        raise MissingKernels(f"{path}: {error}; run python -m kernels.build") from error
+        raise MissingKernels(
+            f"the CPU kernels in {path} cannot be loaded ({error}); run python -m kernels.build"
+        ) from error
     if source_hash() not in (None, library.robuq_source().decode()):
         raise MissingKernels(
             f"{path} was built from other sources; run python -m kernels.build again"
@@ -102,7 +104,6 @@ def call(function: str, arguments: ctypes.Structure) -> int:
     if status == 1:
         raise MemoryError(f"{function}: no memory for its scratch space")
     return status
-
 
 
 def fields(pointers: str, int64: str, float32: str, int32: str) -> list[tuple[str, Any]]:

@@ -131,10 +131,11 @@ def hadamard_quantize(
 ) -> Quantized:
     """`reference.hadamard_quantize` for bfloat16, float16 and float32 tokens on the CPU.
 
-    Scale, offset and branch are float32 and carry no gradient. Where neither rotation, modulation nor a mean is asked
-    for, codes, scale and offset equal the reference's bit for bit. Otherwise float32 sums are
-    added in another order, which moves a value by a few units in its last place, so that a code
-    within that distance of the next one may be it: at most 0.1 % of the codes differ, by 1.
+    Scale, offset and branch are float32 and carry no gradient. Where neither rotation, modulation
+    nor a mean is asked for, codes, scale and offset equal the reference's bit for bit. Otherwise
+    float32 sums are added in another order, which moves a value by a few units in its last place,
+    so that a code within that distance of the next one may be it: at most 0.1 % of the codes
+    differ, by 1.
 
     Raises:
         KernelInputError: a tensor of another shape, dtype, device or layout, or exclusive options.
@@ -177,4 +178,6 @@ def hadamard_quantize(
     else:
         groups = [quantize(s, None if down is None else down[g]) for g, s in enumerate(signs)]
         parts = tuple(torch.stack(part) for part in zip(*groups, strict=True))
-    return Quantized(*parts[:4], None if down is None else parts[4], residual)
+    codes, token_scale, token_offset, code_sums, branch = parts
+    kept = None if down is None else branch
+    return Quantized(codes, token_scale, token_offset, code_sums, kept, residual)

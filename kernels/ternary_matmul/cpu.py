@@ -174,32 +174,23 @@ def grouped_ternary_matmul(
         KernelInputError, MissingKernels: as `ternary_matmul`.
     """
     _check_cpu("grouped_ternary_matmul", codes)
-    check_operands(
+    operands: dict[str, Any] = {**vectors, "bias": bias, "branch": branch, "up": up}
+    x = check_operands(
         "grouped_ternary_matmul",
         codes,
         planes,
-        bias=bias,
-        branch=branch,
-        up=up,
+        **operands,
         out_dtype=out_dtype,
         grouped=True,
         anywhere=True,
-        **vectors,
     )
-    optional = {"bias": bias, "branch": branch, "up": up}
-    layers = [
-        ternary_matmul(
-            codes[g],
-            planes[g],
-            out_dtype=out_dtype,
-            **{name: tensor[g] for name, tensor in vectors.items()},
-            **{name: None if tensor is None else tensor[g] for name, tensor in optional.items()},
-        )
-        for g in range(len(codes))
-    ]
-    if not layers:
-        return codes.new_empty((0, codes.shape[1], planes.shape[1]), dtype=out_dtype)
-    return torch.stack(layers)
+    out = torch.empty((x.groups, x.rows, x.outputs), dtype=out_dtype)
+    for g in range(x.groups):
+        layer: Any = {
+            name: None if tensor is None else tensor[g] for name, tensor in operands.items()
+        }
+        out[g] = ternary_matmul(codes[g], planes[g], **layer, out_dtype=out_dtype)
+    return out
 
 
 def _check_cpu(op: str, codes: Tensor) -> None:

@@ -403,7 +403,7 @@ def test_any_number_of_threads_gives_the_same_bits(instructions: str) -> None:
 
 
 def test_compiles_into_one_graph() -> None:
-    codes, planes, rest = operands(8, 40, 144, bias=True)
+    _, planes, rest = operands(8, 40, 144, bias=True)
     rotation, grid = rotation_of(144), GRIDS["mid-tread"]
 
     def layer(x: Tensor) -> Tensor:
