@@ -17,6 +17,8 @@
 #endif
 #endif
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "lanes are taken apart into bytes");
+
 // Code that is written once and compiled for the instruction set of each caller.
 #define INLINE inline __attribute__((always_inline))
 
@@ -44,6 +46,7 @@ struct Types;
   struct Types<N> {                                       \
     using Floats = float __attribute__((vector_size(4 * N))); \
     using Ints = int32_t __attribute__((vector_size(4 * N))); \
+    using Shorts = int16_t __attribute__((vector_size(4 * N))); \
   }
 TYPES(4);
 TYPES(8);
@@ -58,6 +61,7 @@ struct Vectors {
   static constexpr bool FMA = HAS_FMA;
   using Floats = typename Types<N>::Floats;
   using Ints = typename Types<N>::Ints;
+  using Shorts = typename Types<N>::Shorts;
 
   static INLINE Floats floats(float x) { return Floats{} + x; }
   static INLINE Floats load(const float* from) { return load_as<Floats>(from); }

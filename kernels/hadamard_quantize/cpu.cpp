@@ -55,18 +55,22 @@ INLINE void prepare(const HadamardQuantize& q, int64_t m, float* row) {
   const int64_t width = q.width, image = m / q.tokens_per_image;
   const float* x = q.x + m * q.x_stride;
   if (q.shift) {
-    typename V::Floats sum{}, squares{};
+    // Always 16 partial sums, so that a mean is the same on every instruction set.
+    constexpr int LANES = V::LANES, VECTORS = TOKENS / LANES;
+    typename V::Floats sums[VECTORS] = {}, squares[VECTORS] = {};
     float mean = 0.0f, variance = 0.0f;
-    const int64_t whole = width / V::LANES * V::LANES;
-    for (int64_t k = 0; k < whole; k += V::LANES) sum += V::load(x + k);
-    for (int i = 0; i < V::LANES; i++) mean += sum[i];
+    const int64_t whole = width / TOKENS * TOKENS;
+    for (int64_t k = 0; k < whole; k += TOKENS)
+      for (int v = 0; v < VECTORS; v++) sums[v] += V::load(x + k + v * LANES);
+    for (int i = 0; i < TOKENS; i++) mean += sums[i / LANES][i % LANES];
     for (int64_t k = whole; k < width; k++) mean += x[k];
     mean /= static_cast<float>(width);
-    for (int64_t k = 0; k < whole; k += V::LANES) {
-      const typename V::Floats centred = V::load(x + k) - mean;
-      squares += centred * centred;
-    }
-    for (int i = 0; i < V::LANES; i++) variance += squares[i];
+    for (int64_t k = 0; k < whole; k += TOKENS)
+      for (int v = 0; v < VECTORS; v++) {
+        const typename V::Floats centred = V::load(x + k + v * LANES) - mean;
+        squares[v] += centred * centred;
+      }
+    for (int i = 0; i < TOKENS; i++) variance += squares[i / LANES][i % LANES];
     for (int64_t k = whole; k < width; k++) variance += (x[k] - mean) * (x[k] - mean);
     variance /= static_cast<float>(width);
     const float inverse = 1.0f / std::sqrt(variance + q.layer_norm_eps);

@@ -208,29 +208,44 @@ INLINE int32_t word(const int8_t* codes) {
   return four;
 }
 
+// Products of two pairs reach at most 2 * 2 * 128 in magnitude, so 63 steps fit int16.
+constexpr int64_t SHORT_STEPS = 63;
+
 // Sums of ROWS tokens: codes are rows `stride` bytes apart, the panel has `steps` steps.
 struct Portable : Vectors<4, false> {
   template <int ROWS>
   static void sums(const uint8_t* panel, const int8_t* codes, int64_t stride, int64_t steps,
                    int32_t* out) {
-    for (int m = 0; m < ROWS; m++) {
-      int32_t acc[PANEL] = {};
-      for (int64_t s = 0; s < steps; s++) {
-        const int8_t* c = codes + m * stride + 4 * s;
-        const uint8_t* w = panel + s * STEP;
-        for (int n = 0; n < PANEL; n++)
-          acc[n] += w[4 * n] * c[0] + w[4 * n + 1] * c[1] + w[4 * n + 2] * c[2] + w[4 * n + 3] * c[3];
+    for (int m = 0; m < ROWS; m++)
+      for (int part = 0; part < PANEL; part += 16)
+        outputs(panel + 4 * part, codes + m * stride, steps, out + m * PANEL + part);
+  }
+
+  // 16 outputs of a panel, a token.
+  static void outputs(const uint8_t* panel, const int8_t* codes, int64_t steps, int32_t* out) {
+    Ints total[4] = {};
+    for (int64_t begin = 0; begin < steps; begin += SHORT_STEPS) {
+      Shorts acc[4] = {};
+      for (int64_t s = begin; s < std::min(steps, begin + SHORT_STEPS); s++) {
+        const Shorts c = bits<Shorts>(Ints{} + word(codes + 4 * s));
+        const Shorts even = (c << 8) >> 8, odd = c >> 8;
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+          const Shorts w = load_as<Shorts>(panel + s * STEP + 16 * v);
+          acc[v] += (w & 255) * even + (w >> 8) * odd;
+        }
       }
-      memcpy(out + m * PANEL, acc, sizeof acc);
+      for (int v = 0; v < 4; v++) {
+        const Ints pairs = bits<Ints>(acc[v]);
+        total[v] += (pairs << 16 >> 16) + (pairs >> 16);
+      }
     }
+    memcpy(out, total, sizeof total);
   }
 };
 
 #if defined(X86)
 struct Avx2 : Vectors<8, true> {
-  // Two products of a pair reach at most 2 * 2 * 128, so 63 pairs fit int16.
-  static constexpr int64_t PAIRS = 63;
-
   template <int ROWS>
   TARGET_AVX2 static void sums(const uint8_t* panel, const int8_t* codes, int64_t stride,
                                int64_t steps, int32_t* out) {
@@ -252,10 +267,10 @@ struct Avx2 : Vectors<8, true> {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i total[ROWS][2];
     for (int m = 0; m < ROWS; m++) total[m][0] = total[m][1] = _mm256_setzero_si256();
-    for (int64_t begin = 0; begin < steps; begin += PAIRS) {
+    for (int64_t begin = 0; begin < steps; begin += SHORT_STEPS) {
       __m256i acc[ROWS][2];
       for (int m = 0; m < ROWS; m++) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
-      for (int64_t s = begin; s < std::min(steps, begin + PAIRS); s++) {
+      for (int64_t s = begin; s < std::min(steps, begin + SHORT_STEPS); s++) {
         const auto* w = reinterpret_cast<const __m256i*>(panel + s * STEP);
         const __m256i w0 = _mm256_load_si256(w), w1 = _mm256_load_si256(w + 1);
         for (int m = 0; m < ROWS; m++) {

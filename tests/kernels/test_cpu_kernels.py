@@ -402,6 +402,22 @@ def test_any_number_of_threads_gives_the_same_bits(instructions: str) -> None:
             assert torch.equal(have, want)
 
 
+def test_instruction_sets_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, modulation = tokens(33, 1152), Modulation(torch.randn(3, 1152), torch.randn(3, 1152), 11)
+    results = []
+    for name in available():
+        force(name, monkeypatch)
+        quantized = quantizing.hadamard_quantize(
+            x, GRIDS["mid-tread"], rotation=rotation_of(1152), modulation=modulation
+        )
+        codes, planes, rest = operands(33, 70, 1152, bias=True, gelu=True, per_image=11)
+        y = product.ternary_matmul(codes, planes, **rest)
+        results.append([y, *quantized[:4]])
+    for result in results[1:]:
+        for have, want in zip(result, results[0], strict=True):
+            assert torch.equal(have, want)
+
+
 def test_compiles_into_one_graph() -> None:
     _, planes, rest = operands(8, 40, 144, bias=True)
     rotation, grid = rotation_of(144), GRIDS["mid-tread"]
