@@ -103,7 +103,7 @@ INLINE void unpack_panel(const TernaryMatmul& x, int64_t first, uint8_t* panel) 
           memcpy(&tile[i], rows[i] + 4 * w, 4 * LANES);
         } else {
           tile[i] = typename V::Ints{};
-          memcpy(&tile[i], rows[i] + 4 * w, 4 * WORDS);
+          memcpy(&tile[i], rows[i] + 4 * w, 4 * std::min(LANES, WORDS));
         }
       }
       V::transpose(tile);  // word d of all outputs: columns 4 d to 4 d + 3 of each plane
