@@ -63,7 +63,7 @@ struct Vectors {
   using Ints = typename Types<N>::Ints;
   using Shorts = typename Types<N>::Shorts;
 
-  static INLINE Floats floats(float x) { return Floats{} + x; }
+  static INLINE Floats floats(float x) { return x - Floats{}; }  // + would lose the sign of -0
   static INLINE Floats load(const float* from) { return load_as<Floats>(from); }
   static INLINE Ints load(const int32_t* from) { return load_as<Ints>(from); }
   static INLINE Ints int_of(Floats x) { return __builtin_convertvector(x, Ints); }

@@ -109,7 +109,9 @@ INLINE void transform(const HadamardQuantize& q, const uint8_t* patterns, typena
     for (int64_t j = 0; j < m; j++) {
       const uint8_t* pattern = patterns + j * quads;
       Floats y = shared[pattern[0]];
-      for (int64_t quad = 1; quad < quads; quad++) y += shared[quad * SUMS + pattern[quad]];
+      const Floats* sums = shared + SUMS;
+#pragma GCC unroll 4
+      for (int64_t quad = 1; quad < quads; quad++, sums += SUMS) y += sums[pattern[quad]];
       x[j] = y;
     }
   }
@@ -290,7 +292,11 @@ INLINE void block(const HadamardQuantize& q, int64_t first, const Scratch& scrat
       }
     }
     V::transpose(tile);
-    for (int i = 0; i < count; i++) memcpy(q.codes + (first + i) * width + k, &tile[i], columns);
+    int8_t* codes = q.codes + first * width + k;
+    if (columns == 4 * LANES)
+      for (int i = 0; i < count; i++) memcpy(codes + i * width, &tile[i], sizeof(Ints));
+    else
+      for (int i = 0; i < count; i++) memcpy(codes + i * width, &tile[i], columns);
   }
   const Floats offset = q.floor ? l.shift + l.scale / 2.0f : l.shift;
   memcpy(q.token_scale + first, &l.scale, count * sizeof(float));

@@ -53,6 +53,9 @@ struct TernaryMatmul {
 
 // The best instruction set of this CPU.
 int32_t robuq_instruction_set() {
+#if defined(X86)
+  __builtin_cpu_init();
+#endif
 #if defined(AMX)
   // Linux lends the tile registers to a process that asks; asking again changes nothing.
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
