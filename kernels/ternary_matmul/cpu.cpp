@@ -13,12 +13,6 @@
 #include <omp.h>
 #endif
 
-#if defined(AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
 
 constexpr int PANEL = 32;        // outputs
@@ -50,40 +44,6 @@ struct TernaryMatmul {
   int64_t rows, outputs, width, rank, tokens_per_image;
   int32_t gelu, threads, instruction_set;
 };
-
-// The best instruction set of this CPU.
-int32_t robuq_instruction_set() {
-#if defined(X86)
-  __builtin_cpu_init();
-#endif
-#if defined(AMX)
-  // Linux lends the tile registers to a process that asks; asking again changes nothing.
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  unsigned a, b, c, d;
-  const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
-  if (tiles && __builtin_cpu_supports("avx512vnni") &&
-      syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0)
-    return AMX_INT8;
-#endif
-#if defined(X86)
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return AVX512_VNNI;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2_FMA;
-#endif
-  return PORTABLE;
-}
-
-int32_t robuq_has_openmp() {
-#if defined(_OPENMP)
-  return 1;
-#else
-  return 0;
-#endif
-}
-
-// Changes with the sources that the library was built from.
-const char* robuq_source() { return ROBUQ_SOURCE; }
 }
 
 namespace {
@@ -155,7 +115,8 @@ INLINE Channels channels(const TernaryMatmul& x, int64_t first, int count, float
     if (x.bias) c.bias[n] = x.bias[first + n];
   }
   for (int64_t r = 0; r < x.rank; r++)
-    for (int n = 0; n < PANEL; n++) up[r * PANEL + n] = n < count ? x.up[(first + n) * x.rank + r] : 0.0f;
+    for (int n = 0; n < PANEL; n++)
+      up[r * PANEL + n] = n < count ? x.up[(first + n) * x.rank + r] : 0.0f;
   return c;
 }
 
@@ -255,7 +216,8 @@ struct Avx2 : Vectors<8, true> {
     for (int m = 0; m < ROWS; m += 4)
       for (int part = 0; part < 2; part++)
         if (m + 4 <= ROWS) {
-          tile<4>(panel + 64 * part, codes + m * stride, stride, steps, out + m * PANEL + 16 * part);
+          tile<4>(panel + 64 * part, codes + m * stride, stride, steps,
+                  out + m * PANEL + 16 * part);
         } else {
           constexpr int REST = ROWS % 4 ? ROWS % 4 : 4;
           tile<REST>(panel + 64 * part, codes + m * stride, stride, steps,
