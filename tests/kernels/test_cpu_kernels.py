@@ -146,6 +146,13 @@ def test_no_library_and_a_library_that_is_none(tmp_path: Path) -> None:
     assert "MissingKernels" in result.stderr
     assert "absent.so" in result.stderr
     assert "run python -m kernels.build" in result.stderr
+    code = (
+        "from robuq_bench.runs.provenance import environment_report\n"
+        "print(environment_report()['can_run']['CPU kernels'])\n"
+    )
+    result = run(code, ROBUQ_CPU_KERNELS=str(tmp_path / "absent.so"))
+    assert result.stdout.startswith("{'available': False, 'why': 'the CPU kernels in ")
+    assert "'available': True" in run(code).stdout
 
 
 def test_build_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
