@@ -33,7 +33,7 @@ help:
 setup: $(READY)
 
 # torch comes first and alone: with a CPU build in place, nothing later pulls the CUDA one
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"Python 3.11 or newer is needed, this is {v}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

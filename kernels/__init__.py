@@ -1,4 +1,4 @@
-"""GPU kernels of ternary networks: one folder per operation, `reference.py` beside `triton.py`.
+"""Kernels of ternary networks: one folder per operation, `reference.py` beside `triton.py`.
 
 - `hadamard_quantize`: [residual + gate] [LayerNorm + modulate] Hadamard, per-token codes.
 - `ternary_matmul`: packed ternary weight times int8 codes, with the epilogues of a transformer.
@@ -8,7 +8,8 @@
 A reference is plain PyTorch, runs on any device and defines what the kernel computes. A kernel runs
 on a CUDA device, or anywhere in Triton's interpreter (`TRITON_INTERPRET=1`, set before the first
 import of this package). `python -m kernels.offline` compiles every kernel for sm_90 without a GPU
-and reads its machine code. This package imports torch and triton only.
+and reads its machine code. `cpu.cpp` and `cpu.py` of the first two are for the CPU, compiled by an
+installation or by `python -m kernels.build`. This package imports torch and triton only.
 """
 
 import os

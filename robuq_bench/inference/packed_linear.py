@@ -133,8 +133,8 @@ def kernel_module(operation: str, backend: str) -> ModuleType:
     """The module that computes `operation` for a backend; Triton is imported when asked for."""
     from importlib import import_module
 
-    own = backend == "triton" or (backend, operation) == ("cpu", "ternary_matmul")
-    return import_module(f"kernels.{operation}.{backend if own else 'reference'}")
+    own = {"triton": "triton"} | ({"cpu": "int_mm"} if operation == "ternary_matmul" else {})
+    return import_module(f"kernels.{operation}.{own.get(backend, 'reference')}")
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

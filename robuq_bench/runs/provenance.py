@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kernels import cpu_library
 from robuq_bench import __version__
 from robuq_bench.files import cache_folder, expand_user, sha256_file
 from robuq_bench.memory import malloc_settings
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = ("bench.py", "robuq_bench", "studies", "kernels", "pyproject.toml", "constraints.txt")
 _VARIABLES = re.compile(
     r"(OMP|KMP|MKL|OPENBLAS|CUDA|CUBLAS|PYTORCH|TORCH|TRITON|NVIDIA|MALLOC)_\w+"
-    r"|PYTHONHASHSEED|GLIBC_TUNABLES"
+    r"|PYTHONHASHSEED|GLIBC_TUNABLES|ROBUQ_CPU_INSTRUCTIONS"
 )
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _REPORTED = ("torch", "torchvision", "diffusers", "torch-fidelity", "triton", "numpy", "scipy")
@@ -224,6 +225,7 @@ def environment_report() -> dict[str, Any]:
         "packages": {name: packages.get(name) for name in _REPORTED},
         "can_run": {
             "CPU studies": _cpu_ability(packages),
+            "CPU kernels": _cpu_kernels_ability(),
             "CUDA": cuda,
             "Triton kernels": _triton_ability(packages.get("triton"), cuda["available"]),
             "FID with Inception": _inception_ability(packages.get("torch-fidelity")),
@@ -240,6 +242,13 @@ def _cpu_ability(packages: dict[str, str]) -> dict[str, Any]:
     missing = [name for name in needed if name not in packages]
     why = f"missing: {', '.join(missing)}" if missing else "workload digits, every plan"
     return _ability(not missing, why)
+
+
+def _cpu_kernels_ability() -> dict[str, Any]:
+    try:
+        return _ability(True, cpu_library.describe())
+    except cpu_library.MissingKernels as missing:
+        return _ability(False, f"{missing}. Without them a packed layer takes several times longer")
 
 
 def _cuda_ability(torch_version: str | None) -> dict[str, Any]:

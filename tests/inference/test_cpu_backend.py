@@ -31,7 +31,7 @@ Student = Callable[..., tuple[DiT, Plan]]
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CPU has, and a CPU without integer instructions."""
     if request.param == "without _int_mm":
-        monkeypatch.setattr(cpu, "has_fast_int_mm", lambda: False)
+        monkeypatch.setattr(int_mm, "has_fast_int_mm", lambda: False)
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ def test_integer_sums_are_exact(rows: int, width: int) -> None:
         given = operands(rows, outputs, width)
         codes, planes = given["codes"], given["planes"]
         expected = codes.numpy().astype(np.int64) @ planes.numpy().astype(np.int64).T
-        found = cpu.integer_product(codes, planes).numpy()
+        found = int_mm.integer_product(codes, planes).numpy()
         assert np.array_equal(found.astype(np.int64), expected)
         planes.fill_(1)  # the largest sums
-        found = cpu.integer_product(codes.fill_(-128), planes).numpy()
+        found = int_mm.integer_product(codes.fill_(-128), planes).numpy()
         assert np.array_equal(found, np.full((rows, outputs), -128.0 * width))
 
 
@@ -85,18 +85,18 @@ def test_integer_sums_are_exact(rows: int, width: int) -> None:
 def test_epilogues_agree_with_the_reference(
     monkeypatch: pytest.MonkeyPatch, rows: int, rank: int, kind: str
 ) -> None:
-    monkeypatch.setattr(cpu, "AT_ONCE", 20 * 136)  # parts that do not end with an image
+    monkeypatch.setattr(int_mm, "AT_ONCE", 20 * 136)  # parts that do not end with an image
     given = operands(rows, 136, 144, rank)
     options = {"gelu": kind == "gelu", "out_dtype": torch.float32}
     if kind == "gate":
         images = 2 if rows > 1 else 1
         given["gate"], given["residual"] = torch.randn(images, 136), torch.randn(rows, 136)
         options["tokens_per_image"] = rows // images
-    found = cpu.ternary_matmul(**given, **options)
+    found = int_mm.ternary_matmul(**given, **options)
     packed = given | {"planes": pack_planes(given["planes"])}
     expected = reference.ternary_matmul(**packed, **options)
     assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
-    half = cpu.ternary_matmul(**given, **options | {"out_dtype": torch.bfloat16})
+    half = int_mm.ternary_matmul(**given, **options | {"out_dtype": torch.bfloat16})
     assert torch.equal(half, found.bfloat16())
 
 
@@ -105,9 +105,9 @@ def test_groups_are_the_layers_one_by_one() -> None:
     layers = [operands(3, 48, 144, rank=4), operands(3, 48, 144, rank=4)]
     layers[1]["planes"] = -layers[1]["planes"]
     stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    found = cpu.grouped_ternary_matmul(**stacked, out_dtype=torch.float32)
+    found = int_mm.grouped_ternary_matmul(**stacked, out_dtype=torch.float32)
     for layer, one in zip(layers, found, strict=True):
-        assert torch.equal(one, cpu.ternary_matmul(**layer, out_dtype=torch.float32))
+        assert torch.equal(one, int_mm.ternary_matmul(**layer, out_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("groups", [0, 3])
@@ -173,7 +173,7 @@ def test_a_model_is_the_same_whatever_instructions_and_threads(
     assert float((found - integer).norm() / integer.norm()) < 0.02
     threads(2)
     assert torch.equal(prepared(*inputs), found)
-    monkeypatch.setattr(cpu, "has_fast_int_mm", lambda: False)
+    monkeypatch.setattr(int_mm, "has_fast_int_mm", lambda: False)
     assert torch.equal(prepared(*inputs), found)
 
 
@@ -182,10 +182,10 @@ def test_integer_instructions_are_used_where_vnni_is(monkeypatch: pytest.MonkeyP
     for has_vnni, dtype in ((True, torch.int32), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has=has_vnni: has)
         expected = dtype if torch.backends.mkldnn.is_available() else torch.float32
-        assert cpu.integer_product(given["codes"], given["planes"]).dtype == expected
+        assert int_mm.integer_product(given["codes"], given["planes"]).dtype == expected
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not cpu.has_fast_int_mm()
+    assert not int_mm.has_fast_int_mm()
 
 
 def test_the_default_is_cpu_where_every_layer_can(student: Student) -> None:
@@ -221,7 +221,7 @@ def test_what_is_not_on_a_cpu_or_too_wide_is_refused() -> None:
         prepare_for_inference(torch.nn.Sequential(layer.to("meta")), "cpu")
     wide = operands(1, 1, reference.EXACT_WIDTH)
     with pytest.raises(KernelInputError, match=r"on a CPU: K = 65536 is not exact"):
-        cpu.ternary_matmul(**wide)
+        int_mm.ternary_matmul(**wide)
     elsewhere = {name: value.to("meta") for name, value in operands(2, 3, 4).items()}
     with pytest.raises(KernelInputError, match="codes are on meta; this one runs on a CPU only"):
-        cpu.ternary_matmul(**elsewhere)
+        int_mm.ternary_matmul(**elsewhere)

@@ -1,13 +1,17 @@
-"""Kernel tests run on the CUDA device when there is one, in Triton's interpreter otherwise."""
+"""Triton's kernels run on the CUDA device when there is one, else in its interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from compiled import SETS, force
 from torch import Tensor
+
+from kernels import build, cpu_library
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,25 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poison(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", _poison(Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The checkout's library or one built now, which takes ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            cpu_library.load()
+        except cpu_library.MissingKernels as missing:
+            if os.environ.get(cpu_library.PATH_VARIABLE) or build.compiler() is None:
+                pytest.skip(str(missing))
+            target = build.build(tmp_path_factory.mktemp("library") / "_cpu.so")
+            patch.setenv(cpu_library.PATH_VARIABLE, str(target))
+        yield
+
+
+@pytest.fixture(params=SETS)
+def instructions(
+    library: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    force(request.param, monkeypatch)
+    return str(request.param)
