@@ -182,7 +182,9 @@ def test_bits_of_another_solver_have_a_mark_of_their_own(fabricate, parse_page, 
     page = parse_page(build_report([fabricate.root], html))
     assert "■ Hadamard, bits allocated otherwise" in page.text
     notes = [row[0].small for row in page.table("Plans and metrics").rows]
-    assert notes[1:] == ["seed 0; bits.solver = exact", "seed 0; bits.solver = greedy"]
+    assert notes[1:] == [
+        f"500 QAT steps; seed 0; bits.solver = {solver}" for solver in ("exact", "greedy")
+    ]
 
 
 def test_the_recipe_says_what_it_said():

@@ -204,7 +204,7 @@ def test_page_shows_the_recorded_numbers(built: Path, parse_page: Callable[[Path
 
 def test_documented_command_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
     name = built.parent.name
-    command = ["bench.py", "report", "--output", f"reports/recorded/{name}/runs", "--html"]
+    command = ["bench.py", "report", f"reports/recorded/{name}/runs", "--html"]
     assert " ".join(["python", *command]).replace(name, "digits") in (
         RECORDED / "README.md"
     ).read_text("utf-8")
