@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 
@@ -44,8 +44,6 @@ class Sheet:
     anchors: the column with an id for each row, which links of the page lead to.
     kind: CSS classes; "dense" for long tables, "claims" for sentences.
     """
-
-    kind_of_block: ClassVar[str] = "sheet"
 
     frame: pd.DataFrame
     caption: str
@@ -133,8 +131,6 @@ class Figures:
     `key` pairs a meaning of `robuq_bench.figures.MEANINGS` with a mark and words: "◆ with AMPN".
     """
 
-    kind_of_block: ClassVar[str] = "figures"
-
     pictures: Sequence[Picture]
     caption: str
     key: Sequence[tuple[str, str]] = ()
@@ -155,8 +151,6 @@ class Figures:
 class Prose:
     """A paragraph; `kind` is a CSS class, such as "missing"."""
 
-    kind_of_block: ClassVar[str] = "prose"
-
     parts: Sequence[Phrase]
     kind: str = ""
 
@@ -165,16 +159,12 @@ class Prose:
 class Points:
     """A list of sentences."""
 
-    kind_of_block: ClassVar[str] = "points"
-
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Heading:
     """A heading inside a section; with `anchor` it stands in the table of contents."""
-
-    kind_of_block: ClassVar[str] = "heading"
 
     text: str
     anchor: str = ""
@@ -197,16 +187,12 @@ class Image:
 class Images:
     """Pictures side by side."""
 
-    kind_of_block: ClassVar[str] = "images"
-
     images: Sequence[Image]
 
 
 @dataclass(frozen=True)
 class Fold:
     """What is shown when its summary is opened."""
-
-    kind_of_block: ClassVar[str] = "fold"
 
     summary: str
     blocks: Sequence[Block]
