@@ -10,11 +10,11 @@ import seaborn as sns
 
 from reports.generic import table_fold
 from reports.loading import RunData
-from reports.mixed import UNIFORM, fid_name, heat_panel, interval_dots, limits, section, verdicts
+from reports.mixed import UNIFORM, fid_name, heat_panel, limits, section, verdicts
 from reports.page import Block, Figures, Fold, Points, Section, Sheet, sentence
 from reports.published import published_values
 from reports.text import Phrase, joined, listing, of_metric, plural, spread, times
-from robuq_bench.figures import Picture, colour, log_axis, panel
+from robuq_bench.figures import Picture, colour, log_axis, panel, points
 from robuq_bench.statistics.comparisons import MARGIN
 
 ORDER = 60
@@ -104,8 +104,7 @@ def _ratio_panels(run: RunData, effects: pd.DataFrame) -> list[Picture]:
     ratios = (trials / trials.xs(UNIFORM)).reset_index()
     pictures = []
     for (budget, metric), own in effects.groupby(["budget", "metric"], sort=False):
-        ends = own.melt("candidate", ["effect", "low", "high"]).dropna()
-        if ends.empty:
+        if own["effect"].isna().all():
             continue
         order = list(own["candidate"].unique())
         seeds = ratios[(ratios["budget"] == budget) & ratios["candidate"].isin(order)]
@@ -119,7 +118,8 @@ def _ratio_panels(run: RunData, effects: pd.DataFrame) -> list[Picture]:
                 seeds, x=metric, y="candidate", hue="candidate", ax=drawn.axes, legend=False,
                 size=3.5, jitter=False, alpha=0.5, **look,
             )  # fmt: skip
-            interval_dots(drawn.axes, ends, "candidate", "candidate", marker="D", **look)
+            points(own, drawn.axes, "candidate", ["low", "effect", "high"], hue="candidate",
+                   marker="D", markersize=4, **look)  # fmt: skip
             drawn.axes.axvline(1, color=colour("uniform bits"))
             drawn.axes.locator_params(axis="x", nbins=5)
             drawn.axes.set(xlabel="ratio to uniform", ylabel="")

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
 
 from reports.generic import VERDICTS, claims_of, is_verdicts, one_rule
 from reports.loading import RunData
@@ -124,14 +121,6 @@ def limits(low: pd.Series, high: pd.Series, thresholds: Sequence[float]) -> pd.S
     pairs = zip(low, high, strict=True)
     texts = ["" if math.isnan(a + b) else interval_text(a, b, thresholds) for a, b in pairs]
     return pd.Series(texts, low.index, dtype=object)
-
-
-def interval_dots(axes: Axes, ends: pd.DataFrame, row: str, hue: str, **look: Any) -> None:
-    """A dot and its interval per row of the axis: estimate and limits are three rows of `ends`."""
-    sns.pointplot(
-        ends, x="value", y=row, hue=hue, ax=axes, estimator="median", errorbar=("pi", 100),
-        linestyle="none", markersize=4, legend=False, **look,
-    )  # fmt: skip
 
 
 def heat_panel(

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from reports.generic import answer_of, claims_of, old_claims, plain_sheet, rule_of, table_fold
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Section, Sheet, sentence
 from reports.text import Phrase, bytes_text, number, percent, spread, stem, times
-from robuq_bench.figures import Picture, colour, panel
+from robuq_bench.figures import Picture, colour, panel, points
 
 ORDER = 70
 QUESTION = "Does a packed model keep the quality of the trained one?"
@@ -93,14 +92,12 @@ def _answer(run: RunData, frame: pd.DataFrame) -> list[Phrase]:
 
 
 def _fid_panel(run: RunData, frame: pd.DataFrame, fid: str) -> Picture:
-    ranges = frame.melt("variant", [fid, f"{fid}_min", f"{fid}_max"])
     alt = "; ".join(f"{r['variant']} {number(fid, r[fid])}" for r in frame.to_dict("records"))
     with panel(f"packed-{run.anchor}", f"{fid} by variant: {alt}", height=1.9) as drawn:
-        sns.pointplot(
-            ranges, x="value", y="variant", ax=drawn.axes, color=colour("rotated"),
-            linestyle="none", errorbar=("pi", 100), marker="D", markersize=5,
-        )  # fmt: skip
-        drawn.axes.set(xlabel=f"{fid} (lower is better)", ylabel="")
+        limits = [f"{fid}_min", fid, f"{fid}_max"]
+        look = {"color": colour("rotated"), "marker": "D", "markersize": 5}
+        points(frame[["variant", *limits]], drawn.axes, "variant", limits, **look)
+        drawn.axes.set_xlabel(f"{fid} (lower is better)")
     return drawn.picture
 
 

@@ -11,10 +11,10 @@ import seaborn as sns
 
 from reports.generic import VERDICTS, table_fold
 from reports.loading import RunData
-from reports.mixed import bits_text, heat_panel, interval_dots, limits, section, verdicts
+from reports.mixed import bits_text, heat_panel, limits, section, verdicts
 from reports.page import Block, Figures, Fold, Points, Section, Sheet, sentence
 from reports.text import Phrase, fixed, listing, plural, significant
-from robuq_bench.figures import Picture, colour, log_axis, log_edges, panel
+from robuq_bench.figures import Picture, colour, log_axis, log_edges, panel, points
 from robuq_bench.statistics.reliability import correlation_cap
 
 ORDER = 50
@@ -128,10 +128,10 @@ def _agreement_figures(run: RunData, judged: pd.DataFrame) -> Figures:
         texts = own["metric"] + " " + own["when"] + " " + own["spearman"].map(_rho)
         noted = "" if math.isnan(cap) else f"; cap {_rho(cap)}"
         alt = f"Spearman's rho with the truth, {title}: {'; '.join(texts)}{noted}"
-        ends = own.melt(["metric", "when"], ["spearman", "spearman_low", "spearman_high"])
         with panel(f"sensitivity-rho-{bits}-{run.anchor}", alt, height=2.9, title=title) as drawn:
-            interval_dots(drawn.axes, ends, "metric", "when", hue_order=_WHEN, dodge=0.4,
-                          palette=[colour(when) for when in _WHEN])  # fmt: skip
+            points(own, drawn.axes, "metric", ["spearman_low", "spearman", "spearman_high"],
+                   hue="when", hue_order=_WHEN, dodge=0.4, markersize=4,
+                   palette=[colour(when) for when in _WHEN])  # fmt: skip
             if noted:
                 drawn.axes.axvline(cap, color=colour("reference"), linestyle=":")
             drawn.axes.set(xlabel="Spearman’s ρ with the truth", ylabel="")

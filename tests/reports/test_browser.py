@@ -129,8 +129,7 @@ def test_report_is_legible_and_navigable(
 ) -> None:
     path = built if name == "built" else RECORDED / name / "report.html"
     faults = examine(tab, path, width, scheme)
-    if faults:  # an assertion would print all of them
-        pytest.fail(f"report {name}, {width} px wide, {scheme}\n{listed(faults)}", pytrace=False)
+    assert not faults, f"report {name}, {width} px wide, {scheme}\n{listed(faults)}"
 
 
 GOOD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>good</title>
