@@ -248,7 +248,7 @@ def _cpu_kernels_ability() -> dict[str, Any]:
     try:
         return _ability(True, cpu_library.describe())
     except cpu_library.MissingKernels as missing:
-        return _ability(False, f"{missing}. Without them a packed layer takes several times longer")
+        return _ability(False, f"{missing}. No command needs them yet")
 
 
 def _cuda_ability(torch_version: str | None) -> dict[str, Any]:
