@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("cpu.cpp", "hadamard_quantize/cpu.cpp", "ternary_matmul/cpu.cpp")
-HEADERS = ("cpu.hpp",)
+HEADERS = ("cpu.hpp", "hadamard.hpp")
 LIBRARY = FOLDER / "_cpu.so"
 """Where a checkout has its library; an installation adds its own suffix."""
 
