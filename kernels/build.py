@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("cpu.cpp", "hadamard_quantize/cpu.cpp", "ternary_matmul/cpu.cpp")
+SOURCES = (
+    "cpu.cpp",
+    "fake_quantize/cpu.cpp",
+    "hadamard_quantize/cpu.cpp",
+    "ternary_matmul/cpu.cpp",
+    "ternary_weight/cpu.cpp",
+)
 HEADERS = ("cpu.hpp", "hadamard.hpp")
 LIBRARY = FOLDER / "_cpu.so"
 """Where a checkout has its library; an installation adds its own suffix."""

@@ -146,13 +146,15 @@ INLINE typename V::Ints code(const Arguments& q, const Levels<V>& l,
   return V::int_of(whole);
 }
 
-// The pattern of every column and quad of rows of `inner`; whether all its entries are ±1.
-inline bool find_patterns(const float* inner, int64_t m, uint8_t* patterns) {
+// The pattern of every column and quad of rows of `inner`, or of its transpose; whether all its
+// entries are ±1.
+inline bool find_patterns(const float* inner, int64_t m, uint8_t* patterns,
+                          bool transposed = false) {
   const int64_t quads = (m + QUAD - 1) / QUAD;
   memset(patterns, 0, m * quads);
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < m; j++) {
-      const float entry = inner[i * m + j];
+      const float entry = transposed ? inner[j * m + i] : inner[i * m + j];
       if (entry != 1.0f && entry != -1.0f) return false;
       if (entry < 0.0f) patterns[j * quads + i / QUAD] |= 1 << i % QUAD;
     }
