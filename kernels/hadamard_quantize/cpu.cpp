@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int RANKS = 8;  // branch outputs accumulated at once
+constexpr int RANKS = 8;  // branch outputs that lie side by side
 
 }  // namespace
 
@@ -80,25 +80,27 @@ INLINE void prepare(const HadamardQuantize& q, int64_t m, float* row) {
 }
 
 // z @ down.T of the tokens that exist.
-template <class V>
-INLINE void project(const HadamardQuantize& q, int64_t first, int count,
-                    const typename V::Floats* z) {
+// `down` is [rank / RANKS][width][RANKS], GROUPS of which are done at once.
+template <class V, int GROUPS>
+INLINE void project(const HadamardQuantize& q, const float* down, int64_t group, int64_t first,
+                    int count, const typename V::Floats* z) {
   using Floats = typename V::Floats;
-  for (int64_t r = 0; r < q.rank; r += RANKS) {
-    const float* down[RANKS];
-    for (int i = 0; i < RANKS; i++) down[i] = q.down + std::min(r + i, q.rank - 1) * q.width;
-    Floats total[RANKS] = {};
-    for (int64_t begin = 0; begin < q.width; begin += PART) {
-      Floats part[RANKS] = {};
-      for (int64_t k = begin; k < std::min(q.width, begin + PART); k++)
-#pragma GCC unroll 8
-        for (int i = 0; i < RANKS; i++)
-          part[i] = V::multiply_add(z[k], V::floats(down[i][k]), part[i]);
-      for (int i = 0; i < RANKS; i++) total[i] += part[i];
-    }
-    for (int i = 0; i < RANKS && r + i < q.rank; i++)
-      for (int t = 0; t < count; t++) q.branch[(first + t) * q.rank + r + i] = total[i][t];
+  constexpr int ALL = GROUPS * RANKS;
+  down += group * RANKS * q.width;
+  Floats total[ALL] = {};
+  for (int64_t begin = 0; begin < q.width; begin += PART) {
+    Floats part[ALL] = {};
+    for (int64_t k = begin; k < std::min(q.width, begin + PART); k++)
+#pragma GCC unroll 16
+      for (int i = 0; i < ALL; i++) {
+        const float weight = down[(i / RANKS * q.width + k) * RANKS + i % RANKS];
+        part[i] = V::multiply_add(z[k], V::floats(weight), part[i]);
+      }
+    for (int i = 0; i < ALL; i++) total[i] += part[i];
   }
+  const int64_t r = group * RANKS;
+  for (int i = 0; i < ALL && r + i < q.rank; i++)
+    for (int t = 0; t < count; t++) q.branch[(first + t) * q.rank + r + i] = total[i][t];
 }
 
 struct Scratch {
@@ -106,6 +108,7 @@ struct Scratch {
   float* z;         // [width, 16]
   float* shared;    // [max(16 quads, outer), 16]
   uint8_t* patterns;  // [order, quads]
+  float* down;        // as `project` takes it
 };
 
 // Tokens from `first`, one per lane.
@@ -165,7 +168,12 @@ INLINE void block(const HadamardQuantize& q, int64_t first, const Scratch& scrat
   memcpy(q.token_scale + first, &l.scale, count * sizeof(float));
   memcpy(q.token_offset + first, &offset, count * sizeof(float));
   memcpy(q.code_sums + first, &sums, count * sizeof(int32_t));
-  project<V>(q, first, count, z);
+  const int64_t groups = (q.rank + RANKS - 1) / RANKS;
+  int64_t group = 0;
+  if (LANES == 16)  // has registers for two
+    for (; group + 2 <= groups; group += 2)
+      project<V, 2>(q, scratch.down, group, first, count, z);
+  for (; group < groups; group++) project<V, 1>(q, scratch.down, group, first, count, z);
 }
 
 // Tokens [first, first + 16) that exist.
@@ -209,10 +217,15 @@ extern "C" int32_t robuq_hadamard_quantize(const HadamardQuantize* arguments) {
   const auto z = allocate<float>(threads * q.width * TOKENS);
   const auto shared = allocate<float>(threads * shared_size);
   const auto patterns = allocate<uint8_t>(q.order * quads);
-  if (!rows || !z || !shared || !patterns) return 1;
+  const auto down = allocate<float>(round_up(q.rank, RANKS) * q.width);
+  if (!rows || !z || !shared || !patterns || !down) return 1;
   if (q.inner && !find_patterns(q.inner, q.order, patterns.get())) return 2;
   // Lanes without a token compute with what is here.
   std::fill_n(rows.get(), threads * row_size, 0.0f);
+  for (int64_t r = 0; r < round_up(q.rank, RANKS); r++)
+    for (int64_t k = 0; k < q.width; k++)
+      down[(r / RANKS * q.width + k) * RANKS + r % RANKS] =
+          r < q.rank ? q.down[r * q.width + k] : 0.0f;
 #pragma omp parallel num_threads(threads)
   {
 #if defined(_OPENMP)
@@ -221,7 +234,7 @@ extern "C" int32_t robuq_hadamard_quantize(const HadamardQuantize* arguments) {
     const int thread = 0;
 #endif
     const Scratch scratch{&rows[thread * row_size], &z[thread * q.width * TOKENS],
-                          &shared[thread * shared_size], patterns.get()};
+                          &shared[thread * shared_size], patterns.get(), down.get()};
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; b++) run(q, b * TOKENS, scratch);
   }
