@@ -27,7 +27,6 @@ struct TernaryWeight {
 namespace {
 
 constexpr int SUMS = 16;
-constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
 
 template <class V>
 INLINE typename V::Floats magnitude(typename V::Floats x) {
@@ -93,11 +92,12 @@ INLINE void quantize_row(const TernaryWeight& q, int64_t row, float shared_scale
   const Floats one = V::floats(1.0f), none{};
   if (!q.per_row) {
     const Floats scale = V::floats(shared_scale), divisor = V::floats(shared_scale + q.epsilon);
+    const Floats rounder = V::floats(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
     for_row<V>(weight, q.width, out, [&](Floats w) __attribute__((always_inline)) {
       Floats t = w / divisor;
-      t = t < -1.0f ? -one : t;
-      t = t > 1.0f ? one : t;  // NaN passes
-      return ((t + ROUNDER) - ROUNDER) * scale;
+      t = t < -one ? -one : t;
+      t = t > one ? one : t;  // NaN passes
+      return ((t + rounder) - rounder) * scale;
     });
     return;
   }
@@ -123,8 +123,8 @@ INLINE void gradient_row(const TernaryWeight& q, int64_t row) {
   }
   const Floats one = V::floats(1.0f);
   for_row<V>(grad, q.width, out, [&](Floats g) __attribute__((always_inline)) {
-    g = g < -1.0f ? -one : g;
-    return g > 1.0f ? one : g;  // NaN passes
+    g = g < -one ? -one : g;
+    return g > one ? one : g;  // NaN passes
   });
 }
 

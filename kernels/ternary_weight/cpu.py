@@ -148,3 +148,14 @@ def ternary_weight(
         return _forward_operator(*inputs)
     result: Tensor = _TernaryWeight.apply(*inputs)
     return result
+
+
+def takes(weight: Tensor, rule: str) -> bool:
+    """Whether `ternary_weight` takes a weight of this rule."""
+    return (
+        rule in RULES
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.dim() == 2
+        and weight.is_contiguous()
+    )

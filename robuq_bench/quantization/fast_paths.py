@@ -7,21 +7,28 @@ the same paths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robuq_bench.methods.activations._token_grid import GridQuantizer
+from kernels import cpu_library
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.methods.activations._token_grid import GridQuantizer, token_grid
 from robuq_bench.methods.branches.svd import LowRankBranch
 from robuq_bench.methods.rotations._hadamard import HadamardRotation
 from robuq_bench.methods.weights._ternary import TernaryWeight
 from robuq_bench.quantization import cuda_path
 from robuq_bench.quantization.cuda_path import product_dtype
 from robuq_bench.quantization.fused import fused_linear
+from robuq_bench.quantization.grids import grid_of, kernel_rotation
+
+if TYPE_CHECKING:
+    from kernels.hadamard_quantize.reference import Grid, Rotation
 
 __all__ = ["PATHS", "PLAIN", "Path", "path_for", "product_dtype", "quantized_weight"]
 
@@ -167,6 +174,46 @@ def _on_cpu(layer: Layer, x: Tensor) -> bool:
     )
 
 
+def _on_compiled(layer: Layer, x: Tensor) -> bool:
+    if not (_on_cpu(layer, x) and x.dtype == torch.float32 and cpu_library.is_usable()):
+        return False
+    _, _, rotated, grid, bits = _parts(layer)
+    if grid is not None and token_grid(grid.name) is not grid:
+        return False  # one of its own that took the name of another
+    return _kernel_terms(x.shape[-1], rotated, grid and grid.name, bits) is not None
+
+
+@functools.cache
+def _kernel_terms(
+    width: int, rotated: bool, grid: str | None, bits: int | None
+) -> tuple[Grid | None, Rotation | None] | None:
+    """Grid and rotation in the terms of the kernels; None where they have none."""
+    try:
+        of_bits = None if grid is None or bits is None else grid_of(grid, bits)
+        return of_bits, kernel_rotation(width, torch.device("cpu")) if rotated else None
+    except (ConfigError, UsageError):
+        return None
+
+
+def _compiled_weight(layer: Layer) -> Tensor:
+    quantizer: Any = getattr(layer, "weight_quantizer", None)
+    master: Any = getattr(layer, "master_weight", None)
+    branch: Any = layer.branch
+    if branch is None or not isinstance(quantizer, TernaryWeight) or not quantizer.is_compiled(master):
+        return _wide(layer, layer.product_weight(None))
+    return quantizer(master, up=branch.up)
+
+
+def _compiled_product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    from kernels.fake_quantize import cpu
+
+    down, signs, rotated, grid, bits = _parts(layer)
+    terms = _kernel_terms(x.shape[-1], rotated, grid and grid.name, bits)
+    assert terms is not None
+    operand = cpu.fake_quantize(x, terms[0], rotation=terms[1], signs=signs, down=down)
+    return F.linear(operand, weight, layer.bias)
+
+
 def _fused_product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     down, signs, rotated, grid, bits = _parts(layer)
     return fused_linear(x, weight, layer.bias, down, signs, rotated, grid, bits or 0)
@@ -179,6 +226,7 @@ PATHS = (
         lambda layer: _wide(layer, layer.product_weight(product_dtype(layer.like))),
         _kernel_product,
     ),
+    Path("compiled CPU", _on_compiled, _compiled_weight, _compiled_product),
     Path(
         "fused CPU",
         _on_cpu,
