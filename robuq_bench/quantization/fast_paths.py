@@ -74,9 +74,15 @@ def path_for(layer: Layer, x: Tensor) -> Path:
 
 
 def quantized_weight(
-    master: Tensor, quantizer: nn.Module | None, dtype: torch.dtype | None = None
+    master: Tensor,
+    quantizer: nn.Module | None,
+    dtype: torch.dtype | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """Q_w(W) [out, in] in `dtype` (None: the master weight's), by a kernel where one serves it."""
+    """Q_w(W) [out, in] in `dtype` (None: the master weight's), by a kernel where one serves it.
+
+    `up` [out, r] stands to the right of it; for weights that `TernaryWeight.is_compiled`.
+    """
     dtype = dtype or master.dtype
     if quantizer is None:
         return master.to(dtype)
@@ -86,7 +92,7 @@ def quantized_weight(
     clamps_as_kernel = quantizer.clamps_in_backward or not quantizer.method.clamps
     if clamps_as_kernel and cuda_path.weight_reason(master, quantizer.rule) is None:
         return cuda_path.ternary_weight(master, quantizer.rule, dtype)
-    ternary: Tensor = quantizer(master, dtype)
+    ternary: Tensor = quantizer(master, dtype, up)
     return ternary
 
 
@@ -175,40 +181,52 @@ def _on_cpu(layer: Layer, x: Tensor) -> bool:
 
 
 def _on_compiled(layer: Layer, x: Tensor) -> bool:
-    if not (_on_cpu(layer, x) and x.dtype == torch.float32 and cpu_library.is_usable()):
-        return False
+    return (
+        _on_cpu(layer, x)
+        and x.dtype == torch.float32
+        and cpu_library.is_usable()
+        and _terms_of(layer, x) is not None
+    )
+
+
+def _terms_of(layer: Layer, x: Tensor) -> tuple[Grid | None, Rotation | None] | None:
     _, _, rotated, grid, bits = _parts(layer)
-    if grid is not None and token_grid(grid.name) is not grid:
-        return False  # one of its own that took the name of another
-    return _kernel_terms(x.shape[-1], rotated, grid and grid.name, bits) is not None
+    return _kernel_terms(x.shape[-1], rotated, grid and type(grid), grid and grid.name, bits)
 
 
 @functools.cache
 def _kernel_terms(
-    width: int, rotated: bool, grid: str | None, bits: int | None
+    width: int, rotated: bool, kind: type | None, name: str, bits: int
 ) -> tuple[Grid | None, Rotation | None] | None:
     """Grid and rotation in the terms of the kernels; None where they have none."""
+    rotation = grid = None
     try:
-        of_bits = None if grid is None or bits is None else grid_of(grid, bits)
-        return of_bits, kernel_rotation(width, torch.device("cpu")) if rotated else None
+        if rotated:
+            rotation = kernel_rotation(width, torch.device("cpu"))
+        if kind is not None:
+            if type(token_grid(name)) is not kind:
+                return None  # one that took the name of another
+            grid = grid_of(name, bits)
     except (ConfigError, UsageError):
         return None
+    return grid, rotation
 
 
 def _compiled_weight(layer: Layer) -> Tensor:
-    quantizer: Any = getattr(layer, "weight_quantizer", None)
-    master: Any = getattr(layer, "master_weight", None)
+    quantizer: Any = getattr(layer, "weight_quantizer", None)  # a packed layer has none
     branch: Any = layer.branch
-    if branch is None or not isinstance(quantizer, TernaryWeight) or not quantizer.is_compiled(master):
-        return _wide(layer, layer.product_weight(None))
-    return quantizer(master, up=branch.up)
+    if branch is not None and isinstance(quantizer, TernaryWeight):
+        master: Any = layer.like
+        if quantizer.is_compiled(master):
+            return quantized_weight(master, quantizer, None, branch.up)
+    return _wide(layer, layer.product_weight(None))
 
 
 def _compiled_product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     from kernels.fake_quantize import cpu
 
-    down, signs, rotated, grid, bits = _parts(layer)
-    terms = _kernel_terms(x.shape[-1], rotated, grid and grid.name, bits)
+    down, signs, *_ = _parts(layer)
+    terms = _terms_of(layer, x)
     assert terms is not None
     operand = cpu.fake_quantize(x, terms[0], rotation=terms[1], signs=signs, down=down)
     return F.linear(operand, weight, layer.bias)

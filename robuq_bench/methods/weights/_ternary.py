@@ -75,10 +75,10 @@ class TernaryWeight(nn.Module):
         """
         dtype = dtype or weight.dtype
         clamp = self.clamps_in_backward and self.method.clamps
-        if self.is_compiled(weight):
+        if self.is_compiled(work := working(weight)):
             from kernels.ternary_weight import cpu
 
-            return cpu.ternary_weight(weight, self.rule, up=up, clamp=clamp).to(dtype)
+            return cpu.ternary_weight(work, self.rule, up=up, clamp=clamp).to(dtype)
         if torch.compiler.is_compiling():
             return _compiled_ternary(weight, self.rule, dtype, clamp)
         result: Tensor = _TernaryFakeQuantize.apply(
@@ -97,7 +97,12 @@ class TernaryWeight(nn.Module):
 
     def codes(self, weight: Tensor) -> Codes:
         """Codes in {-1, 0, 1} and scale [out, 1] or [1, 1]."""
-        codes, scale = self.method.codes_and_scale(working(weight.detach()))
+        weight = working(weight.detach())
+        if self.is_compiled(weight):
+            from kernels.ternary_weight import cpu
+
+            return Codes(*cpu.ternary_codes(weight, self.rule))
+        codes, scale = self.method.codes_and_scale(weight)
         return Codes(codes.to(torch.int8), scale)
 
     def extra_repr(self) -> str:
