@@ -17,11 +17,13 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCES = (
     "cpu.cpp",
+    "fake_quantize/cpu.cpp",
     "hadamard_quantize/cpu.cpp",
     "quantized_attention/cpu.cpp",
     "ternary_matmul/cpu.cpp",
+    "ternary_weight/cpu.cpp",
 )
-HEADERS = ("cpu.hpp",)
+HEADERS = ("cpu.hpp", "hadamard.hpp")
 LIBRARY = FOLDER / "_cpu.so"
 """Where a checkout has its library; an installation adds its own suffix."""
 
