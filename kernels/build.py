@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 SOURCES = ("cpu.cpp", "hadamard_quantize/cpu.cpp", "ternary_matmul/cpu.cpp")
 HEADERS = ("cpu.hpp",)
 LIBRARY = FOLDER / "_cpu.so"
-"""Where a checkout has its library; an installation adds its own suffix."""
+"""The library, in a checkout and in an installation."""
 
 # Contracted or reordered sums would differ between instruction sets; neither errno nor floating
 # point traps are looked at, and they would keep loops from being vectorised.

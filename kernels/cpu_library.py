@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from kernels.build import FOLDER, LIBRARY, source_hash
+from kernels.build import LIBRARY, source_hash
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512-vnni", "amx-int8")
 """Slowest first; a CPU that has one has those before it."""
@@ -51,12 +51,11 @@ def _path() -> Path:
     chosen = os.environ.get(PATH_VARIABLE)
     if chosen:
         return Path(chosen)
-    found = [LIBRARY] if LIBRARY.is_file() else sorted(FOLDER.glob("_cpu.*.so"))
-    if not found:
+    if not LIBRARY.is_file():
         raise MissingKernels(
             "the CPU kernels are not built: run python -m kernels.build, which needs a C++ compiler"
         )
-    return found[0]
+    return LIBRARY
 
 
 @functools.cache
