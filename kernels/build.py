@@ -25,7 +25,7 @@ SOURCES = (
 )
 HEADERS = ("cpu.hpp", "hadamard.hpp")
 LIBRARY = FOLDER / "_cpu.so"
-"""Where a checkout has its library; an installation adds its own suffix."""
+"""The library, in a checkout and in an installation."""
 
 # Contracted or reordered sums would differ between instruction sets; neither errno nor floating
 # point traps are looked at, and they would keep loops from being vectorised.
