@@ -19,6 +19,7 @@ SOURCES = (
     "cpu.cpp",
     "fake_quantize/cpu.cpp",
     "hadamard_quantize/cpu.cpp",
+    "normality_sums/cpu.cpp",
     "quantized_attention/cpu.cpp",
     "ternary_matmul/cpu.cpp",
     "ternary_weight/cpu.cpp",
