@@ -66,7 +66,7 @@ def _block(block: Any, x: Tensor, modulation: Tensor, tokens: int) -> Tensor:
 
 
 def _attend(attention: Any, qkv: Tensor) -> Tensor:
-    """Attention between the two linears [B, T, 3 C] -> [B, T, C], in integers where the plan says."""
+    """[B, T, 3 C] -> [B, T, C], in integers where the plan says so."""
     quantizer = attention.matmul_quantizer
     if quantizer is None:
         result: Tensor = attention.attend(qkv)
