@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +265,27 @@ def test_unpacked_weights_take_a_byte_each_and_are_not_saved(
     assert weight_bytes(fused) == weight_bytes(integer) + weights
     prepare_for_inference(model, "integer", fuse=False)
     assert weight_bytes(model) == plain
+
+
+def test_a_missing_library_is_said_and_a_switched_off_one_is_not(
+    student: Student,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv(cpu_library.PATH_VARIABLE, "off")
+    prepare_for_inference(student("a4")[0], "cpu")
+    assert not caplog.records
+    monkeypatch.delenv(cpu_library.PATH_VARIABLE)
+    monkeypatch.setattr(cpu_library, "LIBRARY", tmp_path / "_cpu.so")
+    cpu_library._load.cache_clear()
+    try:
+        prepare_for_inference(student("a4")[0], "cpu")
+    finally:
+        cpu_library._load.cache_clear()
+    (record,) = caplog.records
+    assert "run python -m kernels.build" in record.getMessage()
+    assert "two to three times slower" in record.getMessage()
 
 
 @pytest.mark.usefixtures("library")
