@@ -72,8 +72,8 @@ def test_attention_moves_no_probability_between_threads() -> None:
     assert rows
     for row in rows:
         assert row["opcodes"].get("IGMMA", 0) >= 4, row["name"]
-        # Maxima and sums of queries, over the four threads of a row: no shuffle a probability.
-        assert row["opcodes"].get("SHFL", 0) <= 20, row["name"]
+        # Maxima and sums over the four threads of a row; a shuffle a word would add 16 to 32.
+        assert row["opcodes"].get("SHFL", 0) <= 28, row["name"]
 
 
 def test_what_cannot_be_compiled_is_said(
