@@ -72,7 +72,7 @@ def attend(attention: Any, qkv: Tensor) -> Tensor:
     if limit is None:
         result: Tensor = attention.attend(qkv)
         return result
-    module = kernel_module("quantized_attention", attention.qkv.backend)
+    module = kernel_module("quantized_attention", attention.qkv.arithmetic)
     heads = attention.num_heads
     result = module.quantized_attention(qkv, heads=heads, limit=limit, out_dtype=qkv.dtype)
     return result
@@ -101,7 +101,7 @@ class GroupedModulation(nn.Module):
         super().__init__()
         first = layers[0]
         self.in_features, self.rotated = first.in_features, first.rotated
-        self.backend = first.backend
+        self.arithmetic = first.arithmetic
         self.grid = grid_of(first.activation_method, first.activation_bits or 0)
         for name in self.BUFFERS:
             values = [getattr(layer, name) for layer in layers]
@@ -131,7 +131,7 @@ class GroupedModulation(nn.Module):
 
     def forward(self, c: Tensor) -> Tensor:
         rotation = kernel_rotation(self.in_features, c.device) if self.rotated else None
-        module = kernel_module("hadamard_quantize", self.backend)
+        module = kernel_module("hadamard_quantize", self.arithmetic)
         tokens: Quantized = module.hadamard_quantize(
             c,
             self.grid,
@@ -140,7 +140,7 @@ class GroupedModulation(nn.Module):
             silu=True,
             down=self.low_rank_down,
         )
-        module = kernel_module("ternary_matmul", self.backend)
+        module = kernel_module("ternary_matmul", self.arithmetic)
         operands = product_operands(tokens, self)
         result: Tensor = module.grouped_ternary_matmul(**operands, out_dtype=c.dtype)
         return result

@@ -168,7 +168,7 @@ def test_linears_of_diffusers_are_exchanged(backend: str) -> None:
 
 def test_attention_in_a_fused_block_is_what_training_evaluates() -> None:
     attention = Attention(144, 2)
-    attention.qkv.backend = "integer"
+    attention.qkv.arithmetic = "integer"
     qkv = torch.randn(2, 49, 432)
     for quantizer in (matmul_quantizer(8), matmul_quantizer(4), None, torch.tanh):
         attention.matmul_quantizer = quantizer
