@@ -47,8 +47,9 @@ def prepare_for_inference(
         backend: "reference" (dequantized floats, bit for bit what training evaluates; any packed
             layer), "integer" (the kernels' arithmetic in plain PyTorch), "cpu" (the same by
             compiled CPU kernels; without them by `torch._int_mm`, which is said, on weights
-            unpacked to a byte each), or "triton" (a CUDA device, or anywhere with TRITON_INTERPRET=1). None is "cpu" for a
-            model on the CPU all of whose layers are float32 and can run so, else "reference".
+            unpacked to a byte each), or "triton" (a CUDA device, or anywhere with
+            TRITON_INTERPRET=1). None is "cpu" for a model on the CPU all of whose layers are
+            float32 and can run so, else "reference".
         dtype: of everything but codes and scales, and of the inputs the model then takes; None
             leaves them as they are for "reference", and is float32 for "integer" and "cpu" and
             bfloat16 for "triton".
