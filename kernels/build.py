@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("cpu.cpp", "hadamard_quantize/cpu.cpp", "ternary_matmul/cpu.cpp")
+SOURCES = ("cpu.cpp", "peak.cpp", "hadamard_quantize/cpu.cpp", "ternary_matmul/cpu.cpp")
 HEADERS = ("cpu.hpp",)
 LIBRARY = FOLDER / "_cpu.so"
 """Where a checkout has its library; an installation adds its own suffix."""
