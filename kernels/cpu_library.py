@@ -83,6 +83,21 @@ def instruction_set() -> int:
     return INSTRUCTION_SETS.index(chosen)
 
 
+def is_usable() -> bool:
+    """Whether there is a library.
+
+    Raises:
+        MissingKernels: the file that `PATH_VARIABLE` names cannot be used.
+    """
+    try:
+        load()
+    except MissingKernels:
+        if os.environ.get(PATH_VARIABLE):
+            raise
+        return False
+    return True
+
+
 def describe() -> str:
     """What the kernels run with, for a report.
 

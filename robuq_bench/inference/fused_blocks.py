@@ -88,7 +88,7 @@ class GroupedModulation(nn.Module):
         super().__init__()
         first = layers[0]
         self.in_features, self.rotated = first.in_features, first.rotated
-        self.backend = first.backend
+        self.arithmetic = first.arithmetic
         self.grid = grid_of(first.activation_method, first.activation_bits or 0)
         for name in self.BUFFERS:
             values = [getattr(layer, name) for layer in layers]
@@ -118,7 +118,7 @@ class GroupedModulation(nn.Module):
 
     def forward(self, c: Tensor) -> Tensor:
         rotation = kernel_rotation(self.in_features, c.device) if self.rotated else None
-        module = kernel_module("hadamard_quantize", self.backend)
+        module = kernel_module("hadamard_quantize", self.arithmetic)
         tokens: Quantized = module.hadamard_quantize(
             c,
             self.grid,
@@ -127,7 +127,7 @@ class GroupedModulation(nn.Module):
             silu=True,
             down=self.low_rank_down,
         )
-        module = kernel_module("ternary_matmul", self.backend)
+        module = kernel_module("ternary_matmul", self.arithmetic)
         operands = product_operands(tokens, self)
         result: Tensor = module.grouped_ternary_matmul(**operands, out_dtype=c.dtype)
         return result
