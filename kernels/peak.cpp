@@ -6,47 +6,53 @@ namespace {
 
 // Hides a value from the compiler, which would otherwise multiply once or move registers around.
 #define HIDE(kind, x) asm volatile("" : "+" kind(x))
+// Sums with names of their own: an array of them would live in memory.
+#define TWELVE(step) \
+  step(a) step(b) step(c) step(d) step(e) step(f) step(g) step(h) step(i) step(j) step(k) step(l)
 
 int64_t portable(int64_t steps) {
   using Shorts = Types<4>::Shorts;
-  constexpr int CHAINS = 8;
-  Shorts sums[CHAINS] = {}, weight = Shorts{} + 1, codes = Shorts{} + 3;
-  for (int64_t s = 0; s < steps; s++)
-#pragma GCC unroll 8
-    for (int i = 0; i < CHAINS; i++) {
-      HIDE("m", codes);
-      sums[i] += weight * codes;
-    }
-  for (auto& sum : sums) HIDE("m", sum);
-  return steps * CHAINS * 2 * 8;
+  Shorts weight = Shorts{} + 1, codes = Shorts{} + 3;
+  Shorts a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{}, k{}, l{};
+#if defined(X86)
+#define ANYWHERE "x"
+#elif defined(__aarch64__)
+#define ANYWHERE "w"
+#else
+#define ANYWHERE "m"
+#endif
+#define STEP(sum)        \
+  HIDE(ANYWHERE, codes); \
+  sum += weight * codes; \
+  HIDE(ANYWHERE, sum);
+  for (int64_t s = 0; s < steps; s++) { TWELVE(STEP) }
+#undef STEP
+  return steps * 12 * 2 * 8;
 }
 
 #if defined(X86)
 TARGET_AVX2 int64_t avx2(int64_t steps) {
-  constexpr int CHAINS = 8;
-  __m256i sums[CHAINS], weight = _mm256_set1_epi8(1), codes = _mm256_set1_epi8(3);
-  for (auto& sum : sums) sum = _mm256_setzero_si256();
-  for (int64_t s = 0; s < steps; s++)
-#pragma GCC unroll 8
-    for (int i = 0; i < CHAINS; i++) {
-      HIDE("x", codes);
-      sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(weight, codes));
-      HIDE("x", sums[i]);
-    }
-  return steps * CHAINS * 2 * 32;
+  const __m256i weight = _mm256_set1_epi8(1);
+  __m256i codes = _mm256_set1_epi8(3);
+  __m256i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{}, k{}, l{};
+#define STEP(sum)                                                    \
+  HIDE("x", codes);                                                  \
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weight, codes)); \
+  HIDE("x", sum);
+  for (int64_t s = 0; s < steps; s++) { TWELVE(STEP) }
+#undef STEP
+  return steps * 12 * 2 * 32;
 }
 
 TARGET_AVX512 int64_t avx512(int64_t steps) {
-  constexpr int CHAINS = 16;
-  __m512i sums[CHAINS], weight = _mm512_set1_epi8(1), codes = _mm512_set1_epi8(3);
-  for (auto& sum : sums) sum = _mm512_setzero_si512();
-  for (int64_t s = 0; s < steps; s++)
-#pragma GCC unroll 16
-    for (int i = 0; i < CHAINS; i++) {
-      sums[i] = _mm512_dpbusd_epi32(sums[i], weight, codes);
-      HIDE("v", sums[i]);
-    }
-  return steps * CHAINS * 2 * 64;
+  const __m512i weight = _mm512_set1_epi8(1), codes = _mm512_set1_epi8(3);
+  __m512i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{}, k{}, l{};
+#define STEP(sum)                                   \
+  sum = _mm512_dpbusd_epi32(sum, weight, codes); \
+  HIDE("v", sum);
+  for (int64_t s = 0; s < steps; s++) { TWELVE(STEP) }
+#undef STEP
+  return steps * 12 * 2 * 64;
 }
 #endif
 
@@ -85,6 +91,7 @@ extern "C" int64_t robuq_peak(int32_t set, int32_t threads, int64_t steps) {
 #if defined(AMX)
   if (set == AMX_INT8) loop = amx;
 #endif
+  static_cast<void>(threads);  // without OpenMP there is one
   int64_t operations = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : operations)
   operations += loop(steps);
