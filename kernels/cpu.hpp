@@ -47,6 +47,8 @@ struct Types;
     using Floats = float __attribute__((vector_size(4 * N))); \
     using Ints = int32_t __attribute__((vector_size(4 * N))); \
     using Shorts = int16_t __attribute__((vector_size(4 * N))); \
+    using Doubles = double __attribute__((vector_size(4 * N))); \
+    using Words = uint64_t __attribute__((vector_size(4 * N))); \
   }
 TYPES(4);
 TYPES(8);
@@ -62,6 +64,8 @@ struct Vectors {
   using Floats = typename Types<N>::Floats;
   using Ints = typename Types<N>::Ints;
   using Shorts = typename Types<N>::Shorts;
+  using Doubles = typename Types<N>::Doubles;
+  using Words = typename Types<N>::Words;
 
   static INLINE Floats floats(float x) { return x - Floats{}; }  // + would lose the sign of -0
   static INLINE Floats load(const float* from) { return load_as<Floats>(from); }

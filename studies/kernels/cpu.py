@@ -59,7 +59,7 @@ def cpu_cases(options: Settings) -> Iterator[Case]:
 
 
 def timed_on_cpu(options: Settings, seed: int, run: Run, context: Context) -> list[dict[str, Any]]:
-    """Check and time every case that this machine has no finished item of; rows of `cpu_kernels`."""
+    """Rows of `cpu_kernels`; every case that this machine has no finished item of is timed."""
     cases = list(cpu_cases(options))
     if not cases:
         return []
@@ -165,8 +165,8 @@ def implementations(
 ) -> tuple[dict[str, tuple[Callable[..., Any], dict[str, Any]]], dict[str, str]]:
     """Function and arguments of each of ours, and the status of what this machine does not have."""
     folder = f"kernels.{case.kernel}"
-    found = {}
-    status = {}
+    found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {}
+    status: dict[str, str] = {}
     available = available_instructions()
     for name in options.instructions or available or ("any",):
         label = f"{COMPILED}{name}"

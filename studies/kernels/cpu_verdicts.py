@@ -60,41 +60,44 @@ def cpu_verdicts(rows: Sequence[Row], device: str) -> list[Verdict]:
     """
     if not rows:
         return []
-    frame = pd.DataFrame(rows)
-    ours = frame[frame["implementation"].str.startswith((COMPILED, INT_MM))]
     found = []
     for name, label in ((COMPILED, "compiled"), (INT_MM, INT_MM)):
-        own = ours[ours["implementation"].str.startswith(name) & ours["correct"].notna()]
+        own = [r for r in rows if r["implementation"].startswith(name) and r["correct"] is not None]
         found += [
             of_kernel(str(kernel), calls, f"on {device} ({label})")
-            for kernel, calls in own.groupby("kernel", sort=False)
+            for kernel, calls in pd.DataFrame(own, columns=None if own else ["kernel"]).groupby(
+                "kernel", sort=False
+            )
         ]
-    return [*found, *(of_cpu_target(target, frame) for target in TARGETS)]
+    return [*found, *(of_cpu_target(target, rows) for target in TARGETS)]
 
 
-def of_cpu_target(target: CpuTarget, frame: pd.DataFrame) -> Verdict:
+def of_cpu_target(target: CpuTarget, rows: Sequence[Row]) -> Verdict:
     """A target judged on the call whose interval decides: every call that it names must meet it."""
-    named = frame[
-        (frame["kernel"] == target.kernel)
-        & (frame["model"] == "XL")
-        & frame["layer"].isin(target.layers)
-        & (frame["threads"] == 1)
+    ours = [row for row in rows if row["implementation"].startswith(COMPILED)]
+    best = ours[0]["implementation"] if ours else ""  # sets come best first
+    calls = [
+        row
+        for row in ours
+        if (row["implementation"], row["kernel"], row["model"], row["threads"])
+        == (best, target.kernel, "XL", 1)
+        and row["layer"] in target.layers
     ]
-    calls = named[named["implementation"].str.startswith(COMPILED)]
-    calls = calls[calls["implementation"] == calls["implementation"].iloc[:1].squeeze()]
-    if target.column not in calls or set(calls["layer"]) != {*target.layers}:
+    if {row["layer"] for row in calls} != {*target.layers}:
         return _verdict(target, "not judged", None, "DiT-XL/2 was not timed on one thread")
-    if calls[f"{target.column}_low"].isna().any():
-        missing = calls[calls[f"{target.column}_low"].isna()].iloc[0]
-        return _verdict(target, "not judged", None, f"{missing['layer']}: {missing['status']}")
-    low, high = calls[f"{target.column}_low"], calls[f"{target.column}_high"]
-    if (high < target.bound).any():
-        return _verdict(target, "does not hold", calls.loc[high.idxmin()])
-    word = "holds" if (low >= target.bound).all() else "undecided"
-    return _verdict(target, word, calls.loc[low.idxmin()])
+    low, high = f"{target.column}_low", f"{target.column}_high"
+    for row in calls:
+        if row.get(low) is None:
+            why = "its baseline has no time" if row["status"] == "ok" else row["status"]
+            return _verdict(target, "not judged", None, f"{row['layer']}: {why}")
+    missing = min(calls, key=lambda row: row[high])
+    if missing[high] < target.bound:
+        return _verdict(target, "does not hold", missing)
+    doubtful = min(calls, key=lambda row: row[low])
+    return _verdict(target, "holds" if doubtful[low] >= target.bound else "undecided", doubtful)
 
 
-def _verdict(target: CpuTarget, word: str, row: Any, note: str = "") -> Verdict:
+def _verdict(target: CpuTarget, word: str, row: Row | None, note: str = "") -> Verdict:
     if row is not None:
         note = f"{row['layer']}, {row['rows']:,} rows, {row['implementation']}"
     return Verdict(

@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 from kernels.cpu_library import INSTRUCTION_SETS
 from robuq_bench.sections import Ints, Section, Strings, ascends, check_choices
 
-
 SIZES = ("S", "B", "L", "XL")
 
 
@@ -47,8 +46,8 @@ class Settings(Section):
     Shapes are those of the DiT sizes in `models` at `batches`, with guidance "on" (twice the
     images), "off" or both, `tokens_per_image` each; no `kernels` means all. `autotune` lets
     products choose their tiles by timing first. Without a GPU every Triton kernel is checked at its
-    true widths, `check_rows` rows and at most `check_outputs` outputs, and what `cpu` says is timed.
-    `hardware` keeps runs of several machines apart; the command line fills it in.
+    true widths, `check_rows` rows and at most `check_outputs` outputs, and the CPU is timed as
+    `cpu` says. `hardware` keeps runs of several machines apart; the command line fills it in.
     """
 
     models: Strings = ("XL", "L", "B", "S")

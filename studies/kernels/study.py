@@ -25,8 +25,8 @@ Without a GPU: the same checks in Triton's interpreter, in a process of their ow
 switched on before kernels are imported) at the true widths but few rows, in fp16, because the
 interpreter truncates to bf16 where a GPU rounds; and a table of least times
 by the peaks of data sheets, every row marked as a model. The CPU itself is timed: compiled kernels
-with each instruction set, `torch._int_mm` and peers (`studies.kernels.cpu`), by the wall clock and in
-processor time, on 1 and 2 threads.
+with each instruction set, `torch._int_mm` and peers (`studies.kernels.cpu`), by the wall clock and
+in processor time, on 1 and 2 threads.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ RULE = (
     "states none. A target is judged by the 95 % t intervals over rounds of the calls it names "
     "(of adaLN, at batches that the data sheet allows): it holds where the whole interval of every "
     "call meets it, does not hold where one call’s lies wholly beyond, and is undecided otherwise "
-    "or where a time is unstable. Without a GPU, or where a call has no interval, it is not judged. "
-    + CPU_RULE
+    "or where a time is unstable. Without a GPU, or where a call has no interval, it is not "
+    "judged. " + CPU_RULE
 )
 NEEDS_GPU = (
-    "timings of the Triton kernels need a CUDA device; the roofline here is a model from data-sheet "
-    "peaks"
+    "timings of the Triton kernels need a CUDA device; the roofline here is a model from peaks of "
+    "data sheets"
 )
 
 
@@ -134,8 +134,8 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     if failed:
         names = ", ".join(f"{row['kernel']} {row['model']} {row['layer']}" for row in failed[:5])
         raise CheckError(
-            f"{len(failed)} of {len(shown) + len(on_cpu)} kernel checks failed, and have no timing: {names}; "
-            f"{failed[0]['status']}. Tables are in {run.path / 'tables'}"
+            f"{len(failed)} of {len(shown) + len(on_cpu)} kernel checks failed, and have no "
+            f"timing: {names}; {failed[0]['status']}. Tables are in {run.path / 'tables'}"
         )
     ours = [row for row in on_cpu if row["implementation"].startswith(COMPILED)]
     return [cpu_summary(row) for row in ours] or shown
