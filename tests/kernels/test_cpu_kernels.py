@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def both_kernels(threads: int) -> list[Tensor]:
     finally:
         torch.set_num_threads(before)
     return [y, *(tensor for tensor in quantized if tensor is not None)]
+
+
+def test_openmp_is_torch_s() -> None:
+    """Another OpenMP in the process would have threads of its own, that wait on the same cores."""
+    if not cpu_library.load().robuq_has_openmp():
+        pytest.skip("built without OpenMP")
+    address = [
+        ctypes.cast(library.omp_get_max_threads, ctypes.c_void_p).value
+        for library in (cpu_library.load(), ctypes.CDLL(torch._C.__file__))
+    ]
+    assert address[0] == address[1]
 
 
 def test_any_number_of_threads_gives_the_same_bits(instructions: str) -> None:
