@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from kernels.build import FOLDER, LIBRARY, source_hash
+from kernels.build import LIBRARY, source_hash
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512-vnni", "amx-int8")
 """Slowest first; a CPU that has one has those before it."""
@@ -46,13 +46,12 @@ def _load(chosen: str) -> ctypes.CDLL | str:
     if chosen:
         path = Path(chosen)
     else:
-        built = [LIBRARY] if LIBRARY.is_file() else sorted(FOLDER.glob("_cpu.*.so"))
-        if not built:
+        if not LIBRARY.is_file():
             return (
                 "the CPU kernels are not built: run python -m kernels.build, which needs a C++ "
                 "compiler"
             )
-        path = built[0]
+        path = LIBRARY
     try:
         library = ctypes.CDLL(str(path))
         library.robuq_source.restype = ctypes.c_char_p
@@ -99,6 +98,13 @@ def is_usable() -> bool:
     if isinstance(found, str) and chosen not in ("", "off"):
         raise MissingKernels(found)
     return not isinstance(found, str)
+
+
+def why_not() -> str | None:
+    """Why there is no library; None where there is one, or where it was switched off."""
+    chosen = os.environ.get(PATH_VARIABLE, "")
+    found = _load(chosen)
+    return found if isinstance(found, str) and chosen != "off" else None
 
 
 def describe() -> str:
