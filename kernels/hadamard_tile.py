@@ -2,9 +2,10 @@
 
 A token of width K = outer * m is a matrix X [outer, m]; its transform by Sylvester(outer) (x) H_m is
 S X H_m, two products with ±1 entries, exact in fp16. Triton's sizes are powers of two, so m is held
-as two parts, 72 = 64 + 8 or 48 = 32 + 16, and nothing is padded; an m without such parts is padded.
+as two parts, 72 = 64 + 8 or 48 = 32 + 16, and nothing is padded; an m without such parts is.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import functools
@@ -18,16 +19,18 @@ from torch import Tensor
 from kernels.launch import next_power_of_2
 
 TILE = 64
-"""Rows of a warp group's product, and the most columns of the first part of a row."""
+"""Rows of a product of one warp group, and the most columns of the first part of a row."""
 LEAST_REST = 8
 """The fewest columns of a second part: those of the narrowest product."""
+LEAST_DEPTH = 16
+"""The least inner size of a product."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A token as a matrix [outer, m], with m columns as `main` + `rest` (0 without a second part).
+    """A token as a matrix [outer, m] whose rows are `main` + `rest` columns.
 
-    `main` is more than m where columns are padded.
+    `rest` is 0 where there is one part; then `main` may be more than m, and the excess is zeros.
     """
 
     outer: int
@@ -47,15 +50,15 @@ def sylvester(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def fold(outer: int, m: int) -> Fold:
     """The same matrix with m as large as its parts allow, from 2 (x) m = 2m.
 
-    36 becomes 72 = 64 + 8 and 12 becomes 48 = 32 + 16; 28 becomes 56 columns of 64.
+    36 becomes 72 = 64 + 8, 12 becomes 48 = 32 + 16, and 28 becomes 56 of 64 columns.
     """
-    while outer > 1 and (2 * m <= TILE or 2 * m - TILE == LEAST_REST):
+    while outer > 1 and (2 * m <= TILE or 2 * m == TILE + LEAST_REST):
         outer, m = outer // 2, 2 * m
     padded = next_power_of_2(m)
     main, rest = padded // 2, m - padded // 2
-    if LEAST_REST <= rest < main <= TILE and rest & (rest - 1) == 0 and outer > 1:
+    if outer > 1 and LEAST_REST <= rest < main <= TILE and rest & (rest - 1) == 0:
         return Fold(outer, m, main, rest)
-    return Fold(outer, m, max(16, padded), 0)
+    return Fold(outer, m, max(LEAST_DEPTH, padded), 0)
 
 
 @functools.cache
@@ -97,13 +100,16 @@ def load_folded(
 
 @triton.jit
 def apply_outer(x, outer, present, GROUPS: tl.constexpr):
-    """outer @ x for x [HEIGHT, GROUPS * SIZE] -> fp16 [GROUPS * HEIGHT, at least 16]."""
+    """outer @ x for fp16 x [HEIGHT, GROUPS * SIZE] -> fp16 [GROUPS * HEIGHT, SIZE], SIZE from 16.
+
+    A smaller SIZE is filled up with zeros. `present` is a condition that is true.
+    """
     HEIGHT: tl.constexpr = x.shape[0]
     SIZE: tl.constexpr = x.shape[1] // GROUPS
     y = tl.dot(outer, x)
     if GROUPS > 1:
-        # Products in a chain have all warps along rows, which here are those of one group. The
-        # compiler sees no chain through a branch.
+        # Triton gives all warps to the rows of products in a chain, here those of one group, and
+        # computes every group in each of them. It sees no chain through a branch.
         if present:
             z = y.to(tl.float16)
         else:
@@ -112,7 +118,7 @@ def apply_outer(x, outer, present, GROUPS: tl.constexpr):
         z = tl.reshape(z, (GROUPS * HEIGHT, SIZE))
     else:
         z = y.to(tl.float16)
-    if SIZE < 16:  # the least depth of a product
+    if SIZE < 16:  # the least depth of the product that follows
         z = tl.permute(tl.join(z, tl.zeros_like(z)), (0, 2, 1))
         z = tl.reshape(z, (GROUPS * HEIGHT, 2 * SIZE))
     return z
