@@ -20,6 +20,7 @@ SOURCES = (
     "fake_quantize/cpu.cpp",
     "hadamard_quantize/cpu.cpp",
     "normality_sums/cpu.cpp",
+    "peak.cpp",
     "quantized_attention/cpu.cpp",
     "ternary_matmul/cpu.cpp",
     "ternary_weight/cpu.cpp",

@@ -129,3 +129,19 @@ std::unique_ptr<T[], Free> allocate(int64_t count) {
 }
 
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+#if defined(AMX)
+// All eight tiles with 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+TARGET_AMX inline void configure_tiles() {
+  TileConfig config;
+  for (int t = 0; t < 8; t++) config.row_bytes[t] = 64, config.rows[t] = 16;
+  asm volatile("" ::"r"(&config) : "memory");  // GCC takes 8 bytes of it for all that is read
+  _tile_loadconfig(&config);
+}
+#endif

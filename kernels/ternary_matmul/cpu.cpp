@@ -341,19 +341,6 @@ struct Avx512 : Vectors<16, true> {
 #endif
 
 #if defined(AMX)
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-TARGET_AMX void configure_tiles() {
-  TileConfig config;
-  for (int t = 0; t < 8; t++) config.row_bytes[t] = 64, config.rows[t] = TILE;
-  asm volatile("" ::"r"(&config) : "memory");  // GCC takes 8 bytes of it for all that is read
-  _tile_loadconfig(&config);
-}
-
 TARGET_AMX void release_tiles() { _tile_release(); }
 
 // Sums of 32 tokens.
