@@ -43,7 +43,8 @@ def collect(device: str, threads: int) -> dict[str, Any]:
 
     Returns:
         code (git sha and hash of uncommitted changes, or package version), packages (name to
-        version), python, platform, cpu, gpu (None off CUDA), device, threads, environment
+        version), python, platform, cpu, cpu_kernels (whether the compiled ones are there, and with
+        which instruction set, or why not), gpu (None off CUDA), device, threads, environment
         (OMP_*, MKL_*, CUDA_*, …), malloc (see `keep_freed_memory`) and torch settings. Memory is
         in bytes.
     """
@@ -53,6 +54,7 @@ def collect(device: str, threads: int) -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "cpu_kernels": _cpu_kernels_ability(),
         "gpu": _gpu(device) if device.startswith("cuda") else None,
         "device": device,
         "threads": threads,
@@ -248,7 +250,7 @@ def _cpu_kernels_ability() -> dict[str, Any]:
     try:
         return _ability(True, cpu_library.describe())
     except cpu_library.MissingKernels as missing:
-        return _ability(False, f"{missing}. No command needs them yet")
+        return _ability(False, f"{missing}. Everything runs without them, slower")
 
 
 def _cuda_ability(torch_version: str | None) -> dict[str, Any]:
