@@ -53,6 +53,7 @@ def collect(device: str, threads: int) -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "cpu_kernels": _cpu_kernels_ability(),
         "gpu": _gpu(device) if device.startswith("cuda") else None,
         "device": device,
         "threads": threads,
@@ -262,7 +263,10 @@ def _cpu_kernels_ability() -> dict[str, Any]:
     try:
         return _ability(True, cpu_library.describe())
     except cpu_library.MissingKernels as missing:
-        return _ability(False, f"{missing}. Packed models run two to three times slower on a CPU")
+        return _ability(
+            False,
+            f"{missing}. Everything runs without them, packed models two to three times slower",
+        )
 
 
 def _cuda_ability(torch_version: str | None) -> dict[str, Any]:
