@@ -160,7 +160,7 @@ def cpu_label() -> str:
             parts += [f"{name.removeprefix('cpu ')} {found[1]}"] if found else []
     cpu = _cpu()
     exact = f" ({', '.join(parts)})" if parts else ""
-    return f"{cpu['model']}{exact}, {cpu['usable_cores']} cores"
+    return f"{cpu['model']}{exact}, {cpu['logical_cores']} cores"
 
 
 def _memory_bytes() -> int | None:

@@ -118,7 +118,7 @@ def throughput(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
     if not any(row.get("gop_s") for row in rows):
         return None
     frame = pd.DataFrame(rows).dropna(subset=["gop_s"])
-    model = frame.loc[frame["width"].idxmax(), "model"]
+    model = frame.sort_values("width")["model"].iloc[-1]
     frame = frame[(frame["model"] == model) & (frame["threads"] == frame["threads"].min())]
     frame = frame[frame["images"] == frame["images"].max()]
     words = "; ".join(
