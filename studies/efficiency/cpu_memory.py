@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from robuq_bench.config import Config, load_workload
 from robuq_bench.inference import prepare_for_inference
@@ -87,7 +88,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     _RESET.write_text("5")  # the peak counts from here
     for _ in range(STEPS):
         step()
-    weights, peak = weight_bytes(step.model), resident("VmHWM")
+    peak = resident("VmHWM")
+    weights = weight_bytes(step.model) + int8_bytes(step.model)
     return {
         "status": "ok",
         "peak_bytes": peak - before,
@@ -113,6 +115,14 @@ class _Step:
     @torch.no_grad()
     def __call__(self) -> None:
         self.predict()
+
+
+def int8_bytes(model: nn.Module) -> int:
+    """Bytes of the weights and biases of torch's int8 linears, which are no parameters."""
+    modules: list[Any] = list(model.modules())
+    linears = [m for m in modules if isinstance(getattr(m, "_packed_params", None), nn.Module)]
+    parts = [linear._weight_bias() for linear in linears]
+    return sum(weight.numel() + 4 * bias.numel() for weight, bias in parts)
 
 
 def resident(field: str) -> int:

@@ -81,7 +81,7 @@ def step_speeds(factors: Sequence[Row]) -> Picture | None:
     title = f"Speed of a step: {where}"
     with panel("cpu-speed", f"{title}: {words}", height=height, title=title) as drawn:
         points(frame[["against", "ours", *LIMITS]], drawn.axes, "against", LIMITS, hue="ours",
-               dodge=0.5, legend=True)  # fmt: skip
+               dodge=0.5 if frame["ours"].nunique() > 1 else False, legend=True)  # fmt: skip
         drawn.axes.axvline(1, color=colour("reference"), linewidth=1.4)
         drawn.axes.set(xlabel="times as fast, 95 % interval", ylabel="")
         log_axis(drawn.axes, "x")

@@ -49,12 +49,12 @@ def cpu_cases(options: Settings) -> Iterator[Case]:
                 model, images, tokens=options.tokens_per_image, rank=options.rank, bits=options.bits
             )
             for case in every:
-                if options.kernels and case.kernel not in options.kernels:
-                    continue
                 if case.layer in _NAMES:
                     kernel = MATMUL if case.kernel == GROUPED else QUANTIZE
-                    yield replace(case, kernel=kernel, layer=_NAMES[case.layer], groups=1)
-                elif case.kernel in (MATMUL, QUANTIZE) and not case.prologue.startswith("residual"):
+                    case = replace(case, kernel=kernel, layer=_NAMES[case.layer], groups=1)
+                is_called = case.kernel in (MATMUL, QUANTIZE)
+                is_called &= not case.prologue.startswith("residual")
+                if is_called and (not options.kernels or case.kernel in options.kernels):
                     yield case
 
 
