@@ -100,6 +100,13 @@ def is_usable() -> bool:
     return not isinstance(found, str)
 
 
+def why_not() -> str | None:
+    """Why there is no library; None where there is one, or where it was switched off."""
+    chosen = os.environ.get(PATH_VARIABLE, "")
+    found = _load(chosen)
+    return found if isinstance(found, str) and chosen != "off" else None
+
+
 def describe() -> str:
     """What the kernels run with, for a report.
 

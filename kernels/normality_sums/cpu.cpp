@@ -244,8 +244,8 @@ INLINE void token(const NormalitySums& q, const T* x, double* y, double* sums) {
     const double vectors = static_cast<double>((end - begin + EIGHT - 1) / EIGHT);
     const double step = 2.0 * EIGHT * inverse_n;
     const E last = first + vectors * step;
-    logarithms += last * E::log(lower) + (E(2.0) - last) * E::log(upper);
-    logarithms += (E::log(upper_begins) - E::log(lower_begins)) * step;
+    logarithms += last * E::log(lower / upper) + E::log(upper) * 2.0;
+    logarithms += E::log(upper_begins / lower_begins) * step;
   }
   double farthest = 0.0;
   for (int i = 0; i < EIGHT; i++) farthest = std::max(farthest, distance.lane(i));
