@@ -14,7 +14,7 @@ from kernels import cpu_library
 from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, load_plan, load_workload, resolve
 from robuq_bench.context import Context
-from robuq_bench.errors import CheckError, ConfigError
+from robuq_bench.errors import CheckError, ConfigError, MissingResourceError
 from robuq_bench.measuring.cpu import available_instructions
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
@@ -33,7 +33,6 @@ from studies.efficiency.cpu_variants import (
     model_of,
 )
 from studies.efficiency.cpu_verdicts import cpu_verdicts
-from studies.efficiency.variants import NotRunError
 
 SMALL = (
     'efficiency.cpu.models=["own"]',
@@ -227,7 +226,7 @@ def test_without_a_compiler_the_compiled_variants_are_not_run(
     tiny_workload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_variants.build, "compiler", lambda: None)
-    with pytest.raises(NotRunError, match=r"inductor needs a C\+\+ compiler"):
+    with pytest.raises(MissingResourceError, match=r"inductor needs a C\+\+ compiler"):
         full_precision(CPU_VARIANTS["fp32-compile"], build_float(model_of(None, "S", 1), 0))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context
+from robuq_bench.errors import MissingResourceError
 from robuq_bench.measuring.cpu import (
     CpuTiming,
     available_instructions,
@@ -43,7 +44,6 @@ from studies.efficiency.cpu_variants import (
     packed_pair,
 )
 from studies.efficiency.settings import CpuSettings, Settings
-from studies.efficiency.variants import NotRunError, release
 
 Row = dict[str, Any]
 BLOCK, STEP = "block", "step"
@@ -127,7 +127,7 @@ def measure_on_cpu(config: Config, run: Run, context: Context) -> OnCpu:
         for place in missing:
             if bench is None or not bench.is_of(place):
                 bench = None  # before the next models come
-                release()
+                torch._dynamo.reset()
                 bench = Bench(config, place)
             rows, factors = bench.measure(place)
             run.append(
@@ -138,8 +138,7 @@ def measure_on_cpu(config: Config, run: Run, context: Context) -> OnCpu:
                 factors=factors,
             )
             task.advance()
-        bench = None
-        release()
+        bench = None  # its memory is not that of the processes below
         for key, (model, name) in unknown.items():
             row = peak_memory(config, model, CPU_VARIANTS[name])
             run.append(
@@ -181,7 +180,7 @@ class Bench:
                     self.exact[name], self.models[name] = packed_pair(packed)
                 else:
                     self.models[name] = full_precision(variant, base)
-            except NotRunError as error:
+            except MissingResourceError as error:
                 self.status[name] = str(error)
 
     def is_of(self, place: Place) -> bool:

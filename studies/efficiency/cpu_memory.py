@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from robuq_bench.config import Config, load_workload
+from robuq_bench.errors import MissingResourceError
 from robuq_bench.inference import prepare_for_inference
 from robuq_bench.measuring.memory import weight_bytes
 from studies.efficiency.cpu_variants import (
@@ -33,7 +34,6 @@ from studies.efficiency.cpu_variants import (
     model_of,
 )
 from studies.efficiency.settings import Settings
-from studies.efficiency.variants import NotRunError
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 STEPS = 2
@@ -79,7 +79,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         _Step(variant, small, request)()  # loads what torch loads when it is first used
         before = resident("VmRSS")
         step = _Step(variant, section, request)
-    except NotRunError as error:
+    except MissingResourceError as error:
         return {"status": str(error)}
     step()  # compiles, and allocates what is kept
     gc.collect()

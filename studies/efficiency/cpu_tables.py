@@ -10,6 +10,7 @@ import pandas as pd
 from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel, points
 from robuq_bench.measuring.cpu import CpuTiming
 from robuq_bench.measuring.statistics import median_interval, speedup_interval
+from robuq_bench.models.dit import SIZES
 
 Row = dict[str, Any]
 LIMITS = ("factor_low", "factor", "factor_high")
@@ -91,4 +92,4 @@ def step_speeds(factors: Sequence[Row]) -> Picture | None:
 
 def model_name(size: str) -> str:
     """A size as it is written: "XL" is DiT-XL/2."""
-    return "the workload’s model" if size == "own" else f"DiT-{size}/2"
+    return f"DiT-{size}/2" if size in SIZES else "the workload’s model"

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from kernels import build
 from robuq_bench.accounting.account import with_branch_rank
 from robuq_bench.config import load_plan, load_workload
+from robuq_bench.errors import MissingResourceError
 from robuq_bench.inference import prepare_for_inference
 from robuq_bench.inference.random_weights import pack_random_
+from robuq_bench.measuring.int8_peer import dynamic_int8
 from robuq_bench.models.dit import SIZES, Blocks, DiT
-from studies.efficiency.settings import OWN
-from studies.efficiency.variants import NotRunError
-from studies.kernels.peers import PeerUnavailableError, dynamic_int8
 
 PAPER_WORKLOAD = "imagenet256"
 NOISE = 2**20  # values that are drawn; weights repeat them
@@ -66,7 +65,7 @@ def bound_of(variant: CpuVariant, scope: str) -> float:
 
 def model_of(workload_model: Any, size: str, depth: int | None = None) -> Any:
     """Sizes of a model: the workload's own, or DiT-`size`/2 at 256x256; of `depth` blocks."""
-    if size != OWN:
+    if size in SIZES:
         changes = SIZES[size]
         workload_model = load_workload(PAPER_WORKLOAD).model.model_copy(update=changes)
     return workload_model if depth is None else workload_model.model_copy(update={"depth": depth})
@@ -101,18 +100,15 @@ def full_precision(variant: CpuVariant, model: DiT) -> nn.Module:
     """A variant of the float32 model, sharing its weights where the dtype allows.
 
     Raises:
-        NotRunError: no C++ compiler for inductor, or this torch has no int8 linears.
+        MissingResourceError: no C++ compiler for inductor, or this torch has no int8 linears.
     """
     found = model if variant.dtype == torch.float32 else copy.deepcopy(model).to(variant.dtype)
     if variant.peer:
-        try:
-            return _with_blocks(found, dynamic_int8(found.blocks))
-        except PeerUnavailableError as error:
-            raise NotRunError(str(error)) from error
+        return _with_blocks(found, dynamic_int8(found.blocks))
     if not variant.compiled:
         return found
     if build.compiler() is None:
-        raise NotRunError("not run: inductor needs a C++ compiler")
+        raise MissingResourceError("not run: inductor needs a C++ compiler")
     members: Any = found.blocks
     compile_block: Any = torch.compile  # a module in, a module out
     return _with_blocks(found, Blocks(compile_block(block, dynamic=False) for block in members))

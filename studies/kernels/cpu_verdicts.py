@@ -9,9 +9,7 @@ from typing import Any
 import pandas as pd
 
 from robuq_bench.statistics.verdicts import Verdict
-from studies.kernels.cases import MATMUL, QUANTIZE
-from studies.kernels.cpu_tables import COMPILED, INT_MM
-from studies.kernels.peers import BF16, FP32
+from studies.kernels.cases import BF16, COMPILED, FP32, INT_MM, MATMUL, QUANTIZE
 from studies.kernels.verdicts import of_kernel
 
 Row = dict[str, Any]
