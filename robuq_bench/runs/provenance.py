@@ -60,7 +60,6 @@ def collect(device: str, threads: int) -> dict[str, Any]:
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
         },
-        "cpu_kernels": _cpu_kernels_ability(),
         "malloc": malloc_settings(),
         "torch": _torch_settings(),
     }
@@ -162,7 +161,7 @@ def cpu_label() -> str:
             parts += [f"{name.removeprefix('cpu ')} {found[1]}"] if found else []
     cpu = _cpu()
     exact = f" ({', '.join(parts)})" if parts else ""
-    return f"{cpu['model']}{exact}, {cpu['usable_cores']} cores"
+    return f"{cpu['model']}{exact}, {cpu['logical_cores']} cores"
 
 
 def _memory_bytes() -> int | None:
