@@ -188,6 +188,7 @@ def evaluate_samples(
                     batch_size=workload.evaluation.batch_size,
                     device=context.device,
                     progress=task.reach,
+                    workers=context.threads,
                 )
             if workload.data.source == "latents":
                 images = decode_latents(images, workload.evaluation.vae, device=context.device)
