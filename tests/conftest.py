@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import pytest
 import torch
+
+from kernels import build, cpu_library
 
 if TYPE_CHECKING:
     from robuq_bench.context import Context
@@ -185,3 +187,19 @@ def fail_with(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Base
         monkeypatch.setattr(sys.modules["studies.toy_study"], "measure", measure)
 
     return arrange
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The checkout's library or one built now, which takes ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            cpu_library.load()
+        except cpu_library.MissingKernels as missing:
+            if os.environ.get("ROBUQ_REQUIRE_CPU_KERNELS") == "1":
+                raise
+            if os.environ.get(cpu_library.PATH_VARIABLE) or build.compiler() is None:
+                pytest.skip(str(missing))
+            target = build.build(tmp_path_factory.mktemp("library") / "_cpu.so")
+            patch.setenv(cpu_library.PATH_VARIABLE, str(target))
+        yield

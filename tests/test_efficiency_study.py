@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from robuq_bench.cli import app as cli
-from robuq_bench.config import Config, load_workload, resolve
+from robuq_bench.config import Config, load_plan, load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckError, ConfigError, UsageError
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
+from robuq_bench.quantization.attention import integer_limit
+from robuq_bench.quantization.convert import matmul_quantizers
 from robuq_bench.runs.run import Run
 from studies.efficiency import study as efficiency
 from studies.efficiency import variants as efficiency_variants
@@ -127,6 +129,18 @@ def test_packed_bytes_are_those_of_the_model(tiny_workload: Path, plan: str, ran
     assert packed_bytes(section, packed_plan(plan, rank), 2) == weight_bytes(model)
 
 
+@pytest.mark.parametrize("name", ["a8", "a4", "a2-uniform"])
+def test_the_plan_that_is_timed_is_the_plan_that_is_judged(tiny_workload: Path, name: str) -> None:
+    """But for the rank, which at DiT-XL/2 is the paper's 16."""
+    plan = packed_plan(name, 16)
+    assert plan.attention.matmul_bits == load_plan(name).attention.matmul_bits == 8
+    variant = next(variant for variant in VARIANTS.values() if variant.plan == name)
+    model = build(variant, load_workload(tiny_workload).model, 4, 0, "cpu", "integer")
+    quantizers = list(matmul_quantizers(model).values())
+    assert quantizers
+    assert {integer_limit(quantizer) for quantizer in quantizers} == {127}
+
+
 def test_ddim_is_that_of_diffusers() -> None:
     diffusion = Diffusion()
     timesteps, coefficients = ddim_coefficients(diffusion, 20)
@@ -210,14 +224,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         weights = weight_bytes(model)
         return {"peak_bytes": weights + 1000, "weights_bytes": weights, "activations_bytes": 1000}
 
-    class Graph:
-        def __init__(self, work: Sequence[Callable[[], object]]) -> None:
-            self.work = work
-
-        def replay(self) -> None:
-            for call in self.work:
-                call()
-
     real_sampler = Sampler
     monkeypatch.setattr(efficiency, "build", fake_build)
     monkeypatch.setattr(
@@ -229,10 +235,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(efficiency, "release", lambda: None)
     monkeypatch.setattr(efficiency, "GraphReplay", lambda work: Scripted(0.01, work))
     monkeypatch.setattr(efficiency, "EagerCalls", lambda work, warmup=3: Scripted(0.03, work))
-    monkeypatch.setattr(efficiency, "capture", Graph)
+    monkeypatch.setattr(efficiency, "cuda_graph", lambda function: function)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend")
     monkeypatch.setattr(efficiency, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
     real_to = torch.Tensor.to

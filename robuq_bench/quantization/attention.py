@@ -62,3 +62,8 @@ def matmul_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
     if not 2 <= bits <= 8:
         raise ConfigError(f"attention.matmul_bits must be 2 to 8, got {bits}")
     return _MatmulQuantizer(2 ** (bits - 1) - 1)
+
+
+def integer_limit(quantizer: object) -> int | None:
+    """Largest integer of a quantizer of `matmul_quantizer`; None for no quantizer or another."""
+    return quantizer.limit if isinstance(quantizer, _MatmulQuantizer) else None

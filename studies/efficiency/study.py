@@ -3,7 +3,8 @@
 The workload gives the sizes (`--on imagenet256`: DiT-XL/2); weights are random, with open gates.
 Baselines: fp32, TF32 and bf16 eager, bf16 compiled, and bf16 compiled in a CUDA graph, which is the
 strongest; torchao int8 is a peer where it is installed. Ours: plans a8, a4 and a2-uniform (rank as
-configured, attention in bf16) on the Triton backend in a CUDA graph.
+configured, and all else that is judged: attention in 8-bit integers) on the Triton backend in a
+CUDA graph, as `robuq_bench.cuda_graph` makes it.
 
 One step is one prediction of the network (with guidance: on twice the batch, and the guided
 combination). Sampling is deterministic DDIM. Eager and compiled variants are timed by CUDA events
@@ -28,6 +29,7 @@ beside ours for every baseline, as it does not say which one it used.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,13 +42,13 @@ from robuq_bench.config import Config, Plan
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckError, UsageError
+from robuq_bench.inference.graph import cuda_graph
 from robuq_bench.measuring.memory import measure_peak, resident_bytes
 from robuq_bench.measuring.roofline import Transformer, end_to_end_rows
 from robuq_bench.measuring.timing import (
     EagerCalls,
     GraphReplay,
     Stopwatch,
-    capture,
     time_interleaved,
 )
 from robuq_bench.runs.run import Run
@@ -66,7 +68,7 @@ from studies.efficiency.variants import (
 )
 from studies.efficiency.verdicts import verdicts
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "File size, GPU memory and speed of the packed model against five baselines."
 USES_DATA = False
 RULE = (
@@ -366,7 +368,7 @@ class Bench:
 
         def once() -> None:
             graphs.clear()
-            graphs.append(capture([predict]) if self.variant.graph else predict())
+            graphs.append(cuda_graph(predict) if self.variant.graph else predict())
 
         memory = measure_peak(once, sampler.model, self.resident_before)
         graphs.clear()
@@ -377,15 +379,9 @@ class Bench:
         tables = ddim_coefficients(diffusion, self.options.sampling_steps)
         timesteps, coefficients = (table.to(self.device) for table in tables)
 
-        def eager() -> None:
-            sampler.step(predict)
-
-        step: Callable[[], object] = eager
+        step: Callable[[], Any] = partial(sampler.step, predict)
         if self.variant.graph:
-            for _ in range(3):
-                eager()
-            torch.cuda.synchronize()
-            step = capture([eager]).replay
+            step = cuda_graph(step)
         watch = EagerCalls([lambda: sampler.sample(step, timesteps, coefficients)], warmup=1)
         row = self._time(watch, SAMPLING_SAMPLES, 0.0)
         if self.variant.graph:

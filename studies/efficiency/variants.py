@@ -77,14 +77,8 @@ def variant_of(name: str) -> Variant:
 
 
 def packed_plan(name: str, rank: int) -> Plan:
-    """A plan as it is packed here: branches of `rank` (0: none), attention in full precision.
-
-    The integer products of attention are fake-quantized in training and have no kernel; a packed
-    model with them would time PyTorch's eager arithmetic instead.
-    """
-    plan = with_branch_rank(load_plan(name), rank)
-    attention = plan.attention.model_copy(update={"matmul_bits": None})
-    return plan.model_copy(update={"attention": attention})
+    """A plan as it is packed here: with branches of `rank` (0: none), and else as it is judged."""
+    return with_branch_rank(load_plan(name), rank)
 
 
 def build(
@@ -195,10 +189,10 @@ class Sampler:
         guided = null[:, :count] + CFG_SCALE * (conditional[:, :count] - null[:, :count])
         return torch.cat([guided, conditional[:, count:]], dim=1)
 
-    def step(self, predict: Callable[[], Tensor]) -> None:
+    def step(self, predict: Callable[[], Tensor]) -> Tensor:
         """One DDIM update of `x` in place."""
         a, b = self.coefficients.to(self.x.dtype).unbind(0)
-        self.x.copy_(a * self.x + b * predict())
+        return self.x.copy_(a * self.x + b * predict())
 
     def sample(self, step: Callable[[], object], timesteps: Tensor, coefficients: Tensor) -> None:
         """All steps from the same noise; `step` runs `self.step`, or replays a graph of it."""

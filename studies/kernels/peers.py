@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,6 +23,8 @@ from robuq_bench.hadamard.transform import hadamard_matrix
 from studies.kernels.cases import QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"
+FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
+CPU_PEERS = (FP32, BF16, INT8)
 MAX_RELATIVE_ERROR = 0.05  # of the root mean square; peers round tokens to 8 bits
 INT_MM_LEAST_ROWS = 17
 
@@ -84,6 +87,50 @@ def make_peer(name: str, case: Case, layer: Layer | None, device: torch.device |
     if name == "torch._int_mm":
         return _int_mm(layer)
     return _torchao(layer) if name == "torchao int8" else _gemlite(layer, device)
+
+
+def make_cpu_peer(name: str, layer: Layer) -> Work:
+    """One call per weight copy of a name in `CPU_PEERS`, checked as `make_peer` checks.
+
+    Raises:
+        PeerUnavailableError: wrong result, or torch has no such product for this CPU.
+    """
+    x, bias = layer.x.float(), layer.bias.float()
+    if name == INT8:
+        work = [_call(module, x) for module in _dynamic(layer)]
+    elif name == BF16:
+        weights = [weight.bfloat16() * layer.scale for weight in layer.weights]
+        work = [_call(F.linear, layer.x, weight, layer.bias) for weight in weights]
+    else:
+        weights = [weight.float() * layer.scale for weight in layer.weights]
+        work = [_call(F.linear, x, weight, bias) for weight in weights]
+    found = work[0]()
+    assert isinstance(found, Tensor)
+    _check(found, _expected(layer, 0))
+    return work
+
+
+def _dynamic(layer: Layer) -> list[nn.Module]:
+    linears = [nn.Sequential(_linear(layer, index).float()) for index in range(len(layer.weights))]
+    return [dynamic_int8(linear) for linear in linears]
+
+
+def dynamic_int8(model: nn.Module) -> nn.Module:
+    """A copy of a float32 model whose linears multiply in 8 bits, by torch's own quantization.
+
+    Raises:
+        PeerUnavailableError: this torch has none, or no engine for this CPU.
+    """
+    if importlib.util.find_spec("torch.ao.quantization") is None:
+        raise PeerUnavailableError("not installed: this torch has no torch.ao.quantization")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and still what torch itself has
+        quantization = import_module("torch.ao.quantization")
+        try:
+            found: nn.Module = quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+        except RuntimeError as error:
+            raise PeerUnavailableError(f"not supported: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
