@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.measuring.fp8 import ALIGNED, has_fp8
-from studies.kernels.cases import QUANTIZE, Case
+from studies.kernels.cases import ATTENTION, QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"
 FP8 = "torch._scaled_mm fp8"
+SDPA = "F.scaled_dot_product_attention bf16"
 FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
 CPU_PEERS = (FP32, BF16, INT8)
 MAX_RELATIVE_ERROR = 0.05  # of the root mean square; peers round tokens to 8 bits
@@ -73,6 +74,8 @@ def peers_of(case: Case) -> tuple[str, ...]:
     """Names of the peers of a case, the baseline of its verdict first."""
     if case.is_product:
         return (BASELINE, "torch._int_mm", FP8, "torchao int8", "gemlite A8W158")
+    if case.kernel == ATTENTION:
+        return (SDPA,)
     return ("fast-hadamard-transform",) if case.kernel == QUANTIZE and not case.prologue else ()
 
 
@@ -84,6 +87,8 @@ def make_peer(name: str, case: Case, layer: Layer | None, device: torch.device |
     """
     if name == "fast-hadamard-transform":
         return _dao(case, device)
+    if name == SDPA:
+        return sdpa(case, device)
     assert layer is not None
     if name == BASELINE:
         return _cublas(layer)
@@ -203,6 +208,16 @@ def fp8(layer: Layer) -> Work:
     exact = codes[:64].float() @ layer.weights[0].float().T * layer.scale + layer.bias.float()
     _check(found, exact)
     return work
+
+
+def sdpa(case: Case, device: torch.device | str) -> Work:
+    """PyTorch's attention in bf16, on queries, keys and values that lie as the model's do."""
+    shape = (case.images, case.tokens, 3, case.heads, case.width // case.heads)
+    qkv = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q[0].float() @ k[0].float().mT / math.sqrt(q.shape[-1])
+    _check(F.scaled_dot_product_attention(q, k, v)[0], scores.softmax(-1) @ v[0].float())
+    return [_call(F.scaled_dot_product_attention, q, k, v)]
 
 
 def _linear(layer: Layer, index: int) -> nn.Linear:
