@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robuq_bench.errors import MissingResourceError
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.measuring.fp8 import ALIGNED, has_fp8
-from studies.kernels.cases import ATTENTION, QUANTIZE, Case
+from robuq_bench.measuring.int8_peer import dynamic_int8
+from studies.kernels.cases import ATTENTION, BF16, INT8, QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"
 FP8 = "torch._scaled_mm fp8"
 SDPA = "F.scaled_dot_product_attention bf16"
-FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
-CPU_PEERS = (FP32, BF16, INT8)
 MAX_RELATIVE_ERROR = 0.05  # of the root mean square; peers round tokens to 8 bits
 INT_MM_LEAST_ROWS = 17
 
@@ -124,25 +123,10 @@ def make_cpu_peer(name: str, layer: Layer) -> Work:
 
 def _dynamic(layer: Layer) -> list[nn.Module]:
     linears = [nn.Sequential(_linear(layer, index).float()) for index in range(len(layer.weights))]
-    return [dynamic_int8(linear) for linear in linears]
-
-
-def dynamic_int8(model: nn.Module) -> nn.Module:
-    """A copy of a float32 model whose linears multiply in 8 bits, by torch's own quantization.
-
-    Raises:
-        PeerUnavailableError: this torch has none, or no engine for this CPU.
-    """
-    if importlib.util.find_spec("torch.ao.quantization") is None:
-        raise PeerUnavailableError("not installed: this torch has no torch.ao.quantization")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and still what torch itself has
-        quantization = import_module("torch.ao.quantization")
-        try:
-            found: nn.Module = quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-        except RuntimeError as error:
-            raise PeerUnavailableError(f"not supported: {str(error).splitlines()[0]}") from error
-    return found
+    try:
+        return [dynamic_int8(linear) for linear in linears]
+    except MissingResourceError as error:
+        raise PeerUnavailableError(str(error)) from error
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
