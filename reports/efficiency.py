@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import VERDICTS, claims_of, old_claims, rule_of, table_fold, whole_tables
+from reports.generic import claims_of, cpu, old_claims, rule_of, table_fold, whole_tables
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
 from reports.settings import section
@@ -23,7 +23,8 @@ OPEN = (
     "DiT-XL/2 takes 7.1× less GPU memory",
     "DiT-XL/2 runs 3.5× faster",
 )
-_NAMES = ("claims", "checkpoints", "weights", "end_to_end", "end_to_end_model")
+_NAMES = ("claims", "checkpoints", "weights", "end_to_end", "end_to_end_model", "cpu_times",
+          "cpu_factors", "cpu_memory")  # fmt: skip
 EXPORTS = (*(f"efficiency-{name}.csv" for name in _NAMES), "efficiency.tex")
 _WORDS = {"theory": "smaller checkpoint in theory", "checkpoint size": "smaller checkpoint",
           "GPU memory": "less GPU memory", "speed": "faster"}  # fmt: skip
@@ -145,6 +146,7 @@ def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
     if ratios:
         where = f" on {_device(run)} (the paper: {paper['speed']})."
         speed = ["a step is ", Phrase(ratios, run.href), where]
+    speed += cpu(run)[0]
     return sentence(
         f"Packed to W1.58, {_model(run)} is a file ",
         Phrase(_factor(best["size_reduction"]), run.href),
@@ -160,9 +162,10 @@ def _blocks(run: RunData, factors: pd.DataFrame) -> list[Block]:
     return [
         _factor_sheet(run, factors),
         _figures(run, factors),
+        *cpu(run)[1],
         Points([*_CAVEATS, *(_MEASURED if _device(run) else ())]),
         Fold("Bytes of a checkpoint by part", [_checkpoint_sheet(run)]),
-        *(table_fold(run, name) for name in run.tables if name not in ("checkpoints", VERDICTS)),
+        *(table_fold(run, name) for name in run.tables if name not in ("checkpoints", "verdicts")),
     ]
 
 

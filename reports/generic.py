@@ -153,6 +153,18 @@ def drawn(run: RunData) -> list[Picture]:
     return found
 
 
+def cpu(run: RunData) -> tuple[list[Phrase], list[Block]]:
+    """What a study says of a CPU that it timed: a sentence, and its figures and summary."""
+    facts, frame = run.table("cpu_machine"), run.table("cpu_summary")
+    if facts.empty or frame.empty:
+        return [], []
+    device, answer = (facts[name].iloc[0] for name in ("device_name", "answer"))
+    note = "All took turns; what is wrong has no time."
+    shown = plain_sheet(frame.head(MAX_ROWS), f"Timed on {device}", note)
+    pictures = Figures([*drawn(run)], f"Drawn by the run {run.title}, of {device}.")
+    return sentence(" ", Phrase(f"On {device}, {answer}.", run.href)), [pictures, shown]
+
+
 def table_fold(run: RunData, name: str) -> Fold:
     """One of the run's tables, folded; the first rows of a long one, what is alike in its note."""
     frame = run.table(name)

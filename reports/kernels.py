@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import MAX_ROWS, claims_of, old_claims, plain_sheet, rule_of, whole_tables
+from reports.generic import MAX_ROWS, claims_of, cpu, old_claims, plain_sheet, rule_of, whole_tables
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, claims_sheet, sentence
 from reports.text import Phrase, listing, percent, plural, significant, times
@@ -20,8 +20,8 @@ from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel
 ORDER = 75
 QUESTION = "Are the kernels right, and how near to the hardware do they come?"
 OPEN: tuple[str, ...] = ()
-EXPORTS = ("kernels-kernels.csv", "kernels-kernel_checks.csv", "kernels-roofline.csv",
-           "kernels.tex")  # fmt: skip
+_NAMES = ("kernels", "kernel_checks", "roofline", "cpu_kernels")
+EXPORTS = (*(f"kernels-{name}.csv" for name in _NAMES), "kernels.tex")
 _OURS, _BASELINE, _PRODUCT = "robuq-bench", "cuBLAS bf16", "ternary_matmul"
 _SPEEDUP, _SHARE = "speedup_over_cublas_bf16", "share_of_ceiling"
 _LEAST = "bf16_over_ternary"
@@ -125,7 +125,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
         blocks=[block for tables in found for block in _blocks(tables)],
         claims=[claim for tables in found for claim in _claims(tables)],
         rule=rule_of(whole) or _OLD_RULE,
-        exports=whole_tables(whole, ["kernels", "kernel_checks", "roofline"]),
+        exports=whole_tables(whole, _NAMES),
         tex={"kernels": [_check_sheet(tables) for tables in found]},
     )
 
@@ -164,6 +164,7 @@ def _answer(tables: _Tables) -> list[Phrase]:
         ]
     elif not tables.timed.empty:
         told = [f"none was timed beside {_BASELINE}."]
+    told += cpu(tables.run)[0]
     passed = f"{checks['correct'].sum():,} of {plural(len(checks), 'kernel call')}"
     return sentence(
         Phrase(passed, tables.run.href),
@@ -175,7 +176,7 @@ def _answer(tables: _Tables) -> list[Phrase]:
 
 
 def _blocks(tables: _Tables) -> list[Block]:
-    blocks: list[Block] = [*_figures(tables), _check_sheet(tables)]
+    blocks: list[Block] = [*_figures(tables), _check_sheet(tables), *cpu(tables.run)[1]]
     is_timed = not tables.timed.empty
     judged = claims_of([tables.run]) if is_timed else []
     speeds = [claim for claim in judged if not claim.verdict.effect_name.startswith("largest dev")]
