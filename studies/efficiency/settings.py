@@ -16,6 +16,7 @@ VARIANTS = (
     "bf16-compile",
     "bf16-graph",
     "torchao-int8",
+    "fp8-rowwise",
     "w1.58a8",
     "w1.58a4",
     "w1.58a2",

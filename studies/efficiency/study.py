@@ -2,9 +2,9 @@
 
 The workload gives the sizes (`--on imagenet256`: DiT-XL/2); weights are random, with open gates.
 Baselines: fp32, TF32 and bf16 eager, bf16 compiled, and bf16 compiled in a CUDA graph, which is the
-strongest; torchao int8 is a peer where it is installed. Ours: plans a8, a4 and a2-uniform (rank as
-configured, and all else that is judged: attention in 8-bit integers) on the Triton backend in a
-CUDA graph, as `robuq_bench.cuda_graph` makes it.
+strongest. Peers: torchao int8 where it is installed, and fp8 rowwise where the GPU has it. Ours:
+plans a8, a4 and a2-uniform (rank as configured, and all else as it is judged: attention in 8-bit
+integers) on the Triton backend in a CUDA graph, as `robuq_bench.cuda_graph` makes it.
 
 One step is one prediction of the network (with guidance: on twice the batch, and the guided
 combination). Sampling is deterministic DDIM. Eager and compiled variants are timed by CUDA events
@@ -94,7 +94,7 @@ PACKED_ROW = 128  # columns that are packed together
 # A borrowed GPU may be gone before the last item: ours and the baselines of the claims first, and
 # last fp32, whose sampling takes minutes.
 ORDER = ("w1.58a8", "bf16-graph", "tf32", "w1.58a4", "w1.58a2", "bf16", "bf16-compile",
-         "torchao-int8", "fp32")  # fmt: skip
+         "torchao-int8", "fp8-rowwise", "fp32")  # fmt: skip
 
 
 def check(config: Config) -> None:
