@@ -153,16 +153,13 @@ def drawn(run: RunData) -> list[Picture]:
     return found
 
 
-def cpu(run: RunData) -> tuple[list[Phrase], list[Block]]:
-    """What a study says of a CPU that it timed: a sentence, and its figures and summary."""
-    facts, frame = run.table("cpu_machine"), run.table("cpu_summary")
-    if facts.empty or frame.empty:
-        return [], []
-    device, answer = (facts[name].iloc[0] for name in ("device_name", "answer"))
-    note = "All took turns; what is wrong has no time."
-    shown = plain_sheet(frame.head(MAX_ROWS), f"Timed on {device}", note)
-    pictures = Figures([*drawn(run)], f"Drawn by the run {run.title}, of {device}.")
-    return sentence(" ", Phrase(f"On {device}, {answer}.", run.href)), [pictures, shown]
+def cpu(run: RunData) -> list[Block]:
+    """The figures of a study that timed a CPU and its summary; nothing of a run without."""
+    frame = run.table("cpu_summary")
+    if frame.empty:
+        return []
+    shown = plain_sheet(frame.head(MAX_ROWS), f"Timed on a CPU: {run.title}")
+    return [Figures([*drawn(run)], "On a CPU; what computes something else has no time."), shown]
 
 
 def table_fold(run: RunData, name: str) -> Fold:

@@ -67,16 +67,17 @@ def speeds(factors: Sequence[Row]) -> list[Row]:
 
 
 def answer(factors: Sequence[Row]) -> str:
-    """A clause on the packed steps of the last model: the range beside each baseline."""
+    """A sentence on the packed steps of the last model: the range beside each baseline."""
     steps = [row for row in factors if row["scope"] == "step"]
     if not steps:
-        return "no step was timed"
+        return "No packed step was timed on a CPU."
     frame = pd.DataFrame([row for row in steps if row["model"] == steps[-1]["model"]])
     ranges = frame.groupby("against", sort=False)["factor"].agg(["min", "max"])
     parts = [
         f"{low:.2f}× to {high:.2f}× as fast as {name}" for name, low, high in ranges.itertuples()
     ]
-    return f"a step of {model_name(steps[-1]['model'])} packed as W1.58 is {', '.join(parts)}"
+    device, model = steps[0]["device_name"], model_name(steps[-1]["model"])
+    return f"On {device}, a step of {model} packed as W1.58 is {', '.join(parts)}."
 
 
 def cpu_shown(factors: Sequence[Row]) -> list[Row]:

@@ -114,11 +114,11 @@ def medians(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def answer(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A clause on the compiled products with the best instruction set, on the fewest threads."""
+    """A sentence on the compiled products with the best instruction set, on the fewest threads."""
     ours = [row for row in rows if row["implementation"].startswith(COMPILED) and "speedup" in row]
     ours = [row for row in ours if "gop_s" in row]
     if not ours:
-        return "the compiled kernels were not timed"
+        return "The compiled kernels were not timed on a CPU."
     best, threads = ours[0]["implementation"], ours[0]["threads"]
     instructions = best.removeprefix(COMPILED)
     own = pd.DataFrame(
@@ -126,9 +126,10 @@ def answer(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     speed, share = own["speedup"], own["share_of_peak"]
     return (
-        f"with {threads} thread{'s' if threads > 1 else ''}, compiled products ({instructions}) "
-        f"are {speed.min():.2f}× to {speed.max():.2f}× (median {speed.median():.2f}×) as fast as "
-        f"{FP32} and reach {share.min():.0%} to {share.max():.0%} of the measured peak"
+        f"On {ours[0]['device_name']} with {threads} thread{'s' if threads > 1 else ''}, compiled "
+        f"products ({instructions}) are {speed.min():.2f}× to {speed.max():.2f}× (median "
+        f"{speed.median():.2f}×) as fast as {FP32} and reach {share.min():.0%} to "
+        f"{share.max():.0%} of the measured peak."
     ).replace("%", " %")
 
 

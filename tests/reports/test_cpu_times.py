@@ -89,13 +89,14 @@ def efficiency_run(root: Path) -> Run:
         row["batch"] = batch
     files = [{"basis": "exact", "rank": 16, **row} for row in packing_table(model, plan)]
     weights = weight_rows(config, plan, list(VARIANTS.values()))
+    factors = [{"device_name": CPU} | row for row in factors]
     judged = efficiency_verdicts.cpu_verdicts(factors, ())
     tables = {
         "checkpoints": files,
         "weights": weights,
         "end_to_end_model": modelled,
         "claims": claims(config.settings_of(Settings), files, weights, modelled, []),
-        "cpu_factors": [{"device_name": CPU} | row for row in factors],
+        "cpu_factors": factors,
         "cpu_summary": efficiency_tables.speeds(factors),
         "cpu_machine": [MACHINE | {"answer": efficiency_tables.answer(factors)}],
         "verdicts": verdict_rows(judged, "a rule"),
@@ -111,16 +112,16 @@ def efficiency_run(root: Path) -> Run:
     [
         (
             kernel_run,
-            f"On {CPU}, with 1 thread, compiled products (avx2) are 2.50× to 2.50× (median 2.50×) "
+            f"On {CPU} with 1 thread, compiled products (avx2) are 2.50× to 2.50× (median 2.50×) "
             "as fast as F.linear fp32 and reach 50 % to 50 % of the measured peak.",
-            f"Timed on {CPU}",
+            "Timed on a CPU",
             {"layer": "fc1", f"{COMPILED}avx2": "5.44", FP32: "13.6"},
             "cpu_kernels",
         ),
         (
             efficiency_run,
             f"On {CPU}, a step of DiT-XL/2 packed as W1.58 is 2.00× to 3.00× as fast as fp32.",
-            f"Timed on {CPU}",
+            "Timed on a CPU",
             {"ours": "w1.58a4", "fp32": "3"},
             "cpu_factors",
         ),
