@@ -2,6 +2,7 @@
 
 - `hadamard_quantize`: [residual + gate] [LayerNorm + modulate] Hadamard, per-token codes.
 - `ternary_matmul`: packed ternary weight times int8 codes, with the epilogues of a transformer.
+- `quantized_attention`: attention whose two products multiply integers.
 - `fake_quantize`: Hadamard and fake quantization of training, forward and backward.
 - `ternary_weight`: fake-quantized ternary weight of training.
 

@@ -15,10 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("cpu.cpp", "hadamard_quantize/cpu.cpp", "ternary_matmul/cpu.cpp")
-HEADERS = ("cpu.hpp",)
+SOURCES = (
+    "cpu.cpp",
+    "fake_quantize/cpu.cpp",
+    "hadamard_quantize/cpu.cpp",
+    "normality_sums/cpu.cpp",
+    "peak.cpp",
+    "quantized_attention/cpu.cpp",
+    "ternary_matmul/cpu.cpp",
+    "ternary_weight/cpu.cpp",
+)
+HEADERS = ("cpu.hpp", "hadamard.hpp")
 LIBRARY = FOLDER / "_cpu.so"
-"""Where a checkout has its library; an installation adds its own suffix."""
+"""The library, in a checkout and in an installation."""
 
 # Contracted or reordered sums would differ between instruction sets; neither errno nor floating
 # point traps are looked at, and they would keep loops from being vectorised.

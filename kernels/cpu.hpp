@@ -47,6 +47,8 @@ struct Types;
     using Floats = float __attribute__((vector_size(4 * N))); \
     using Ints = int32_t __attribute__((vector_size(4 * N))); \
     using Shorts = int16_t __attribute__((vector_size(4 * N))); \
+    using Doubles = double __attribute__((vector_size(4 * N))); \
+    using Words = uint64_t __attribute__((vector_size(4 * N))); \
   }
 TYPES(4);
 TYPES(8);
@@ -62,6 +64,8 @@ struct Vectors {
   using Floats = typename Types<N>::Floats;
   using Ints = typename Types<N>::Ints;
   using Shorts = typename Types<N>::Shorts;
+  using Doubles = typename Types<N>::Doubles;
+  using Words = typename Types<N>::Words;
 
   static INLINE Floats floats(float x) { return x - Floats{}; }  // + would lose the sign of -0
   static INLINE Floats load(const float* from) { return load_as<Floats>(from); }
@@ -125,3 +129,19 @@ std::unique_ptr<T[], Free> allocate(int64_t count) {
 }
 
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+#if defined(AMX)
+// All eight tiles with 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+TARGET_AMX inline void configure_tiles() {
+  TileConfig config;
+  for (int t = 0; t < 8; t++) config.row_bytes[t] = 64, config.rows[t] = 16;
+  asm volatile("" ::"r"(&config) : "memory");  // GCC takes 8 bytes of it for all that is read
+  _tile_loadconfig(&config);
+}
+#endif

@@ -9,13 +9,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from kernels.build import FOLDER, LIBRARY, source_hash
+from kernels.build import LIBRARY, source_hash
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512-vnni", "amx-int8")
 """Slowest first; a CPU that has one has those before it."""
 
 PATH_VARIABLE = "ROBUQ_CPU_KERNELS"
-"""Environment variable: another library file."""
+"""Environment variable: another library file, or "off", for everything to go without."""
 
 SET_VARIABLE = "ROBUQ_CPU_INSTRUCTIONS"
 """Environment variable: one of `INSTRUCTION_SETS`, for tests and comparisons."""
@@ -25,38 +25,42 @@ class MissingKernels(RuntimeError):  # noqa: N818 - the name says what happened
     """The compiled kernels cannot be used; the message says why and what to do."""
 
 
-@functools.cache
 def load() -> ctypes.CDLL:
-    """The library, loaded once.
+    """The library, looked for once: a process keeps to what it found.
 
     Raises:
-        MissingKernels: it was not built, was built from other sources, or cannot be loaded.
+        MissingKernels: it was not built, was built from other sources, cannot be loaded, or is
+            switched off.
     """
-    path = _path()
+    found = _load(os.environ.get(PATH_VARIABLE, ""))
+    if isinstance(found, str):
+        raise MissingKernels(found)
+    return found
+
+
+@functools.cache
+def _load(chosen: str) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if chosen == "off":
+        return f"the CPU kernels are switched off by {PATH_VARIABLE}=off"
+    if chosen:
+        path = Path(chosen)
+    else:
+        if not LIBRARY.is_file():
+            return (
+                "the CPU kernels are not built: run python -m kernels.build, which needs a C++ "
+                "compiler"
+            )
+        path = LIBRARY
     try:
         library = ctypes.CDLL(str(path))
         library.robuq_source.restype = ctypes.c_char_p
+        source = library.robuq_source().decode()
     except (OSError, AttributeError) as error:
-        raise MissingKernels(
-            f"the CPU kernels in {path} cannot be loaded ({error}); run python -m kernels.build"
-        ) from error
-    if source_hash() not in (None, library.robuq_source().decode()):
-        raise MissingKernels(
-            f"{path} was built from other sources; run python -m kernels.build again"
-        )
+        return f"the CPU kernels in {path} cannot be loaded ({error}); run python -m kernels.build"
+    if source_hash() not in (None, source):
+        return f"{path} was built from other sources; run python -m kernels.build again"
     return library
-
-
-def _path() -> Path:
-    chosen = os.environ.get(PATH_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    found = [LIBRARY] if LIBRARY.is_file() else sorted(FOLDER.glob("_cpu.*.so"))
-    if not found:
-        raise MissingKernels(
-            "the CPU kernels are not built: run python -m kernels.build, which needs a C++ compiler"
-        )
-    return found[0]
 
 
 @functools.cache
@@ -81,6 +85,26 @@ def instruction_set() -> int:
             f"{', '.join(INSTRUCTION_SETS[: best + 1])}"
         )
     return INSTRUCTION_SETS.index(chosen)
+
+
+def is_usable() -> bool:
+    """Whether there is a library; False where it is switched off.
+
+    Raises:
+        MissingKernels: the file that `PATH_VARIABLE` names cannot be used.
+    """
+    chosen = os.environ.get(PATH_VARIABLE, "")
+    found = _load(chosen)
+    if isinstance(found, str) and chosen not in ("", "off"):
+        raise MissingKernels(found)
+    return not isinstance(found, str)
+
+
+def why_not() -> str | None:
+    """Why there is no library; None where there is one, or where it was switched off."""
+    chosen = os.environ.get(PATH_VARIABLE, "")
+    found = _load(chosen)
+    return found if isinstance(found, str) and chosen != "off" else None
 
 
 def describe() -> str:

@@ -23,7 +23,13 @@ from triton.compiler import ASTSource
 
 from kernels.launch import INTERPRETED
 
-OPERATIONS = ("hadamard_quantize", "ternary_matmul", "fake_quantize", "ternary_weight")
+OPERATIONS = (
+    "hadamard_quantize",
+    "ternary_matmul",
+    "quantized_attention",
+    "fake_quantize",
+    "ternary_weight",
+)
 TARGET = GPUTarget("cuda", 90, 32)
 
 

@@ -89,6 +89,9 @@ def _run_card(run: RunData, machines: Mapping[str, Machine]) -> dict[str, Any]:
         *((key, str(value)) for key, value in extra.items() if key not in digests),
     ]
     facts += [
+        (name, str(entry["note"])) for name, entry in manifest["inputs"].items() if "note" in entry
+    ]
+    facts += [
         (f"session {i}", f"{s.get('start')} to {s.get('end')}, {s.get('status')}")
         for i, s in enumerate(sessions, start=1)
     ]

@@ -134,6 +134,13 @@ def _caveats(groups: Sequence[Group]) -> Iterable[page.Block]:
     if len(by_steps) > 1:
         steps = "; ".join(f"{n:,} for {_some(by_steps[n])}" for n in sorted(by_steps))
         items.append(f"Plans had unequal numbers of QAT steps: {steps}.")
+    cited = (run for group in groups for row in group.rows for run in row.runs)
+    known = {str(r["samples"]) for run in cited for r in run.of_kind("metrics") if "samples" in r}
+    if known:
+        items.append(
+            f"Teacher: judged by samples that came with the suite ({listing(sorted(known))}), not "
+            "drawn anew; its run, under Provenance, says how they were made."
+        )
     return [page.Points(items)] if items else []
 
 

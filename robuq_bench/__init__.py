@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from robuq_bench._compat import import_torchvision
     from robuq_bench.config import Plan, Workload, load_plan, load_workload
-    from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
+    from robuq_bench.inference import (
+        cuda_graph,
+        export_packed,
+        load_packed,
+        pack_,
+        prepare_for_inference,
+    )
     from robuq_bench.methods import Method, register_method
     from robuq_bench.quantization.convert import quantize_
     from robuq_bench.quantization.fitting import Calibration
@@ -32,6 +38,7 @@ __all__ = [
     "__version__",
     "cached_weights",
     "clamp_gradients_",
+    "cuda_graph",
     "defer_gradient_clamp",
     "export_packed",
     "import_torchvision",
@@ -53,6 +60,7 @@ _HOME = {
     "Workload": "robuq_bench.config",
     "cached_weights": "robuq_bench.quantization.linear",
     "clamp_gradients_": "robuq_bench.quantization.gradient_clamp",
+    "cuda_graph": "robuq_bench.inference",
     "defer_gradient_clamp": "robuq_bench.quantization.gradient_clamp",
     "export_packed": "robuq_bench.inference",
     "import_torchvision": "robuq_bench._compat",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import pytest
 import torch
+
+from kernels import build, cpu_library
 
 if TYPE_CHECKING:
     from robuq_bench.context import Context
@@ -54,6 +57,7 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: its interpreter is chosen when functions are decorated.
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+gc.disable()  # until the tests are collected: what is imported for them stays
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
@@ -65,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare every garbage collection of the tests a walk through a million imported objects."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -177,3 +187,19 @@ def fail_with(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Base
         monkeypatch.setattr(sys.modules["studies.toy_study"], "measure", measure)
 
     return arrange
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The checkout's library or one built now, which takes ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            cpu_library.load()
+        except cpu_library.MissingKernels as missing:
+            if os.environ.get("ROBUQ_REQUIRE_CPU_KERNELS") == "1":
+                raise
+            if os.environ.get(cpu_library.PATH_VARIABLE) or build.compiler() is None:
+                pytest.skip(str(missing))
+            target = build.build(tmp_path_factory.mktemp("library") / "_cpu.so")
+            patch.setenv(cpu_library.PATH_VARIABLE, str(target))
+        yield

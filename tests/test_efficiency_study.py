@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from robuq_bench.cli import app as cli
-from robuq_bench.config import Config, load_workload, resolve
+from robuq_bench.config import Config, load_plan, load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckError, ConfigError, UsageError
+from robuq_bench.measuring.fp8 import Fp8Linear, fp8_
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
+from robuq_bench.quantization.attention import integer_limit
+from robuq_bench.quantization.convert import matmul_quantizers
 from robuq_bench.runs.run import Run
 from studies.efficiency import study as efficiency
 from studies.efficiency import variants as efficiency_variants
@@ -24,6 +29,7 @@ from studies.efficiency.claims import speed_factor
 from studies.efficiency.study import packed_bytes
 from studies.efficiency.variants import (
     VARIANTS,
+    NotRunError,
     Sampler,
     build,
     ddim_coefficients,
@@ -39,6 +45,7 @@ SMALL = (
     "efficiency.sampling_steps=5",
     "efficiency.rank=4",
     "efficiency.round_ms=0.01",
+    "efficiency.cpu.models=[]",  # test_efficiency_cpu.py
 )
 
 
@@ -59,7 +66,9 @@ def table(run: Run, name: str) -> list[dict[str, str]]:
 
 
 def test_without_a_gpu_sizes_are_exact_and_times_are_a_model(tmp_path: Path) -> None:
-    config = resolve("efficiency", efficiency.VERSION, "a4", "imagenet256")
+    config = resolve(
+        "efficiency", efficiency.VERSION, "a4", "imagenet256", 0, ["efficiency.cpu.models=[]"]
+    )
     run, rows = perform(config, tmp_path)
     sizes = {row["ours"]: row["factor"] for row in rows if row["claim"] == "checkpoint size"}
     assert sizes["base3/fp16/fp16"] >= 15.2
@@ -125,6 +134,32 @@ def test_packed_bytes_are_those_of_the_model(tiny_workload: Path, plan: str, ran
     name = {"a8": "w1.58a8", "a2-uniform": "w1.58a2"}[plan]
     model = build(VARIANTS[name], section, rank, 0, "cpu", "integer")
     assert packed_bytes(section, packed_plan(plan, rank), 2) == weight_bytes(model)
+
+
+@pytest.mark.parametrize("name", ["a8", "a4", "a2-uniform"])
+def test_the_plan_that_is_timed_is_the_plan_that_is_judged(tiny_workload: Path, name: str) -> None:
+    """But for the rank, which at DiT-XL/2 is the paper's 16."""
+    plan = packed_plan(name, 16)
+    assert plan.attention.matmul_bits == load_plan(name).attention.matmul_bits == 8
+    variant = next(variant for variant in VARIANTS.values() if variant.plan == name)
+    model = build(variant, load_workload(tiny_workload).model, 4, 0, "cpu", "integer")
+    quantizers = list(matmul_quantizers(model).values())
+    assert quantizers
+    assert {integer_limit(quantizer) for quantizer in quantizers} == {127}
+
+
+def test_the_fp8_peer_is_the_layer_it_stands_for() -> None:
+    """On a CPU, which multiplies fp8 too, if slowly."""
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 5)).bfloat16()
+    exchanged = fp8_(copy.deepcopy(model))
+    assert [type(layer) for layer in exchanged] == [Fp8Linear, nn.Linear]  # 5 outputs: not taken
+    x = torch.randn(3, 7, 64).bfloat16()
+    x[0, 0] = 0
+    found, expected = exchanged[0](x).float(), model[0](x).float()
+    assert (found - expected).norm() < 0.05 * expected.norm()  # e4m3 has 4 significant bits
+    assert next(exchanged.parameters()).dtype == torch.bfloat16
+    with pytest.raises(NotRunError, match=r"not run: needs a GPU of compute capability 8\.9"):
+        build(VARIANTS["fp8-rowwise"], load_workload("digits").model, 4, 0, "cpu")
 
 
 def test_ddim_is_that_of_diffusers() -> None:
@@ -210,14 +245,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         weights = weight_bytes(model)
         return {"peak_bytes": weights + 1000, "weights_bytes": weights, "activations_bytes": 1000}
 
-    class Graph:
-        def __init__(self, work: Sequence[Callable[[], object]]) -> None:
-            self.work = work
-
-        def replay(self) -> None:
-            for call in self.work:
-                call()
-
     real_sampler = Sampler
     monkeypatch.setattr(efficiency, "build", fake_build)
     monkeypatch.setattr(
@@ -229,10 +256,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(efficiency, "release", lambda: None)
     monkeypatch.setattr(efficiency, "GraphReplay", lambda work: Scripted(0.01, work))
     monkeypatch.setattr(efficiency, "EagerCalls", lambda work, warmup=3: Scripted(0.03, work))
-    monkeypatch.setattr(efficiency, "capture", Graph)
+    monkeypatch.setattr(efficiency, "cuda_graph", lambda function: function)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend")
     monkeypatch.setattr(efficiency, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
     real_to = torch.Tensor.to

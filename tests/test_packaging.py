@@ -5,17 +5,21 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.metadata
+import os
 import re
 import resource
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.tags import Tag
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 import robuq_bench
 
@@ -196,6 +200,46 @@ def test_every_data_file_is_packaged(package: str) -> None:
     }
     assert found, f"no data file under {package}"
     assert found - packaged == set()
+
+
+def setup_py(
+    tmp_path: Path, command: str, compiler: str, required: bool
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of setup.py on the kernels alone, with a shell script as the compiler."""
+    (tmp_path / "robuq_bench").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "kernels", "robuq_bench/__init__.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    script = tmp_path / "compiler"
+    script.write_text(f"#!/bin/sh\n{compiler}\n")
+    script.chmod(0o755)
+    chosen = {"CXX": str(script), "ROBUQ_REQUIRE_CPU_KERNELS": str(int(required))}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", command],
+        cwd=tmp_path,
+        env=os.environ | chosen,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_one_wheel_for_every_python_of_a_platform(tmp_path: Path) -> None:
+    writes = 'for output; do :; done; echo compiled > "$output"'
+    done = setup_py(tmp_path, "bdist_wheel", writes, required=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    platform = re.sub("[.-]", "_", sysconfig.get_platform())
+    tags = {Tag("py3", "none", platform)}
+    assert parse_wheel_filename(wheel.name)[3] == tags
+    assert zipfile.ZipFile(wheel).read("kernels/_cpu.so") == b"compiled\n"
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_failed_compilation_fails_where_kernels_are_required(
+    tmp_path: Path, required: bool
+) -> None:
+    done = setup_py(tmp_path, "build_ext", "echo it is broken >&2; exit 1", required)
+    assert "it is broken" in done.stderr
+    assert (done.returncode != 0) == required
 
 
 def readme_commands() -> list[str]:

@@ -1,8 +1,9 @@
 // Packed ternary weight times int8 codes on a CPU; reference.py defines it.
 //
 // 32 outputs make a panel. A thread unpacks it to bytes w + 1 [K / 4][32][4], the operand order of
-// vpdpbusd and of AMX tiles alike, and multiplies it with every token of a chunk. Sums are exact,
-// and the epilogue rounds in the same order on every instruction set.
+// vpdpbusd and of AMX tiles alike, and multiplies it with every token of a chunk. A few tokens do
+// not pay for that: they are multiplied with one channel after the other. Sums are exact, and the
+// epilogue rounds in the same order on every instruction set.
 
 #include "../cpu.hpp"
 
@@ -21,6 +22,7 @@ constexpr int BLOCK_K = 128;     // columns that share PLANE_BYTES, as layout.py
 constexpr int PLANE_BYTES = 32;
 constexpr int TOKENS = 12;  // rows of a register tile
 constexpr int TILE = 16;    // rows of an AMX tile
+constexpr int FEW = 3;      // tokens that are multiplied without a panel
 
 }  // namespace
 
@@ -120,50 +122,68 @@ INLINE Channels channels(const TernaryMatmul& x, int64_t first, int count, float
   return c;
 }
 
-// One token of a panel from its integer sums.
+// A vector of a row of which `count` elements are left.
+template <class V, bool WHOLE>
+INLINE typename V::Floats load_outputs(const float* from, int count) {
+  if (WHOLE) return V::load(from);
+  typename V::Floats y{};
+  memcpy(&y, from, std::min(std::max(count, 0), V::LANES) * sizeof(float));
+  return y;
+}
+
+// ROWS tokens of a panel of `count` outputs from their integer sums.
+template <class V, int ROWS, bool WHOLE>
+INLINE void finish_rows(const TernaryMatmul& x, const Channels& c, const float* up,
+                        const int32_t* sums, int64_t first_row, int64_t first, int count) {
+  using Floats = typename V::Floats;
+  constexpr int LANES = V::LANES, PARTS = PANEL / LANES;
+  Floats branch[ROWS][PARTS] = {};
+  for (int64_t r = 0; r < x.rank; r++)
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+      const Floats b = V::floats(x.branch[(first_row + i) * x.rank + r]);
+#pragma GCC unroll 8
+      for (int p = 0; p < PARTS; p++)
+        branch[i][p] = V::multiply_add(b, V::load(up + r * PANEL + p * LANES), branch[i][p]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; i++) {
+    const int64_t m = first_row + i;
+    const int64_t at = m * x.outputs + first;
+    const float* gate = x.gate ? x.gate + m / x.tokens_per_image * x.outputs + first : nullptr;
+#pragma GCC unroll 8
+    for (int p = 0; p < PARTS; p++) {
+      const int part = p * LANES, rest = count - part;
+      Floats y = V::float_of(V::load(sums + i * PANEL + part) - x.code_sums[m]) * x.token_scale[m];
+      y += x.token_offset[m] * V::load(c.weight_sums + part);
+      y *= V::load(c.scale + part);
+      if (x.rank) y += branch[i][p];
+      if (x.bias) y += V::load(c.bias + part);
+      if (x.gelu) y = gelu<V>(y);
+      if (gate) y *= load_outputs<V, WHOLE>(gate + part, rest);
+      if (x.residual) y += load_outputs<V, WHOLE>(x.residual + at + part, rest);
+      if (WHOLE)
+        memcpy(x.out + at + part, &y, sizeof y);
+      else
+        memcpy(x.out + at + part, &y, std::min(std::max(rest, 0), LANES) * sizeof(float));
+    }
+  }
+}
+
+// Tokens [m, m + rows) of a panel from their integer sums.
 template <class V>
 INLINE void finish(const TernaryMatmul& x, const Channels& c, const float* up, const int32_t* sums,
-                   int64_t m, int64_t first, int count) {
-  constexpr int LANES = V::LANES, PARTS = PANEL / LANES;
-  const bool whole = count == PANEL;
-  alignas(64) float padded[PANEL];
-  const auto row = [&](const float* from) {
-    if (whole) return from;
-    memset(padded, 0, sizeof padded);
-    memcpy(padded, from, count * sizeof(float));
-    return static_cast<const float*>(padded);
-  };
-  typename V::Floats y[PARTS];
-  for (int p = 0; p < PARTS; p++) {
-    y[p] = V::float_of(V::load(sums + p * LANES) - x.code_sums[m]) * x.token_scale[m];
-    y[p] += x.token_offset[m] * V::load(c.weight_sums + p * LANES);
-    y[p] *= V::load(c.scale + p * LANES);
+                   int64_t m, int rows, int64_t first, int count) {
+  constexpr int ROWS = V::LANES / 4;  // for which there are registers
+  int i = 0;
+  if (count < PANEL) {
+    for (; i < rows; i++)
+      finish_rows<V, 1, false>(x, c, up, sums + i * PANEL, m + i, first, count);
+    return;
   }
-  if (x.rank) {
-    typename V::Floats branch[PARTS] = {};
-    for (int64_t r = 0; r < x.rank; r++)
-      for (int p = 0; p < PARTS; p++)
-        branch[p] = V::multiply_add(V::floats(x.branch[m * x.rank + r]),
-                                    V::load(up + r * PANEL + p * LANES), branch[p]);
-    for (int p = 0; p < PARTS; p++) y[p] += branch[p];
-  }
-  if (x.bias)
-    for (int p = 0; p < PARTS; p++) y[p] += V::load(c.bias + p * LANES);
-  if (x.gelu)
-    for (int p = 0; p < PARTS; p++) y[p] = gelu<V>(y[p]);
-  if (x.gate) {
-    const float* gate = row(x.gate + m / x.tokens_per_image * x.outputs + first);
-    for (int p = 0; p < PARTS; p++) y[p] *= V::load(gate + p * LANES);
-  }
-  if (x.residual) {
-    const float* residual = row(x.residual + m * x.outputs + first);
-    for (int p = 0; p < PARTS; p++) y[p] += V::load(residual + p * LANES);
-  }
-  float* out = x.out + m * x.outputs + first;
-  if (whole)
-    memcpy(out, y, sizeof y);
-  else
-    memcpy(out, y, count * sizeof(float));
+  for (; i + ROWS <= rows; i += ROWS)
+    finish_rows<V, ROWS, true>(x, c, up, sums + i * PANEL, m + i, first, count);
+  for (; i < rows; i++) finish_rows<V, 1, true>(x, c, up, sums + i * PANEL, m + i, first, count);
 }
 
 INLINE int32_t word(const int8_t* codes) {
@@ -205,6 +225,15 @@ struct Portable : Vectors<4, false> {
       }
     }
     memcpy(out, total, sizeof total);
+  }
+
+  // Sum over a channel: plane p of `planes` times codes[p * bytes], `bytes` a multiple of 32.
+  static int32_t channel(const uint8_t* planes, const int8_t* codes, int64_t bytes) {
+    int32_t total = 0;
+    for (int plane = 0; plane < 4; plane++)
+      for (int64_t i = 0; i < bytes; i++)
+        total += (planes[i] >> (2 * plane) & 3) * codes[plane * bytes + i];
+    return total;
   }
 };
 
@@ -252,6 +281,27 @@ struct Avx2 : Vectors<8, true> {
       for (int v = 0; v < 2; v++)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + m * PANEL + 8 * v), total[m][v]);
   }
+
+  TARGET_AVX2 static int32_t channel(const uint8_t* planes, const int8_t* codes, int64_t bytes) {
+    const __m256i ones = _mm256_set1_epi16(1), mask = _mm256_set1_epi8(3);
+    __m256i total = _mm256_setzero_si256();
+    for (int64_t i = 0; i < bytes; i += 32) {
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes + i));
+      __m256i sums = _mm256_setzero_si256();
+      for (int plane = 0; plane < 4; plane++) {
+        const auto* from = reinterpret_cast<const __m256i*>(codes + plane * bytes + i);
+        const __m256i of_plane = _mm256_and_si256(_mm256_srli_epi16(w, 2 * plane), mask);
+        const __m256i pairs = _mm256_maddubs_epi16(of_plane, _mm256_loadu_si256(from));
+        sums = _mm256_add_epi16(sums, pairs);
+      }
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(sums, ones));
+    }
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total);
+    int32_t sum = 0;
+    for (const int32_t lane : lanes) sum += lane;
+    return sum;
+  }
 };
 
 struct Avx512 : Vectors<16, true> {
@@ -272,23 +322,25 @@ struct Avx512 : Vectors<16, true> {
     for (int m = 0; m < ROWS; m++)
       for (int v = 0; v < 2; v++) _mm512_store_si512(out + m * PANEL + 16 * v, acc[m][v]);
   }
+
+  TARGET_AVX512 static int32_t channel(const uint8_t* planes, const int8_t* codes, int64_t bytes) {
+    const __m512i mask = _mm512_set1_epi8(3);
+    __m512i total[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t i = 0; i < bytes; i += 64) {
+      const __mmask64 there = bytes - i < 64 ? 0xffffffff : ~__mmask64{0};
+      const __m512i w = _mm512_maskz_loadu_epi8(there, planes + i);
+      for (int plane = 0; plane < 4; plane++) {
+        const __m512i of_plane = _mm512_and_si512(_mm512_srli_epi16(w, 2 * plane), mask);
+        const __m512i c = _mm512_maskz_loadu_epi8(there, codes + plane * bytes + i);
+        total[plane % 2] = _mm512_dpbusd_epi32(total[plane % 2], of_plane, c);
+      }
+    }
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(total[0], total[1]));
+  }
 };
 #endif
 
 #if defined(AMX)
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-TARGET_AMX void configure_tiles() {
-  TileConfig config;
-  for (int t = 0; t < 8; t++) config.row_bytes[t] = 64, config.rows[t] = TILE;
-  asm volatile("" ::"r"(&config) : "memory");  // GCC takes 8 bytes of it for all that is read
-  _tile_loadconfig(&config);
-}
-
 TARGET_AMX void release_tiles() { _tile_release(); }
 
 // Sums of 32 tokens.
@@ -326,11 +378,26 @@ INLINE void sums_of(int rows, const uint8_t* panel, const int8_t* codes, int64_t
   }
 }
 
+// One panel, few tokens. Codes are [rows][4][bytes], as `channel` takes them.
+template <class Set>
+INLINE void few_products(const TernaryMatmul& x, const int8_t* codes, int64_t bytes, int64_t first,
+                         float* up) {
+  const int count = static_cast<int>(std::min<int64_t>(PANEL, x.outputs - first));
+  alignas(64) int32_t sums[FEW * PANEL] = {};
+  for (int n = 0; n < count; n++)
+    for (int64_t m = 0; m < x.rows; m++)
+      sums[m * PANEL + n] =
+          Set::channel(x.planes + (first + n) * bytes, codes + m * 4 * bytes, bytes);
+  const Channels c = channels(x, first, count, up);
+  finish<Set>(x, c, up, sums, 0, static_cast<int>(x.rows), first, count);
+}
+
 // One panel, tokens [begin, end). Codes are padded to whole steps.
 template <class Set, bool TILES>
 INLINE void panel_product(const TernaryMatmul& x, const int8_t* codes, int64_t stride,
                           int64_t steps, int64_t begin, int64_t end, int64_t first, uint8_t* panel,
                           float* up) {
+  if (x.rows <= FEW) return few_products<Set>(x, codes, stride / 4, first, up);
   const int count = static_cast<int>(std::min<int64_t>(PANEL, x.outputs - first));
   alignas(64) int32_t sums[2 * TILE * PANEL];
   unpack_panel<Set>(x, first, panel);
@@ -344,8 +411,7 @@ INLINE void panel_product(const TernaryMatmul& x, const int8_t* codes, int64_t s
     } else
 #endif
       sums_of<Set>(rows, panel, codes + m * stride, stride, steps, sums);
-    for (int i = 0; i < rows; i++)
-      finish<Set>(x, c, up, sums + i * PANEL, m + i, first, count);
+    finish<Set>(x, c, up, sums, m, rows, first, count);
     m += rows;
   }
 }
@@ -395,7 +461,8 @@ extern "C" int32_t robuq_ternary_matmul(const TernaryMatmul* arguments) {
 #endif
   // A chunk of codes and a panel share the second-level cache.
   constexpr int64_t CHUNK_BYTES = 1 << 20;
-  const int64_t stride = round_up(x.width, set == AMX_INT8 ? 64 : 4);
+  const bool few = x.rows <= FEW;
+  const int64_t stride = round_up(x.width, few ? BLOCK_K : set == AMX_INT8 ? 64 : 4);
   const int64_t chunk = std::max<int64_t>(96, CHUNK_BYTES / stride / 96 * 96);
   const int64_t chunks = (x.rows + chunk - 1) / chunk, panels = (x.outputs + PANEL - 1) / PANEL;
   const int64_t panel_bytes = round_up(x.width, 2 * BLOCK_K) * PANEL;
@@ -404,14 +471,24 @@ extern "C" int32_t robuq_ternary_matmul(const TernaryMatmul* arguments) {
 
   const int8_t* codes = x.codes;
   std::unique_ptr<int8_t[], Free> padded;
-  if (stride != x.width) {
+  if (few || stride != x.width) {
     padded = allocate<int8_t>(x.rows * stride);
     if (!padded) return 1;
+    codes = padded.get();
+  }
+  if (few) {
+    std::fill_n(padded.get(), x.rows * stride, 0);
+    for (int64_t m = 0; m < x.rows; m++)
+      for (int64_t k = 0; k < x.width; k++) {
+        const int64_t plane = k % BLOCK_K / PLANE_BYTES;
+        const int64_t byte = k / BLOCK_K * PLANE_BYTES + k % PLANE_BYTES;
+        padded[m * stride + plane * (stride / 4) + byte] = x.codes[m * x.width + k];
+      }
+  } else if (padded) {
     for (int64_t m = 0; m < x.rows; m++) {
       memcpy(&padded[m * stride], x.codes + m * x.width, x.width);
       memset(&padded[m * stride + x.width], 0, stride - x.width);
     }
-    codes = padded.get();
   }
   const auto scratch = allocate<uint8_t>(threads * panel_bytes);
   const auto ups = allocate<float>(threads * x.rank * PANEL);

@@ -237,7 +237,7 @@ def _takers(flag: str) -> str:
 
 
 def hardware_label(study: str, device: str) -> list[str]:
-    """The override that makes a measurement on a GPU another run than one without.
+    """The override that makes measurements on several machines several runs.
 
     Settings decide which run a command means, so studies of speed name the device in theirs.
     """
@@ -250,11 +250,12 @@ def hardware_label(study: str, device: str) -> list[str]:
     import torch
 
     from robuq_bench.config import quoted
+    from robuq_bench.runs.provenance import cpu_label
 
-    if device == "cpu" or not torch.cuda.is_available():
-        return []
+    if device == "cpu" or not (device.startswith("cuda") or torch.cuda.is_available()):
+        return [f"{study}.{field}={quoted(cpu_label())}"]
     index = int(device.partition(":")[2] or 0)
-    if index >= torch.cuda.device_count():
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return []  # `Context` refuses it by name
     return [f"{study}.{field}={quoted(torch.cuda.get_device_name(index))}"]
 

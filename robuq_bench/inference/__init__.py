@@ -4,9 +4,10 @@
 fake-quantized layers of a trained model into `PackedLinear`s (ternary codes) and `PackedUniform`s
 (2 to 8 bits) in memory, whatever packaged methods are in their other slots;
 `prepare_for_inference` chooses what computes their products: "reference" all of them, the others
-those with ternary weights and methods that the kernels know.
+those with ternary weights and methods that the kernels know; `cuda_graph` captures a call on a GPU.
 """
 
+from robuq_bench.inference.graph import cuda_graph
 from robuq_bench.inference.packed_file import export_packed, load_packed
 from robuq_bench.inference.packed_linear import PackedLinear, pack_
 from robuq_bench.inference.packed_uniform import PackedUniform
@@ -15,6 +16,7 @@ from robuq_bench.inference.prepare import prepare_for_inference
 __all__ = [
     "PackedLinear",
     "PackedUniform",
+    "cuda_graph",
     "export_packed",
     "load_packed",
     "pack_",

@@ -5,8 +5,8 @@
     codes = LayerNorm, modulate, rotate, quantize (x)     y = GELU(fc1 product)
     codes = rotate, quantize (y)                          x = x + gate * (fc2 product)
 
-The modulation of every block depends on timestep and label alone, so it is computed for all blocks
-at once, before the first.
+Attention with quantized operands multiplies their integers. The modulation of every block depends
+on timestep and label alone, so it is computed for all blocks at once, before the first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kernels.hadamard_quantize.reference import Modulation, Quantized
 from robuq_bench.inference.packed_linear import PackedLinear, kernel_module, product_operands
 from robuq_bench.models.dit import Blocks
+from robuq_bench.quantization.attention import integer_limit
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
 
@@ -58,11 +59,23 @@ def _block(block: Any, x: Tensor, modulation: Tensor, tokens: int) -> Tensor:
     epilogue = {"out_dtype": x.dtype, "tokens_per_image": tokens}
     codes = qkv.quantize(x, modulation=Modulation(shift_attn, scale_attn, tokens, block.norm1.eps))
     y = qkv.product(codes, out_dtype=x.dtype).view(-1, tokens, qkv.out_features)
-    codes = proj.quantize(block.attn.attend(y).view(len(x), -1))
+    codes = proj.quantize(attend(block.attn, y).view(len(x), -1))
     x = proj.product(codes, gate=gate_attn, residual=x, **epilogue)
     codes = fc1.quantize(x, modulation=Modulation(shift_mlp, scale_mlp, tokens, block.norm2.eps))
     y = fc1.product(codes, gelu=True, out_dtype=x.dtype)
     return fc2.product(fc2.quantize(y), gate=gate_mlp, residual=x, **epilogue)
+
+
+def attend(attention: Any, qkv: Tensor) -> Tensor:
+    """`Attention.attend`, with products of integers where they are quantized: [B, T, 3 C]."""
+    limit = integer_limit(attention.matmul_quantizer)
+    if limit is None:
+        result: Tensor = attention.attend(qkv)
+        return result
+    module = kernel_module("quantized_attention", attention.qkv.arithmetic)
+    heads = attention.num_heads
+    result = module.quantized_attention(qkv, heads=heads, limit=limit, out_dtype=qkv.dtype)
+    return result
 
 
 class GroupedModulation(nn.Module):
@@ -88,7 +101,7 @@ class GroupedModulation(nn.Module):
         super().__init__()
         first = layers[0]
         self.in_features, self.rotated = first.in_features, first.rotated
-        self.backend = first.backend
+        self.arithmetic = first.arithmetic
         self.grid = grid_of(first.activation_method, first.activation_bits or 0)
         for name in self.BUFFERS:
             values = [getattr(layer, name) for layer in layers]
@@ -118,7 +131,7 @@ class GroupedModulation(nn.Module):
 
     def forward(self, c: Tensor) -> Tensor:
         rotation = kernel_rotation(self.in_features, c.device) if self.rotated else None
-        module = kernel_module("hadamard_quantize", self.backend)
+        module = kernel_module("hadamard_quantize", self.arithmetic)
         tokens: Quantized = module.hadamard_quantize(
             c,
             self.grid,
@@ -127,7 +140,7 @@ class GroupedModulation(nn.Module):
             silu=True,
             down=self.low_rank_down,
         )
-        module = kernel_module("ternary_matmul", self.backend)
+        module = kernel_module("ternary_matmul", self.arithmetic)
         operands = product_operands(tokens, self)
         result: Tensor = module.grouped_ternary_matmul(**operands, out_dtype=c.dtype)
         return result

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from kernels import cpu_library
 from kernels.hadamard_quantize.reference import Quantized, Rotation
 from kernels.ternary_matmul.layout import pack_planes, unpack_planes
 from robuq_bench.errors import UsageError
@@ -29,7 +31,7 @@ class PackedLinear(PackedLayer):
 
     Buffers: `planes` uint8 [out, 32 ceil(in / 128)] (kernels.ternary_matmul.layout), `scale`
     float32 [out] (float64 for a float64 layer), `weight_sums` int32 [out] (sum of the ternary
-    codes of a channel); on backend "cpu" also `unpacked` int8 [out, in], the codes, which no
+    codes of a channel); on arithmetic "int-mm" also `unpacked` int8 [out, in], the codes, which no
     `state_dict` holds. `signs`, `low_rank_up` and `low_rank_down` are those of its slots.
     """
 
@@ -48,6 +50,7 @@ class PackedLinear(PackedLayer):
             ValueError: codes are not ternary, or a part has another shape.
         """
         super().__init__(codes, bias, **rest)
+        self.arithmetic = self.backend
         scale = scale.detach().reshape(-1)
         scale = scale if scale.dtype == torch.float64 else scale.float()
         if scale.numel() == 1:
@@ -64,7 +67,8 @@ class PackedLinear(PackedLayer):
 
     def run_on(self, backend: str) -> None:
         super().run_on(backend)
-        self.unpacked = self.codes() if backend == "cpu" else None
+        self.arithmetic = arithmetic_of(backend)
+        self.unpacked = self.codes() if self.arithmetic == "int-mm" else None
 
     def product_weight(self, dtype: torch.dtype | None) -> Tensor:
         """The dequantized weight [out, in] in `dtype`; None is the layer's."""
@@ -91,7 +95,7 @@ class PackedLinear(PackedLayer):
 
     def quantize(self, x: Tensor, **prologue: Any) -> Quantized:
         """Integer codes of tokens [M, in]; `prologue` as in `hadamard_quantize`."""
-        module = kernel_module("hadamard_quantize", self.backend)
+        module = kernel_module("hadamard_quantize", self.arithmetic)
         result: Quantized = module.hadamard_quantize(
             x,
             grid_of(self.activation_method, self.activation_bits or 0),
@@ -104,7 +108,7 @@ class PackedLinear(PackedLayer):
 
     def product(self, tokens: Quantized, **epilogue: Any) -> Tensor:
         """[M, out] from the codes of `quantize`; `epilogue` as in `ternary_matmul`."""
-        module = kernel_module("ternary_matmul", self.backend)
+        module = kernel_module("ternary_matmul", self.arithmetic)
         result: Tensor = module.ternary_matmul(**product_operands(tokens, self), **epilogue)
         return result
 
@@ -129,12 +133,19 @@ def product_operands(tokens: Quantized, weights: Any) -> dict[str, Tensor | None
     }
 
 
-def kernel_module(operation: str, backend: str) -> ModuleType:
-    """The module that computes `operation` for a backend; Triton is imported when asked for."""
-    from importlib import import_module
+def arithmetic_of(backend: str) -> str:
+    """How a backend computes here: "cpu" by "compiled" kernels, or by "int-mm" without them."""
+    if backend != "cpu":
+        return backend
+    return "compiled" if cpu_library.is_usable() else "int-mm"
 
-    own = {"triton": "triton"} | ({"cpu": "int_mm"} if operation == "ternary_matmul" else {})
-    return import_module(f"kernels.{operation}.{own.get(backend, 'reference')}")
+
+def kernel_module(operation: str, arithmetic: str) -> ModuleType:
+    """The module that computes `operation`; Triton is imported when asked for."""
+    own = {"triton": "triton", "compiled": "cpu"}
+    if operation == "ternary_matmul":
+        own["int-mm"] = "int_mm"
+    return import_module(f"kernels.{operation}.{own.get(arithmetic, 'reference')}")
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
+from kernels import cpu_library
 from kernels.launch import INTERPRETED
 from robuq_bench.errors import MissingResourceError, UsageError
 from robuq_bench.inference.fused_blocks import FusedBlocks
@@ -15,6 +17,8 @@ from robuq_bench.inference.packed_linear import packed_layers, packed_replacemen
 from robuq_bench.models.dit import Blocks
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.quantization.module_tree import exchange_layers, move_hooks
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_DTYPE = {
     "reference": None,
@@ -41,10 +45,11 @@ def prepare_for_inference(
     Args:
         model: converted by `quantize_`, or loaded by `load_packed`; move it to its device first.
         backend: "reference" (dequantized floats, bit for bit what training evaluates; any packed
-            layer), "integer" (the kernels' arithmetic in plain PyTorch), "cpu" (the same codes and
-            integer sums, fast on a CPU; unpacks the weights, a byte each, beside their two bits),
-            or "triton" (a CUDA device, or anywhere with TRITON_INTERPRET=1). None is "cpu" for a
-            model on the CPU all of whose layers are float32 and can run so, else "reference".
+            layer), "integer" (the kernels' arithmetic in plain PyTorch), "cpu" (the same by
+            compiled CPU kernels; without them by `torch._int_mm`, which is said, on weights
+            unpacked to a byte each), or "triton" (a CUDA device, or anywhere with
+            TRITON_INTERPRET=1). None is "cpu" for a model on the CPU all of whose layers are
+            float32 and can run so, else "reference".
         dtype: of everything but codes and scales, and of the inputs the model then takes; None
             leaves them as they are for "reference", and is float32 for "integer" and "cpu" and
             bfloat16 for "triton".
@@ -58,6 +63,7 @@ def prepare_for_inference(
         UsageError: nothing is quantized, a layer cannot run on `backend`, or fusing would drop a
             hook; nothing was changed.
         MissingResourceError: "triton" without a CUDA device or the interpreter.
+        MissingKernels: "cpu" with a library that ROBUQ_CPU_KERNELS names and that cannot be used.
     """
     if any(isinstance(module, FusedBlocks) for module in model.modules()):
         raise UsageError("the model is prepared already; load it again for another backend")
@@ -95,6 +101,8 @@ def prepare_for_inference(
     floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     if dtype and any(tensor.dtype != dtype and id(tensor) not in exact for tensor in floats):
         model.to(dtype)
+    if backend == "cpu" and (missing := cpu_library.why_not()):
+        logger.warning("%s. Packed models run two to three times slower", missing)
     for layer in layers:
         layer.run_on(backend)
     for name, blocks in fusible:

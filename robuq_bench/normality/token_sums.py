@@ -1,8 +1,8 @@
-"""The passes over the elements: a block of tokens in, a few sums per token out.
+"""The passes over the entries: sorted tokens in, a few sums per token out, all of it in float64.
 
-`block_sums` is the CPU path. Sorting, erfc and log cost about all of it, so these run in the
-input's dtype with whichever of numpy and torch vectorises the function; everything linear and every
-sum is float64. `tensor_sums` is the same in torch alone, for CUDA.
+`compiled_sums` runs the compiled kernel and `block_sums` is the same with numpy and torch, for a
+machine without it: they agree to 1e-10. `tensor_sums` is the same in torch alone, for CUDA; its
+elementwise functions keep the dtype of the tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.normality_sums.cpu import normality_sums
 from robuq_bench.normality.p_values import Floats, shapiro_weights
 
 Block = NDArray[np.float32] | NDArray[np.float64]
 
 SQRT2 = math.sqrt(2.0)
-# |z| / sqrt(2) from which erfc leaves the normal range of the dtype.
-_ERFC_LIMIT_FLOAT32, _ERFC_LIMIT_FLOAT64 = 9.0, 26.0
+_ERFC_LIMIT = 26.0  # |z| / sqrt(2) from which erfc leaves the normal range of float64
 
 
 class NormalGrid(NamedTuple):
@@ -30,35 +30,25 @@ class NormalGrid(NamedTuple):
 
     middle: Floats  # [n] (i - 1/2)/n - 1/2
     quantile: Floats  # [n + 1] Phi^-1(i/n), i = 0..n
-    edge_density: Floats  # [n] sum of phi(Phi^-1(u)) over both ends of interval i
-    mean: Floats  # [n] mean of Phi^-1 over interval i
+    density: Floats  # [n + 1] phi(Phi^-1(i/n))
+
+    @property
+    def edge_density(self) -> Floats:
+        """Sum of the densities at both ends of each interval, [n]."""
+        return self.density[:-1] + self.density[1:]
+
+    @property
+    def mean(self) -> Floats:
+        """Mean of Phi^-1 over each interval, [n]."""
+        return len(self.middle) * -np.diff(self.density)
 
 
 class Workspace:
-    """Buffers and constants of one block, reused: fresh ones cost more than the arithmetic.
+    """Six float64 buffers [B, n] of `block_sums`, reused: fresh ones cost more than arithmetic."""
 
-    Five [B, n] arrays of the input's dtype and two of float64; the constants of the normal grid in
-    units of z / sqrt(2), as erfc takes it.
-    """
-
-    def __init__(self, rows: int, n: int, dtype: np.dtype[np.float32] | np.dtype[np.float64]):
-        self.sorted, self.h, self.tail = np.empty((3, rows, n), dtype=dtype)
-        self.log_upper, self.gap = np.empty((2, rows, n), dtype=dtype)
-        self.deviations, self.square = np.empty((2, rows, n))
-        grid = normal_grid(n)
-        self.middle = grid.middle.astype(dtype)
-        self.mean = (grid.mean / SQRT2).astype(dtype)
-        quantile = (grid.quantile / SQRT2).astype(dtype)
-        self.lower, self.upper = quantile[:-1], quantile[1:]
-        self.anderson_weights = 2 * grid.middle
-        self.erfc_limit = _ERFC_LIMIT_FLOAT64 if dtype == np.float64 else _ERFC_LIMIT_FLOAT32
-
-    def sort(self, block: Block) -> Block:
-        """Return a sorted copy of at most B rows, in `sorted`."""
-        x = self.sorted[: len(block)]
-        np.copyto(x, block)
-        x.sort(axis=1)
-        return x
+    def __init__(self, rows: int, n: int):
+        self.deviations, self.square, self.h = np.empty((3, rows, n))
+        self.tail, self.log_upper, self.gap = np.empty((3, rows, n))
 
 
 class RawMoments(NamedTuple):
@@ -93,8 +83,7 @@ def normal_grid(n: int) -> NormalGrid:
 
     quantile = np.asarray(ndtri(np.arange(n + 1) / n))
     density = np.exp(-0.5 * quantile**2) / math.sqrt(2 * math.pi)
-    middle = (np.arange(n) + 0.5) / n - 0.5
-    return NormalGrid(middle, quantile, density[:-1] + density[1:], n * -np.diff(density))
+    return NormalGrid((np.arange(n) + 0.5) / n - 0.5, quantile, density)
 
 
 def window_length(n: int) -> int:
@@ -140,10 +129,30 @@ def centre_sorted(x: Block, deviations: Floats) -> tuple[NDArray[np.bool_], RawM
     return valid, RawMoments(scale, mean, sum2, deviations @ shapiro_weights(n))
 
 
-def block_sums(tokens: Block, workspace: Workspace) -> Sums:
-    """All sums of a block of tokens [B, n] on the CPU."""
-    rows, n = tokens.shape
-    x = workspace.sort(tokens)
+@functools.cache
+def _kernel_constants(n: int) -> tuple[Tensor, Tensor]:
+    """Weights [n] of Shapiro and Wilk and densities [n + 1] of the normal grid."""
+    return torch.from_numpy(shapiro_weights(n).copy()), torch.from_numpy(normal_grid(n).density)
+
+
+def compiled_sums(x: Block) -> Sums:
+    """All sums of a block of sorted tokens [B, n] by the compiled kernel.
+
+    Raises:
+        MissingKernels: the library is not built, see `kernels.cpu_library`.
+    """
+    n = x.shape[1]
+    window = window_length(n)
+    sums = normality_sums(torch.from_numpy(x), *_kernel_constants(n), window).numpy()
+    valid = ~np.isnan(sums[:, 0])
+    sums[~valid] = 1.0  # harmless, as in centre_sorted
+    found = Sums(valid, *sums.T)
+    return found._replace(entropy=found.entropy + math.log(n / (2 * window)))
+
+
+def block_sums(x: Block, workspace: Workspace) -> Sums:
+    """All sums of a block of sorted tokens [B, n] with numpy; unusable rows are overwritten."""
+    rows, n = x.shape
     h, d, square = workspace.h[:rows], workspace.deviations[:rows], workspace.square[:rows]
     valid, raw = centre_sorted(x, d)
     std = np.sqrt(raw.sum2 / (n - 1))
@@ -151,7 +160,7 @@ def block_sums(tokens: Block, workspace: Workspace) -> Sums:
     sum3 = np.vecdot(square, d)
     sum4 = np.vecdot(square, square)
 
-    np.multiply(d, (1 / (SQRT2 * std))[:, None], out=h, casting="same_kind")
+    np.multiply(d, (1 / (SQRT2 * std))[:, None], out=h)
     entropy = _vasicek(d, square) - np.log(std)
 
     d += raw.mean[:, None]
@@ -197,13 +206,12 @@ def _vasicek(d: Floats, spacings: Floats) -> Floats:
 
 def _distribution_sums(workspace: Workspace, rows: int) -> tuple[Floats, Floats, Floats]:
     """A^2, sup |F_n - Phi| and W1 of `workspace.h` = z / sqrt(2), standardized sorted tokens."""
-    h, tail, log_tail = workspace.h[:rows], workspace.tail[:rows], workspace.sorted[:rows]
+    h, tail, log_tail = workspace.h[:rows], workspace.tail[:rows], workspace.square[:rows]
     log_upper, gap = workspace.log_upper[:rows], workspace.gap[:rows]
-    work = workspace.deviations[:rows]
     n = h.shape[1]
+    grid = normal_grid(n)
     np.abs(h, out=tail)
-    limit = workspace.erfc_limit
-    far = tail > limit if h[:, 0].min() < -limit or h[:, -1].max() > limit else None
+    far = tail > _ERFC_LIMIT if max(-h[:, 0].min(), h[:, -1].max()) > _ERFC_LIMIT else None
     torch.from_numpy(tail).erfc_()
     tail *= 0.5  # Phi(-|z|)
 
@@ -215,29 +223,28 @@ def _distribution_sums(workspace: Workspace, rows: int) -> tuple[Floats, Floats,
     if far is not None:
         from scipy.special import log_ndtr
 
-        log_tail[far] = log_ndtr(-SQRT2 * np.abs(h[far].astype(np.float64)))
+        log_tail[far] = log_ndtr(-SQRT2 * np.abs(h[far]))
     # ln Phi(z) + ln Phi(-z) and ln Phi(z) - ln Phi(-z) need no case distinction but a sign.
     np.subtract(log_upper, log_tail, out=gap)
     log_upper += log_tail
-    total = log_upper.sum(axis=1, dtype=np.float64)
+    total = log_upper.sum(axis=1)
     sign = np.sign(h, out=log_upper)
     gap *= sign  # ln Phi(z) - ln Phi(-z)
-    np.copyto(work, gap)
-    anderson = -n - total - work @ workspace.anderson_weights
+    anderson = -n - total - gap @ (2 * grid.middle)
 
     cdf = np.subtract(0.5, tail, out=tail)
     cdf *= sign  # Phi(z) - 1/2
-    np.subtract(cdf, workspace.middle, out=gap)
+    np.subtract(cdf, grid.middle, out=gap)
     np.abs(gap, out=gap)
-    distance = gap.max(axis=1).astype(np.float64) + 0.5 / n
+    distance = gap.max(axis=1) + 0.5 / n
+    # Less than half an interval from its middle, the quantile function crosses z inside.
+    crossing = np.flatnonzero(gap < 0.5 / n)
 
-    np.subtract(h, workspace.mean, out=gap)
+    np.subtract(h, grid.mean / SQRT2, out=gap)
     np.abs(gap, out=gap)
-    wasserstein = SQRT2 / n * gap.sum(axis=1, dtype=np.float64)
-    crossing = np.flatnonzero((h > workspace.lower) & (h < workspace.upper))
+    wasserstein = SQRT2 / n * gap.sum(axis=1)
     owner, column = np.divmod(crossing, n)
-    z = SQRT2 * h.take(crossing).astype(np.float64)
-    excess = _crossing_excess(z, cdf.take(crossing).astype(np.float64), column, n)
+    excess = _crossing_excess(SQRT2 * h.take(crossing), cdf.take(crossing), column, n)
     wasserstein += np.bincount(owner, weights=excess, minlength=rows)
     return anderson, distance, wasserstein
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import cpu_library
+from kernels.fake_quantize import cpu
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods.activations._token_grid import reciprocal, working
 
@@ -48,6 +50,8 @@ class _MatmulQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _absmax_operator(x, self.limit)
+        if cpu_library.is_usable() and cpu.takes_absmax(x):
+            return cpu.absmax_fake_quantize(x, self.limit)
         result: Tensor = _AbsmaxFakeQuantize.apply(x, self.limit)
         return result
 
@@ -62,3 +66,8 @@ def matmul_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
     if not 2 <= bits <= 8:
         raise ConfigError(f"attention.matmul_bits must be 2 to 8, got {bits}")
     return _MatmulQuantizer(2 ** (bits - 1) - 1)
+
+
+def integer_limit(quantizer: object) -> int | None:
+    """Largest integer of a quantizer of `matmul_quantizer`; None for no quantizer or another."""
+    return quantizer.limit if isinstance(quantizer, _MatmulQuantizer) else None

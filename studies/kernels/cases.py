@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +19,10 @@ FAKE, FAKE_BACKWARD = "fake_quantize", "fake_quantize_backward"
 WEIGHT = "ternary_weight"
 KERNELS = (QUANTIZE, MATMUL, GROUPED, FAKE, FAKE_BACKWARD, WEIGHT)
 OURS = "robuq-bench"  # beside the names of peers
+# Of ours on a CPU, the first with the name of an instruction set behind it, and of torch's.
+COMPILED, INT_MM, PLAIN = "compiled, ", "torch._int_mm", "plain PyTorch"
+FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
+CPU_PEERS = (FP32, BF16, INT8)
 WEIGHT_RULE = "ternary-twn"
 _MODULES = {GROUPED: MATMUL, FAKE_BACKWARD: FAKE}
 QUANTIZER = "robust-midtread"
@@ -49,6 +54,23 @@ class Case:
         """Name of the item in a run."""
         layer = self.layer.replace(" ", "-")
         return f"{self.kernel}/{self.model}/{layer}/images{self.images}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Columns that say what was run."""
+        return {
+            "kernel": self.kernel,
+            "model": self.model,
+            "layer": self.layer,
+            "images": self.images,
+            "rows": self.rows,
+            "width": self.width,
+            "outputs": self.outputs or None,
+            "groups": self.groups,
+            "rank": self.rank,
+            "bits": self.bits,
+            "includes": self.prologue or self.epilogue or "nothing else",
+        }
 
     @property
     def is_product(self) -> bool:
@@ -144,18 +166,22 @@ def weight_cases_of(model: str, rank: int = 16, bits: int = 8) -> list[Case]:
     ]
 
 
-def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> dict[str, Any]:
+def make_inputs(
+    case: Case, device: torch.device | str, seed: int = 0, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Random arguments of the kernel (zeros would run faster), bf16 where a network has bf16.
 
     On the CPU fp16 takes its place: Triton's interpreter truncates to bf16 instead of rounding.
+    `dtype` takes the place of both.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    dtype = half_dtype(device) if dtype is None else dtype
     if case.is_product:
-        return _product_inputs(case, device, generator)
+        return _product_inputs(case, device, generator, dtype)
     if case.kernel == WEIGHT:
         weight = _normal(generator, case.rows, case.width, dtype=torch.float32)
-        return {"weight": weight / 32, "rule": WEIGHT_RULE, "out_dtype": half_dtype(device)}
-    return _transform_inputs(case, device, generator)
+        return {"weight": weight / 32, "rule": WEIGHT_RULE, "out_dtype": dtype}
+    return _transform_inputs(case, device, generator, dtype)
 
 
 def half_dtype(device: torch.device | str) -> torch.dtype:
@@ -163,16 +189,16 @@ def half_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float16
 
 
-def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    values = torch.randn(shape, generator=generator, device=generator.device)
-    return values.to(half_dtype(generator.device) if dtype is None else dtype)
+def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
 
 
 def _product_inputs(
-    case: Case, device: torch.device | str, generator: torch.Generator
+    case: Case, device: torch.device | str, generator: torch.Generator, dtype: torch.dtype
 ) -> dict[str, Any]:
     from kernels.ternary_matmul.layout import pack_planes
 
+    normal = partial(_normal, generator, dtype=dtype)
     group = (case.groups,) if case.kernel == GROUPED else ()
     m, n, k = case.rows, case.outputs, case.width
 
@@ -193,51 +219,52 @@ def _product_inputs(
         "channel_scale": (0.5 + torch.rand((*group, n), generator=generator, device=device))
         / math.sqrt(k),
         "weight_sums": weights.sum(-1, dtype=torch.int32),
-        "bias": _normal(generator, *group, n),
-        "out_dtype": half_dtype(device),
+        "bias": normal(*group, n),
+        "out_dtype": dtype,
     }
     if case.rank:
         # float32, as the kernel before it writes the branch.
         inputs["branch"] = _normal(generator, *group, m, case.rank, dtype=torch.float32)
-        inputs["up"] = _normal(generator, *group, n, case.rank) / math.sqrt(case.rank)
+        inputs["up"] = normal(*group, n, case.rank) / math.sqrt(case.rank)
     if case.epilogue == "gelu":
         inputs["gelu"] = True
     if case.epilogue == "gate":
-        inputs["gate"] = _normal(generator, case.images, n)
-        inputs["residual"] = _normal(generator, m, n)
+        inputs["gate"] = normal(case.images, n)
+        inputs["residual"] = normal(m, n)
         inputs["tokens_per_image"] = m // case.images
     return inputs
 
 
 def _transform_inputs(
-    case: Case, device: torch.device | str, generator: torch.Generator
+    case: Case, device: torch.device | str, generator: torch.Generator, dtype: torch.dtype
 ) -> dict[str, Any]:
     from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
+    normal = partial(_normal, generator, dtype=dtype)
     m, k = case.rows, case.width
     grid, rotation = grid_of(QUANTIZER, case.bits), kernel_rotation(k, torch.device(device))
     group = (case.groups,) if case.prologue == "silu" else ()
     signs = torch.randint(0, 2, (*group, k), generator=generator, device=device) * 2.0 - 1.0
     inputs: dict[str, Any] = {"grid": grid, "rotation": rotation, "signs": signs}
     if case.kernel == FAKE_BACKWARD:
-        values = _normal(generator, m, k)
+        values = normal(m, k)
         forward = import_module("kernels.fake_quantize.reference").fake_quantize(values, **inputs)
-        return inputs | {"grad": _normal(generator, m, k), "state": forward.state}
-    inputs["x"] = _normal(generator, m, k)
+        return inputs | {"grad": normal(m, k), "state": forward.state}
+    inputs["x"] = normal(m, k)
     if case.kernel == FAKE:
         return inputs
     if case.rank:
-        inputs["down"] = _normal(generator, *group, case.rank, k) / math.sqrt(k)
+        inputs["down"] = normal(*group, case.rank, k) / math.sqrt(k)
     reference = import_module("kernels.hadamard_quantize.reference")
     if case.prologue == "silu":
         inputs["silu"] = True
     if case.prologue.startswith("residual"):
         inputs["gated_residual"] = reference.GatedResidual(
-            _normal(generator, m, k), _normal(generator, case.images, k), m // case.images
+            normal(m, k), normal(case.images, k), m // case.images
         )
     if case.prologue.endswith("modulate"):
         inputs["modulation"] = reference.Modulation(
-            _normal(generator, case.images, k), _normal(generator, case.images, k), m // case.images
+            normal(case.images, k), normal(case.images, k), m // case.images
         )
     return inputs
 

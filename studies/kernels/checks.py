@@ -35,8 +35,9 @@ MAX_CODE_MISMATCH = 0.02
 MAX_SCALE_ERROR = 1e-3  # relative
 MAX_OFFSET_ERROR = 1e-2  # of the scale, which is one step of the grid
 MAX_BRANCH_ERROR = 0.02  # of its root mean square
-# One step of the output's dtype at the value, and at the root mean square for what cancels.
-STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+# One step of the output's dtype at the value, and at the root mean square for what cancels; of
+# float32 more, whose sums are added in another order.
+STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-16}
 TRANSFORM_STEP = 2.0**-7  # of training's transforms, whose factors are fp16 products
 MAX_WEIGHT_MISMATCH = 1e-3  # of ternary weights, those at the threshold
 
@@ -67,12 +68,17 @@ def check(case: Case, device: torch.device | str, seed: int = 0) -> Check:
             torch.set_float32_matmul_precision(precision)
         with poisoned_memory():
             found = kernel_function(case, "triton")(**inputs)
-        errors = deviations(case, found, expected)
+        return judge(case, found, expected)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
         return Check(False, None, f"{type(error).__name__}: {text[0]}")
+
+
+def judge(case: Case, found: Any, expected: Any) -> Check:
+    """Whether the result of a kernel is that of its reference."""
+    errors = deviations(case, found, expected)
     worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     value = errors[worst]
     if value <= 1:  # written this way round, NaN fails

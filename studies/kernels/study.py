@@ -24,7 +24,9 @@ measurement was not the best possible.
 Without a GPU: the same checks in Triton's interpreter, in a process of their own (it must be
 switched on before kernels are imported) at the true widths but few rows, in fp16, because the
 interpreter truncates to bf16 where a GPU rounds; and a table of least times
-by the peaks of data sheets, every row marked as a model.
+by the peaks of data sheets, every row marked as a model. The CPU itself is timed: compiled kernels
+with each instruction set, `torch._int_mm` and peers (`studies.kernels.cpu`), by the wall clock and
+in processor time, on 1 and 2 threads.
 """
 
 from __future__ import annotations
@@ -51,9 +53,11 @@ from robuq_bench.measuring.timing import (
     copies_beyond_cache,
     time_interleaved,
 )
+from robuq_bench.runs.provenance import cpu_label
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
 from studies.kernels.cases import (
+    COMPILED,
     KERNELS,
     OURS,
     Case,
@@ -64,11 +68,13 @@ from studies.kernels.cases import (
 )
 from studies.kernels.checks import Check
 from studies.kernels.checks import check as check_case
+from studies.kernels.cpu import is_failure, timed_on_cpu
+from studies.kernels.cpu_tables import cpu_summary
+from studies.kernels.cpu_verdicts import CPU_RULE, cpu_verdicts
 from studies.kernels.peers import PeerUnavailableError, make_layer, make_peer, peers_of
 from studies.kernels.settings import Settings
 from studies.kernels.tables import (
     MODEL,
-    facts,
     roofline_rows,
     rows_of,
     settings_of,
@@ -85,9 +91,13 @@ RULE = (
     "states none. A target is judged by the 95 % t intervals over rounds of the calls it names "
     "(of adaLN, at batches that the data sheet allows): it holds where the whole interval of every "
     "call meets it, does not hold where one call’s lies wholly beyond, and is undecided otherwise "
-    "or where a time is unstable. Without a GPU, or where a call has no interval, it is not judged."
+    "or where a time is unstable. Without a GPU, or where a call has no interval, it is not "
+    "judged. " + CPU_RULE
 )
-NEEDS_GPU = "timings need a CUDA device; the roofline here is a model from data-sheet peaks"
+NEEDS_GPU = (
+    "timings of the Triton kernels need a CUDA device; the roofline here is a model from peaks of "
+    "data sheets"
+)
 
 
 def check(config: Config) -> None:
@@ -117,14 +127,18 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             "of what is allowed, so at most 1 is correct"
         )
         context.progress.log(NEEDS_GPU)
-    run.write_table("verdicts", verdict_rows(verdicts(rows, roofline, device), RULE))
+    on_cpu = [] if device else timed_on_cpu(options, config.seed, run, context)
+    judged = [*verdicts(rows, roofline, device), *cpu_verdicts(on_cpu, cpu_label())]
+    run.write_table("verdicts", verdict_rows(judged, RULE))
+    failed += [row for row in on_cpu if is_failure(row)]
     if failed:
         names = ", ".join(f"{row['kernel']} {row['model']} {row['layer']}" for row in failed[:5])
         raise CheckError(
-            f"{len(failed)} of {len(shown)} kernel checks failed, and have no timing: {names}; "
-            f"{failed[0]['status']}. Tables are in {run.path / 'tables'}"
+            f"{len(failed)} of {len(shown) + len(on_cpu)} kernel checks failed, and have no "
+            f"timing: {names}; {failed[0]['status']}. Tables are in {run.path / 'tables'}"
         )
-    return shown
+    ours = [row for row in on_cpu if row["implementation"].startswith(COMPILED)]
+    return [cpu_summary(row) for row in ours] or shown
 
 
 def all_cases(options: Any) -> Iterator[Case]:
@@ -161,7 +175,7 @@ def interpreted(
         for key, found in zip(missing, answers, strict=True):
             case = reduced[key]
             row = {
-                **facts(case),
+                **case.facts,
                 "correct": found.correct,
                 "max_error": found.max_error,
                 "status": found.failure or "ok",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled import available
 from making import changed
 from torch import Tensor
 
+from kernels import cpu_library
 from kernels.hadamard_quantize import reference as quantization
 from kernels.launch import KernelInputError
 from kernels.ternary_matmul import int_mm, reference
@@ -29,7 +32,8 @@ Student = Callable[..., tuple[DiT, Plan]]
 
 @pytest.fixture(params=["as the CPU is", "without _int_mm"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the CPU has, and a CPU without integer instructions."""
+    """What the CPU has, and a CPU without integer instructions; no compiled kernels."""
+    monkeypatch.setenv(cpu_library.PATH_VARIABLE, "off")
     if request.param == "without _int_mm":
         monkeypatch.setattr(int_mm, "has_fast_int_mm", lambda: False)
 
@@ -156,25 +160,70 @@ def test_every_layer_has_the_codes_and_outputs_of_integer(student: Student, name
         assert float(difference) <= 1e-6 * float(expected.abs().max()), layer_name
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("name", ["a8", "a4", "a2-uniform", "baseline-a2", "bitnetv2-a4"])
+@torch.inference_mode()
+def test_every_layer_by_compiled_kernels(student: Student, name: str) -> None:
+    """A rotated sum within its rounding of a threshold may have the next code."""
+    model = pack_(student(name)[0])
+    integer = packed_layers(prepare_for_inference(copy.deepcopy(model), "integer", fuse=False))
+    fast = packed_layers(prepare_for_inference(model, "cpu", fuse=False))
+    generator = torch.Generator().manual_seed(0)
+    for layer_name, layer in integer.items():
+        assert fast[layer_name].arithmetic == "compiled"
+        tokens = torch.randn(60, layer.in_features, generator=generator)
+        expected, found = layer.quantize(tokens), fast[layer_name].quantize(tokens)
+        moved = (found.codes.int() - expected.codes.int()).abs()
+        assert int(moved.max()) <= 1, layer_name
+        assert float(moved.float().mean()) <= 1e-3, layer_name
+        torch.testing.assert_close(found.scale, expected.scale)
+        torch.testing.assert_close(found.offset, expected.offset)
+        one, other = (
+            by.product(expected, out_dtype=torch.float32) for by in (layer, fast[layer_name])
+        )
+        assert float((one - other).abs().max()) <= 1e-6 * float(one.abs().max()), layer_name
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("arithmetic", ["compiled", "int-mm"])
+@pytest.mark.parametrize("name", ["a4", "a8"])
 @torch.inference_mode()
 def test_a_model_is_the_same_whatever_instructions_and_threads(
     student: Student,
     inputs: Inputs,
     monkeypatch: pytest.MonkeyPatch,
     threads: Callable[[int], None],
+    arithmetic: str,
+    name: str,
 ) -> None:
-    model, _ = student("a4")
+    if arithmetic == "int-mm":
+        monkeypatch.setenv(cpu_library.PATH_VARIABLE, "off")
+    model, _ = student(name)
+    assert model.blocks[0].attn.matmul_quantizer is not None
     integer = prepare_for_inference(copy.deepcopy(model), "integer")(*inputs)
     prepared = prepare_for_inference(model, "cpu")
-    assert prepared.blocks.modulations is not None
+    assert prepared.blocks.modulations.arithmetic == arithmetic
     threads(1)
     found = prepared(*inputs)
-    # A code that lies on a threshold may move by what an earlier epilogue rounds otherwise.
+    # A code that lies on a threshold may move by what an earlier sum rounds otherwise.
     assert float((found - integer).norm() / integer.norm()) < 0.02
     threads(2)
     assert torch.equal(prepared(*inputs), found)
-    monkeypatch.setattr(int_mm, "has_fast_int_mm", lambda: False)
-    assert torch.equal(prepared(*inputs), found)
+    if arithmetic == "int-mm":
+        monkeypatch.setattr(int_mm, "has_fast_int_mm", lambda: False)
+        assert torch.equal(prepared(*inputs), found)
+        return
+    for instructions in available()[1:]:  # without multiply-add the branch is rounded otherwise
+        monkeypatch.setenv(cpu_library.SET_VARIABLE, instructions)
+        assert torch.equal(prepared(*inputs), found), instructions
+
+
+def test_a_library_that_was_asked_for_and_is_not_there_is_an_error(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cpu_library.PATH_VARIABLE, "/nowhere/_cpu.so")
+    with pytest.raises(cpu_library.MissingKernels, match=r"/nowhere/_cpu\.so cannot be loaded"):
+        prepare_for_inference(student("a4")[0], "cpu")
 
 
 def test_integer_instructions_are_used_where_vnni_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +249,10 @@ def test_the_default_is_cpu_where_every_layer_can(student: Student) -> None:
     assert chosen(student("a4")[0].bfloat16()) == {"reference"}
 
 
-def test_unpacked_weights_take_a_byte_each_and_are_not_saved(student: Student) -> None:
+def test_unpacked_weights_take_a_byte_each_and_are_not_saved(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cpu_library.PATH_VARIABLE, "off")
     model = pack_(student("a4")[0])
     plain = weight_bytes(model)
     names = set(model.state_dict())
@@ -213,6 +265,34 @@ def test_unpacked_weights_take_a_byte_each_and_are_not_saved(student: Student) -
     assert weight_bytes(fused) == weight_bytes(integer) + weights
     prepare_for_inference(model, "integer", fuse=False)
     assert weight_bytes(model) == plain
+
+
+def test_a_missing_library_is_said_and_a_switched_off_one_is_not(
+    student: Student,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv(cpu_library.PATH_VARIABLE, "off")
+    prepare_for_inference(student("a4")[0], "cpu")
+    assert not caplog.records
+    monkeypatch.delenv(cpu_library.PATH_VARIABLE)
+    monkeypatch.setattr(cpu_library, "LIBRARY", tmp_path / "_cpu.so")
+    cpu_library._load.cache_clear()
+    try:
+        prepare_for_inference(student("a4")[0], "cpu")
+    finally:
+        cpu_library._load.cache_clear()
+    (record,) = caplog.records
+    assert "run python -m kernels.build" in record.getMessage()
+    assert "two to three times slower" in record.getMessage()
+
+
+@pytest.mark.usefixtures("library")
+def test_compiled_kernels_read_the_packed_weights(student: Student) -> None:
+    model = pack_(student("a4")[0])
+    plain = weight_bytes(model)
+    assert weight_bytes(prepare_for_inference(model, "cpu", fuse=False)) == plain
 
 
 def test_what_is_not_on_a_cpu_or_too_wide_is_refused() -> None:

@@ -15,11 +15,12 @@ from robuq_bench.config import Plan, load_plan
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.inference import PackedLinear, pack_, prepare_for_inference
-from robuq_bench.inference.fused_blocks import FusedBlocks
+from robuq_bench.inference.fused_blocks import FusedBlocks, attend
 from robuq_bench.inference.packed_linear import packed_layers
 from robuq_bench.inference.prepare import weight_bytes
 from robuq_bench.methods.activations._token_grid import token_grid
-from robuq_bench.models.dit import DiT
+from robuq_bench.models.dit import Attention, DiT
+from robuq_bench.quantization.attention import matmul_quantizer
 from robuq_bench.quantization.convert import quantize_
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
@@ -163,6 +164,16 @@ def test_linears_of_diffusers_are_exchanged(backend: str) -> None:
     prepared = prepare_for_inference(model, backend)
     assert all(layer.backend == backend for layer in packed_layers(prepared).values())
     assert distance(prepared(**inputs).sample, expected) < 0.02
+
+
+def test_attention_in_a_fused_block_is_what_training_evaluates() -> None:
+    attention = Attention(144, 2)
+    attention.qkv.arithmetic = "integer"
+    qkv = torch.randn(2, 49, 432)
+    for quantizer in (matmul_quantizer(8), matmul_quantizer(4), None, torch.tanh):
+        attention.matmul_quantizer = quantizer
+        assert distance(attend(attention, qkv), attention.attend(qkv)) < 1e-3
+    assert distance(attend(attention, qkv), attention.attend(qkv)) == 0  # not one of ours
 
 
 def test_packing_shrinks_what_is_held_in_memory(student: Student, teacher: DiT) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from compiled import SETS, force
 from torch import Tensor
-
-from kernels import build, cpu_library
 
 
 @pytest.fixture(scope="session")
@@ -37,20 +34,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poison(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", _poison(Tensor.new_empty))
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The checkout's library or one built now, which takes ten seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            cpu_library.load()
-        except cpu_library.MissingKernels as missing:
-            if os.environ.get(cpu_library.PATH_VARIABLE) or build.compiler() is None:
-                pytest.skip(str(missing))
-            target = build.build(tmp_path_factory.mktemp("library") / "_cpu.so")
-            patch.setenv(cpu_library.PATH_VARIABLE, str(target))
-        yield
 
 
 @pytest.fixture(params=SETS)

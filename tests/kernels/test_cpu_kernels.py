@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from kernels import build, cpu_library
 from kernels.hadamard_quantize import cpu as quantizing
 from kernels.hadamard_quantize.reference import Modulation, Rotation
 from kernels.launch import KernelInputError
+from kernels.peak import integer_operations
 from kernels.ternary_matmul import cpu as product
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,17 @@ def both_kernels(threads: int) -> list[Tensor]:
     finally:
         torch.set_num_threads(before)
     return [y, *(tensor for tensor in quantized if tensor is not None)]
+
+
+def test_openmp_is_torch_s() -> None:
+    """Another OpenMP in the process would have threads of its own, that wait on the same cores."""
+    if not cpu_library.load().robuq_has_openmp():
+        pytest.skip("built without OpenMP")
+    address = [
+        ctypes.cast(library.omp_get_max_threads, ctypes.c_void_p).value
+        for library in (cpu_library.load(), ctypes.CDLL(torch._C.__file__))
+    ]
+    assert address[0] == address[1]
 
 
 def test_any_number_of_threads_gives_the_same_bits(instructions: str) -> None:
@@ -175,3 +188,20 @@ def test_build_with_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(build.BuildError, match="it is broken"):
         build.build(tmp_path / "_cpu.so")
     assert [path.name for path in tmp_path.iterdir()] == ["compiler"]
+
+
+@pytest.mark.parametrize("name", cpu_library.INSTRUCTION_SETS)
+def test_the_peak_counts_the_operations_of_every_thread(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(name, monkeypatch)
+    multiply_accumulates = {"portable": 12 * 8, "avx2": 12 * 32, "avx512-vnni": 12 * 64,
+                            "amx-int8": 4 * 16 * 16 * 64}  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = integer_operations(1000)
+    finally:
+        torch.set_num_threads(before)
+    threads = 2 if cpu_library.load().robuq_has_openmp() else 1
+    assert found == threads * 1000 * 2 * multiply_accumulates[name]

@@ -64,6 +64,18 @@ def test_the_packed_weight_costs_few_instructions_in_the_loop() -> None:
     assert max(row["loop_instructions"] for row in large) <= TILE_LOOP
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_attention_moves_no_probability_between_threads() -> None:
+    """Both products on the integer tensor core, and what feeds the second stays where it is."""
+    rows = [r for r in compiled("quantized_attention") if "/attention" in r["name"]]
+    assert rows
+    for row in rows:
+        assert row["opcodes"].get("IGMMA", 0) >= 4, row["name"]
+        # Maxima and sums over the four threads of a row; a shuffle a word would add 16 to 32.
+        assert row["opcodes"].get("SHFL", 0) <= 28, row["name"]
+
+
 def test_what_cannot_be_compiled_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

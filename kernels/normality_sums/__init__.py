@@ -1,0 +1,1 @@
+"""Sums over the entries of sorted tokens that tests of normality are made of."""

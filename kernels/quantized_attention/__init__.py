@@ -1,0 +1,1 @@
+"""Attention whose two products multiply integers, with the softmax between them."""

@@ -1,0 +1,127 @@
+"""Rows and figure of what `study kernels` measures on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+
+from robuq_bench.figures import Picture, legend_below, log_axis, panel
+from robuq_bench.measuring.cpu import CpuPeaks, CpuTiming
+from robuq_bench.measuring.roofline import TOKEN_BYTES
+from robuq_bench.measuring.statistics import median_interval, speedup_interval
+from studies.kernels.cases import BF16, COMPILED, FP32, PLAIN, Case
+
+
+def moved_bytes(case: Case) -> int:
+    """Least bytes of a rotation with quantization of float32 tokens: in, codes, facts, branch."""
+    per_row = 4 * case.width + case.width + TOKEN_BYTES + 4 * case.rank
+    return case.rows * per_row + 4 * case.rank * case.width
+
+
+def cpu_rows(
+    case: Case,
+    states: Mapping[str, Mapping[str, Any]],
+    times: Mapping[str, CpuTiming],
+    peaks: CpuPeaks,
+) -> list[dict[str, Any]]:
+    """One row per implementation of `states`; numbers only of those that were timed."""
+    baseline = FP32 if case.is_product else PLAIN
+    rows = []
+    for name, state in states.items():
+        row: dict[str, Any] = {
+            **case.facts,
+            "threads": peaks.threads,
+            "implementation": name,
+            **state,
+        }
+        if name in times:
+            row |= _numbers(case, name, times[name], peaks)
+            if baseline in times and name != baseline:
+                row |= {"baseline": baseline, **_speedup(times[name], times[baseline])}
+            if BF16 in times and name != BF16:
+                row |= _over_bf16(times[name], times[BF16])
+        rows.append(row)
+    return rows
+
+
+def _numbers(case: Case, name: str, timing: CpuTiming, peaks: CpuPeaks) -> dict[str, Any]:
+    fast_s, slow_s = median_interval(timing.wall)
+    median_s = timing.wall.median_s
+    row = {
+        **timing.wall.summary("ms"),
+        "median_ms_low": fast_s * 1e3,
+        "median_ms_high": slow_s * 1e3,
+        "processor_ms": timing.processor.median_s * 1e3,
+    }
+    if case.is_product:
+        peak = _peak(name, peaks)
+        work, unit = case.operations, "gop_s"
+    else:
+        peak, work, unit = peaks.copy_bytes_s, moved_bytes(case), "gb_s"
+    row |= {unit: work / median_s / 1e9}
+    if peak is not None:
+        row |= {
+            f"peak_{unit}": peak / 1e9,
+            "share_of_peak": work / median_s / peak,
+            "share_of_peak_low": work / slow_s / peak,
+            "share_of_peak_high": work / fast_s / peak,
+        }
+    return row
+
+
+def _peak(name: str, peaks: CpuPeaks) -> float | None:
+    """Of what an implementation multiplies with; unknown for `_int_mm`, which chooses itself."""
+    if name.startswith(COMPILED):
+        return peaks.integer_ops_s[name.removeprefix(COMPILED)]
+    return {FP32: peaks.fp32_ops_s, BF16: peaks.bf16_ops_s}.get(name)
+
+
+def _over_bf16(timing: CpuTiming, baseline: CpuTiming) -> dict[str, float]:
+    found = _speedup(timing, baseline)
+    return {f"speedup_over_bf16{end}": found[f"speedup{end}"] for end in ("", "_low", "_high")}
+
+
+def _speedup(timing: CpuTiming, baseline: CpuTiming) -> dict[str, float]:
+    low, high = speedup_interval(timing.wall, baseline.wall, interleaved=True)
+    return {
+        "speedup": baseline.wall.median_s / timing.wall.median_s,
+        "speedup_low": low,
+        "speedup_high": high,
+        "speedup_in_processor_time": baseline.processor.median_s / timing.processor.median_s,
+    }
+
+
+def cpu_summary(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that are printed."""
+    columns = ("model", "layer", "images", "threads", "implementation", "status", "median_ms",
+               "gop_s", "gb_s", "share_of_peak", "speedup", "stability")  # fmt: skip
+    return {name: row.get(name) for name in columns}
+
+
+def throughput(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """Operations per second of every implementation, at the widest model and most images.
+
+    None where no product was timed.
+    """
+    if not any(row.get("gop_s") for row in rows):
+        return None
+    frame = pd.DataFrame(rows).dropna(subset=["gop_s"])
+    model = frame.sort_values("width")["model"].iloc[-1]
+    frame = frame[(frame["model"] == model) & (frame["threads"] == frame["threads"].min())]
+    frame = frame[frame["images"] == frame["images"].max()]
+    words = "; ".join(
+        f"{name} {own['gop_s'].min():.3g} to {own['gop_s'].max():.3g}"
+        for name, own in frame.groupby("implementation", sort=False)
+    )
+    where = f"DiT-{model}/2, {frame['images'].iloc[0]} images, {frame['threads'].iloc[0]} thread"
+    alt = f"GOP/s of products on a CPU, {where}: {words}"
+    with panel("cpu-kernels", alt, height=3.2, title=f"Products: {where}") as drawn:
+        sns.scatterplot(frame, x="gop_s", y="layer", hue="implementation", style="implementation",
+                        ax=drawn.axes, s=32)  # fmt: skip
+        drawn.axes.set(xlabel="GOP/s", ylabel="")
+        log_axis(drawn.axes, "x")
+        legend_below(drawn)
+    return drawn.picture
