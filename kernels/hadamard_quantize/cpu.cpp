@@ -42,41 +42,76 @@ struct HadamardQuantize {
 
 namespace {
 
-// A token after LayerNorm, modulation and signs, times the norm of the transform.
+// What maps a token x to y = (x - mean) inverse (1 + scale) + shift.
+struct LayerNorm {
+  const float* shift;
+  const float* scale;
+  float mean, inverse;
+};
+
 template <class V>
-INLINE void prepare(const HadamardQuantize& q, int64_t m, float* row) {
-  const int64_t width = q.width, image = m / q.tokens_per_image;
+INLINE LayerNorm layer_norm(const HadamardQuantize& q, int64_t m) {
+  // Always 16 partial sums, so that a mean is the same on every instruction set.
+  constexpr int LANES = V::LANES, VECTORS = TOKENS / LANES;
+  typename V::Floats sums[VECTORS] = {}, squares[VECTORS] = {};
+  float mean = 0.0f, variance = 0.0f;
+  const int64_t width = q.width, whole = width / TOKENS * TOKENS, image = m / q.tokens_per_image;
   const float* x = q.x + m * q.x_stride;
-  if (q.shift) {
-    // Always 16 partial sums, so that a mean is the same on every instruction set.
-    constexpr int LANES = V::LANES, VECTORS = TOKENS / LANES;
-    typename V::Floats sums[VECTORS] = {}, squares[VECTORS] = {};
-    float mean = 0.0f, variance = 0.0f;
-    const int64_t whole = width / TOKENS * TOKENS;
-    for (int64_t k = 0; k < whole; k += TOKENS)
-      for (int v = 0; v < VECTORS; v++) sums[v] += V::load(x + k + v * LANES);
-    for (int i = 0; i < TOKENS; i++) mean += sums[i / LANES][i % LANES];
-    for (int64_t k = whole; k < width; k++) mean += x[k];
-    mean /= static_cast<float>(width);
-    for (int64_t k = 0; k < whole; k += TOKENS)
-      for (int v = 0; v < VECTORS; v++) {
-        const typename V::Floats centred = V::load(x + k + v * LANES) - mean;
-        squares[v] += centred * centred;
+  for (int64_t k = 0; k < whole; k += TOKENS)
+    for (int v = 0; v < VECTORS; v++) sums[v] += V::load(x + k + v * LANES);
+  for (int i = 0; i < TOKENS; i++) mean += sums[i / LANES][i % LANES];
+  for (int64_t k = whole; k < width; k++) mean += x[k];
+  mean /= static_cast<float>(width);
+  for (int64_t k = 0; k < whole; k += TOKENS)
+    for (int v = 0; v < VECTORS; v++) {
+      const typename V::Floats centred = V::load(x + k + v * LANES) - mean;
+      squares[v] += centred * centred;
+    }
+  for (int i = 0; i < TOKENS; i++) variance += squares[i / LANES][i % LANES];
+  for (int64_t k = whole; k < width; k++) variance += (x[k] - mean) * (x[k] - mean);
+  variance /= static_cast<float>(width);
+  return {q.shift + image * q.shift_stride, q.scale + image * q.scale_stride, mean,
+          1.0f / std::sqrt(variance + q.layer_norm_eps)};
+}
+
+// Tokens [first, first + count), one per lane, after LayerNorm, modulation and signs, times the
+// norm of the transform; lanes without a token are zero.
+template <class V>
+INLINE void prepare(const HadamardQuantize& q, int64_t first, int count, typename V::Floats* z) {
+  constexpr int LANES = V::LANES;
+  using Floats = typename V::Floats;
+  using Ints = typename V::Ints;
+  LayerNorm norms[LANES];
+  if (q.shift)
+    for (int i = 0; i < count; i++) norms[i] = layer_norm<V>(q, first + i);
+  const float* x = q.x + first * q.x_stride;
+  for (int64_t k = 0; k < q.width; k += LANES) {
+    const int64_t columns = std::min<int64_t>(LANES, q.width - k);
+    const auto load = [&](const float* from) {
+      if (columns == LANES) return V::load(from);
+      Floats y{};
+      memcpy(&y, from, columns * sizeof(float));
+      return y;
+    };
+    const Floats signs = q.signs ? load(q.signs + k) * q.norm : V::floats(q.norm);
+    Ints tile[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      tile[i] = Ints{};
+      if (i >= count) continue;
+      Floats y = load(x + i * q.x_stride + k);
+      if (q.shift) {
+        const LayerNorm& norm = norms[i];
+        y = (y - norm.mean) * norm.inverse * (1.0f + load(norm.scale + k)) + load(norm.shift + k);
       }
-    for (int i = 0; i < TOKENS; i++) variance += squares[i / LANES][i % LANES];
-    for (int64_t k = whole; k < width; k++) variance += (x[k] - mean) * (x[k] - mean);
-    variance /= static_cast<float>(width);
-    const float inverse = 1.0f / std::sqrt(variance + q.layer_norm_eps);
-    const float* shift = q.shift + image * q.shift_stride;
-    const float* scale = q.scale + image * q.scale_stride;
-    for (int64_t k = 0; k < width; k++)
-      row[k] = (x[k] - mean) * inverse * (1.0f + scale[k]) + shift[k];
-    x = row;
+      tile[i] = bits<Ints>(y * signs);
+    }
+    V::transpose(tile);
+    if (columns == LANES)
+      memcpy(z + k, tile, sizeof tile);
+    else
+      memcpy(z + k, tile, columns * sizeof(Floats));
   }
-  if (q.signs)
-    for (int64_t k = 0; k < width; k++) row[k] = x[k] * (q.signs[k] * q.norm);
-  else
-    for (int64_t k = 0; k < width; k++) row[k] = x[k] * q.norm;
 }
 
 // z @ down.T of the tokens that exist.
@@ -104,7 +139,6 @@ INLINE void project(const HadamardQuantize& q, const float* down, int64_t group,
 }
 
 struct Scratch {
-  float* rows;      // [16, round_up(width, 16)]
   float* z;         // [width, 16]
   float* shared;    // [max(16 quads, outer), 16]
   uint8_t* patterns;  // [order, quads]
@@ -117,20 +151,10 @@ INLINE void block(const HadamardQuantize& q, int64_t first, const Scratch& scrat
   constexpr int LANES = V::LANES;
   using Floats = typename V::Floats;
   using Ints = typename V::Ints;
-  const int64_t width = q.width, padded = round_up(width, LANES);
+  const int64_t width = q.width;
   const int count = static_cast<int>(std::min<int64_t>(LANES, q.rows - first));
   Floats* z = reinterpret_cast<Floats*>(scratch.z);
-  for (int i = 0; i < count; i++) prepare<V>(q, first + i, scratch.rows + i * padded);
-  for (int64_t k = 0; k < width; k += LANES) {
-    Ints tile[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) memcpy(&tile[i], scratch.rows + i * padded + k, sizeof(Ints));
-    V::transpose(tile);
-    if (k + LANES <= width)
-      memcpy(z + k, tile, sizeof tile);
-    else
-      memcpy(z + k, tile, (width - k) * sizeof(Floats));
-  }
+  prepare<V>(q, first, count, z);
   if (q.inner) transform<V>(q, scratch.patterns, z, reinterpret_cast<Floats*>(scratch.shared));
 
   const Levels<V> l = levels<V>(q, z);
@@ -210,18 +234,14 @@ extern "C" int32_t robuq_hadamard_quantize(const HadamardQuantize* arguments) {
   const int64_t blocks = (q.rows + TOKENS - 1) / TOKENS;
   const int threads = static_cast<int>(std::min<int64_t>(std::max(1, q.threads), blocks));
   if (threads == 0) return 0;
-  const int64_t row_size = round_up(q.width, TOKENS) * TOKENS;
   const int64_t quads = (q.order + QUAD - 1) / QUAD;
   const int64_t shared_size = std::max(quads * SUMS, q.outer) * TOKENS;
-  const auto rows = allocate<float>(threads * row_size);
   const auto z = allocate<float>(threads * q.width * TOKENS);
   const auto shared = allocate<float>(threads * shared_size);
   const auto patterns = allocate<uint8_t>(q.order * quads);
   const auto down = allocate<float>(round_up(q.rank, RANKS) * q.width);
-  if (!rows || !z || !shared || !patterns || !down) return 1;
+  if (!z || !shared || !patterns || !down) return 1;
   if (q.inner && !find_patterns(q.inner, q.order, patterns.get())) return 2;
-  // Lanes without a token compute with what is here.
-  std::fill_n(rows.get(), threads * row_size, 0.0f);
   for (int64_t r = 0; r < round_up(q.rank, RANKS); r++)
     for (int64_t k = 0; k < q.width; k++)
       down[(r / RANKS * q.width + k) * RANKS + r % RANKS] =
@@ -233,8 +253,8 @@ extern "C" int32_t robuq_hadamard_quantize(const HadamardQuantize* arguments) {
 #else
     const int thread = 0;
 #endif
-    const Scratch scratch{&rows[thread * row_size], &z[thread * q.width * TOKENS],
-                          &shared[thread * shared_size], patterns.get(), down.get()};
+    const Scratch scratch{&z[thread * q.width * TOKENS], &shared[thread * shared_size],
+                          patterns.get(), down.get()};
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; b++) run(q, b * TOKENS, scratch);
   }
