@@ -57,6 +57,7 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: its interpreter is chosen when functions are decorated.
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+os.fsync = os.fstat  # no test cuts the power; tests of what is synced patch it themselves
 gc.disable()  # until the tests are collected: what is imported for them stays
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
