@@ -36,6 +36,7 @@ from studies.kernels.cases import (
     weight_cases_of,
 )
 from studies.kernels.checks import Check, check, deviations, poisoned_memory
+from studies.kernels.peers import FP8, PeerUnavailableError, fp8, make_layer
 from studies.kernels.settings import Settings
 from studies.kernels.tables import roofline_rows, rows_of, settings_of
 from studies.kernels.verdicts import SPEEDUP, TARGETS, of_target
@@ -46,6 +47,7 @@ SMALL = (
     'kernels.guidance=["on"]',
     "kernels.check_rows=4",
     "kernels.check_outputs=40",
+    "kernels.cpu.models=[]",  # test_kernels_cpu.py
 )
 
 
@@ -127,7 +129,7 @@ def test_the_sentence_and_the_exit_codes(
         arguments += ["--set", override]
     assert cli.main([*arguments, "--device", "cpu"]) == 0
     said = capsys.readouterr()
-    assert "timings need a CUDA device" in said.err
+    assert "timings of the Triton kernels need a CUDA device" in said.err
     assert "not run" in said.out
     assert "model, not measured" in said.out
     if not torch.cuda.is_available():
@@ -331,6 +333,19 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return facts
 
 
+def test_fp8_holds_ternary_weights_and_codes_of_four_bits() -> None:
+    layer = make_layer(Case("ternary_matmul", "qkv", "S", 1, 20, 128, 48), "cpu", 2)
+    works = fp8(layer)
+    assert len(works) == 2
+    for work, weight in zip(works, layer.weights, strict=True):
+        found = work()
+        exact = (layer.codes >> 4).double() @ weight.double().T * layer.scale + layer.bias.double()
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(found, exact.bfloat16())
+    with pytest.raises(PeerUnavailableError, match="needs multiples of 16"):
+        fp8(make_layer(Case("ternary_matmul", "qkv", "S", 1, 20, 128, 50), "cpu", 1))
+
+
 def test_the_gpu_path_gates_times_and_resumes(tmp_path: Path, pretend_gpu: dict[str, Any]) -> None:
     config = configure("kernels.autotune=false", "kernels.round_ms=0.01")
     context = Context(device="cuda", threads=1, progress=Progress(quiet=True), argv=[])
@@ -352,6 +367,7 @@ def test_the_gpu_path_gates_times_and_resumes(tmp_path: Path, pretend_gpu: dict[
     assert others["qkv", "cuBLAS bf16"]["median_us"]
     assert others["qkv", "gemlite A8W158"]["status"] == "not installed"
     assert others["qkv", "torch._int_mm"]["status"] == "not supported: needs 17 rows"
+    assert others["qkv", FP8]["status"] == "not supported: needs a GPU of compute capability 8.9"
     assert others["adaLN of all blocks", "torchao int8"]["median_us"] == ""
     assert others["proj input", "fast-hadamard-transform"]["status"] == "not installed"
 

@@ -8,10 +8,19 @@ from typing import Any
 from kernels.launch import next_power_of_2
 from kernels.offline import Specialisation
 from kernels.ternary_matmul.layout import packed_width
-from kernels.ternary_matmul.scratch import dense_kernel, unpack_kernel
+from kernels.ternary_matmul.scratch import STEP, dense_kernel, unpack_kernel
 from kernels.ternary_matmul.skinny import combine_kernel, skinny_kernel
 from kernels.ternary_matmul.tile import tile_kernel
-from kernels.ternary_matmul.tiles import TALL, TILES, WIDE, Tile, Variant, default_tile
+from kernels.ternary_matmul.tiles import (
+    MULTIPROCESSORS,
+    TALL,
+    TILES,
+    WARPS,
+    WIDE,
+    Tile,
+    Variant,
+    default_tile,
+)
 
 _TYPES = {
     "out_ptr": "*bf16",
@@ -46,13 +55,19 @@ _TOKENS = 16384
 
 
 def _specialisation(
-    name: str, kernel: Any, constants: Mapping[str, Any], *, warps: int = 4, stages: int = 3
+    name: str,
+    kernel: Any,
+    constants: Mapping[str, Any],
+    types: Mapping[str, str] = _TYPES,
+    *,
+    warps: int = 4,
+    stages: int = 3,
 ) -> Specialisation:
     names = [n for n in kernel.arg_names if n not in constants]
     return Specialisation(
         name=f"ternary_matmul/{name}",
         kernel=kernel,
-        signature={n: _TYPES[n] for n in names},
+        signature={n: types.get(n) or _TYPES[n] for n in names},
         constants=constants,
         aligned=("rows", "size"),
         num_warps=warps,
@@ -84,8 +99,11 @@ def _main(kind: Variant, layer: str, tile: Tile, rank: int = 16) -> Specialisati
     constants = _epilogue(layer, rank, tile) | {"K": width}
     label = f"{kind} {layer} {tile.block_n}x{tile.block_m}x{4 * tile.step_bytes}"
     if kind == "scratch":
+        constants |= {"PROGRAMS": MULTIPROCESSORS * WARPS // tile.num_warps, "TURNS": 4}
+        blocks = {"codes_blocks": tile.block_m, "weight_blocks": tile.block_n}
+        types = {name: f"tensordesc<i8[{rows}, {STEP.value}]>" for name, rows in blocks.items()}
         return _specialisation(
-            label, dense_kernel, constants, warps=tile.num_warps, stages=tile.num_stages
+            label, dense_kernel, constants, types, warps=tile.num_warps, stages=tile.num_stages
         )
     constants |= {"STEPS": -(-steps // tile.splits), "STEP_BYTES": tile.step_bytes}
     kernel = tile_kernel
@@ -99,13 +117,14 @@ def _main(kind: Variant, layer: str, tile: Tile, rank: int = 16) -> Specialisati
 
 
 def compile_specs() -> list[Specialisation]:
-    """Every layer with the tile it takes without tuning, and the listed tiles on fc2."""
+    """Every layer with the tiles it takes without tuning, and the listed tiles on fc2."""
+    kinds: tuple[Variant, ...] = ("tile", "scratch")
     specs = [
-        _main("tile", layer, default_tile("tile", _TOKENS, *_LAYERS[layer]))
+        _main(kind, layer, default_tile(kind, _TOKENS, *_LAYERS[layer]))
+        for kind in kinds
         for layer in ("qkv", "proj", "fc1")
     ]
     specs += [_main("tile", "fc1", tile) for tile in (TALL, WIDE)]
-    kinds: tuple[Variant, ...] = ("tile", "scratch")
     for kind in kinds:
         specs += [_main(kind, "fc2", tile) for tile in TILES[kind]]
     for rows, groups in ((2, 28), (64, 28), (16, 1), (128, 1)):

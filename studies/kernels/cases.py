@@ -19,6 +19,10 @@ FAKE, FAKE_BACKWARD = "fake_quantize", "fake_quantize_backward"
 WEIGHT = "ternary_weight"
 KERNELS = (QUANTIZE, MATMUL, GROUPED, FAKE, FAKE_BACKWARD, WEIGHT)
 OURS = "robuq-bench"  # beside the names of peers
+# Of ours on a CPU, the first with the name of an instruction set behind it, and of torch's.
+COMPILED, INT_MM, PLAIN = "compiled, ", "torch._int_mm", "plain PyTorch"
+FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
+CPU_PEERS = (FP32, BF16, INT8)
 WEIGHT_RULE = "ternary-twn"
 _MODULES = {GROUPED: MATMUL, FAKE_BACKWARD: FAKE}
 QUANTIZER = "robust-midtread"
@@ -50,6 +54,23 @@ class Case:
         """Name of the item in a run."""
         layer = self.layer.replace(" ", "-")
         return f"{self.kernel}/{self.model}/{layer}/images{self.images}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Columns that say what was run."""
+        return {
+            "kernel": self.kernel,
+            "model": self.model,
+            "layer": self.layer,
+            "images": self.images,
+            "rows": self.rows,
+            "width": self.width,
+            "outputs": self.outputs or None,
+            "groups": self.groups,
+            "rank": self.rank,
+            "bits": self.bits,
+            "includes": self.prologue or self.epilogue or "nothing else",
+        }
 
     @property
     def is_product(self) -> bool:

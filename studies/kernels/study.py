@@ -57,6 +57,7 @@ from robuq_bench.runs.provenance import cpu_label
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
 from studies.kernels.cases import (
+    COMPILED,
     KERNELS,
     OURS,
     Case,
@@ -68,13 +69,12 @@ from studies.kernels.cases import (
 from studies.kernels.checks import Check
 from studies.kernels.checks import check as check_case
 from studies.kernels.cpu import is_failure, timed_on_cpu
-from studies.kernels.cpu_tables import COMPILED, cpu_summary
+from studies.kernels.cpu_tables import cpu_summary
 from studies.kernels.cpu_verdicts import CPU_RULE, cpu_verdicts
 from studies.kernels.peers import PeerUnavailableError, make_layer, make_peer, peers_of
 from studies.kernels.settings import Settings
 from studies.kernels.tables import (
     MODEL,
-    facts,
     roofline_rows,
     rows_of,
     settings_of,
@@ -175,7 +175,7 @@ def interpreted(
         for key, found in zip(missing, answers, strict=True):
             case = reduced[key]
             row = {
-                **facts(case),
+                **case.facts,
                 "correct": found.correct,
                 "max_error": found.max_error,
                 "status": found.failure or "ok",

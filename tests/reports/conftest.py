@@ -9,7 +9,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -301,6 +301,14 @@ def parse(path: Path) -> Page:
 def fabricate(tmp_path: Path) -> Fabricator:
     """A fabricator of runs below a fresh folder."""
     return Fabricator(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that was drawn before, here or by a user, is taken for what the code draws now."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ROBUQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
