@@ -78,6 +78,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """The last collection is for all, or Triton complains of leaks."""
+    gc.unfreeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def mnist_folder() -> Path:
     """Folder with MNIST's 10,000-image test set as IDX files; skips where there is none.
