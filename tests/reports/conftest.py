@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from robuq_bench.config import Config, resolve
+from robuq_bench.config import Config, ModelConfig, Plan, resolve
 from robuq_bench.config.resolve import training_steps
 from robuq_bench.runs.run import Run
 from robuq_bench.runs.run_files import RESULTS
@@ -183,16 +185,19 @@ def allocation(config: Config, rng: random.Random) -> dict[str, Any]:
     }
 
 
-def accounting(config: Config) -> dict[str, Any]:
+@functools.cache
+def account_of(model: ModelConfig, plan: Plan) -> dict[str, Any]:
     from robuq_bench.accounting.account import account
 
-    return {
-        "key": "accounting",
-        "kind": "accounting",
-        **account(config.workload.model, config.plan),
-    }
+    return account(model, plan)
 
 
+def accounting(config: Config) -> dict[str, Any]:
+    account = account_of(config.workload.model, config.plan)
+    return {"key": "accounting", "kind": "accounting", **copy.deepcopy(account)}
+
+
+@functools.cache
 def picture(text: str) -> bytes:
     """A grid of 10 × 4 tiles of 8 × 8 pixels, four screen pixels each."""
     rng = random.Random(text)
