@@ -262,7 +262,8 @@ def _cpu_kernels_ability() -> dict[str, Any]:
     try:
         return _ability(True, cpu_library.describe())
     except cpu_library.MissingKernels as missing:
-        return _ability(False, f"{missing}. Packed models run two to three times slower on a CPU")
+        cost = "Packed models run two to three times slower on a CPU, and training is slower too"
+        return _ability(False, f"{missing}. {cost}")
 
 
 def _cuda_ability(torch_version: str | None) -> dict[str, Any]:
