@@ -1,21 +1,42 @@
 """The Hadamard transform of a tile of tokens inside a Triton kernel.
 
-A token of width K = outer * m is a matrix [outer, m]; its transform by Sylvester(outer) (x) H_m is
-S X H_m. Both products are dots with ±1 entries, exact in fp16. Triton's sizes are powers of two, so
-m is padded with zeros (36 to 64) in registers only: neither transform nor memory is padded.
+A token of width K = outer * m is a matrix X [outer, m]; its transform by Sylvester(outer) (x) H_m is
+S X H_m, two products with ±1 entries, exact in fp16. Triton's sizes are powers of two, so m is held
+as two parts, 72 = 64 + 8 or 48 = 32 + 16, and nothing is padded; an m without such parts is.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import next_power_of_2
+
 TILE = 64
-"""Rows and columns of the matrix products of `transform_tokens`; columns past m are zero."""
+"""Rows of a product of one warp group, and the most columns of the first part of a row."""
+LEAST_REST = 8
+"""The fewest columns of a second part: those of the narrowest product."""
+LEAST_DEPTH = 16
+"""The least inner size of a product."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A token as a matrix [outer, m] whose rows are `main` + `rest` columns.
+
+    `rest` is 0 where there is one part; then `main` may be more than m, and the excess is zeros.
+    """
+
+    outer: int
+    m: int
+    main: int
+    rest: int
 
 
 def sylvester(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -26,11 +47,18 @@ def sylvester(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix
 
 
-def fold(outer: int, m: int) -> tuple[int, int]:
-    """(outer, m) of the same matrix with m as large as `TILE` allows, from 2 (x) m = 2m."""
-    while outer > 1 and 2 * m <= TILE:
+def fold(outer: int, m: int) -> Fold:
+    """The same matrix with m as large as its parts allow, from 2 (x) m = 2m.
+
+    36 becomes 72 = 64 + 8, 12 becomes 48 = 32 + 16, and 28 becomes 56 of 64 columns.
+    """
+    while outer > 1 and (2 * m <= TILE or 2 * m == TILE + LEAST_REST):
         outer, m = outer // 2, 2 * m
-    return outer, m
+    padded = next_power_of_2(m)
+    main, rest = padded // 2, m - padded // 2
+    if outer > 1 and LEAST_REST <= rest < main <= TILE and rest & (rest - 1) == 0:
+        return Fold(outer, m, main, rest)
+    return Fold(outer, m, max(LEAST_DEPTH, padded), 0)
 
 
 @functools.cache
@@ -45,16 +73,22 @@ def block_sylvester(rows: int, outer: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def load_folded(pointer, M: tl.constexpr, FOLDED: tl.constexpr, SIZE: tl.constexpr):
-    """Sylvester(FOLDED / M) (x) H_M with H_M [M, M] in memory, as [SIZE, SIZE] fp16, zeros around.
+def load_folded(
+    pointer,
+    M: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Block [ROWS, COLUMNS] from (ROW, COLUMN) on of Sylvester(FOLDED / M) (x) H_M, as fp16.
 
-    FOLDED / M is at most `TILE`.
+    H_M [M, M] is in memory; FOLDED / M is at most 64; what lies outside the matrix is 0.
     """
-    i = tl.arange(0, SIZE)[:, None]
-    j = tl.arange(0, SIZE)[None, :]
+    i = ROW + tl.arange(0, ROWS)[:, None]
+    j = COLUMN + tl.arange(0, COLUMNS)[None, :]
     mask = (i < FOLDED) & (j < FOLDED)
-    if FOLDED == M:
-        return tl.load(pointer + i * M + j, mask=mask, other=0.0).to(tl.float16)
     factor = tl.load(pointer + i % M * M + j % M, mask=mask, other=0.0).to(tl.float16)
     # An entry of Sylvester's matrix is -1 where its indices share an odd number of bits.
     shared = (i // M) & (j // M)
@@ -65,14 +99,26 @@ def load_folded(pointer, M: tl.constexpr, FOLDED: tl.constexpr, SIZE: tl.constex
 
 
 @triton.jit
-def transform_tokens(x, inner, outer, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Unnormalised transform of x [ROWS, OUTER, INNER] -> same shape, fp32: S X H_m per token.
+def apply_outer(x, outer, present, GROUPS: tl.constexpr):
+    """outer @ x for fp16 x [HEIGHT, GROUPS * SIZE] -> fp16 [GROUPS * HEIGHT, SIZE], SIZE from 16.
 
-    `inner` [INNER, INNER] is H_m padded with zeros, `outer` is `block_sylvester(ROWS, OUTER)`
-    (unread for OUTER = 1). Tokens lie below each other in both products, so nothing is permuted;
-    a token with an infinite entry would spoil its neighbours.
+    A smaller SIZE is filled up with zeros. `present` is a condition that is true.
     """
-    y = tl.dot(tl.reshape(x, (ROWS * OUTER, INNER)).to(inner.dtype), inner)
-    if OUTER > 1:
-        y = tl.dot(outer, y.to(outer.dtype))
-    return tl.reshape(y, (ROWS, OUTER, INNER))
+    HEIGHT: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1] // GROUPS
+    y = tl.dot(outer, x)
+    if GROUPS > 1:
+        # Triton gives all warps to the rows of products in a chain, here those of one group, and
+        # computes every group in each of them. It sees no chain through a branch.
+        if present:
+            z = y.to(tl.float16)
+        else:
+            z = tl.zeros(y.shape, tl.float16)
+        z = tl.permute(tl.reshape(z, (HEIGHT, GROUPS, SIZE)), (1, 0, 2))
+        z = tl.reshape(z, (GROUPS * HEIGHT, SIZE))
+    else:
+        z = y.to(tl.float16)
+    if SIZE < 16:  # the least depth of the product that follows
+        z = tl.permute(tl.join(z, tl.zeros_like(z)), (0, 2, 1))
+        z = tl.reshape(z, (GROUPS * HEIGHT, 2 * SIZE))
+    return z

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, load_plan, load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion, make_scheduler
 from robuq_bench.errors import CheckError, ConfigError, UsageError
+from robuq_bench.measuring.fp8 import Fp8Linear, fp8_
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
 from robuq_bench.quantization.attention import integer_limit
@@ -26,6 +29,7 @@ from studies.efficiency.claims import speed_factor
 from studies.efficiency.study import packed_bytes
 from studies.efficiency.variants import (
     VARIANTS,
+    NotRunError,
     Sampler,
     build,
     ddim_coefficients,
@@ -41,6 +45,7 @@ SMALL = (
     "efficiency.sampling_steps=5",
     "efficiency.rank=4",
     "efficiency.round_ms=0.01",
+    "efficiency.cpu.models=[]",  # test_efficiency_cpu.py
 )
 
 
@@ -61,7 +66,9 @@ def table(run: Run, name: str) -> list[dict[str, str]]:
 
 
 def test_without_a_gpu_sizes_are_exact_and_times_are_a_model(tmp_path: Path) -> None:
-    config = resolve("efficiency", efficiency.VERSION, "a4", "imagenet256")
+    config = resolve(
+        "efficiency", efficiency.VERSION, "a4", "imagenet256", 0, ["efficiency.cpu.models=[]"]
+    )
     run, rows = perform(config, tmp_path)
     sizes = {row["ours"]: row["factor"] for row in rows if row["claim"] == "checkpoint size"}
     assert sizes["base3/fp16/fp16"] >= 15.2
@@ -139,6 +146,20 @@ def test_the_plan_that_is_timed_is_the_plan_that_is_judged(tiny_workload: Path, 
     quantizers = list(matmul_quantizers(model).values())
     assert quantizers
     assert {integer_limit(quantizer) for quantizer in quantizers} == {127}
+
+
+def test_the_fp8_peer_is_the_layer_it_stands_for() -> None:
+    """On a CPU, which multiplies fp8 too, if slowly."""
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 5)).bfloat16()
+    exchanged = fp8_(copy.deepcopy(model))
+    assert [type(layer) for layer in exchanged] == [Fp8Linear, nn.Linear]  # 5 outputs: not taken
+    x = torch.randn(3, 7, 64).bfloat16()
+    x[0, 0] = 0
+    found, expected = exchanged[0](x).float(), model[0](x).float()
+    assert (found - expected).norm() < 0.05 * expected.norm()  # e4m3 has 4 significant bits
+    assert next(exchanged.parameters()).dtype == torch.bfloat16
+    with pytest.raises(NotRunError, match=r"not run: needs a GPU of compute capability 8\.9"):
+        build(VARIANTS["fp8-rowwise"], load_workload("digits").model, 4, 0, "cpu")
 
 
 def test_ddim_is_that_of_diffusers() -> None:

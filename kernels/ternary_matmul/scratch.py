@@ -1,6 +1,7 @@
 """Scratch variant: unpack the weight once into int8 memory, then a dense int8 product.
 
-The scratch of a layer (5.3 MB for 4608 x 1152) stays in L2; it counts as workspace in peak memory.
+The scratch of a layer (5.3 MB for 4608 x 1152) stays in L2; it counts in the peak memory of a step.
+Both operands come by Hopper's tensor copies (TMA), which take rows of a multiple of 16 bytes.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,6 +11,9 @@ import triton
 import triton.language as tl
 
 from kernels.ternary_matmul.blocks import finish
+
+STEP = tl.constexpr(128)
+"""Columns that are copied and multiplied at a time."""
 
 
 @triton.jit
@@ -28,8 +32,8 @@ def unpack_kernel(planes_ptr, weight_ptr, size, BLOCK: tl.constexpr):
 @triton.jit
 def dense_kernel(
     out_ptr,
-    codes_ptr,
-    weight_ptr,
+    codes_blocks,
+    weight_blocks,
     token_scale_ptr,
     token_offset_ptr,
     code_sums_ptr,
@@ -49,53 +53,51 @@ def dense_kernel(
     TOKENS_PER_IMAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TURNS: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """One [BLOCK_N, BLOCK_M] block of unpacked weight [N, K padded to 128] times codes."""
-    PITCH: tl.constexpr = (K + 127) // 128 * 128
+    """[BLOCK_N, BLOCK_M] blocks of unpacked weight times codes, TURNS of them per program.
+
+    Programs stay: the copies of a block run during the epilogue of the one before. Past the last
+    block a program repeats it, while others still work. Copies read 0 outside of the operands.
+    """
+    STEPS: tl.constexpr = (K + STEP - 1) // STEP
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    n = (program % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = (program // TILES_N).to(tl.int64) * BLOCK_M
-    m = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, 128)
-    row_n = tl.minimum(n, N - 1) if N % BLOCK_N else n
-    row_m = tl.minimum(m, rows - 1 - first).to(tl.int32)
-    weight = weight_ptr + row_n[:, None] * PITCH + k[None, :]
-    codes = codes_ptr + first * K + row_m[None, :] * K + k[:, None]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for step in range(PITCH // 128):
-        left = tl.load(weight)
-        if K % 128 == 0:
-            right = tl.load(codes)
-        else:
-            right = tl.load(codes, mask=(k + step * 128 < K)[:, None], other=0)
-        acc = tl.dot(left, right, acc, out_dtype=tl.int32)
-        weight += 128
-        codes += 128
-    finish(
-        acc,
-        n,
-        first,
-        0,
-        rows - first,
-        out_ptr,
-        token_scale_ptr,
-        token_offset_ptr,
-        code_sums_ptr,
-        channel_scale_ptr,
-        weight_sums_ptr,
-        bias_ptr,
-        branch_ptr,
-        up_ptr,
-        gate_ptr,
-        residual_ptr,
-        N,
-        RANK,
-        BLOCK_RANK,
-        GELU,
-        TOKENS_PER_IMAGE,
-        BLOCK_N,
-        BLOCK_M,
-        PLAIN,
-    )
+    last = TILES_N * ((rows + BLOCK_M - 1) // BLOCK_M) - 1
+    for turn in tl.range(TURNS, flatten=True):
+        block = tl.minimum(tl.program_id(0) + turn * PROGRAMS, last)
+        first_n = block % TILES_N * BLOCK_N
+        first_m = block // TILES_N * BLOCK_M
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        for step in range(STEPS):
+            left = weight_blocks.load([first_n, step * STEP])
+            right = codes_blocks.load([first_m, step * STEP])
+            acc = tl.dot(left, right.T, acc, out_dtype=tl.int32)
+        first = first_m.to(tl.int64)
+        finish(
+            acc,
+            first_n + tl.arange(0, BLOCK_N),
+            first,
+            0,
+            rows - first,
+            out_ptr,
+            token_scale_ptr,
+            token_offset_ptr,
+            code_sums_ptr,
+            channel_scale_ptr,
+            weight_sums_ptr,
+            bias_ptr,
+            branch_ptr,
+            up_ptr,
+            gate_ptr,
+            residual_ptr,
+            N,
+            RANK,
+            BLOCK_RANK,
+            GELU,
+            TOKENS_PER_IMAGE,
+            BLOCK_N,
+            BLOCK_M,
+            PLAIN,
+        )

@@ -11,6 +11,15 @@ VARIANTS: tuple[Variant, ...] = ("tile", "skinny", "scratch")
 MULTIPROCESSORS = 132
 """Of an H100 or H200, which the table is made for."""
 
+WARPS = 8
+"""Of one processor, that hold a product's block in registers."""
+
+MANY_ROWS = 4096
+"""Tokens from which unpacking a weight once, some 4 µs, costs a few percent of its product."""
+
+ALIGNED_WIDTH = 16
+"""Bytes of which rows must be a multiple for tensor copies."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -76,12 +85,12 @@ def choose_variant(rows: int, outputs: int, width: int) -> Variant:
     """Variant of a shape that was not timed.
 
     Few tokens, or so few tiles that half the processors would idle, take the skinny kernel with
-    its splits of K; everything else unpacks in registers.
+    its splits of K; many tokens unpack to memory once; everything else unpacks in registers.
     """
     tiles = -(-outputs // 128) * -(-rows // 128)
     if rows <= 128 or (tiles < MULTIPROCESSORS // 2 and width >= 512):
         return "skinny"
-    return "tile"
+    return "scratch" if rows >= MANY_ROWS and width % ALIGNED_WIDTH == 0 else "tile"
 
 
 def default_tile(variant: Variant, rows: int, outputs: int, width: int, groups: int = 1) -> Tile:
@@ -121,6 +130,6 @@ def candidates(rows: int, outputs: int, width: int) -> list[tuple[Variant, Tile]
             for tile in TILES["tile"]
             if tile.step_bytes == 32 or width % (4 * tile.step_bytes) == 0
         ]
-    if rows >= 1024:
+    if rows >= 1024 and width % ALIGNED_WIDTH == 0:
         found += [("scratch", tile) for tile in TILES["scratch"]]
     return found

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import INTERPRETED, KernelInputError, next_power_of_2
 from kernels.ternary_matmul.layout import PLANES, packed_width
 from kernels.ternary_matmul.operands import Operands, check_operands
-from kernels.ternary_matmul.scratch import dense_kernel, unpack_kernel
+from kernels.ternary_matmul.scratch import STEP, dense_kernel, unpack_kernel
 from kernels.ternary_matmul.skinny import combine_kernel, skinny_kernel
 from kernels.ternary_matmul.tile import tile_kernel
 from kernels.ternary_matmul.tiles import (
+    ALIGNED_WIDTH,
     VARIANTS,
+    WARPS,
     Tile,
     Variant,
     candidates,
@@ -350,17 +353,38 @@ def _skinny(x: Operands, out: Tensor, tile: Tile) -> None:
 
 
 def _scratch(x: Operands, out: Tensor, tile: Tile) -> None:
+    if x.width % ALIGNED_WIDTH or x.codes.data_ptr() % ALIGNED_WIDTH:
+        raise KernelInputError(
+            f"ternary_matmul: variant scratch copies rows of a multiple of {ALIGNED_WIDTH} bytes "
+            f"from memory aligned to them; K is {x.width}. Take variant tile"
+        )
     weight = torch.empty((x.outputs, 4 * x.planes.shape[1]), dtype=torch.int8, device=out.device)
     unpack_kernel[(-(-x.planes.numel() // UNPACK_BLOCK),)](
         x.planes, weight, x.planes.numel(), BLOCK=UNPACK_BLOCK
     )
-    dense_kernel[(_tiles(x, tile.block_n, tile.block_m),)](
+    programs, turns = _turns(x, tile)
+    dense_kernel[(programs,)](
         out,
-        x.codes,
-        weight,
+        TensorDescriptor.from_tensor(x.codes, [tile.block_m, STEP.value]),
+        TensorDescriptor.from_tensor(weight, [tile.block_n, STEP.value]),
         *_vectors(x),
         x.rows,
         K=x.width,
+        PROGRAMS=programs,
+        TURNS=turns,
         **_epilogue(x),
         **_blocks(tile),
     )
+
+
+def _turns(x: Operands, tile: Tile) -> tuple[int, int]:
+    """Programs that fill the device, and blocks that each takes."""
+    blocks = _tiles(x, tile.block_n, tile.block_m)
+    programs = min(blocks, _processors(x.codes.device) * WARPS // tile.num_warps)
+    return programs, -(-blocks // programs)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter has one program at a time
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -53,13 +53,13 @@ def collect(device: str, threads: int) -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "cpu_kernels": _cpu_kernels_ability(),
         "gpu": _gpu(device) if device.startswith("cuda") else None,
         "device": device,
         "threads": threads,
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
         },
-        "cpu_kernels": _cpu_kernels_ability(),
         "malloc": malloc_settings(),
         "torch": _torch_settings(),
     }
@@ -161,7 +161,7 @@ def cpu_label() -> str:
             parts += [f"{name.removeprefix('cpu ')} {found[1]}"] if found else []
     cpu = _cpu()
     exact = f" ({', '.join(parts)})" if parts else ""
-    return f"{cpu['model']}{exact}, {cpu['usable_cores']} cores"
+    return f"{cpu['model']}{exact}, {cpu['logical_cores']} cores"
 
 
 def _memory_bytes() -> int | None:
@@ -262,8 +262,11 @@ def _cpu_kernels_ability() -> dict[str, Any]:
     try:
         return _ability(True, cpu_library.describe())
     except cpu_library.MissingKernels as missing:
-        cost = "Packed models run two to three times slower on a CPU, and training is slower too"
-        return _ability(False, f"{missing}. {cost}")
+        return _ability(
+            False,
+            f"{missing}. Everything runs without them, packed models two to three times slower "
+            "and training on a CPU slower too",
+        )
 
 
 def _cuda_ability(torch_version: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The models that `study efficiency` times: five full-precision baselines, a peer, and ours.
+"""The models that `study efficiency` times: five full-precision baselines, two peers, and ours.
 
 All have the workload's sizes and random weights with open gates; none is trained, which changes
 neither bytes nor times.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from robuq_bench.accounting.account import with_branch_rank
 from robuq_bench.config import Plan, load_plan
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError, suggest
+from robuq_bench.measuring.fp8 import fp8_, has_fp8
 from robuq_bench.models.dit import CFG_GUIDED_CHANNELS, DiT
 
 CFG_SCALE = 1.5
@@ -29,7 +30,7 @@ GATE_STD = 0.02
 
 @dataclass(frozen=True)
 class Variant:
-    """How a model runs. `plan` is that of a packed model, "" for full precision."""
+    """How a model runs. `plan` is that of a packed model, `peer` whose 8-bit layers it has."""
 
     name: str
     label: str
@@ -38,7 +39,7 @@ class Variant:
     compiled: bool = False
     graph: bool = False
     plan: str = ""
-    peer: bool = False
+    peer: Literal["", "torchao", "fp8"] = ""
 
 
 _BF16 = torch.bfloat16
@@ -56,7 +57,15 @@ VARIANTS = {
             _BF16,
             compiled=True,
             graph=True,
-            peer=True,
+            peer="torchao",
+        ),
+        Variant(
+            "fp8-rowwise",
+            "fp8 rowwise compiled + CUDA graph",
+            _BF16,
+            compiled=True,
+            graph=True,
+            peer="fp8",
         ),
         Variant("w1.58a8", "W1.58A8 packed + CUDA graph", _BF16, graph=True, plan="a8"),
         Variant("w1.58a4", "W1.58A4 packed + CUDA graph", _BF16, graph=True, plan="a4"),
@@ -87,7 +96,7 @@ def build(
     """The model of a variant on `device`, in eval mode, without gradients.
 
     Raises:
-        NotRunError: a package is missing.
+        NotRunError: a package or fp8 is missing.
     """
     torch.manual_seed(seed)
     if variant.plan:
@@ -101,12 +110,16 @@ def build(
         model.to("cpu")
         release()
         return prepare_for_inference(model.to(device), backend, variant.dtype)
-    if variant.peer and importlib.util.find_spec("torchao") is None:
+    if variant.peer == "torchao" and importlib.util.find_spec("torchao") is None:
         raise NotRunError("not run: torchao is not installed")
+    if variant.peer == "fp8" and not has_fp8(device):
+        raise NotRunError("not run: needs a GPU of compute capability 8.9")
     with torch.device(device):
         model = _random_dit(model_config).to(variant.dtype)
     model.eval().requires_grad_(False)
-    if variant.peer:
+    if variant.peer == "fp8":
+        model = fp8_(model)
+    if variant.peer == "torchao":
         torchao = import_module("torchao.quantization")
         torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
     return model

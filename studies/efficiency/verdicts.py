@@ -10,7 +10,7 @@ from studies.efficiency.claims import PAPER
 
 Row = dict[str, Any]
 THEORY = 13.2
-PEER = "torchao-int8"  # packed too, so no baseline that the paper could mean
+PEERS = ("torchao-int8", "fp8-rowwise")  # 8 bits too: no baseline that the paper could mean
 NEEDS_GPU = "needs a CUDA device"
 OTHER_MODEL = "this run is of another model"
 _IN_THEORY = f"DiT-XL/2 becomes {THEORY:g}× smaller in theory"
@@ -68,7 +68,8 @@ def _weights(row: Row) -> Verdict:
 def by_baseline(claim: str, rows: Sequence[Row]) -> list[Verdict]:
     """One verdict per baseline that was measured; a single one where none was."""
     measured = [row for row in rows if row["factor"] is not None]
-    names = [name for name in dict.fromkeys(row["against"] for row in rows) if PEER not in name]
+    against = dict.fromkeys(row["against"] for row in rows)
+    names = [name for name in against if not name.startswith(PEERS)]
     own = {name: [row for row in measured if row["against"] == name] for name in names}
     found = [_against(claim, name, rows) for name, rows in own.items() if rows]
     return found or [_not_judged(claim, NEEDS_GPU)]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robuq_bench.errors import MissingResourceError
 from robuq_bench.hadamard.transform import hadamard_matrix
-from studies.kernels.cases import QUANTIZE, Case
+from robuq_bench.measuring.fp8 import ALIGNED, has_fp8
+from robuq_bench.measuring.int8_peer import dynamic_int8
+from studies.kernels.cases import ATTENTION, BF16, INT8, QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"
-FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
-CPU_PEERS = (FP32, BF16, INT8)
+FP8 = "torch._scaled_mm fp8"
+SDPA = "F.scaled_dot_product_attention bf16"
 MAX_RELATIVE_ERROR = 0.05  # of the root mean square; peers round tokens to 8 bits
 INT_MM_LEAST_ROWS = 17
 
@@ -69,7 +72,9 @@ def make_layer(case: Case, device: torch.device | str, copies: int, seed: int = 
 def peers_of(case: Case) -> tuple[str, ...]:
     """Names of the peers of a case, the baseline of its verdict first."""
     if case.is_product:
-        return (BASELINE, "torch._int_mm", "torchao int8", "gemlite A8W158")
+        return (BASELINE, "torch._int_mm", FP8, "torchao int8", "gemlite A8W158")
+    if case.kernel == ATTENTION:
+        return (SDPA,)
     return ("fast-hadamard-transform",) if case.kernel == QUANTIZE and not case.prologue else ()
 
 
@@ -81,11 +86,17 @@ def make_peer(name: str, case: Case, layer: Layer | None, device: torch.device |
     """
     if name == "fast-hadamard-transform":
         return _dao(case, device)
+    if name == SDPA:
+        return sdpa(case, device)
     assert layer is not None
     if name == BASELINE:
         return _cublas(layer)
     if name == "torch._int_mm":
         return _int_mm(layer)
+    if name == FP8:
+        if not has_fp8(device):
+            raise PeerUnavailableError("not supported: needs a GPU of compute capability 8.9")
+        return fp8(layer)
     return _torchao(layer) if name == "torchao int8" else _gemlite(layer, device)
 
 
@@ -112,25 +123,10 @@ def make_cpu_peer(name: str, layer: Layer) -> Work:
 
 def _dynamic(layer: Layer) -> list[nn.Module]:
     linears = [nn.Sequential(_linear(layer, index).float()) for index in range(len(layer.weights))]
-    return [dynamic_int8(linear) for linear in linears]
-
-
-def dynamic_int8(model: nn.Module) -> nn.Module:
-    """A copy of a float32 model whose linears multiply in 8 bits, by torch's own quantization.
-
-    Raises:
-        PeerUnavailableError: this torch has none, or no engine for this CPU.
-    """
-    if importlib.util.find_spec("torch.ao.quantization") is None:
-        raise PeerUnavailableError("not installed: this torch has no torch.ao.quantization")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and still what torch itself has
-        quantization = import_module("torch.ao.quantization")
-        try:
-            found: nn.Module = quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-        except RuntimeError as error:
-            raise PeerUnavailableError(f"not supported: {str(error).splitlines()[0]}") from error
-    return found
+    try:
+        return [dynamic_int8(linear) for linear in linears]
+    except MissingResourceError as error:
+        raise PeerUnavailableError(str(error)) from error
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
@@ -168,6 +164,44 @@ def _int_mm(layer: Layer) -> Work:
     if not torch.equal(found, exact):
         raise PeerUnavailableError("check failed: integer sums differ")
     return [_call(torch._int_mm, layer.codes, w.t()) for w in layer.weights]
+
+
+def fp8(layer: Layer) -> Work:
+    """Ternary weights and codes of 4 bits in e4m3, which holds both exactly, with their scales.
+
+    Tensor cores add fp8 products in fewer bits than float32 has, so long sums need not be exact.
+    """
+    if any(size % ALIGNED for size in layer.weights[0].shape):
+        raise PeerUnavailableError(f"not supported: needs multiples of {ALIGNED}")
+    codes = layer.codes >> 4
+    tokens = codes.to(torch.float8_e4m3fn)
+    token_scale = torch.full((len(codes), 1), layer.scale, device=codes.device)
+    channel_scale = torch.ones(1, len(layer.bias), device=codes.device)
+    work = [
+        _call(
+            partial(torch._scaled_mm, bias=layer.bias, out_dtype=torch.bfloat16),
+            tokens,
+            weight.to(torch.float8_e4m3fn).t(),
+            token_scale,
+            channel_scale,
+        )
+        for weight in layer.weights
+    ]
+    found = work[0]()
+    assert isinstance(found, Tensor)
+    exact = codes[:64].float() @ layer.weights[0].float().T * layer.scale + layer.bias.float()
+    _check(found, exact)
+    return work
+
+
+def sdpa(case: Case, device: torch.device | str) -> Work:
+    """PyTorch's attention in bf16, on queries, keys and values that lie as the model's do."""
+    shape = (case.images, case.tokens, 3, case.heads, case.width // case.heads)
+    qkv = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q[0].float() @ k[0].float().mT / math.sqrt(q.shape[-1])
+    _check(F.scaled_dot_product_attention(q, k, v)[0], scores.softmax(-1) @ v[0].float())
+    return [_call(F.scaled_dot_product_attention, q, k, v)]
 
 
 def _linear(layer: Layer, index: int) -> nn.Linear:

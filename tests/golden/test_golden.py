@@ -14,14 +14,13 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import cpu_library
 
@@ -57,16 +56,28 @@ def recorded() -> dict[str, Tensor]:
     return load_file(HERE / "assets" / "golden.safetensors")
 
 
+@pytest.fixture(scope="module", params=PLANS)
+def plan(request: pytest.FixtureRequest) -> str:
+    """All tests of one plan come before those of the next: what it computes is needed once."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def computed(compute: Any, recorded: dict[str, Tensor]) -> Any:
-    """Plan -> its record and outputs of today, each computed once."""
+def teacher(compute: Any) -> nn.Module:
+    return compute.library.teacher()
+
+
+@pytest.fixture(scope="module")
+def computed(
+    compute: Any, recorded: dict[str, Tensor], teacher: nn.Module, plan: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plan's record and outputs of today."""
     inputs = {
         name.removeprefix("inputs/"): value
         for name, value in recorded.items()
         if name.startswith("inputs/")
     }
-    teacher = compute.library.teacher()
-    return cache(lambda plan: compute.of_plan(plan, teacher, inputs))
+    return compute.of_plan(plan, teacher, inputs)
 
 
 def differing(found: Any, expected: Any, tolerance: float, where: str = "") -> list[str]:
@@ -85,27 +96,25 @@ def differing(found: Any, expected: Any, tolerance: float, where: str = "") -> l
     return [] if is_same else [f"{where}: {found} was {expected}"]
 
 
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
     "part", ["bits", "layers", "parameters", "gradients", "packed_files", "averaged"]
 )
 def test_a_plan_gives_the_recorded_tensors(
     computed: Any, is_recorded_machine: bool, plan: str, part: str
 ) -> None:
-    found, expected = computed(plan)[0][part], RECORD["plans"][plan][part]
+    found, expected = computed[0][part], RECORD["plans"][plan][part]
     assert expected
     tolerance = NORM_TOLERANCE.get(part, NORM_TOLERANCE["other"])
     lines = differing(found, expected, 0.0 if is_recorded_machine else tolerance)
     assert not lines, "\n".join([f"{len(lines)} differ", *lines[:10]])
 
 
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("mode", ["training", "eval", "packed"])
 def test_a_plan_gives_the_recorded_outputs(
     computed: Any, recorded: dict[str, Tensor], is_recorded_machine: bool, plan: str, mode: str
 ) -> None:
     name = f"{plan}/{mode}"
-    found, expected = computed(plan)[1][name], recorded[name]
+    found, expected = computed[1][name], recorded[name]
     assert found.shape == (40, 1, 8, 8)
     if is_recorded_machine:
         assert torch.equal(found, expected), f"largest difference {(found - expected).abs().max()}"
@@ -113,11 +122,10 @@ def test_a_plan_gives_the_recorded_outputs(
         assert float((found - expected).norm() / expected.norm()) < OUTPUT_TOLERANCE
 
 
-@pytest.mark.parametrize("plan", PLANS)
 def test_qat_follows_the_recorded_losses(
     computed: Any, is_recorded_machine: bool, plan: str
 ) -> None:
-    found, expected = computed(plan)[0]["losses"], RECORD["plans"][plan]["losses"]
+    found, expected = computed[0]["losses"], RECORD["plans"][plan]["losses"]
     assert len(expected) == 20
     if is_recorded_machine:
         assert found == expected

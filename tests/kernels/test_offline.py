@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -21,23 +20,29 @@ TILE_LOOP = 160
 SPILLS = {"fake_quantize/forward 4608 fp32", "fake_quantize/backward 4608 fp32"}
 
 
-@functools.cache
-def compiled(operation: str) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """What every specialisation became, by operation; one interpreter imports torch for all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.offline", "--json", operation],
+        [sys.executable, "-m", "kernels.offline", "--json"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return rows
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return {
+        operation: [row for row in rows if row["name"].startswith(f"{operation}/")]
+        for operation in OPERATIONS
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kernels_compile_for_hopper_without_spills(operation: str) -> None:
-    rows = compiled(operation)
+def test_kernels_compile_for_hopper_without_spills(
+    compiled: dict[str, list[dict[str, Any]]], operation: str
+) -> None:
+    rows = compiled[operation]
     assert len(rows) >= 3
     for row in rows:
         if row["name"] not in SPILLS:
@@ -51,10 +56,12 @@ def test_kernels_compile_for_hopper_without_spills(operation: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_packed_weight_costs_few_instructions_in_the_loop() -> None:
+def test_the_packed_weight_costs_few_instructions_in_the_loop(
+    compiled: dict[str, list[dict[str, Any]]],
+) -> None:
     """Register-A integer WGMMA, and a loop hardly longer than that of dense int8."""
     tiles = [
-        row for row in compiled("ternary_matmul") if row["name"].startswith("ternary_matmul/tile")
+        row for row in compiled["ternary_matmul"] if row["name"].startswith("ternary_matmul/tile")
     ]
     assert tiles
     for row in tiles:
@@ -66,9 +73,11 @@ def test_the_packed_weight_costs_few_instructions_in_the_loop() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_attention_moves_no_probability_between_threads() -> None:
+def test_attention_moves_no_probability_between_threads(
+    compiled: dict[str, list[dict[str, Any]]],
+) -> None:
     """Both products on the integer tensor core, and what feeds the second stays where it is."""
-    rows = [r for r in compiled("quantized_attention") if "/attention" in r["name"]]
+    rows = [r for r in compiled["quantized_attention"] if "/attention" in r["name"]]
     assert rows
     for row in rows:
         assert row["opcodes"].get("IGMMA", 0) >= 4, row["name"]
