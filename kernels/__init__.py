@@ -11,7 +11,7 @@
 A reference is plain PyTorch, runs on any device and defines what the kernel computes. A kernel runs
 on a CUDA device, or anywhere in Triton's interpreter (`TRITON_INTERPRET=1`, set before the first
 import of this package). `python -m kernels.offline` compiles every kernel for sm_90 without a GPU
-and reads its machine code. `cpu.cpp` and `cpu.py` of the first two are for the CPU, compiled by an
+and reads its machine code. `cpu.cpp` and `cpu.py` are for the CPU, compiled by an
 installation or by `python -m kernels.build`. This package imports torch and triton only.
 """
 

@@ -98,9 +98,7 @@ def _forward(
 ) -> Tensor:
     rank = 0 if down is None else down.shape[0]
     out = torch.empty((x.shape[0], x.shape[1] + rank), dtype=torch.float32)
-    return _run(
-        x, None, signs, inner, down, out, statistic, factor, epsilon, low, high, floor
-    )
+    return _run(x, None, signs, inner, down, out, statistic, factor, epsilon, low, high, floor)
 
 
 def _backward(
@@ -119,14 +117,10 @@ def _backward(
     grad = _contiguous_rows(grad)
     rank = 0 if down is None else down.shape[0]
     out = torch.empty((grad.shape[0], grad.shape[1] - rank), dtype=torch.float32)
-    return _run(
-        x, grad, signs, inner, down, out, statistic, factor, epsilon, low, high, floor
-    )
+    return _run(x, grad, signs, inner, down, out, statistic, factor, epsilon, low, high, floor)
 
 
-_forward_operator = torch.library.custom_op(
-    "robuq::cpu_fake_quantize", _forward, mutates_args=()
-)
+_forward_operator = torch.library.custom_op("robuq::cpu_fake_quantize", _forward, mutates_args=())
 _backward_operator = torch.library.custom_op(
     "robuq::cpu_fake_quantize_backward", _backward, mutates_args=()
 )
@@ -178,7 +172,7 @@ class _FakeQuantize(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grad)
 
 
@@ -225,12 +219,11 @@ def fake_quantize(
         signs = None
     else:
         order = len(rotation.inner)
-        shape = (order, order)
         check_tensor(
             OP,
             "rotation.inner",
             rotation.inner,
-            shape=shape,
+            shape=(order, order),
             dtypes=(torch.float16, torch.float32),
             like=x,
         )
@@ -240,9 +233,10 @@ def fake_quantize(
                 f"K = {width}, got {rotation.outer} times {order}"
             )
         inner = rotation.inner.float()
-    for name, tensor, shape in (("signs", signs, (width,)), ("down", down, (None, width))):
-        if tensor is not None:
-            check_tensor(OP, name, tensor, shape=shape, dtypes=(torch.float32,), like=x)
+    if signs is not None:
+        check_tensor(OP, "signs", signs, shape=(width,), dtypes=(torch.float32,), like=x)
+    if down is not None:
+        check_tensor(OP, "down", down, shape=(None, width), dtypes=(torch.float32,), like=x)
     rows = _contiguous_rows(x.reshape(-1, width))
     inputs = (rows, down, signs, inner, *_settings(grid))
     if torch.compiler.is_compiling():
@@ -289,7 +283,7 @@ class _Absmax(torch.autograd.Function):
         return _absmax(x, limit)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

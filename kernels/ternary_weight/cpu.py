@@ -109,7 +109,7 @@ class _TernaryWeight(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grad)
 
 
@@ -143,7 +143,6 @@ def ternary_weight(
         return _forward_operator(*inputs)
     result: Tensor = _TernaryWeight.apply(*inputs)
     return result
-
 
 
 def ternary_codes(weight: Tensor, rule: str) -> tuple[Tensor, Tensor]:

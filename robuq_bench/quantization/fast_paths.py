@@ -2,13 +2,14 @@
 
 `PATHS` are asked in order; the first that supports a layer and an input computes it. Each agrees
 with `PLAIN`, which serves everything. A quantized and a packed layer have the same slots and use
-the same paths.
+the same paths. On a CPU the compiled kernels compute float32 layers where they are built; torch
+computes all others, a block of tokens at a time.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -191,12 +192,14 @@ def _on_compiled(layer: Layer, x: Tensor) -> bool:
 
 def _terms_of(layer: Layer, x: Tensor) -> tuple[Grid | None, Rotation | None] | None:
     _, _, rotated, grid, bits = _parts(layer)
-    return _kernel_terms(x.shape[-1], rotated, grid and type(grid), grid and grid.name, bits)
+    kind, name = (None, "") if grid is None else (type(grid), grid.name)
+    # mypy takes no class for hashable.
+    return _kernel_terms(x.shape[-1], rotated, kind, name, bits)  # type: ignore[arg-type]
 
 
 @functools.cache
 def _kernel_terms(
-    width: int, rotated: bool, kind: type | None, name: str, bits: int
+    width: int, rotated: bool, kind: Hashable, name: str, bits: int
 ) -> tuple[Grid | None, Rotation | None] | None:
     """Grid and rotation in the terms of the kernels; None where they have none."""
     rotation = grid = None

@@ -1,7 +1,7 @@
 """Every packaged plan computes what was recorded before the layer was made of slots.
 
-The recordings are of torch alone, so the compiled CPU kernels, which round differently, are switched
-off; a test of their own holds them to the outputs that were recorded.
+The recordings are of torch alone, so the compiled CPU kernels, which round differently, are
+switched off; a test of their own holds them to the outputs that were recorded.
 On a machine with the recorded fingerprint bit for bit. Elsewhere sums round differently, and a
 value that sat on the border between two codes falls to the other side; there, norms and outputs are
 compared within tolerances, which ATEN_CPU_CAPABILITY=default exercises on any machine.

@@ -1,6 +1,7 @@
 """Run folders, students, packed files and plans written by version 0.1.0 still do their work.
 
-That version knew no compiled CPU kernels, with which a number differs and training is not continued.
+That version knew no compiled CPU kernels; with them numbers differ, and its training is not
+continued.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from robuq_bench.config import load_workload
 from robuq_bench.errors import CheckpointError
 from robuq_bench.inference import pack_
 from robuq_bench.quantization.attention import matmul_quantizer
-from robuq_bench.quantization.fast_paths import PATHS, PLAIN, Path as LayerPath, path_for
+from robuq_bench.quantization.fast_paths import PATHS, PLAIN, path_for
+from robuq_bench.quantization.fast_paths import Path as LayerPath
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.resumable import kernels_of, resume
 from robuq_bench.training import Trainer
@@ -53,9 +54,7 @@ def results(path: LayerPath, layer: QuantizedLinear, x: Tensor) -> dict[str, Ten
     "activation",
     ["none", ("robust-midtread", 4), ("robust-midrise", 1), ("minmax", 8), ("bitnet", 4)],
 )
-def test_layers_are_the_plain_lines(
-    activation: Any, rotation: str, rank: int, weight: str
-) -> None:
+def test_layers_are_the_plain_lines(activation: Any, rotation: str, rank: int, weight: str) -> None:
     """A code that falls to the other side moves one row of the results, by a step of its grid."""
     layer = layer_of(rotation=rotation, rank=rank, weight=weight, activation=activation)
     x = tokens()

@@ -190,12 +190,7 @@ def test_all_instruction_sets_and_threads_give_the_same_bits(
                 [
                     out.detach(),
                     y.grad,  # type: ignore[list-item]
-                    *(
-                        ternary.ternary_weight(weight, r, up=down.T if rows == width else None)  # type: ignore[union-attr]
-                        if down is not None and rows == width
-                        else ternary.ternary_weight(weight, r)
-                        for r in ternary_reference.RULES
-                    ),
+                    *(ternary.ternary_weight(weight, r) for r in ternary_reference.RULES),
                     quantizing.absmax_fake_quantize(x[None, None], 7),
                     quantizing.absmax_fake_quantize(x.T[None, None], 7),
                 ]
@@ -293,8 +288,8 @@ def test_operators_are_what_torch_takes_them_for() -> None:
     arguments = (x, down, signs_of(36), inner, *tail)
     found = torch.library.opcheck(quantizing._forward_operator, arguments, test_utils=checks)
     assert found == passed
-    arguments = (upstream(4, 36), None, False, True)
-    assert torch.library.opcheck(ternary._forward_operator, arguments, test_utils=checks) == passed
+    weight = (upstream(4, 36), None, False, True)
+    assert torch.library.opcheck(ternary._forward_operator, weight, test_utils=checks) == passed
 
 
 def test_misuse_is_refused() -> None:

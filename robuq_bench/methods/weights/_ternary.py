@@ -92,7 +92,9 @@ class TernaryWeight(nn.Module):
             return False
         from kernels.ternary_weight import cpu
 
-        is_ours = self.rule in method_names("weight") and self.method is method_class("weight", self.rule)
+        is_ours = self.rule in method_names("weight") and self.method is method_class(
+            "weight", self.rule
+        )
         return is_ours and cpu.takes(weight, self.rule)
 
     def codes(self, weight: Tensor) -> Codes:
