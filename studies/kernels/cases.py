@@ -61,15 +61,17 @@ class Case:
         return Product(self.rows, self.width, self.outputs, self.groups, self.rank, has_residual)
 
     @property
+    def quantization(self) -> Quantization:
+        has_residual = self.prologue.startswith("residual")
+        return Quantization(self.rows, self.width, self.groups, self.rank, has_residual)
+
+    @property
     def moved_bytes(self) -> int:
         """Least bytes that the kernel moves."""
         if self.is_product:
             return self.product.ternary_bytes
         if self.kernel == QUANTIZE:
-            has_residual = self.prologue.startswith("residual")
-            return Quantization(
-                self.rows, self.width, self.groups, self.rank, has_residual
-            ).bytes_moved
+            return self.quantization.bytes_moved
         if self.kernel == WEIGHT:
             return self.rows * self.width * (4 + 2)  # float32 master weight, bf16 out
         # Two bytes a value in and out, one byte of state between the passes.
@@ -77,8 +79,15 @@ class Case:
 
     @property
     def operations(self) -> int:
-        """Of the product alone; what a transform computes is not counted."""
+        """Of the 8-bit product alone; what a transform computes is not counted."""
         return self.product.operations if self.is_product else 0
+
+    @property
+    def branch_operations(self) -> int:
+        """Of the kernel's half of the low-rank branch, in 16 bits."""
+        if self.is_product:
+            return self.product.branch_operations
+        return self.quantization.branch_operations if self.kernel == QUANTIZE else 0
 
     @property
     def copied_bytes(self) -> int:
