@@ -47,9 +47,9 @@ demo: $(READY)
 	$(RUN) bench.py report
 	@echo 'open $(CURDIR)/runs/report.html'
 
-# one torch thread per worker: more would only fight over the cores
+# one torch thread per worker: more would only fight over the cores; who is done takes over tests
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -10,10 +10,11 @@ import seaborn as sns
 
 from reports.generic import table_fold
 from reports.loading import RunData
-from reports.mixed import UNIFORM, fid_name, heat_panel, limits, section, verdicts
+from reports.mixed import UNIFORM, fid_name, limits, section, verdicts
 from reports.page import Block, Figures, Fold, Points, Section, Sheet, sentence
 from reports.published import published_values
 from reports.text import Phrase, joined, listing, of_metric, plural, spread, times
+from robuq_bench.figure_cache import heat_panel
 from robuq_bench.figures import Picture, colour, log_axis, panel, points
 from robuq_bench.statistics.comparisons import MARGIN
 

@@ -1,4 +1,4 @@
-"""`build_report`: from run folders to one HTML file and its tables.
+"""`build`: from run folders to one HTML file and its tables.
 
 The same runs give the same bytes: inputs are sorted, no clock is read, and every time shown comes
 from a manifest. A study's section is the module of this package that bears its name and has a
@@ -27,34 +27,22 @@ from reports.text import NOT_RUN, Phrase, plural
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import style_sheet
 from robuq_bench.files import atomic_write_text
+from robuq_bench.runs.made import remember
 
 _CLAIM_COLUMNS = ("protocol", "claim", "verdict", "evidence", "subject")
 _NO_RESULTS = "No run among these is finished, so every result is “not run”."
 
 
-def build_report(run_paths: Sequence[Path], output: Path) -> Path:
-    """Write the report of the given runs to `output`, its tables beside it; return `output`.
-
-    Args:
-        run_paths: run folders, or folders that hold runs at some depth. Finished runs are shown;
-            unfinished ones are only listed as such.
-        output: the HTML file. `<stem>-*.csv` and `<stem>-*.tex` are written beside it.
-
-    A run that is damaged, or whose records are not what its study writes, is left out: a warning
-    and the report name it.
-
-    Raises:
-        UsageError: no runs, a path that does not exist, or an output that is a folder.
-        CheckpointError: no run is sound, or a record of the project is none; names the files.
-        RobuqError: the output cannot be written.
-    """
+def build(run_paths: Sequence[Path], output: Path, source: str = "") -> Path:
+    """`reports.build_report`, whatever was built before; `source` is remembered with the result."""
     if output.is_dir():
         raise UsageError(f"{output} is a folder; name a file, for example {output / 'report.html'}")
     runs, left_out = find_runs(run_paths)
     records = read_records()
     if runs:
         try:
-            _write(runs, left_out, output, records)
+            texts = _write(runs, left_out, output, records)
+            remember(output, "" if left_out else source, texts)
             return output
         except _UNREADABLE:
             for record in records:
@@ -83,10 +71,9 @@ def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
         with tempfile.TemporaryDirectory() as folder:
             _write(runs, [], Path(folder) / "report.html")
     except _UNREADABLE as error:
-        half = len(runs) // 2
-        return (
-            [*_unreadable(runs[:half]), *_unreadable(runs[half:])] if half else [(runs[0], error)]
-        )
+        if half := len(runs) // 2:
+            return [*_unreadable(runs[:half]), *_unreadable(runs[half:])]
+        return [(runs[0], error)]
     return []
 
 
@@ -154,8 +141,8 @@ def _write(
     left_out: Sequence[LeftOut],
     output: Path,
     records: Sequence[RecordedRun] = (),
-) -> None:
-    """Write the report of these runs and its tables."""
+) -> dict[str, str]:
+    """Write the report of these runs and its tables; return the texts by name."""
     finished = [run for run in runs if run.finished]
     sections = build_sections(finished)
     kept = record_sections(finished, records)
@@ -176,18 +163,23 @@ def _write(
         )
     )
     page = "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
-    _write_tables(sections, output)
-    atomic_write_text(output, page)  # last: there is no page whose tables could not be made
+    texts = {f"{output.stem}-{name}": text for name, text in _tables(sections).items()}
+    for module in section_modules().values():
+        for name in (f"{output.stem}-{name}" for name in module.EXPORTS):
+            if name not in texts and output.with_name(name).exists():
+                texts[name] = ""  # of an older report; these runs lack it
+    texts[output.name] = page  # last: there is no page whose tables could not be made
+    for name, text in texts.items():
+        atomic_write_text(output.with_name(name), text)
+    return texts
 
 
-def _write_tables(sections: Mapping[str, Section], output: Path) -> None:
-    """Write every section's tables; those of an older report that these runs lack are emptied."""
+def _tables(sections: Mapping[str, Section]) -> dict[str, str]:
+    """Every section's tables, by what the names of their files end in."""
     claims = pd.DataFrame(
         [
             (
-                claim.about,
-                v.claim,
-                v.verdict,
+                *(claim.about, v.claim, v.verdict),
                 "; ".join(filter(None, [evidence(v, section.limits), v.note])),
                 v.subject,
             )
@@ -208,12 +200,7 @@ def _write_tables(sections: Mapping[str, Section], output: Path) -> None:
             texts[f"{name}.csv"] = frame.to_csv(index=False, lineterminator="\n")
         for name, sheets in section.tex.items():
             texts[f"{name}.tex"] = "\n".join(sheet.latex() for sheet in sheets)
-    for module in section_modules().values():
-        for name in module.EXPORTS:
-            if name not in texts and output.with_name(f"{output.stem}-{name}").exists():
-                texts[name] = ""
-    for name, text in texts.items():
-        atomic_write_text(output.with_name(f"{output.stem}-{name}"), text)
+    return texts
 
 
 def _question(sections: Mapping[str, Section]) -> str:

@@ -16,7 +16,7 @@ from reports.protocols import Group, Row
 from reports.published import published_values
 from reports.settings import Family, allocated, section
 from reports.text import fixed, listing, percent, plural, signed, significant
-from robuq_bench.figures import Picture, heat, panel
+from robuq_bench.figure_cache import heat_panel
 
 _TYPES = ("qkv", "proj", "fc1", "fc2")
 
@@ -62,7 +62,8 @@ def _allocation(row: Row, bits: Mapping[RunData, Mapping[str, float]]) -> Block:
     )
     alt = f"{of} bits of {row.label} by layer type and block: {words}"
     edges = [level - 0.5 for level in range(int(grid.min().min()), int(grid.max().max()) + 2)]
-    picture = _heat(f"bits-{run.anchor}", alt, grid, edges, f"{of.lower()} bits", is_printed=True)
+    texts, label = grid.map("{:g}".format), f"{of.lower()} bits"
+    picture = heat_panel(f"bits-{run.anchor}", alt, "", grid, edges, label, texts, "block")
     caption = f"{of} bits, training seed {run.seed}."
     if others:
         alike = np.mean([bits[o].get(name) == b for o in others for name, b in bits[run].items()])
@@ -71,17 +72,6 @@ def _allocation(row: Row, bits: Mapping[RunData, Mapping[str, float]]) -> Block:
             f"{percent(float(alike))} of layers; allocation.csv has all."
         )
     return Figures([picture], caption)
-
-
-def _heat(
-    name: str, alt: str, grid: pd.DataFrame, edges: Sequence[float], label: str,
-    title: str = "", is_printed: bool = False,
-) -> Picture:  # fmt: skip
-    height = 0.9 + 0.05 * bool(title) + 0.24 * len(grid)
-    with panel(name, alt, height=height, title=title) as drawn:
-        heat(grid, drawn.axes, edges, label, texts=grid.map("{:g}".format) if is_printed else None)
-        drawn.axes.set(xlabel="block", ylabel="")
-    return drawn.picture
 
 
 def _by_type(group: Group, bits: float) -> list[Block]:
@@ -136,7 +126,8 @@ def _sensitivity(row: Row) -> list[Block]:
             f"{significant(own['mse'].min())} to {significant(worst['mse'])} in {worst['layer']}"
         )
         label = "log₁₀ of the mean-squared change"
-        pictures.append(_heat(f"sensitivity-{run.anchor}-{width}", alt, grid, edges, label, bits))
+        name = f"sensitivity-{run.anchor}-{width}"
+        pictures.append(heat_panel(name, alt, bits, grid, edges, label, False, "block"))
     caption = (
         "Sensitivity: mean-squared change of the noise prediction when one layer alone drops to so "
         f"many bits; training seed {run.seed}, one scale for all panels."

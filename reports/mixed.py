@@ -15,7 +15,6 @@ from reports.generic import VERDICTS, claims_of, is_verdicts, one_rule
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Heading, Section
 from reports.text import Phrase, plural, stem
-from robuq_bench.figures import Picture, heat, panel
 from robuq_bench.statistics.verdicts import COLUMNS, interval_text, read_verdicts
 
 UNIFORM = "uniform"
@@ -121,14 +120,3 @@ def limits(low: pd.Series, high: pd.Series, thresholds: Sequence[float]) -> pd.S
     pairs = zip(low, high, strict=True)
     texts = ["" if math.isnan(a + b) else interval_text(a, b, thresholds) for a, b in pairs]
     return pd.Series(texts, low.index, dtype=object)
-
-
-def heat_panel(
-    name: str, alt: str, title: str, frame: pd.DataFrame, edges: Sequence[float], label: str,
-    texts: pd.DataFrame | bool, x: str = "",
-) -> Picture:  # fmt: skip
-    """A heat map as a panel of its own; `x` labels its columns."""
-    with panel(name, alt, height=1.25 + 0.22 * len(frame), title=title) as drawn:
-        heat(frame, drawn.axes, edges, label, texts=texts)
-        drawn.axes.set(xlabel=x, ylabel="")
-    return drawn.picture

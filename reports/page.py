@@ -95,16 +95,10 @@ class Sheet:
         for row in self.frame.to_dict("records"):
             cells = []
             for name in self.columns:
-                link, small = (row.get(of.get(name, "")) for of in (self.links, self.small))
-                cells.append(
-                    Cell(
-                        self.text(name, row[name]),
-                        "" if _is_absent(link) else str(link),
-                        "" if _is_absent(small) else str(small),
-                        self.is_number(name),
-                        _is_absent(row[name]),
-                    )
-                )
+                beside = (row.get(of.get(name, "")) for of in (self.links, self.small))
+                link, small = ("" if _is_absent(value) else str(value) for value in beside)
+                text, is_missing = self.text(name, row[name]), _is_absent(row[name])
+                cells.append(Cell(text, link, small, self.is_number(name), is_missing))
             anchor = row.get(self.anchors)
             printed.append(("" if _is_absent(anchor) else str(anchor), cells))
         return printed
@@ -246,16 +240,15 @@ def claims_sheet(
     """The checklist: what is claimed, the verdict, and the evidence; `limits` as of a section."""
     rows = [
         {
-            "claim": claim.verdict.claim,
-            "subject": ""
-            if claim.verdict.subject in claim.verdict.claim
-            else claim.verdict.subject,
-            "verdict": claim.verdict.verdict,
-            "evidence": evidence(claim.verdict, limits),
+            "claim": v.claim,
+            "subject": "" if v.subject in v.claim else v.subject,
+            "verdict": v.verdict,
+            "evidence": evidence(v, limits),
             "href": claim.href or None,
-            "note": claim.verdict.note,
+            "note": v.note,
         }
         for claim in claims
+        for v in [claim.verdict]
     ]
     columns = ["claim", "subject", "verdict", "evidence", "href", "note"]
     return Sheet(

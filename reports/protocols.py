@@ -224,7 +224,7 @@ def _alike(
 def _protocol(run: RunData) -> dict[str, Any]:
     workload = run.workload
     evaluation = _set_fields(section(workload, "evaluation"))
-    for irrelevant in ("batch_size", "grid_images", "inception_weights"):
+    for irrelevant in ("batch_size", "grid_images", "inception_weights", "sample_teacher"):
         evaluation.pop(irrelevant, None)
     for name in ("features", "reference", "vae"):
         # Known by content where possible: the same path may have held something else.

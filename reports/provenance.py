@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from reports.page import Sheet
 from reports.settings import flatten, section
 from reports.text import bytes_text
 from robuq_bench.runs.lock import status_of
-from robuq_bench.runs.run_files import MANIFEST
+
+Fact = tuple[str, str]  # what, and its text
 
 _STANDARD_MANIFEST = frozenset(
     {
@@ -22,6 +24,8 @@ _STANDARD_MANIFEST = frozenset(
         *("config_sha256", "inputs", "outputs", "sessions"),
     }
 )
+_DIGEST = re.compile("[0-9a-f]{64}")
+_SHOWN = 16  # digits of a file's digest; the manifest, whose own is printed whole, has all
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Machine:
 
     anchor: str
     name: str
-    facts: Sequence[tuple[str, str]]
+    facts: Sequence[Fact]
     packages: Mapping[str, str]
 
 
@@ -51,13 +55,17 @@ def machines_of(runs: Sequence[RunData]) -> dict[str, Machine]:
 
 
 def run_cards(runs: Sequence[RunData], machines: Mapping[str, Machine]) -> list[dict[str, Any]]:
-    """What the template prints of each run; a config is printed once for runs of other seeds."""
-    shown: dict[str, RunData] = {}
+    """What the template prints of each run; of further seeds, the facts that the first has not."""
+    shown: dict[str, tuple[RunData, list[Fact]]] = {}
     cards = []
     for run in runs:
+        card = _run_card(run, machines)
         config = json.dumps({**run.config, "seed": None}, sort_keys=True, default=str)
-        first = shown.setdefault(config, run)
-        cards.append(_run_card(run, machines) | {"config_of": None if first is run else first})
+        names = [name for name, _ in card["facts"]]
+        first, facts = shown.setdefault(f"{config} {names}", (run, card["facts"]))
+        if first is not run:
+            card["facts"] = [fact for fact in card["facts"] if fact not in facts]
+        cards.append(card | {"like": None if first is run else first})
     return cards
 
 
@@ -67,8 +75,10 @@ def _run_card(run: RunData, machines: Mapping[str, Machine]) -> dict[str, Any]:
     code = section(origin, "code")
     code_facts = ", ".join(f"{k} {v}" for k, v in code.items() if v is not None)
     settings = {**section(origin, "torch"), **section(origin, "environment")}
-    extra = {k: v for k, v in manifest.items() if k not in _STANDARD_MANIFEST}
+    extra = flatten({k: v for k, v in manifest.items() if k not in _STANDARD_MANIFEST})
+    digests = {k: {"sha256": v} for k, v in extra.items() if _DIGEST.fullmatch(str(v))}
     facts = [
+        ("manifest SHA-256", run.manifest_sha256),
         ("config SHA-256", str(manifest["config_sha256"])),
         ("study version", str(manifest.get("study_version", "not recorded"))),
         ("seed", str(run.seed)),
@@ -76,7 +86,10 @@ def _run_card(run: RunData, machines: Mapping[str, Machine]) -> dict[str, Any]:
         ("device", str(origin.get("device", "not recorded"))),
         ("threads", str(origin.get("threads", "not recorded"))),
         ("settings", ", ".join(f"{k}={v}" for k, v in settings.items()) or "none"),
-        *((key, str(value)) for key, value in flatten(extra).items()),
+        *((key, str(value)) for key, value in extra.items() if key not in digests),
+    ]
+    facts += [
+        (name, str(entry["note"])) for name, entry in manifest["inputs"].items() if "note" in entry
     ]
     facts += [
         (f"session {i}", f"{s.get('start')} to {s.get('end')}, {s.get('status')}")
@@ -92,7 +105,7 @@ def _run_card(run: RunData, machines: Mapping[str, Machine]) -> dict[str, Any]:
         "commands": [command for command in commands if command],
         "config": sorted((k, _setting(v)) for k, v in flatten(run.config).items()),
         "inputs": _digests(manifest["inputs"]),
-        "outputs": [(MANIFEST, run.manifest_sha256), *_digests(manifest["outputs"])],
+        "outputs": _digests(manifest["outputs"] | digests),
         "machine": machines[_machine_key(origin)],
     }
 
@@ -141,7 +154,7 @@ def _machine_key(origin: Mapping[str, Any]) -> str:
     return json.dumps([origin.get(part) for part in parts], sort_keys=True)
 
 
-def _machine_facts(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _machine_facts(origin: Mapping[str, Any]) -> list[Fact]:
     facts = []
     for part in ("cpu", "gpu", "python", "platform"):
         value = origin.get(part)
@@ -158,8 +171,8 @@ def _fact(name: str, value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _digests(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(str(name), str(entry["sha256"])) for name, entry in sorted(entries.items())]
+def _digests(entries: Mapping[str, Any]) -> list[Fact]:
+    return [(str(name), str(entry["sha256"])[:_SHOWN]) for name, entry in sorted(entries.items())]
 
 
 def _setting(value: object) -> str:

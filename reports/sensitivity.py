@@ -11,9 +11,10 @@ import seaborn as sns
 
 from reports.generic import VERDICTS, table_fold
 from reports.loading import RunData
-from reports.mixed import bits_text, heat_panel, limits, section, verdicts
+from reports.mixed import bits_text, limits, section, verdicts
 from reports.page import Block, Figures, Fold, Points, Section, Sheet, sentence
 from reports.text import Phrase, fixed, listing, plural, significant
+from robuq_bench.figure_cache import heat_panel
 from robuq_bench.figures import Picture, colour, log_axis, log_edges, panel, points
 from robuq_bench.statistics.reliability import correlation_cap
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,6 +21,7 @@ from reports.samples import BUDGET_BYTES, sample_grids
 from reports.settings import Family
 from reports.text import NOT_RUN, Phrase, listing, of_metric, plural, significant, spread, stem
 from reports.train_teacher import Curves, loss_blocks
+from robuq_bench.figure_cache import drawn_once
 from robuq_bench.figures import Picture, colour, log_axis, panel
 from robuq_bench.statistics.comparisons import MIN_SEEDS
 
@@ -133,6 +134,13 @@ def _caveats(groups: Sequence[Group]) -> Iterable[page.Block]:
     if len(by_steps) > 1:
         steps = "; ".join(f"{n:,} for {_some(by_steps[n])}" for n in sorted(by_steps))
         items.append(f"Plans had unequal numbers of QAT steps: {steps}.")
+    cited = (run for group in groups for row in group.rows for run in row.runs)
+    known = {str(r["samples"]) for run in cited for r in run.of_kind("metrics") if "samples" in r}
+    if known:
+        items.append(
+            f"Teacher: judged by samples that came with the suite ({listing(sorted(known))}), not "
+            "drawn anew; its run, under Provenance, says how they were made."
+        )
     return [page.Points(items)] if items else []
 
 
@@ -184,10 +192,19 @@ def _fid_figure(group: Group) -> list[page.Block]:
 
 
 def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: int) -> Picture:
-    metric = str(group.fid)
-    labels = {row.label: textwrap.fill(row.label, 20) for row in rows}
+    metric, kinds = str(group.fid), {row.label: row.family for row in rows}
+    alt = f"{metric} by plan: " + "; ".join(f"{r.label} {group.text(r, metric)}" for r in rows)
+    values = found[["plan", "value"]].reset_index(drop=True)
+    return _points(f"fid-{group.teacher.anchor}-{place}", alt, metric, values, kinds)
+
+
+@drawn_once
+def _points(
+    name: str, alt: str, metric: str, found: pd.DataFrame, kinds: Mapping[str, Family]
+) -> Picture:
+    """Values of all plans and of the teacher (for limits), drawn for the plans in `kinds`."""
+    labels = {label: textwrap.fill(label, 20) for label in kinds}
     shown = found[found["plan"].isin(labels)]
-    kinds = {row.label: row.family for row in rows}
     data = shown.assign(label=shown["plan"].map(labels), kind=shown["plan"].map(kinds))
     order, used = list(labels.values()), list(dict.fromkeys(kinds.values()))
     look: dict[str, Any] = {
@@ -195,9 +212,7 @@ def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: in
         "hue_order": used, "palette": {kind: colour(MARKS[kind][0]) for kind in used},
         "legend": False,
     }  # fmt: skip
-    alt = f"{metric} by plan: " + "; ".join(f"{r.label} {group.text(r, metric)}" for r in rows)
     lines = max(text.count("\n") + 1 for text in order) * len(order)  # rows are spaced evenly
-    name = f"fid-{group.teacher.anchor}-{place}"
     with panel(name, alt, height=0.6 + 0.14 * lines + 0.07 * len(order)) as drawn:
         axes = drawn.axes
         sns.stripplot(**look, ax=axes, jitter=False, size=3, alpha=0.5)
@@ -298,10 +313,10 @@ def _values(group: Group) -> list[page.Block]:
         sheet = page.Sheet(
             table[[*keys, *metrics, "anchor"]],
             f"{what} on {group.title}",
-            "Numbers link to their run.",
+            "Each line’s training seed links to its run.",
             formats={name: of_metric(name) for name in metrics},
             heads={"seed": "training seed", **dict.fromkeys(keys[2:-1], "seed range")},
-            links=dict.fromkeys(metrics, "run"),
+            links={"seed": "run"},
             anchors="anchor",
             kind="dense",
         )

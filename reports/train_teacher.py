@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,8 @@ from reports.generic import claims_of, rule_of, table_fold
 from reports.loading import RunData
 from reports.page import Block, Figures, Fold, Section, Sheet, sentence
 from reports.text import Phrase, listing, number, plural, significant
-from robuq_bench.figures import colour, log_axis, panel
+from robuq_bench.figure_cache import drawn_once
+from robuq_bench.figures import Picture, colour, log_axis, panel
 
 ORDER = 100
 QUESTION = "How was the full-precision teacher trained?"
@@ -72,23 +73,18 @@ def loss_blocks(panels: Sequence[Curves], name: str) -> list[Block]:
     every = pd.concat([frame.assign(label=curves.label) for curves, frame in losses])
     tops = every.groupby("label", sort=False)["loss"].max()
     limit = min(tops.max(), _HEADROOM * tops.median())
+    axes = {
+        "xlim": (0, every["step"].max()),
+        "ylim": (every["loss"].min() / 1.1, limit * 1.1),
+    }
     pictures = []
     for place, (curves, frame) in enumerate(losses[:MAX_PANELS]):
         ends = frame.groupby("seed")["loss"].last()
         alt = f"Training loss by step of {curves.label}: ends at " + listing(
             f"{number('loss', loss)} (seed {seed})" for seed, loss in ends.items()
         )
-        title = textwrap.fill(curves.label, 46)
-        with panel(f"loss-{name}-{place}", alt, height=1.6, title=title) as drawn:
-            sns.lineplot(
-                frame, x="step", y="loss", style="seed", ax=drawn.axes, estimator=None,
-                color=colour(curves.meaning), legend=False, linewidth=1.1,
-            )  # fmt: skip
-            drawn.axes.set(xlim=(0, every["step"].max()))
-            drawn.axes.set(ylim=(every["loss"].min() / 1.1, limit * 1.1))
-            log_axis(drawn.axes, "y")
-            drawn.axes.set(xlabel="training step", ylabel="loss")
-        pictures.append(drawn.picture)
+        called = (f"loss-{name}-{place}", alt, curves.label, curves.meaning)
+        pictures.append(_panel(*called, frame.reset_index(drop=True), axes))
     caption = (
         "Training loss by step, logarithmic, the same axes in all panels; one line style per "
         f"seed, at most {MAX_POINTS} of its logged points."
@@ -99,6 +95,21 @@ def loss_blocks(panels: Sequence[Curves], name: str) -> list[Block]:
     if len(losses) > MAX_PANELS:
         caption += f" The first {MAX_PANELS} of {len(losses)}; training.csv has all."
     return [Figures(pictures, caption)]
+
+
+@drawn_once
+def _panel(
+    name: str, alt: str, label: str, meaning: str, frame: pd.DataFrame, axes: Mapping[str, Any]
+) -> Picture:
+    with panel(name, alt, height=1.6, title=textwrap.fill(label, 46)) as drawn:
+        sns.lineplot(
+            frame, x="step", y="loss", style="seed", ax=drawn.axes, estimator=None,
+            color=colour(meaning), legend=False, linewidth=1.1,
+        )  # fmt: skip
+        drawn.axes.set(**axes)
+        log_axis(drawn.axes, "y")
+        drawn.axes.set(xlabel="training step", ylabel="loss")
+    return drawn.picture
 
 
 def _losses(runs: Sequence[RunData]) -> pd.DataFrame:

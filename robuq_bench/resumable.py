@@ -4,20 +4,55 @@ from __future__ import annotations
 
 import json
 
+from torch import nn
+
+from kernels import cpu_library
 from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.context import Context
+from robuq_bench.errors import CheckpointError
+from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.runs.interrupts import at_step_boundary
 from robuq_bench.runs.run import Run
 from robuq_bench.training import BatchSource, LossFunction, Trainer
 
 
 def resume(trainer: Trainer, store: CheckpointStore, at_most: int | None = None) -> None:
-    """Take up the newest checkpoint (no later than step `at_most`) that is ahead of the trainer."""
+    """Take up the newest checkpoint (no later than step `at_most`) that is ahead of the trainer.
+
+    Raises:
+        CheckpointError: none can be loaded, or it was trained by other kernels, see `kernels_of`.
+    """
     found = store.load_latest(at_most)
     if found is not None and found[0] > trainer.step:
         step, tensors, metadata = found
+        _check_kernels(trainer, metadata.get("kernels", "torch"), str(store.path(step)))
         trainer.load_state(step, tensors, str(store.path(step)))
         trainer.window = json.loads(metadata.get("window", "[]"))
+
+
+def kernels_of(model: nn.Module) -> str:
+    """What computes the quantized layers of a model in training on a CPU: "compiled" or "torch".
+
+    They round differently. The compiled kernels give the same bits on every instruction set.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    on_cpu = any(layer.master_weight.device.type == "cpu" for layer in layers)
+    return "compiled" if on_cpu and cpu_library.is_usable() else "torch"
+
+
+def _check_kernels(trainer: Trainer, recorded: str, origin: str) -> None:
+    """Refuse to go on with other kernels: the course of training would be neither's."""
+    present = kernels_of(trainer.model)
+    if present == recorded:
+        return
+    variable = cpu_library.PATH_VARIABLE
+    if recorded == "compiled":
+        reason = f"by the compiled CPU kernels; run python -m kernels.build, or unset {variable}"
+    else:
+        reason = f"without the compiled CPU kernels; set {variable}=off in the environment"
+    raise CheckpointError(
+        f"{origin}: trained {reason}, to go on as it began, or start this run afresh with --force"
+    )
 
 
 def train_with_checkpoints(
@@ -42,6 +77,7 @@ def train_with_checkpoints(
     recipe = trainer.recipe
     if trainer.step >= until:
         return
+    kernels = kernels_of(trainer.model)
     with (
         at_step_boundary() as asked_to_end,
         context.progress.task(f"{label} {phase}", until, trainer.step) as task,
@@ -62,7 +98,12 @@ def train_with_checkpoints(
                 window.clear()
             ending = asked_to_end()
             if is_regular or ending:
-                facts = {"run": run.id, "phase": phase, "window": json.dumps(window)}
+                facts = {
+                    "run": run.id,
+                    "phase": phase,
+                    "window": json.dumps(window),
+                    "kernels": kernels,
+                }
                 store.save(step, trainer.state(), facts)
             if ending:
                 break

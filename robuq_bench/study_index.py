@@ -19,6 +19,7 @@ and may have
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -249,9 +250,14 @@ def _source_of(module: str) -> Path:
 
 def _body(path: Path) -> list[ast.stmt]:
     try:
-        return ast.parse(path.read_bytes(), filename=str(path)).body
+        return _parsed(path.read_bytes(), str(path)).body
     except (OSError, SyntaxError, ValueError) as error:
         raise UsageError(f"study {path} cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=32)  # resolving a config asks about one file ten times
+def _parsed(source: bytes, filename: str) -> ast.Module:
+    return ast.parse(source, filename=filename)
 
 
 def _assigned(body: list[ast.stmt]) -> dict[str, ast.expr]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -56,6 +57,8 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: its interpreter is chosen when functions are decorated.
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+os.fsync = os.fstat  # no test cuts the power; tests of what is synced patch it themselves
+gc.disable()  # until the tests are collected: what is imported for them stays
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
@@ -67,6 +70,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare every garbage collection of the tests a walk through a million imported objects."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """The last collection is for all, or Triton complains of leaks."""
+    gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -165,7 +165,7 @@ def test_an_interrupted_study_continues_where_it_was(
 
 
 def test_a_reader_that_leaves_is_no_crash() -> None:
-    code = "from robuq_bench.cli.app import main; import sys; sys.exit(main(['plans']))"
+    code = "from robuq_bench.cli.app import main; import sys; sys.exit(main(['workloads']))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

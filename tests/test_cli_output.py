@@ -112,9 +112,9 @@ def test_report_takes_finished_runs_only(
     fail_with: Any, bench: Any, toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[tuple[list[Path], Path]] = []
-    fake = types.ModuleType("reports.builder")
+    fake = types.ModuleType("reports")
     fake.build_report = lambda paths, output: built.append((paths, output))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "reports.builder", fake)
+    monkeypatch.setitem(sys.modules, "reports", fake)
     outcome = bench("report")
     assert outcome.code == 4
     assert "no finished runs in runs; make one with" in outcome.err

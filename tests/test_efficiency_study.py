@@ -45,6 +45,7 @@ SMALL = (
     "efficiency.sampling_steps=5",
     "efficiency.rank=4",
     "efficiency.round_ms=0.01",
+    "efficiency.cpu.models=[]",  # test_efficiency_cpu.py
 )
 
 
@@ -65,7 +66,9 @@ def table(run: Run, name: str) -> list[dict[str, str]]:
 
 
 def test_without_a_gpu_sizes_are_exact_and_times_are_a_model(tmp_path: Path) -> None:
-    config = resolve("efficiency", efficiency.VERSION, "a4", "imagenet256")
+    config = resolve(
+        "efficiency", efficiency.VERSION, "a4", "imagenet256", 0, ["efficiency.cpu.models=[]"]
+    )
     run, rows = perform(config, tmp_path)
     sizes = {row["ours"]: row["factor"] for row in rows if row["claim"] == "checkpoint size"}
     assert sizes["base3/fp16/fp16"] >= 15.2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reports.builder import build_report
+from reports import build_report
 from robuq_bench.checkpointing import load_tensors
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult

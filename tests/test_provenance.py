@@ -106,6 +106,7 @@ def test_without_git_or_checkout(
 def test_collect_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("ROBUQ_SECRET_TOKEN", "never recorded")
+    monkeypatch.setenv("ROBUQ_CPU_KERNELS", "off")
     facts = provenance.collect("cpu", 7)
     assert json.loads(json.dumps(facts)) == facts
     for name in ("torch", "diffusers", "torch-fidelity", "numpy", "scipy", "safetensors"):
@@ -116,6 +117,11 @@ def test_collect_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["torch"]["num_threads"] == torch.get_num_threads()
     assert facts["environment"]["OMP_NUM_THREADS"] == "3"
     assert "never recorded" not in json.dumps(facts)
+    assert facts["cpu_kernels"] == {
+        "available": False,
+        "why": "the CPU kernels are switched off by ROBUQ_CPU_KERNELS=off. "
+        "Everything runs without them, slower",
+    }
     cpu = facts["cpu"]
     assert 1 <= cpu["physical_cores"] <= cpu["logical_cores"] == os.cpu_count()
     assert 2**28 < cpu["memory_bytes"] < 2**50

@@ -19,14 +19,14 @@ from robuq_bench.errors import CheckpointError, RobuqError, UsageError
 from robuq_bench.runs.run import Run, list_runs, open_existing, run_folder, verify_run
 
 ROOT = Path(__file__).resolve().parents[1]
-ARGV = ["bench.py", "train-and-eval", "--plan", "a2"]
+ARGV = ["bench.py", "train-and-eval", "--plan", "fp"]
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 from robuq_bench.config import resolve
 from robuq_bench.runs.run import Run
-run = Run.open(Path(sys.argv[1]), resolve("train-and-eval", "1", "a2", "digits"), ["holder"])
+run = Run.open(Path(sys.argv[1]), resolve("train-and-eval", "1", "fp", "digits"), ["holder"])
 run.append("first", value=1)
 print("open", flush=True)
 if sys.argv[2] == "appending":
@@ -40,7 +40,7 @@ run.close()
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return resolve("train-and-eval", "1", "a2", "digits")
+    return resolve("train-and-eval", "1", "fp", "digits")
 
 
 def finished(root: Path, config: Config) -> Path:

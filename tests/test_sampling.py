@@ -164,6 +164,32 @@ def test_shards_of_whole_batches_are_bit_equal_for_a_quantized_model() -> None:
     assert torch.equal(torch.cat(parts[::-1]), whole)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_batches_side_by_side_give_the_bits_of_one_thread(sampler: str) -> None:
+    workload = make_workload(sampler=sampler)
+    student, _ = load_teacher(workload, "cpu")
+    quantize_(student, load_plan("a2"))
+    seen: list[int] = []
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = sample_values(student, workload, seeds=SEEDS, batch_size=3)
+        torch.set_num_threads(4)
+        together = sample_values(
+            student,
+            workload,
+            seeds=SEEDS,
+            batch_size=3,
+            workers=4,
+            progress=lambda done, total: seen.append(done),
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, alone)
+    assert seen == sorted(seen)
+    assert (len(seen), seen[-1]) == (4 * 5, len(SEEDS))
+
+
 def test_different_seeds_and_labels_give_different_images() -> None:
     workload = make_workload(sampling_steps=10)
     teacher, _ = load_teacher(workload, "cpu")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context, RunResult
 from robuq_bench.data.datasets import load_dataset
 from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.judging import teacher
 from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.judging.kernel_distance import stratified_kid
 from robuq_bench.judging.sampling import sample_images
@@ -227,6 +229,29 @@ def test_the_student_can_be_loaded_and_samples_as_recorded(
     model = config.workload.model.model_copy(update={"num_classes": classes})
     with pytest.raises(UsageError, match=r"trained on workload 'tiny'.*with --on"):
         load_student(finished.path, config.workload.model_copy(update={"model": model}))
+
+
+def test_a_first_run_loads_once_what_its_teacher_run_needs_too(
+    workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def count(name: str) -> None:
+        load = getattr(teacher, name)
+
+        def counted(*args: Any, **named: Any) -> Any:
+            loaded.append(name)
+            return load(*args, **named)
+
+        monkeypatch.setattr(teacher, name, counted)
+
+    names = ["load_dataset", "load_feature_network", "load_reference", "load_teacher"]
+    for name in names:
+        count(name)
+    result = run_job(config_for(workload, "fp"), tmp_path)
+    assert loaded == names
+    assert len(list(tmp_path.glob("teacher-eval/*/DONE"))) == 1
+    assert open_existing(result.path).get("metrics/teacher/0")["sample_seconds"] > 0
 
 
 def test_full_precision_plan_is_the_teacher(workload: Path, finished: RunResult) -> None:

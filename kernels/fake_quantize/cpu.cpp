@@ -8,6 +8,7 @@
 #include "../hadamard.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -43,7 +44,7 @@ struct Absmax {
 
 namespace {
 
-constexpr int32_t UNQUANTIZED = -1;  // in place of a Statistic
+constexpr int32_t UNQUANTIZED = -1;     // in place of a Statistic
 constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
 
 struct Scratch {
@@ -56,144 +57,155 @@ struct Scratch {
 struct Factors {
   const uint8_t* patterns;    // of H; null without a rotation
   const uint8_t* transposed;  // of its transpose
+  const float* columns;       // [round_up(width, 16)], signs times the norm of the transform
   const float* down;          // [width, padded_rank], zeros behind the rank
   int64_t padded_rank;
 };
 
 constexpr int RANKS = 16;  // to which the rank is padded
 
-// Rows of `from` into the lanes of `to` [width, LANES]; lanes without a row repeat the last.
+// Rows of `from` times `columns`, where there are any, into the lanes of `to` [width, LANES]; lanes
+// without a row repeat the last.
 template <class V>
 INLINE void load_tokens(const float* from, int64_t stride, int count, int64_t width,
-                        typename V::Floats* to) {
+                        const float* columns, typename V::Floats* to) {
   constexpr int LANES = V::LANES;
+  using Floats = typename V::Floats;
   using Ints = typename V::Ints;
   const float* row[LANES];
   for (int i = 0; i < LANES; i++) row[i] = from + std::min(i, count - 1) * stride;
   for (int64_t k = 0; k < width; k += LANES) {
-    const int64_t columns = std::min<int64_t>(LANES, width - k);
+    const int64_t size = std::min<int64_t>(LANES, width - k);
     Ints tile[LANES];
-    if (columns == LANES) {
+    if (size == LANES) {
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++) memcpy(&tile[i], row[i] + k, sizeof(Ints));
     } else {
       for (int i = 0; i < LANES; i++) {
         tile[i] = Ints{};
-        memcpy(&tile[i], row[i] + k, columns * sizeof(float));
+        memcpy(&tile[i], row[i] + k, size * sizeof(float));
       }
     }
-    V::transpose(tile);
-    if (columns == LANES)
-      memcpy(to + k, tile, sizeof tile);
-    else
-      memcpy(to + k, tile, columns * sizeof(Ints));
-  }
-}
-
-// The lanes of `from` [width, LANES] into rows.
-template <class V>
-INLINE void store_tokens(const typename V::Floats* from, int64_t stride, int count, int64_t width,
-                         float* to) {
-  constexpr int LANES = V::LANES;
-  using Ints = typename V::Ints;
-  for (int64_t k = 0; k < width; k += LANES) {
-    const int64_t columns = std::min<int64_t>(LANES, width - k);
-    Ints tile[LANES];
-    if (columns == LANES) {
-      memcpy(tile, from + k, sizeof tile);
-    } else {
-      for (int i = 0; i < LANES; i++) tile[i] = Ints{};
-      memcpy(tile, from + k, columns * sizeof(Ints));
+    if (columns) {
+      const Floats factors = V::load(columns + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) tile[i] = bits<Ints>(bits<Floats>(tile[i]) * factors);
     }
     V::transpose(tile);
-    if (columns == LANES)
-      for (int i = 0; i < count; i++) memcpy(to + i * stride + k, &tile[i], sizeof(Ints));
-    else
-      for (int i = 0; i < count; i++)
-        memcpy(to + i * stride + k, &tile[i], columns * sizeof(float));
+    memcpy(to + k, tile, size * sizeof(Ints));
   }
 }
 
-// z times the signs and the norm of the transform.
+// The lanes of `from` [width, LANES] into rows, times `columns` where there are any.
 template <class V>
-INLINE void scale_columns(const FakeQuantize& q, typename V::Floats* z) {
-  if (q.signs)
-    for (int64_t k = 0; k < q.width; k++) z[k] *= V::floats(q.signs[k] * q.norm);
-  else
-    for (int64_t k = 0; k < q.width; k++) z[k] *= V::floats(q.norm);
-}
-
-template <class V>
-INLINE void rotate(const FakeQuantize& q, const Factors& factors, typename V::Floats* z,
-                   float* shared) {
-  if (!factors.patterns) return;
-  scale_columns<V>(q, z);
-  transform<V>(q, factors.patterns, z, reinterpret_cast<typename V::Floats*>(shared));
+INLINE void store_tokens(const typename V::Floats* from, int64_t stride, int count, int64_t width,
+                         const float* columns, float* to) {
+  constexpr int LANES = V::LANES;
+  using Floats = typename V::Floats;
+  using Ints = typename V::Ints;
+  for (int64_t k = 0; k < width; k += LANES) {
+    const int64_t size = std::min<int64_t>(LANES, width - k);
+    Ints tile[LANES] = {};
+    memcpy(tile, from + k, size * sizeof(Ints));
+    V::transpose(tile);
+    if (columns) {
+      const Floats factors = V::load(columns + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) tile[i] = bits<Ints>(bits<Floats>(tile[i]) * factors);
+    }
+    if (size == LANES && count == LANES)
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) memcpy(to + i * stride + k, &tile[i], sizeof(Ints));
+    else
+      for (int i = 0; i < count; i++)
+        memcpy(to + i * stride + k, &tile[i], size * sizeof(float));
+  }
 }
 
 // Grid of the tokens in the lanes: t = (z - shift) * inverse, x = scale * code + offset.
 template <class V>
 struct TokenGrid {
   typename V::Floats scale, inverse, shift, offset;
-  typename V::Ints dead;  // -1 where a statistic is infinite: it is then a constant
+  typename V::Floats alive;  // 0 where a statistic is infinite and counts as a constant, else 1
 };
 
+// The largest magnitude of a lane; NaN, whose bits are the largest of all, where there is one.
+template <class V>
+struct Largest {
+  typename V::Ints most{};
+
+  INLINE void see(typename V::Floats x) {
+    const auto a = bits<typename V::Ints>(x) & 0x7fffffff;
+    most = a > most ? a : most;
+  }
+  INLINE typename V::Floats value() const { return bits<typename V::Floats>(most); }
+};
+
+// Only selections of floats by a comparison: GCC takes other uses of its result apart.
 template <class V>
 INLINE TokenGrid<V> token_grid(const FakeQuantize& q, const typename V::Floats* z) {
   using Floats = typename V::Floats;
-  using Ints = typename V::Ints;
-  const float infinity = std::numeric_limits<float>::infinity();
+  const Floats infinity = V::floats(std::numeric_limits<float>::infinity());
+  const Floats nan = V::floats(std::numeric_limits<float>::quiet_NaN());
   const Floats count = V::floats(static_cast<float>(q.width)), one = V::floats(1.0f);
-  const Floats none{};
-  TokenGrid<V> grid{};
+  const Floats divisor = V::floats(q.divisor), none{};
+  Floats shift{}, scale, alive = one;
   if (q.statistic == MEAN_MAD) {
     const Floats mean = sum<V, false>(z, q.width, none) / count;
-    grid.shift = magnitude<V>(mean) < infinity ? mean : none;
-    grid.scale = sum<V, true>(z, q.width, grid.shift) / count * q.factor;
+    shift = magnitude<V>(mean) < infinity ? mean : none;
+    scale = sum<V, true>(z, q.width, shift) / count * q.factor;
   } else if (q.statistic == ABSMEAN) {
-    grid.scale = sum<V, true>(z, q.width, none) / count;
+    scale = sum<V, true>(z, q.width, none) / count;
   } else {
-    Floats low = z[0], high = z[0], most{};
-    Ints unordered{};
+    Floats low = z[0], high = z[0];
+    Largest<V> most;
     for (int64_t k = 0; k < q.width; k++) {
-      const Floats v = z[k], a = magnitude<V>(v);
+      const Floats v = z[k];
       low = v < low ? v : low;
       high = v > high ? v : high;
-      most = a > most ? a : most;
-      unordered |= v != v;
+      most.see(v);
     }
-    const Floats nan = V::floats(std::numeric_limits<float>::quiet_NaN());
     if (q.statistic == MIN_MAX) {
-      grid.shift = unordered ? nan : low;
-      grid.scale = (high - low) / q.divisor;
-      grid.dead = (magnitude<V>(low) == infinity) & (low == high);
+      shift = low + (most.value() - most.value());  // NaN where an entry is not finite
+      scale = (high - low) / divisor;
+      const Floats constant = low == high ? none : one;
+      alive = magnitude<V>(low) == infinity ? constant : alive;
     } else {
-      grid.scale = unordered ? nan : most;
+      scale = most.value();
     }
   }
-  grid.dead |= grid.scale == infinity;
+  alive = scale == infinity ? none : alive;
   if (q.statistic == ABSMAX || q.statistic == ABSMEAN) {
-    const Floats statistic = grid.dead ? V::floats(q.divisor) : grid.scale;
-    grid.inverse = one / (statistic + q.epsilon) * q.divisor;
-    grid.scale = statistic / q.divisor;
-    return grid;
+    const Floats statistic = alive == one ? scale : divisor;
+    const Floats inverse = one / (statistic + q.epsilon) * divisor;
+    return {statistic / divisor, inverse, none, none, alive};
   }
-  grid.scale = grid.scale < infinity ? grid.scale : one;  // also NaN
-  grid.inverse = one / grid.scale;
-  grid.inverse = grid.inverse < infinity ? grid.inverse : none;
-  if (q.statistic == MIN_MAX) grid.shift = grid.dead ? none : grid.shift - q.low * grid.scale;
-  grid.offset = q.floor ? grid.shift + grid.scale / 2.0f : grid.shift;
-  return grid;
+  scale = scale < infinity ? scale : one;  // also NaN
+  Floats inverse = one / scale;
+  inverse = inverse < infinity ? inverse : none;
+  if (q.statistic == MIN_MAX) shift = alive == one ? shift - q.low * scale : none;
+  return {scale, inverse, shift, q.floor ? shift + scale / 2.0f : shift, alive};
 }
 
-// Code of a coordinate, as a float; NaN stays NaN.
+// The codes of a grid, as floats; NaN stays NaN.
 template <class V>
-INLINE typename V::Floats code_of(const FakeQuantize& q, typename V::Floats t) {
-  t = t < q.low ? V::floats(q.low) : t;
-  t = t > q.high ? V::floats(q.high) : t;
-  const typename V::Floats whole = (t + ROUNDER) - ROUNDER;
-  return q.floor ? (whole > t ? whole - 1.0f : whole) : whole;
-}
+struct Codes {
+  using Floats = typename V::Floats;
+  const Floats low, high, rounder, down;
+
+  INLINE explicit Codes(const FakeQuantize& q)
+      : low(V::floats(q.low)),
+        high(V::floats(q.high)),
+        rounder(V::floats(ROUNDER)),
+        down(V::floats(q.floor ? 1.0f : 0.0f)) {}
+
+  INLINE Floats operator()(Floats t) const {
+    t = t < low ? low : t;
+    t = t > high ? high : t;
+    const Floats whole = (t + rounder) - rounder;
+    return whole - (whole > t ? down : Floats{});
+  }
+};
 
 // z @ down.T of the tokens that exist.
 template <class V>
@@ -219,22 +231,29 @@ INLINE void project(const FakeQuantize& q, const Factors& factors, int count,
 }
 
 template <class V>
+INLINE void load_rotated(const FakeQuantize& q, const Factors& factors, int64_t first, int count,
+                         typename V::Floats* z, float* shared) {
+  const float* x = q.x + first * q.x_stride;
+  load_tokens<V>(x, q.x_stride, count, q.width, factors.columns, z);
+  if (factors.patterns)
+    transform<V>(q, factors.patterns, z, reinterpret_cast<typename V::Floats*>(shared));
+}
+
+template <class V>
 INLINE void forward(const FakeQuantize& q, const Factors& factors, int64_t first, int count,
                     const Scratch& scratch) {
   using Floats = typename V::Floats;
   Floats* z = reinterpret_cast<Floats*>(scratch.z);
   float* out = q.out + first * (q.width + q.rank);
-  load_tokens<V>(q.x + first * q.x_stride, q.x_stride, count, q.width, z);
-  rotate<V>(q, factors, z, scratch.shared);
+  load_rotated<V>(q, factors, first, count, z, scratch.shared);
   project<V>(q, factors, count, z, out);
   if (q.statistic != UNQUANTIZED) {
     const TokenGrid<V> grid = token_grid<V>(q, z);
-    for (int64_t k = 0; k < q.width; k++) {
-      const Floats code = code_of<V>(q, (z[k] - grid.shift) * grid.inverse);
-      z[k] = V::multiply_add(code, grid.scale, grid.offset);
-    }
+    const Codes<V> code(q);
+    for (int64_t k = 0; k < q.width; k++)
+      z[k] = V::multiply_add(code((z[k] - grid.shift) * grid.inverse), grid.scale, grid.offset);
   }
-  store_tokens<V>(z, q.width + q.rank, count, q.width, out);
+  store_tokens<V>(z, q.width + q.rank, count, q.width, nullptr, out);
 }
 
 // The gradient g at the values of a grid by mean and mean absolute deviation becomes that at z:
@@ -244,36 +263,38 @@ INLINE void through_statistics(const FakeQuantize& q, const typename V::Floats* 
                                typename V::Floats* g) {
   using Floats = typename V::Floats;
   const TokenGrid<V> grid = token_grid<V>(q, z);
-  const float below = q.floor ? 0.0f : 0.5f, up = q.floor ? 0.5f : 0.0f;
-  const float low = q.low - below, high = q.high + 1.0f - below;
-  const Floats one = V::floats(1.0f), none{};
+  const Codes<V> code(q);
+  const float above = q.floor ? 0.5f : 0.0f, below = 0.5f - above;
+  // The first and the last value that pass; clamping finds them by one comparison.
+  const Floats low = V::floats(std::nextafter(q.low - below, 0.0f));
+  const Floats high = V::floats(std::nextafter(q.high + 1.0f - below, 0.0f));
+  const Floats to_level = V::floats(above), one = V::floats(1.0f), none{};
   Floats clipped_sum{}, slope_sum{}, sign_sum{};
   for (int64_t begin = 0; begin < q.width; begin += PART) {
     Floats clipped_part{}, slope_part{}, sign_part{};
     for (int64_t k = begin; k < std::min(q.width, begin + PART); k++) {
       const Floats centred = z[k] - grid.shift, t = centred * grid.inverse, grad = g[k];
-      const Floats level = code_of<V>(q, t) + up;
-      const auto is_clipped = (t <= low) | (t >= high);
-      const Floats passed = is_clipped ? none : grad;
-      clipped_part += is_clipped ? grad : none;
-      slope_part = V::multiply_add(grad, level, slope_part);
+      Floats clamped = t < low ? low : t;
+      clamped = clamped > high ? high : clamped;
+      const Floats passed = clamped == t ? grad : none;
+      clipped_part += grad - passed;
+      slope_part = V::multiply_add(grad, code(t) + to_level, slope_part);
       slope_part = V::multiply_add(-passed, t, slope_part);
-      sign_part += (centred > none ? one : none) - (centred < none ? one : none);
+      sign_part += centred > none ? one : none;
+      sign_part -= centred < none ? one : none;
       g[k] = passed;
     }
     clipped_sum += clipped_part;
     slope_sum += slope_part;
     sign_sum += sign_part;
   }
-  const Floats share = V::floats(1.0f / static_cast<float>(q.width));
-  Floats slope = slope_sum * (share * q.factor);
-  slope = (grid.dead | (grid.inverse == none)) ? none : slope;
-  Floats constant = grid.dead ? none : clipped_sum * share;
-  constant -= sign_sum * share * slope;
+  const Floats share = grid.alive / static_cast<float>(q.width);
+  const Floats slope = grid.inverse * grid.alive > none ? slope_sum * share * q.factor : none;
+  const Floats constant = (clipped_sum - sign_sum * slope) * share;
   for (int64_t k = 0; k < q.width; k++) {
     const Floats centred = z[k] - grid.shift;
-    const Floats step = (centred > none ? slope : none) - (centred < none ? slope : none);
-    g[k] = g[k] + step + constant;
+    const Floats up = centred > none ? slope : none, down = centred < none ? slope : none;
+    g[k] = g[k] + (up - down) + constant;
   }
 }
 
@@ -284,10 +305,9 @@ INLINE void backward(const FakeQuantize& q, const Factors& factors, int64_t firs
   Floats* z = reinterpret_cast<Floats*>(scratch.z);
   Floats* g = reinterpret_cast<Floats*>(scratch.gradient);
   const float* grad = q.grad + first * q.grad_stride;
-  load_tokens<V>(grad, q.grad_stride, count, q.width, g);
+  load_tokens<V>(grad, q.grad_stride, count, q.width, nullptr, g);
   if (q.statistic == MEAN_MAD) {
-    load_tokens<V>(q.x + first * q.x_stride, q.x_stride, count, q.width, z);
-    rotate<V>(q, factors, z, scratch.shared);
+    load_rotated<V>(q, factors, first, count, z, scratch.shared);
     through_statistics<V>(q, z, g);
   }
   for (int64_t r = 0; r < q.rank; r += RANKS) {
@@ -302,11 +322,9 @@ INLINE void backward(const FakeQuantize& q, const Factors& factors, int64_t firs
       g[k] = y;
     }
   }
-  if (factors.transposed) {
+  if (factors.transposed)
     transform<V>(q, factors.transposed, g, reinterpret_cast<Floats*>(scratch.shared));
-    scale_columns<V>(q, g);
-  }
-  store_tokens<V>(g, q.width, count, q.width, q.out + first * q.width);
+  store_tokens<V>(g, q.width, count, q.width, factors.columns, q.out + first * q.width);
 }
 
 // Tokens [first, first + 16) that exist.
@@ -322,72 +340,56 @@ INLINE void tokens(const FakeQuantize& q, const Factors& factors, int64_t first,
   }
 }
 
-// Largest magnitudes become s and its inverse, both 0 where there is nothing to divide by.
 template <class V>
-INLINE void scale_and_inverse(typename V::Floats most, float limit, typename V::Floats& scale,
-                              typename V::Floats& inverse) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  scale = most / limit;
-  inverse = 1.0f / scale;
-  inverse = inverse < infinity ? inverse : typename V::Floats{};  // NaN too: the scale shows it
-}
+struct Rounding {
+  using Floats = typename V::Floats;
+  Floats scale, inverse, rounder;
 
-template <class V>
-INLINE typename V::Floats rounded(typename V::Floats x, typename V::Floats scale,
-                                  typename V::Floats inverse) {
-  return ((x * inverse + ROUNDER) - ROUNDER) * scale;
-}
+  INLINE Rounding(const Largest<V>& largest, float limit)
+      : scale(largest.value() / limit), inverse(1.0f / scale), rounder(V::floats(ROUNDER)) {
+    // Also NaN, which the scale shows.
+    inverse = inverse < V::floats(std::numeric_limits<float>::infinity()) ? inverse : Floats{};
+  }
+  INLINE Floats operator()(Floats x) const {
+    return ((x * inverse + rounder) - rounder) * scale;
+  }
+};
 
-// NaN wins, as it does in torch.
+// One matrix [n, m]; `scratch` has room for a token of m entries in each lane.
 template <class V>
-INLINE typename V::Floats larger(typename V::Floats most, typename V::Floats x) {
-  const typename V::Floats a = magnitude<V>(x);
-  return ((a > most) | (a != a)) ? a : most;
-}
-
-template <class V>
-INLINE typename V::Floats load_some(const float* from, int64_t count) {
-  if (count >= V::LANES) return V::load(from);
-  typename V::Floats x{};
-  memcpy(&x, from, count * sizeof(float));
-  return x;
-}
-
-template <class V>
-INLINE void store_some(typename V::Floats x, int64_t count, float* to) {
-  memcpy(to, &x, std::min<int64_t>(V::LANES, count) * sizeof(float));
-}
-
-// One matrix [n, m].
-template <class V>
-INLINE void absmax(const Absmax& q, int64_t index) {
+INLINE void absmax(const Absmax& q, int64_t index, float* scratch) {
+  constexpr int LANES = V::LANES;
   using Floats = typename V::Floats;
   const float* x = q.x + index / q.groups * q.item_stride + index % q.groups * q.group_stride;
   float* out = q.out + index * q.n * q.m;
-  Floats scale, inverse;
-  if (q.by_column) {
-    for (int64_t j = 0; j < q.m; j += V::LANES) {
-      Floats most{};
-      for (int64_t i = 0; i < q.n; i++)
-        most = larger<V>(most, load_some<V>(x + i * q.row_stride + j, q.m - j));
-      scale_and_inverse<V>(most, q.limit, scale, inverse);
-      for (int64_t i = 0; i < q.n; i++) {
-        const Floats v = load_some<V>(x + i * q.row_stride + j, q.m - j);
-        store_some<V>(rounded<V>(v, scale, inverse), q.m - j, out + i * q.m + j);
-      }
+  if (!q.by_column) {
+    Floats* z = reinterpret_cast<Floats*>(scratch);
+    for (int64_t i = 0; i < q.n; i += LANES) {
+      const int count = static_cast<int>(std::min<int64_t>(LANES, q.n - i));
+      load_tokens<V>(x + i * q.row_stride, q.row_stride, count, q.m, nullptr, z);
+      Largest<V> largest;
+      for (int64_t k = 0; k < q.m; k++) largest.see(z[k]);
+      const Rounding<V> rounding(largest, q.limit);
+      for (int64_t k = 0; k < q.m; k++) z[k] = rounding(z[k]);
+      store_tokens<V>(z, q.m, count, q.m, nullptr, out + i * q.m);
     }
     return;
   }
-  for (int64_t i = 0; i < q.n; i++) {
-    const float* row = x + i * q.row_stride;
-    Floats lanes{}, most{};
-    for (int64_t j = 0; j < q.m; j += V::LANES)
-      lanes = larger<V>(lanes, load_some<V>(row + j, q.m - j));
-    for (int l = 0; l < V::LANES; l++) most = larger<V>(most, V::floats(lanes[l]));
-    scale_and_inverse<V>(most, q.limit, scale, inverse);
-    for (int64_t j = 0; j < q.m; j += V::LANES)
-      store_some<V>(rounded<V>(load_some<V>(row + j, q.m - j), scale, inverse), q.m - j,
-                    out + i * q.m + j);
+  for (int64_t j = 0; j < q.m; j += LANES) {
+    const int64_t columns = std::min<int64_t>(LANES, q.m - j);
+    const auto load = [&](int64_t i) __attribute__((always_inline)) {
+      if (columns == LANES) return V::load(x + i * q.row_stride + j);
+      Floats some{};
+      for (int64_t c = 0; c < columns; c++) some[c] = x[i * q.row_stride + j + c];
+      return some;
+    };
+    Largest<V> largest;
+    for (int64_t i = 0; i < q.n; i++) largest.see(load(i));
+    const Rounding<V> rounding(largest, q.limit);
+    for (int64_t i = 0; i < q.n; i++) {
+      const Floats y = rounding(load(i));
+      memcpy(out + i * q.m + j, &y, columns * sizeof(float));
+    }
   }
 }
 
@@ -396,23 +398,25 @@ using Portable = Vectors<4, true>;
 void portable(const FakeQuantize& q, const Factors& f, int64_t first, const Scratch& scratch) {
   tokens<Portable>(q, f, first, scratch);
 }
-void portable_absmax(const Absmax& q, int64_t index) { absmax<Portable>(q, index); }
+void portable_absmax(const Absmax& q, int64_t index, float* scratch) {
+  absmax<Portable>(q, index, scratch);
+}
 
 #if defined(X86)
 TARGET_AVX2 void avx2(const FakeQuantize& q, const Factors& f, int64_t first,
                       const Scratch& scratch) {
   tokens<Vectors<8, true>>(q, f, first, scratch);
 }
-TARGET_AVX2 void avx2_absmax(const Absmax& q, int64_t index) {
-  absmax<Vectors<8, true>>(q, index);
+TARGET_AVX2 void avx2_absmax(const Absmax& q, int64_t index, float* scratch) {
+  absmax<Vectors<8, true>>(q, index, scratch);
 }
 
 TARGET_AVX512 void avx512(const FakeQuantize& q, const Factors& f, int64_t first,
                           const Scratch& scratch) {
   tokens<Vectors<16, true>>(q, f, first, scratch);
 }
-TARGET_AVX512 void avx512_absmax(const Absmax& q, int64_t index) {
-  absmax<Vectors<16, true>>(q, index);
+TARGET_AVX512 void avx512_absmax(const Absmax& q, int64_t index, float* scratch) {
+  absmax<Vectors<16, true>>(q, index, scratch);
 }
 #endif
 
@@ -438,9 +442,10 @@ int32_t robuq_fake_quantize(const FakeQuantize* arguments) {
   const auto z = allocate<float>(threads * token_size);
   const auto gradient = allocate<float>(q.grad ? threads * token_size : 0);
   const auto shared = allocate<float>(threads * shared_size);
+  const auto columns = allocate<float>(round_up(q.width, TOKENS));
   const auto down = allocate<float>(q.width * padded_rank);
   const auto patterns = allocate<uint8_t>(2 * q.order * quads);
-  if (!z || !gradient || !shared || !down || !patterns) return 1;
+  if (!z || !gradient || !shared || !columns || !down || !patterns) return 1;
   uint8_t* transposed = patterns.get() + q.order * quads;
   if (q.inner && !(find_patterns(q.inner, q.order, patterns.get()) &&
                    find_patterns(q.inner, q.order, transposed, true)))
@@ -448,8 +453,10 @@ int32_t robuq_fake_quantize(const FakeQuantize* arguments) {
   for (int64_t k = 0; k < q.width; k++)
     for (int64_t r = 0; r < padded_rank; r++)
       down[k * padded_rank + r] = r < q.rank ? q.down[r * q.width + k] : 0.0f;
+  for (int64_t k = 0; k < round_up(q.width, TOKENS); k++)
+    columns[k] = q.signs && k < q.width ? q.signs[k] * q.norm : q.norm;
   const Factors factors{q.inner ? patterns.get() : nullptr, q.inner ? transposed : nullptr,
-                        down.get(), padded_rank};
+                        q.inner ? columns.get() : nullptr, down.get(), padded_rank};
 #pragma omp parallel num_threads(threads)
   {
 #if defined(_OPENMP)
@@ -465,16 +472,29 @@ int32_t robuq_fake_quantize(const FakeQuantize* arguments) {
   return 0;
 }
 
+// 0; nothing was written where memory ran out (1).
 int32_t robuq_absmax_fake_quantize(const Absmax* arguments) {
   const Absmax& q = *arguments;
-  void (*run)(const Absmax&, int64_t) = portable_absmax;
+  void (*run)(const Absmax&, int64_t, float*) = portable_absmax;
 #if defined(X86)
   if (q.instruction_set == AVX2_FMA) run = avx2_absmax;
   if (q.instruction_set >= AVX512_VNNI) run = avx512_absmax;
 #endif
   const int64_t matrices = q.items * q.groups;
-#pragma omp parallel for schedule(static) num_threads(std::max(1, q.threads))
-  for (int64_t i = 0; i < matrices; i++) run(q, i);
+  const int threads = static_cast<int>(std::min<int64_t>(std::max(1, q.threads), matrices));
+  if (threads == 0) return 0;
+  const auto scratch = allocate<float>(threads * q.m * TOKENS);
+  if (!scratch) return 1;
+#pragma omp parallel num_threads(threads)
+  {
+#if defined(_OPENMP)
+    const int thread = omp_get_thread_num();
+#else
+    const int thread = 0;
+#endif
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < matrices; i++) run(q, i, &scratch[thread * q.m * TOKENS]);
+  }
   return 0;
 }
 }

@@ -13,7 +13,7 @@ from kernels.launch import KernelInputError, check_tensor
 OP = "normality_sums"
 SUMS = (
     *("mean", "std", "shapiro_w", "skewness", "kurtosis", "anderson_a2", "ks_distance"),
-    *("wasserstein", "spacing_entropy", "l3"),
+    *("wasserstein", "entropy", "l3"),
 )
 """In the order of `Sum` in cpu.cpp."""
 
@@ -25,7 +25,7 @@ class _Arguments(ctypes.Structure):
 def normality_sums(x: Tensor, weights: Tensor, density: Tensor, window: int) -> Tensor:
     """Statistics of sorted tokens that need a pass over their entries, in float64.
 
-    `spacing_entropy` is the mean of ln(x_(i + window) - x_(i - window)), indices clamped, of the
+    `entropy` is the mean of ln(x_(i + window) - x_(i - window)), indices clamped, of the
     token over its standard deviation. The others are columns of `TokenStatistics` in
     `robuq_bench.normality.statistics`. All instruction sets give the same bits.
 
@@ -45,9 +45,7 @@ def normality_sums(x: Tensor, weights: Tensor, density: Tensor, window: int) -> 
     """
     if x.device.type != "cpu":
         raise KernelInputError(f"{OP}: x is on {x.device}; this kernel needs the CPU")
-    check_tensor(
-        OP, "x", x, shape=(None, None), dtypes=(torch.float32, torch.float64), like=x
-    )
+    check_tensor(OP, "x", x, shape=(None, None), dtypes=(torch.float32, torch.float64), like=x)
     rows, n = x.shape
     for name, tensor, size in (("weights", weights, n), ("density", density, n + 1)):
         check_tensor(OP, name, tensor, shape=(size,), dtypes=(torch.float64,), like=x)
@@ -55,8 +53,6 @@ def normality_sums(x: Tensor, weights: Tensor, density: Tensor, window: int) -> 
         raise KernelInputError(f"{OP}: needs 2 entries and a window of 1, got {n} and {window}")
     sums = torch.empty((rows, len(SUMS)), dtype=torch.float64)
     pointers = (tensor.data_ptr() for tensor in (x, weights, density, sums))
-    arguments = _Arguments(
-        *pointers, rows, n, window, x.dtype == torch.float64, instruction_set()
-    )
+    arguments = _Arguments(*pointers, rows, n, window, x.dtype == torch.float64, instruction_set())
     call("robuq_normality_sums", arguments)
     return sums

@@ -12,12 +12,14 @@ extern "C" {
 
 // Mirrored by cpu.py. The forward pass writes the quantized weight [outputs, width], and `up`
 // [outputs, rank] beside it where there is one; the backward pass, told by `grad`, copies the first
-// `width` columns of `grad`, clamped to [-1, 1] where `clamp`. Strides are in elements.
+// `width` columns of `grad`, clamped to [-1, 1] where `clamp`. `scale` [outputs], or [1] where there
+// is one for all, is written too where it is asked for. Strides are in elements.
 struct TernaryWeight {
   const float* weight;
   const float* up;
   const float* grad;
   float* out;
+  float* scale;
   int64_t outputs, width, rank, weight_stride, up_stride, grad_stride;
   float epsilon;
   int32_t per_row, clamp, threads, instruction_set;
@@ -27,7 +29,6 @@ struct TernaryWeight {
 namespace {
 
 constexpr int SUMS = 16;
-constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
 
 template <class V>
 INLINE typename V::Floats magnitude(typename V::Floats x) {
@@ -93,11 +94,12 @@ INLINE void quantize_row(const TernaryWeight& q, int64_t row, float shared_scale
   const Floats one = V::floats(1.0f), none{};
   if (!q.per_row) {
     const Floats scale = V::floats(shared_scale), divisor = V::floats(shared_scale + q.epsilon);
+    const Floats rounder = V::floats(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
     for_row<V>(weight, q.width, out, [&](Floats w) __attribute__((always_inline)) {
       Floats t = w / divisor;
-      t = t < -1.0f ? -one : t;
-      t = t > 1.0f ? one : t;  // NaN passes
-      return ((t + ROUNDER) - ROUNDER) * scale;
+      t = t < -one ? -one : t;
+      t = t > one ? one : t;  // NaN passes
+      return ((t + rounder) - rounder) * scale;
     });
     return;
   }
@@ -105,7 +107,9 @@ INLINE void quantize_row(const TernaryWeight& q, int64_t row, float shared_scale
   sums_of<V>(weight, q.width, 0.0f, total, count);
   const float threshold = total / static_cast<float>(q.width) * 0.5f;
   sums_of<V>(weight, q.width, threshold, total, count);
-  const Floats scale = V::floats(total / std::max(count, 1.0f)), least = V::floats(threshold);
+  const float row_scale = total / std::max(count, 1.0f);
+  if (q.scale) q.scale[row] = row_scale;
+  const Floats scale = V::floats(row_scale), least = V::floats(threshold);
   for_row<V>(weight, q.width, out, [&](Floats w) __attribute__((always_inline)) {
     const Floats sign = (w > none ? one : none) - (w < none ? one : none);
     return sign * kept<V>(magnitude<V>(w), least) * scale;
@@ -123,8 +127,8 @@ INLINE void gradient_row(const TernaryWeight& q, int64_t row) {
   }
   const Floats one = V::floats(1.0f);
   for_row<V>(grad, q.width, out, [&](Floats g) __attribute__((always_inline)) {
-    g = g < -1.0f ? -one : g;
-    return g > 1.0f ? one : g;  // NaN passes
+    g = g < -one ? -one : g;
+    return g > one ? one : g;  // NaN passes
   });
 }
 
@@ -172,6 +176,7 @@ extern "C" int32_t robuq_ternary_weight(const TernaryWeight* arguments) {
     double total = 0.0;
     for (int64_t row = 0; row < q.outputs; row++) total += sums[row];
     scale = static_cast<float>(total / static_cast<double>(q.outputs * q.width));
+    if (q.scale) *q.scale = scale;
   }
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < q.outputs; row++) run(q, row, scale, nullptr);

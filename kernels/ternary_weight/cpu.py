@@ -20,7 +20,7 @@ OP = "ternary_weight"
 
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
-        "weight up grad out",
+        "weight up grad out scale",
         "outputs width rank weight_stride up_stride grad_stride",
         "epsilon",
         "per_row clamp threads instruction_set",
@@ -35,10 +35,11 @@ def _run(
     width: int,
     per_row: bool,
     clamp: bool,
+    scale: Tensor | None = None,
 ) -> Tensor:
     tensors = (weight, up, grad)
     arguments = _Arguments(
-        *(None if t is None else t.data_ptr() for t in (*tensors, out)),
+        *(None if t is None else t.data_ptr() for t in (*tensors, out, scale)),
         out.shape[0],
         width,
         out.shape[1] - width,
@@ -133,13 +134,7 @@ def ternary_weight(
         KernelInputError: a tensor of another shape, dtype, device or layout, or an unknown rule.
         MissingKernels: the library cannot be used, see `kernels.cpu_library`.
     """
-    if rule not in RULES:
-        raise KernelInputError(f"{OP}: unknown rule {rule!r}; supported: {', '.join(RULES)}")
-    if weight.device.type != "cpu":
-        raise KernelInputError(f"{OP}: weight is on {weight.device}; this kernel needs the CPU")
-    check_tensor(
-        OP, "weight", weight, shape=(None, None), dtypes=(torch.float32,), like=weight
-    )
+    _check(weight, rule)
     if up is not None:
         shape = (len(weight), None)
         check_tensor(OP, "up", up, shape=shape, dtypes=(torch.float32,), like=weight)
@@ -148,3 +143,36 @@ def ternary_weight(
         return _forward_operator(*inputs)
     result: Tensor = _TernaryWeight.apply(*inputs)
     return result
+
+
+
+def ternary_codes(weight: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Codes int8 [N, K] and scale [N, 1] or [1, 1], whose product is `ternary_weight` to the bit.
+
+    Args and errors are those of `ternary_weight`.
+    """
+    _check(weight, rule)
+    per_row = rule == "ternary-twn"
+    scale = torch.empty((len(weight) if per_row else 1, 1), dtype=torch.float32)
+    values = torch.empty(weight.shape, dtype=torch.float32)
+    _run(weight, None, None, values, weight.shape[1], per_row, False, scale)
+    return values.sign_().to(torch.int8), scale
+
+
+def _check(weight: Tensor, rule: str) -> None:
+    if rule not in RULES:
+        raise KernelInputError(f"{OP}: unknown rule {rule!r}; supported: {', '.join(RULES)}")
+    if weight.device.type != "cpu":
+        raise KernelInputError(f"{OP}: weight is on {weight.device}; this kernel needs the CPU")
+    check_tensor(OP, "weight", weight, shape=(None, None), dtypes=(torch.float32,), like=weight)
+
+
+def takes(weight: Tensor, rule: str) -> bool:
+    """Whether `ternary_weight` takes a weight of this rule."""
+    return (
+        rule in RULES
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.dim() == 2
+        and weight.is_contiguous()
+    )

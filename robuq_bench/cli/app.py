@@ -250,7 +250,7 @@ def report(
     if not dry_run:
         console.check_writable(target.parent)
         console.set_up_logging(quiet=quiet)
-        from reports.builder import build_report
+        from reports import build_report
 
         build_report(paths, target)
     if as_json:

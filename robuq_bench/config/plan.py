@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -74,11 +75,15 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     So a wrapper ("module.", "_orig_mod.", "dit.") changes nothing. "blocks.3.* & *.fc1" matches
     where both of its patterns do.
     """
+    return any(_matches(name, pattern) for pattern in patterns)
+
+
+@lru_cache(maxsize=65536)  # reports ask the same of every run
+def _matches(name: str, pattern: str) -> bool:
     parts = name.split(".")
     suffixes = [".".join(parts[start:]) for start in range(len(parts))]
-    return any(
-        all(any(fnmatchcase(s, part) for s in suffixes) for part in re.split(r"\s*&\s*", pattern))
-        for pattern in patterns
+    return all(
+        any(fnmatchcase(s, part) for s in suffixes) for part in re.split(r"\s*&\s*", pattern)
     )
 
 

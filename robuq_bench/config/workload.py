@@ -147,6 +147,8 @@ class EvaluationConfig(Section):
 
     `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
     `adapt_images` it may be a network for images of another size or number of channels.
+
+    With `sample_teacher` a teacher is sampled although samples of it come with the suite.
     """
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
@@ -161,6 +163,7 @@ class EvaluationConfig(Section):
     features: str
     features_sha256: Digest = None
     adapt_images: OnOrNothing = None
+    sample_teacher: OnOrNothing = None
     inception_weights: OptionalText = None
     reference: OptionalText = None
     reference_sha256: Digest = None

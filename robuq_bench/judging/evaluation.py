@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robuq_bench.config import asset_path
 from robuq_bench.data.datasets import ImageData
@@ -42,6 +42,7 @@ from robuq_bench.training import BatchSource
 if TYPE_CHECKING:
     from robuq_bench.config import Workload
     from robuq_bench.context import Context
+    from robuq_bench.judging.shipped_samples import ShippedSamples
     from robuq_bench.runs.run import Run
 
 logger = logging.getLogger(__name__)
@@ -166,32 +167,24 @@ def evaluate_samples(
     subject: str,
     network: FeatureNetwork,
     reference: Features | Reference,
+    shipped: ShippedSamples | None = None,
 ) -> list[dict[str, Any]]:
     """Sample and measure `model` in every seed range; finished ranges are taken from the run.
 
     Appends one `metrics/<subject>/<range>` record per range, and writes the first range's grid
     to samples/grid-<subject>.png and all images as uint8 NHWC `arr_0` (the ADM evaluator's
-    layout) to samples/<subject>-<range>.npz.
+    layout) to samples/<subject>-<range>.npz. `shipped` samples are measured in place of new ones;
+    their records name them as `samples` and have no `sample_seconds`.
     """
     rows: list[dict[str, Any]] = []
     for index, seeds in enumerate(seed_ranges(workload)):
         key = f"metrics/{subject}/{index}"
         if not run.has(key):
-            start = time.perf_counter()
-            with context.progress.task(
-                f"sample {subject} {index + 1}/{workload.evaluation.seed_ranges}", len(seeds)
-            ) as task:
-                images = sample_images(
-                    model,
-                    workload,
-                    seeds=seeds,
-                    batch_size=workload.evaluation.batch_size,
-                    device=context.device,
-                    progress=task.reach,
-                )
-            if workload.data.source == "latents":
-                images = decode_latents(images, workload.evaluation.vae, device=context.device)
-            seconds = time.perf_counter() - start
+            if shipped is None:
+                images, origin = _sample(model, workload, context, subject, index, seeds)
+            else:
+                images = shipped.images[seeds.start : seeds.stop]
+                origin = {"samples": shipped.source}
             buffer = io.BytesIO()
             np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).numpy())
             run.write_bytes(f"samples/{subject}-{index}.npz", buffer.getvalue())
@@ -213,11 +206,32 @@ def evaluate_samples(
                 seed_range=index,
                 seed_start=seeds.start,
                 num_samples=len(seeds),
-                sample_seconds=round(seconds, 3),
+                **origin,
                 **metrics,
             )
         rows.append(run.get(key) or {})
     return rows
+
+
+def _sample(
+    model: nn.Module, workload: Workload, context: Context, subject: str, index: int, seeds: range
+) -> tuple[Tensor, dict[str, Any]]:
+    """Images uint8 [N, C, H, W] of one seed range, and the time that they took."""
+    start = time.perf_counter()
+    label = f"sample {subject} {index + 1}/{workload.evaluation.seed_ranges}"
+    with context.progress.task(label, len(seeds)) as task:
+        images = sample_images(
+            model,
+            workload,
+            seeds=seeds,
+            batch_size=workload.evaluation.batch_size,
+            device=context.device,
+            progress=task.reach,
+            workers=context.threads,
+        )
+    if workload.data.source == "latents":
+        images = decode_latents(images, workload.evaluation.vae, device=context.device)
+    return images, {"sample_seconds": round(time.perf_counter() - start, 3)}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ pixels move by more. Batches of equal content give equal bits.
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user
 from robuq_bench.quantization.linear import cached_weights
 from robuq_bench.sections import check_shard
+from robuq_bench.threads import run_side_by_side
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -41,6 +43,7 @@ def sample_images(
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> Tensor:
     """Sample one image per seed by the workload's evaluation protocol.
 
@@ -51,7 +54,9 @@ def sample_images(
         labels: int64 [N] classes; default seed % num_classes.
         batch_size: images per batch; default evaluation.batch_size.
         progress: called after every step as progress(images_done, images_total), where the
-            images of a batch under way count pro rata.
+            images of batches under way count pro rata.
+        workers: batches at a time on a CPU, each on its share of torch's threads, see
+            `run_side_by_side`; the model's forward pass must allow it.
 
     Returns:
         uint8 [N, C, H, W] in seed order; for latent workloads float32 latents (`decode_latents`).
@@ -67,6 +72,7 @@ def sample_images(
         batch_size=batch_size,
         device=device,
         progress=progress,
+        workers=workers,
     )
     return values if workload.data.source == "latents" else to_uint8(values)
 
@@ -80,6 +86,7 @@ def sample_values(
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> Tensor:
     """Like `sample_images`, before the mapping to pixels: float32 [N, C, H, W] on the CPU."""
     evaluation, section = workload.evaluation, workload.model
@@ -93,21 +100,29 @@ def sample_values(
     scheduler = make_scheduler(
         diffusion, evaluation.sampler, steps, section.learn_sigma, evaluation.timestep_spacing
     )
-
     values = torch.empty(len(seeds), section.in_channels, section.input_size, section.input_size)
+    starts = range(0, len(seeds), batch_size)
+    images_done = dict.fromkeys(starts, 0)
+    lock = threading.Lock()
+
+    def sample_batch(start: int) -> Iterator[None]:
+        batch = slice(start, min(start + batch_size, len(seeds)))
+        generators = [seed_generator(seed) for seed in seeds[batch]]
+        x = initial_noise(generators, tuple(values.shape[1:])).to(device)
+        y = labels[batch].to(device)
+        for done, t in enumerate(scheduler.timesteps, start=1):
+            output = _predict(model, x, t, y, evaluation.cfg_scale)
+            x = _step(scheduler, evaluation.sampler, output, t, x, generators)
+            if progress is not None:
+                with lock:
+                    images_done[start] = done * len(generators) // steps
+                    progress(sum(images_done.values()), len(seeds))
+            yield
+        values[batch] = x.cpu()
+
     model.to(device)
-    with evaluation_mode(model), torch.inference_mode():
-        for start in range(0, len(seeds), batch_size):
-            batch = slice(start, min(start + batch_size, len(seeds)))
-            generators = [seed_generator(seed) for seed in seeds[batch]]
-            x = initial_noise(generators, tuple(values.shape[1:])).to(device)
-            y = labels[batch].to(device)
-            for done, t in enumerate(scheduler.timesteps, start=1):
-                output = _predict(model, x, t, y, evaluation.cfg_scale)
-                x = _step(scheduler, evaluation.sampler, output, t, x, generators)
-                if progress is not None:
-                    progress(start + done * len(generators) // steps, len(seeds))
-            values[batch] = x.cpu()
+    with evaluation_mode(model):
+        run_side_by_side(sample_batch, starts, workers if torch.device(device).type == "cpu" else 1)
     return values
 
 

@@ -48,7 +48,7 @@ def time_in_turns(
     processor: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     for _ in range(rounds):
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-        for name in (*calls, *reversed(calls)):
+        for name in (*calls, *reversed(list(calls))):
             found[name].append(_sample(calls[name], counts[name]))
         for name, samples in found.items():
             wall[name].append(tuple(sample[0] for sample in samples))

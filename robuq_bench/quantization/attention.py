@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import cpu_library
+from kernels.fake_quantize import cpu
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods.activations._token_grid import reciprocal, working
 
@@ -48,6 +50,8 @@ class _MatmulQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _absmax_operator(x, self.limit)
+        if cpu_library.is_usable() and cpu.takes_absmax(x):
+            return cpu.absmax_fake_quantize(x, self.limit)
         result: Tensor = _AbsmaxFakeQuantize.apply(x, self.limit)
         return result
 

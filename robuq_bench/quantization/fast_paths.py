@@ -7,21 +7,28 @@ the same paths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robuq_bench.methods.activations._token_grid import GridQuantizer
+from kernels import cpu_library
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.methods.activations._token_grid import GridQuantizer, token_grid
 from robuq_bench.methods.branches.svd import LowRankBranch
 from robuq_bench.methods.rotations._hadamard import HadamardRotation
 from robuq_bench.methods.weights._ternary import TernaryWeight
 from robuq_bench.quantization import cuda_path
 from robuq_bench.quantization.cuda_path import product_dtype
 from robuq_bench.quantization.fused import fused_linear
+from robuq_bench.quantization.grids import grid_of, kernel_rotation
+
+if TYPE_CHECKING:
+    from kernels.hadamard_quantize.reference import Grid, Rotation
 
 __all__ = ["PATHS", "PLAIN", "Path", "path_for", "product_dtype", "quantized_weight"]
 
@@ -67,9 +74,15 @@ def path_for(layer: Layer, x: Tensor) -> Path:
 
 
 def quantized_weight(
-    master: Tensor, quantizer: nn.Module | None, dtype: torch.dtype | None = None
+    master: Tensor,
+    quantizer: nn.Module | None,
+    dtype: torch.dtype | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """Q_w(W) [out, in] in `dtype` (None: the master weight's), by a kernel where one serves it."""
+    """Q_w(W) [out, in] in `dtype` (None: the master weight's), by a kernel where one serves it.
+
+    `up` [out, r] stands to the right of it; for weights that `TernaryWeight.is_compiled`.
+    """
     dtype = dtype or master.dtype
     if quantizer is None:
         return master.to(dtype)
@@ -77,9 +90,9 @@ def quantized_weight(
         result: Tensor = quantizer(master)
         return result.to(dtype)
     clamps_as_kernel = quantizer.clamps_in_backward or not quantizer.method.clamps
-    if clamps_as_kernel and cuda_path.weight_reason(master, quantizer.rule) is None:
+    if up is None and clamps_as_kernel and cuda_path.weight_reason(master, quantizer.rule) is None:
         return cuda_path.ternary_weight(master, quantizer.rule, dtype)
-    ternary: Tensor = quantizer(master, dtype)
+    ternary: Tensor = quantizer(master, dtype, up)
     return ternary
 
 
@@ -167,6 +180,58 @@ def _on_cpu(layer: Layer, x: Tensor) -> bool:
     )
 
 
+def _on_compiled(layer: Layer, x: Tensor) -> bool:
+    return (
+        _on_cpu(layer, x)
+        and x.dtype == torch.float32
+        and cpu_library.is_usable()
+        and _terms_of(layer, x) is not None
+    )
+
+
+def _terms_of(layer: Layer, x: Tensor) -> tuple[Grid | None, Rotation | None] | None:
+    _, _, rotated, grid, bits = _parts(layer)
+    return _kernel_terms(x.shape[-1], rotated, grid and type(grid), grid and grid.name, bits)
+
+
+@functools.cache
+def _kernel_terms(
+    width: int, rotated: bool, kind: type | None, name: str, bits: int
+) -> tuple[Grid | None, Rotation | None] | None:
+    """Grid and rotation in the terms of the kernels; None where they have none."""
+    rotation = grid = None
+    try:
+        if rotated:
+            rotation = kernel_rotation(width, torch.device("cpu"))
+        if kind is not None:
+            if type(token_grid(name)) is not kind:
+                return None  # one that took the name of another
+            grid = grid_of(name, bits)
+    except (ConfigError, UsageError):
+        return None
+    return grid, rotation
+
+
+def _compiled_weight(layer: Layer) -> Tensor:
+    quantizer: Any = getattr(layer, "weight_quantizer", None)  # a packed layer has none
+    branch: Any = layer.branch
+    if branch is not None and isinstance(quantizer, TernaryWeight):
+        master: Any = layer.like
+        if quantizer.is_compiled(master):
+            return quantized_weight(master, quantizer, None, branch.up)
+    return _wide(layer, layer.product_weight(None))
+
+
+def _compiled_product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    from kernels.fake_quantize import cpu
+
+    down, signs, *_ = _parts(layer)
+    terms = _terms_of(layer, x)
+    assert terms is not None
+    operand = cpu.fake_quantize(x, terms[0], rotation=terms[1], signs=signs, down=down)
+    return F.linear(operand, weight, layer.bias)
+
+
 def _fused_product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     down, signs, rotated, grid, bits = _parts(layer)
     return fused_linear(x, weight, layer.bias, down, signs, rotated, grid, bits or 0)
@@ -179,6 +244,7 @@ PATHS = (
         lambda layer: _wide(layer, layer.product_weight(product_dtype(layer.like))),
         _kernel_product,
     ),
+    Path("compiled CPU", _on_compiled, _compiled_weight, _compiled_product),
     Path(
         "fused CPU",
         _on_cpu,

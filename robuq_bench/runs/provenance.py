@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = ("bench.py", "robuq_bench", "studies", "kernels", "pyproject.toml", "constraints.txt")
 _VARIABLES = re.compile(
     r"(OMP|KMP|MKL|OPENBLAS|CUDA|CUBLAS|PYTORCH|TORCH|TRITON|NVIDIA|MALLOC)_\w+"
-    r"|PYTHONHASHSEED|GLIBC_TUNABLES|ROBUQ_CPU_INSTRUCTIONS"
+    r"|PYTHONHASHSEED|GLIBC_TUNABLES|ROBUQ_CPU_\w+"
 )
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _REPORTED = ("torch", "torchvision", "diffusers", "torch-fidelity", "triton", "numpy", "scipy")
@@ -44,8 +44,8 @@ def collect(device: str, threads: int) -> dict[str, Any]:
     Returns:
         code (git sha and hash of uncommitted changes, or package version), packages (name to
         version), python, platform, cpu, gpu (None off CUDA), device, threads, environment
-        (OMP_*, MKL_*, CUDA_*, …), malloc (see `keep_freed_memory`) and torch settings. Memory is
-        in bytes.
+        (OMP_*, MKL_*, CUDA_*, …), cpu_kernels (available, and with what or why not), malloc (see
+        `keep_freed_memory`) and torch settings. Memory is in bytes.
     """
     return {
         "code": code_version(),
@@ -53,6 +53,7 @@ def collect(device: str, threads: int) -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "cpu_kernels": _cpu_kernels_ability(),
         "gpu": _gpu(device) if device.startswith("cuda") else None,
         "device": device,
         "threads": threads,
@@ -160,7 +161,7 @@ def cpu_label() -> str:
             parts += [f"{name.removeprefix('cpu ')} {found[1]}"] if found else []
     cpu = _cpu()
     exact = f" ({', '.join(parts)})" if parts else ""
-    return f"{cpu['model']}{exact}, {cpu['usable_cores']} cores"
+    return f"{cpu['model']}{exact}, {cpu['logical_cores']} cores"
 
 
 def _memory_bytes() -> int | None:
@@ -261,7 +262,10 @@ def _cpu_kernels_ability() -> dict[str, Any]:
     try:
         return _ability(True, cpu_library.describe())
     except cpu_library.MissingKernels as missing:
-        return _ability(False, f"{missing}. Packed models run two to three times slower on a CPU")
+        return _ability(
+            False,
+            f"{missing}. Everything runs without them, packed models two to three times slower",
+        )
 
 
 def _cuda_ability(torch_version: str | None) -> dict[str, Any]:

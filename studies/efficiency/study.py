@@ -20,10 +20,11 @@ workspace (what is freed when its workspaces are cleared) and activations (the r
 private tensors during its capture included). Memory that the allocator holds unused, and the CUDA
 context, are left out.
 
-Sizes of files and weights are exact and need no GPU. Without one, time is the end-to-end model of
-`robuq_bench.measuring.roofline` for an H100, every value marked as a model, and what was not
-measured reads "not run". The paper's factors (15.2x checkpoint, 7.1x GPU memory, 3.5x speed) stand
-beside ours for every baseline, as it does not say which one it used.
+Sizes of files and weights are exact and need no GPU. Without one, GPU time is the end-to-end model
+of `robuq_bench.measuring.roofline` for an H100, every value marked as a model, and what was not
+measured reads "not run"; the CPU itself is timed as `studies.efficiency.cpu` says. The paper's
+factors (15.2x checkpoint, 7.1x GPU memory, 3.5x speed) stand beside ours for every baseline, as it
+does not say which one it used.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ from robuq_bench.measuring.timing import (
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
 from studies.efficiency.claims import Item, claims, shown
+from studies.efficiency.cpu import OnCpu, measure_on_cpu
+from studies.efficiency.cpu_tables import cpu_shown
+from studies.efficiency.cpu_verdicts import CPU_RULE, cpu_verdicts
 from studies.efficiency.settings import Settings
 from studies.efficiency.variants import (
     NotRunError,
@@ -77,11 +81,11 @@ RULE = (
     "baseline, so memory and speed are judged against each: they hold where the factors of all "
     "packed variants and batches reach the paper's, do not hold where all stay below, and are "
     "undecided otherwise or where a time is unstable; of times, the whole 95 % t interval over "
-    "rounds of each has to. What needs a GPU, or is of another model, is not judged."
+    "rounds of each has to. What needs a GPU, or is of another model, is not judged. " + CPU_RULE
 )
 #: Width and depth of DiT-XL/2, of which the paper speaks.
 XL = (1152, 28)
-NEEDS_GPU = "timings and peak memory need a CUDA device; sizes are exact, times here are a model"
+NEEDS_GPU = "a GPU's timings and memory need a CUDA device; sizes are exact, its times a model"
 # A round; nine in three rounds is enough for p < .002, which three are not.
 SAMPLING_SAMPLES = 3
 # Independent outputs differ by 1.4; codes that round the other way at 2 bits stay well below.
@@ -126,30 +130,33 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         row["batch"] = batch
     run.write_table("end_to_end_model", modelled)
 
+    on_cpu = OnCpu()
     if context.device.startswith("cuda"):
         items = measure_all(config, variants, run, context)
     else:
         items = []
         context.progress.log(NEEDS_GPU)
+        on_cpu = measure_on_cpu(config, run, context)
     if items:
         run.write_table("end_to_end", [columns(item) for item in items])
     rows = claims(options, checkpoints, weights, modelled, items)
     run.write_table("claims", rows)
     is_xl = (section.hidden_size, section.depth) == XL
-    run.write_table("verdicts", verdict_rows(verdicts(is_xl, checkpoints, rows), RULE))
+    judged = verdicts(is_xl, checkpoints, rows) + cpu_verdicts(on_cpu.factors, on_cpu.memory)
+    run.write_table("verdicts", verdict_rows(judged, RULE))
     # Of the others a failure is a result; with one of ours the run stays open, to be continued.
     ours = {variant.name for variant in packed}
     wrong = [
         item
         for item in items
         if item["variant"] in ours and item["status"].startswith(("check failed", "failed"))
-    ]
+    ] + on_cpu.wrong
     if wrong:
         raise CheckError(
             f"{wrong[0]['variant']}: {wrong[0]['status']}; it has no timing. Tables are in "
             f"{run.path / 'tables'}"
         )
-    return shown(rows)
+    return cpu_shown(on_cpu.factors) or shown(rows)
 
 
 def weight_rows(config: Config, plan: Plan, variants: list[Variant]) -> list[dict[str, Any]]:

@@ -29,16 +29,28 @@ from robuq_bench.measuring.cpu import (
 )
 from robuq_bench.measuring.timing import copies_beyond_cache
 from robuq_bench.runs.run import Run
-from studies.kernels.cases import GROUPED, MATMUL, QUANTIZE, Case, cases_of, make_inputs
+from studies.kernels.cases import (
+    COMPILED,
+    CPU_PEERS,
+    GROUPED,
+    INT_MM,
+    MATMUL,
+    PLAIN,
+    QUANTIZE,
+    Case,
+    cases_of,
+    make_inputs,
+)
 from studies.kernels.checks import Check, judge, poisoned_memory
-from studies.kernels.cpu_tables import COMPILED, INT_MM, PLAIN, cpu_rows, throughput
-from studies.kernels.peers import CPU_PEERS, PeerUnavailableError, make_cpu_peer, make_layer
+from studies.kernels.cpu_tables import answer, cpu_rows, medians, throughput
+from studies.kernels.peers import PeerUnavailableError, make_cpu_peer, make_layer
 from studies.kernels.settings import CpuSettings, Settings
 
 ADALN, ADALN_INPUT = "adaLN of a block", "adaLN input of a block"
 _NAMES = {"adaLN of all blocks": ADALN, "adaLN input": ADALN_INPUT}
 NOT_BUILT = "not run: the CPU kernels are not built; see python -m kernels.build"
 Work = list[Callable[[], Any]]
+State = dict[str, Any]
 
 
 def cpu_cases(options: Settings) -> Iterator[Case]:
@@ -49,12 +61,12 @@ def cpu_cases(options: Settings) -> Iterator[Case]:
                 model, images, tokens=options.tokens_per_image, rank=options.rank, bits=options.bits
             )
             for case in every:
-                if options.kernels and case.kernel not in options.kernels:
-                    continue
                 if case.layer in _NAMES:
                     kernel = MATMUL if case.kernel == GROUPED else QUANTIZE
-                    yield replace(case, kernel=kernel, layer=_NAMES[case.layer], groups=1)
-                elif case.kernel in (MATMUL, QUANTIZE) and not case.prologue.startswith("residual"):
+                    case = replace(case, kernel=kernel, layer=_NAMES[case.layer], groups=1)
+                is_called = case.kernel in (MATMUL, QUANTIZE)
+                is_called &= not case.prologue.startswith("residual")
+                if is_called and (not options.kernels or case.kernel in options.kernels):
                     yield case
 
 
@@ -64,7 +76,6 @@ def timed_on_cpu(options: Settings, seed: int, run: Run, context: Context) -> li
     if not cases:
         return []
     facts = machine()
-    run.write_table("cpu_machine", [facts])
     wanted = {
         f"cpu/{case.key}/threads{count}": (case, count)
         for count in options.cpu.threads
@@ -107,6 +118,8 @@ def timed_on_cpu(options: Settings, seed: int, run: Run, context: Context) -> li
         assert record is not None
         table += [{"device_name": record["device_name"], **row} for row in record["rows"]]
     run.write_table("cpu_kernels", table)
+    run.write_table("cpu_summary", medians(table))
+    run.write_table("cpu_machine", [facts | {"answer": answer(table)}])
     picture = throughput(table)
     if picture is not None:
         picture.save(run.figure_path("cpu-kernels"))
@@ -124,49 +137,53 @@ def measure_case(
     """Rows of every implementation of a case, with torch's threads as they are set."""
     inputs = make_inputs(case, "cpu", seed, torch.float32)
     copies = copies_beyond_cache(case.copied_bytes, cache_bytes())
-    work, checks, status = checked(case, inputs, options, copies)
+    work, states = checked(case, inputs, options, copies)
     if case.is_product:
         layer = make_layer(case, "cpu", copies, seed)
         for name in CPU_PEERS:
             try:
-                work[name], status[name] = make_cpu_peer(name, layer), "ok"
+                work[name] = make_cpu_peer(name, layer)
+                states[name] = _state("ok", True)
             except PeerUnavailableError as error:
-                status[name] = str(error)
+                states[name] = _state(str(error), None)
     turns = {name: _in_turn(calls) for name, calls in work.items()}
     times = time_in_turns(turns, rounds=options.rounds, sample_s=options.sample_ms * 1e-3)
-    return cpu_rows(case, status, checks, times, peaks)
+    return cpu_rows(case, states, times, peaks)
 
 
 def checked(
     case: Case, inputs: dict[str, Any], options: CpuSettings, copies: int
-) -> tuple[dict[str, Work], dict[str, Check], dict[str, str]]:
-    """Calls of the implementations that are right, checks of all of ours, a status of each."""
-    functions, status = implementations(case, inputs, options)
+) -> tuple[dict[str, Work], dict[str, State]]:
+    """Calls of our implementations that are right, and what is known of each of them."""
+    functions, states = implementations(case, inputs, options)
     reference, given = functions[PLAIN]
     expected = reference(**given)
     work: dict[str, Work] = {}
-    checks: dict[str, Check] = {}
     for name, (function, arguments) in functions.items():
         try:
             with poisoned_memory():
                 found = expected if name == PLAIN else function(**arguments)
-            checks[name] = judge(case, found, expected)
+            check = judge(case, found, expected)
         except Exception as error:  # one that fails must not take the others along
             lines = str(error).strip().splitlines() or [""]
-            checks[name] = Check(False, None, f"failed: {type(error).__name__}: {lines[0]}")
-        status[name] = checks[name].failure or "ok"
-        if checks[name].correct:
+            check = Check(False, None, f"failed: {type(error).__name__}: {lines[0]}")
+        states[name] = _state(check.failure or "ok", check.correct, check.max_error)
+        if check.correct:
             work[name] = _copied(function, arguments, copies)
-    return work, checks, status
+    return work, states
+
+
+def _state(status: str, correct: bool | None, max_error: float | None = None) -> State:
+    return {"status": status, "correct": correct, "max_error": max_error}
 
 
 def implementations(
     case: Case, inputs: dict[str, Any], options: CpuSettings
-) -> tuple[dict[str, tuple[Callable[..., Any], dict[str, Any]]], dict[str, str]]:
-    """Function and arguments of each of ours, and the status of what this machine does not have."""
+) -> tuple[dict[str, tuple[Callable[..., Any], dict[str, Any]]], dict[str, State]]:
+    """Function and arguments of each of ours, and the state of what this machine does not have."""
     folder = f"kernels.{case.kernel}"
     found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {}
-    status: dict[str, str] = {}
+    states: dict[str, State] = {}
     available = available_instructions()
     for name in options.instructions or available or ("any",):
         label = f"{COMPILED}{name}"
@@ -176,12 +193,13 @@ def implementations(
                 inputs,
             )
         else:
-            status[label] = f"not run: this CPU has no {name}" if available else NOT_BUILT
+            why = f"not run: this CPU has no {name}" if available else NOT_BUILT
+            states[label] = _state(why, None)
     if case.is_product:
         unpacked = inputs | {"planes": unpack_planes(inputs["planes"], case.width)}
         found[INT_MM] = (getattr(import_module(f"{folder}.int_mm"), case.kernel), unpacked)
     found[PLAIN] = (getattr(import_module(f"{folder}.reference"), case.kernel), inputs)
-    return found, status
+    return found, states
 
 
 def _forced(name: str, function: Callable[..., Any], **arguments: Any) -> Any:

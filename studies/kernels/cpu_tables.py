@@ -12,12 +12,7 @@ from robuq_bench.figures import Picture, legend_below, log_axis, panel
 from robuq_bench.measuring.cpu import CpuPeaks, CpuTiming
 from robuq_bench.measuring.roofline import TOKEN_BYTES
 from robuq_bench.measuring.statistics import median_interval, speedup_interval
-from studies.kernels.cases import Case
-from studies.kernels.checks import Check
-from studies.kernels.peers import BF16, FP32
-from studies.kernels.tables import facts
-
-COMPILED, INT_MM, PLAIN = "compiled, ", "torch._int_mm", "plain PyTorch"
+from studies.kernels.cases import BF16, COMPILED, FP32, PLAIN, Case
 
 
 def moved_bytes(case: Case) -> int:
@@ -28,23 +23,19 @@ def moved_bytes(case: Case) -> int:
 
 def cpu_rows(
     case: Case,
-    status: Mapping[str, str],
-    checks: Mapping[str, Check],
+    states: Mapping[str, Mapping[str, Any]],
     times: Mapping[str, CpuTiming],
     peaks: CpuPeaks,
 ) -> list[dict[str, Any]]:
-    """One row per implementation; numbers only where it was right and timed."""
+    """One row per implementation of `states`; numbers only of those that were timed."""
     baseline = FP32 if case.is_product else PLAIN
     rows = []
-    for name, state in status.items():
-        check = checks.get(name)
+    for name, state in states.items():
         row: dict[str, Any] = {
-            **facts(case),
+            **case.facts,
             "threads": peaks.threads,
             "implementation": name,
-            "status": state,
-            "correct": (True if name in times else None) if check is None else check.correct,
-            "max_error": None if check is None else check.max_error,
+            **state,
         }
         if name in times:
             row |= _numbers(case, name, times[name], peaks)
@@ -110,6 +101,38 @@ def cpu_summary(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in columns}
 
 
+def medians(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Median milliseconds, a column for each implementation; only those that are right have one."""
+    frame = pd.DataFrame([row for row in rows if "median_ms" in row])
+    if frame.empty:
+        return []
+    wide = frame.pivot_table(
+        "median_ms", ["layer", "model", "images", "threads"], "implementation", sort=False
+    )
+    records = wide.reset_index().to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in records]
+
+
+def answer(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on the compiled products with the best instruction set, on the fewest threads."""
+    ours = [row for row in rows if row["implementation"].startswith(COMPILED) and "speedup" in row]
+    ours = [row for row in ours if "gop_s" in row]
+    if not ours:
+        return "The compiled kernels were not timed on a CPU."
+    best, threads = ours[0]["implementation"], ours[0]["threads"]
+    instructions = best.removeprefix(COMPILED)
+    own = pd.DataFrame(
+        [row for row in ours if (row["implementation"], row["threads"]) == (best, threads)]
+    )
+    speed, share = own["speedup"], own["share_of_peak"]
+    return (
+        f"On {ours[0]['device_name']} with {threads} thread{'s' if threads > 1 else ''}, compiled "
+        f"products ({instructions}) are {speed.min():.2f}× to {speed.max():.2f}× (median "
+        f"{speed.median():.2f}×) as fast as {FP32} and reach {share.min():.0%} to "
+        f"{share.max():.0%} of the measured peak."
+    ).replace("%", " %")
+
+
 def throughput(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
     """Operations per second of every implementation, at the widest model and most images.
 
@@ -118,7 +141,7 @@ def throughput(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
     if not any(row.get("gop_s") for row in rows):
         return None
     frame = pd.DataFrame(rows).dropna(subset=["gop_s"])
-    model = frame.loc[frame["width"].idxmax(), "model"]
+    model = frame.sort_values("width")["model"].iloc[-1]
     frame = frame[(frame["model"] == model) & (frame["threads"] == frame["threads"].min())]
     frame = frame[frame["images"] == frame["images"].max()]
     words = "; ".join(

@@ -9,9 +9,7 @@ from typing import Any
 import pandas as pd
 
 from robuq_bench.statistics.verdicts import Verdict
-from studies.kernels.cases import MATMUL, QUANTIZE
-from studies.kernels.cpu_tables import COMPILED, INT_MM
-from studies.kernels.peers import BF16, FP32
+from studies.kernels.cases import BF16, COMPILED, FP32, INT_MM, MATMUL, QUANTIZE
 from studies.kernels.verdicts import of_kernel
 
 Row = dict[str, Any]
@@ -63,12 +61,8 @@ def cpu_verdicts(rows: Sequence[Row], device: str) -> list[Verdict]:
     found = []
     for name, label in ((COMPILED, "compiled"), (INT_MM, INT_MM)):
         own = [r for r in rows if r["implementation"].startswith(name) and r["correct"] is not None]
-        found += [
-            of_kernel(str(kernel), calls, f"on {device} ({label})")
-            for kernel, calls in pd.DataFrame(own, columns=None if own else ["kernel"]).groupby(
-                "kernel", sort=False
-            )
-        ]
+        by_kernel = pd.DataFrame(own).groupby("kernel", sort=False) if own else ()
+        found += [of_kernel(str(kernel), c, f"on {device} ({label})") for kernel, c in by_kernel]
     return [*found, *(of_cpu_target(target, rows) for target in TARGETS)]
 
 

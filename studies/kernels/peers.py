@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robuq_bench.errors import MissingResourceError
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.measuring.fp8 import ALIGNED, has_fp8
-from studies.kernels.cases import QUANTIZE, Case
+from robuq_bench.measuring.int8_peer import dynamic_int8
+from studies.kernels.cases import ATTENTION, BF16, INT8, QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"
 FP8 = "torch._scaled_mm fp8"
-FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
-CPU_PEERS = (FP32, BF16, INT8)
+SDPA = "F.scaled_dot_product_attention bf16"
 MAX_RELATIVE_ERROR = 0.05  # of the root mean square; peers round tokens to 8 bits
 INT_MM_LEAST_ROWS = 17
 
@@ -73,6 +73,8 @@ def peers_of(case: Case) -> tuple[str, ...]:
     """Names of the peers of a case, the baseline of its verdict first."""
     if case.is_product:
         return (BASELINE, "torch._int_mm", FP8, "torchao int8", "gemlite A8W158")
+    if case.kernel == ATTENTION:
+        return (SDPA,)
     return ("fast-hadamard-transform",) if case.kernel == QUANTIZE and not case.prologue else ()
 
 
@@ -84,6 +86,8 @@ def make_peer(name: str, case: Case, layer: Layer | None, device: torch.device |
     """
     if name == "fast-hadamard-transform":
         return _dao(case, device)
+    if name == SDPA:
+        return sdpa(case, device)
     assert layer is not None
     if name == BASELINE:
         return _cublas(layer)
@@ -119,25 +123,10 @@ def make_cpu_peer(name: str, layer: Layer) -> Work:
 
 def _dynamic(layer: Layer) -> list[nn.Module]:
     linears = [nn.Sequential(_linear(layer, index).float()) for index in range(len(layer.weights))]
-    return [dynamic_int8(linear) for linear in linears]
-
-
-def dynamic_int8(model: nn.Module) -> nn.Module:
-    """A copy of a float32 model whose linears multiply in 8 bits, by torch's own quantization.
-
-    Raises:
-        PeerUnavailableError: this torch has none, or no engine for this CPU.
-    """
-    if importlib.util.find_spec("torch.ao.quantization") is None:
-        raise PeerUnavailableError("not installed: this torch has no torch.ao.quantization")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and still what torch itself has
-        quantization = import_module("torch.ao.quantization")
-        try:
-            found: nn.Module = quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-        except RuntimeError as error:
-            raise PeerUnavailableError(f"not supported: {str(error).splitlines()[0]}") from error
-    return found
+    try:
+        return [dynamic_int8(linear) for linear in linears]
+    except MissingResourceError as error:
+        raise PeerUnavailableError(str(error)) from error
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
@@ -203,6 +192,16 @@ def fp8(layer: Layer) -> Work:
     exact = codes[:64].float() @ layer.weights[0].float().T * layer.scale + layer.bias.float()
     _check(found, exact)
     return work
+
+
+def sdpa(case: Case, device: torch.device | str) -> Work:
+    """PyTorch's attention in bf16, on queries, keys and values that lie as the model's do."""
+    shape = (case.images, case.tokens, 3, case.heads, case.width // case.heads)
+    qkv = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q[0].float() @ k[0].float().mT / math.sqrt(q.shape[-1])
+    _check(F.scaled_dot_product_attention(q, k, v)[0], scores.softmax(-1) @ v[0].float())
+    return [_call(F.scaled_dot_product_attention, q, k, v)]
 
 
 def _linear(layer: Layer, index: int) -> nn.Linear:

@@ -31,23 +31,6 @@ def settings_of(case: Case, options: Any) -> str:
     return f"batch {', '.join(found)}"
 
 
-def facts(case: Case) -> dict[str, Any]:
-    """Columns that say what was run."""
-    return {
-        "kernel": case.kernel,
-        "model": case.model,
-        "layer": case.layer,
-        "images": case.images,
-        "rows": case.rows,
-        "width": case.width,
-        "outputs": case.outputs or None,
-        "groups": case.groups,
-        "rank": case.rank,
-        "bits": case.bits,
-        "includes": case.prologue or case.epilogue or "nothing else",
-    }
-
-
 def roofline_rows(case: Case) -> list[dict[str, Any]]:
     """Least times on the devices of the data sheets, beside those of the layer in bf16."""
     rows = []
@@ -59,7 +42,7 @@ def roofline_rows(case: Case) -> list[dict[str, Any]]:
             "peaks": f"{peaks.bytes_s / 1e12:g} TB/s, bf16 {peaks.bf16 / 1e12:g}, "
             f"int8 {peaks.int8 / 1e12:g} TOPS",
             "source": peaks.source,
-            **facts(case),
+            **case.facts,
             "bytes": case.moved_bytes,
             "operations": case.operations or None,
             "branch_operations": case.branch_operations or None,
@@ -97,7 +80,7 @@ def rows_of(
     for name, state in status.items():
         is_ours = name == OURS
         row: dict[str, Any] = {
-            **facts(case),
+            **case.facts,
             "implementation": name,
             "status": state,
             "correct": found.correct if is_ours else (True if name in times else None),

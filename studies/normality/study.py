@@ -47,7 +47,7 @@ from robuq_bench.statistics.verdicts import verdict_rows
 from robuq_bench.students import load_student
 from studies.normality.settings import Settings
 
-VERSION = "4"
+VERSION = "5"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
 RULE = """\
 Fixed before any activation was seen, amended once. For a layer type, a transform and b bits, take \

@@ -21,17 +21,15 @@ from robuq_bench.accounting.layers import check_plan
 from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.config import Config, config_for, sensitivity_steps, training_steps
 from robuq_bench.context import Context
-from robuq_bench.data.datasets import ImageData, load_dataset
+from robuq_bench.data.datasets import ImageData
 from robuq_bench.errors import CheckpointError
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
-    load_reference,
     record_inputs,
     validation_losses,
 )
-from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.judging.summary import metric_summary
-from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.judging.teacher import Judged, judge_teacher, load_judged
 from robuq_bench.qat import convert_teacher, prepare_training
 from robuq_bench.quantization.convert import (
     layer_type,
@@ -64,15 +62,13 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             if steps
             else f"plan {plan.name}: post-training quantization, no QAT step"
         )
-    data = load_dataset(workload.data, name=workload.name)
-    network = load_feature_network(workload.evaluation, device=context.device)
-    reference = load_reference(workload, data, network)
-    teacher, teacher_sha256 = load_teacher(workload, context.device)
-    teacher_run = teacher_eval(config, run, context)
-    record_inputs(teacher_run, workload, data, network)
+    judged = load_judged(workload, context.device)
+    teacher, data = judged.teacher, judged.data
+    teacher_run = teacher_eval(config, run, context, judged)
+    record_inputs(teacher_run, workload, data, judged.network)
     resumed = bool(run.results())
-    run.add_input_digest("teacher", teacher_sha256)
-    record_inputs(run, workload, data, network)
+    run.add_input_digest("teacher", judged.teacher_sha256)
+    record_inputs(run, workload, data, judged.network)
     copy_teacher_rows(teacher_run, run)
     student: nn.Module = teacher
     bits: dict[str, int] | None = None
@@ -86,8 +82,8 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             run,
             context,
             subject="student",
-            network=network,
-            reference=reference,
+            network=judged.network,
+            reference=judged.reference,
         )
     if not run.has("validation"):
         losses = validation_losses(student, teacher, data, workload, context.device)
@@ -101,7 +97,7 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     return summary_table(run)
 
 
-def teacher_eval(config: Config, run: Run, context: Context) -> Run:
+def teacher_eval(config: Config, run: Run, context: Context, judged: Judged) -> Run:
     """The finished teacher-eval run of this workload beside `run`, computing what is missing.
 
     Two jobs that start together share it: the second waits for the first's lock.
@@ -110,8 +106,13 @@ def teacher_eval(config: Config, run: Run, context: Context) -> Run:
         CheckpointError: it is damaged, or was measured on other data or features.
     """
     root, own = run.path.parents[1], config_for("teacher-eval", config)
+
+    def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
+        return judge_teacher(config.workload, run, context, judged)
+
+    context = replace(context, force=False)
     try:
-        result = run_study(own, root, replace(context, force=False), wait_s=LOCK_WAIT_S)
+        result = run_study(own, root, context, wait_s=LOCK_WAIT_S, measure=measure)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. It is the teacher's own run, which --force of this command leaves alone: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -21,23 +20,29 @@ BUDGET_FILE = Path(__file__).with_name("offline_budgets.json")
 BUDGETS = json.loads(BUDGET_FILE.read_text())
 
 
-@functools.cache
-def compiled(operation: str) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """What every specialisation became, by operation; one interpreter imports torch for all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.offline", "--json", operation],
+        [sys.executable, "-m", "kernels.offline", "--json"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return rows
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return {
+        operation: [row for row in rows if row["name"].startswith(f"{operation}/")]
+        for operation in OPERATIONS
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kernels_compile_for_hopper_without_spills(operation: str) -> None:
-    rows = compiled(operation)
+def test_kernels_compile_for_hopper_without_spills(
+    compiled: dict[str, list[dict[str, Any]]], operation: str
+) -> None:
+    rows = compiled[operation]
     assert len(rows) >= 3
     for row in rows:
         if row["name"] not in BUDGETS["spill_bytes"]:
@@ -52,8 +57,10 @@ def test_kernels_compile_for_hopper_without_spills(operation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kernels_stay_within_their_budgets(operation: str) -> None:
-    rows = compiled(operation)
+def test_kernels_stay_within_their_budgets(
+    compiled: dict[str, list[dict[str, Any]]], operation: str
+) -> None:
+    rows = compiled[operation]
     if not rows[0]["triton"].startswith(BUDGETS["triton"] + "."):
         pytest.skip(f"budgets are of Triton {BUDGETS['triton']}, this is {rows[0]['triton']}")
     over = []
@@ -77,9 +84,11 @@ def test_every_specialisation_has_a_budget() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_model_of_time_by_hand() -> None:
+def test_the_model_of_time_by_hand(
+    compiled: dict[str, list[dict[str, Any]]],
+) -> None:
     """Of the unpacking, whose machine code has no loop and whose work is plain."""
-    (row,) = [row for row in compiled("ternary_matmul") if row["name"].endswith("/unpack")]
+    (row,) = [row for row in compiled["ternary_matmul"] if row["name"].endswith("/unpack")]
     packed = 1152 * 4608 // 4
     assert row["bytes_moved"] == 5 * packed
     assert row["memory_us"] == pytest.approx(5 * packed / 3.35e6)
@@ -93,19 +102,23 @@ def test_the_model_of_time_by_hand() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_low_rank_branch_is_cheap_to_project() -> None:
+def test_the_low_rank_branch_is_cheap_to_project(
+    compiled: dict[str, list[dict[str, Any]]],
+) -> None:
     """What made the step slower than bf16: 204 and 935 us, by the same count."""
-    least = {row["name"]: row["least_us"] for row in compiled("hadamard_quantize")}
+    least = {row["name"]: row["least_us"] for row in compiled["hadamard_quantize"]}
     assert least["hadamard_quantize/LN modulate 1152 rank 16"] <= 70
     assert least["hadamard_quantize/4608 rank 16"] <= 190
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_packed_weight_costs_few_instructions_in_the_loop() -> None:
+def test_the_packed_weight_costs_few_instructions_in_the_loop(
+    compiled: dict[str, list[dict[str, Any]]],
+) -> None:
     """Register-A integer WGMMA, and a loop hardly longer than that of dense int8."""
     tiles = [
-        row for row in compiled("ternary_matmul") if row["name"].startswith("ternary_matmul/tile")
+        row for row in compiled["ternary_matmul"] if row["name"].startswith("ternary_matmul/tile")
     ]
     assert tiles
     for row in tiles:
@@ -117,9 +130,11 @@ def test_the_packed_weight_costs_few_instructions_in_the_loop() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_attention_moves_no_probability_between_threads() -> None:
+def test_attention_moves_no_probability_between_threads(
+    compiled: dict[str, list[dict[str, Any]]],
+) -> None:
     """Both products on the integer tensor core, and what feeds the second stays where it is."""
-    rows = [r for r in compiled("quantized_attention") if "/attention" in r["name"]]
+    rows = [r for r in compiled["quantized_attention"] if "/attention" in r["name"]]
     assert rows
     for row in rows:
         assert row["opcodes"].get("IGMMA", 0) >= 4, row["name"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import io
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from robuq_bench.config import Config, resolve
+from robuq_bench.config import Config, ModelConfig, Plan, resolve
 from robuq_bench.config.resolve import training_steps
 from robuq_bench.runs.run import Run
 from robuq_bench.runs.run_files import RESULTS
@@ -183,16 +185,19 @@ def allocation(config: Config, rng: random.Random) -> dict[str, Any]:
     }
 
 
-def accounting(config: Config) -> dict[str, Any]:
+@functools.cache
+def account_of(model: ModelConfig, plan: Plan) -> dict[str, Any]:
     from robuq_bench.accounting.account import account
 
-    return {
-        "key": "accounting",
-        "kind": "accounting",
-        **account(config.workload.model, config.plan),
-    }
+    return account(model, plan)
 
 
+def accounting(config: Config) -> dict[str, Any]:
+    account = account_of(config.workload.model, config.plan)
+    return {"key": "accounting", "kind": "accounting", **copy.deepcopy(account)}
+
+
+@functools.cache
 def picture(text: str) -> bytes:
     """A grid of 10 × 4 tiles of 8 × 8 pixels, four screen pixels each."""
     rng = random.Random(text)
@@ -296,6 +301,14 @@ def parse(path: Path) -> Page:
 def fabricate(tmp_path: Path) -> Fabricator:
     """A fabricator of runs below a fresh folder."""
     return Fabricator(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that was drawn before, here or by a user, is taken for what the code draws now."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ROBUQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -370,7 +370,7 @@ def test_the_provenance_shows_the_config_as_it_was_written(fabricate, parse_page
     rewrite(fabricate.run("a4", 1), plan=OLDER["a4"])
     text = parse_page(build_report([fabricate.root], tmp_path / "report.html")).text
     assert text.count("Resolved config") == 2
-    assert text.count("Config: that of seed 0 but for the seed.") == 1
+    assert text.count("Config and other facts: those of seed 0.") == 1
     assert 'plan.layers.block.activation.method = "robust-midtread"' in text
     assert 'plan.activations.quantizer = "robust-midtread"' in text
 

@@ -21,7 +21,7 @@ from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
 from studies.kernels.cases import OURS, QUANTIZE, cases_of
 from studies.kernels.checks import Check
-from studies.kernels.tables import facts, roofline_rows, rows_of
+from studies.kernels.tables import roofline_rows, rows_of
 from studies.kernels.verdicts import TARGETS, verdicts
 
 Row = dict[str, Any]
@@ -104,7 +104,7 @@ def test_records_are_apart_from_the_runs_at_hand(
     recorded: Path,
     parse_page: Callable[[Path], Any],
 ) -> None:
-    checks = [facts(CASE.reduced(16, 16)) | {"correct": True, "max_error": 0.5, "status": "ok"}]
+    checks = [CASE.reduced(16, 16).facts | {"correct": True, "max_error": 0.5, "status": "ok"}]
     found = {"kernel_checks": checks, "roofline": tables()["roofline"]}
     own = make_run(tmp_path / "cpu", monkeypatch, "kernels", found, gpu=None, plan="a2")
     page = parse_page(build_report([tmp_path / "cpu"], tmp_path / "report.html"))

@@ -25,7 +25,8 @@ def test_the_same_runs_give_the_same_bytes(fabricate, tmp_path):
         "build_report([Path(sys.argv[1])], Path(sys.argv[2]))"
     )
     command = [sys.executable, "-W", "error", "-c", code, str(fabricate.root), "far/report.html"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    own = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "ROBUQ_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, **own}
     subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     names = sorted(file.name for file in tmp_path.glob("report*"))
     assert len(names) == 1 + 7 + 1

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from robuq_bench.methods import WeightMethod, method_class
+from kernels import cpu_library
+from robuq_bench.methods import WeightMethod, method_class, method_names
 from robuq_bench.methods.base import SCALE_BITS
 from robuq_bench.methods.weights._codes import Codes, working
 
@@ -62,10 +63,22 @@ class TernaryWeight(nn.Module):
         self.method, self.rule = method, rule
         self.clamps_in_backward = True
 
-    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Differentiable `codes(weight).dequantize()` in `dtype`, by default the weight's."""
+    def forward(
+        self, weight: Tensor, dtype: torch.dtype | None = None, up: Tensor | None = None
+    ) -> Tensor:
+        """Differentiable `codes(weight).dequantize()` in `dtype`, by default the weight's.
+
+        Args:
+            weight: [out, in].
+            dtype: of the result.
+            up: [out, r] to stand to the right of it, which needs `is_compiled(weight)`.
+        """
         dtype = dtype or weight.dtype
         clamp = self.clamps_in_backward and self.method.clamps
+        if self.is_compiled(work := working(weight)):
+            from kernels.ternary_weight import cpu
+
+            return cpu.ternary_weight(work, self.rule, up=up, clamp=clamp).to(dtype)
         if torch.compiler.is_compiling():
             return _compiled_ternary(weight, self.rule, dtype, clamp)
         result: Tensor = _TernaryFakeQuantize.apply(
@@ -73,9 +86,23 @@ class TernaryWeight(nn.Module):
         )
         return result
 
+    def is_compiled(self, weight: Tensor) -> bool:
+        """Whether a compiled CPU kernel serves the rule and the weight."""
+        if torch.compiler.is_compiling() or not cpu_library.is_usable():
+            return False
+        from kernels.ternary_weight import cpu
+
+        is_ours = self.rule in method_names("weight") and self.method is method_class("weight", self.rule)
+        return is_ours and cpu.takes(weight, self.rule)
+
     def codes(self, weight: Tensor) -> Codes:
         """Codes in {-1, 0, 1} and scale [out, 1] or [1, 1]."""
-        codes, scale = self.method.codes_and_scale(working(weight.detach()))
+        weight = working(weight.detach())
+        if self.is_compiled(weight):
+            from kernels.ternary_weight import cpu
+
+            return Codes(*cpu.ternary_codes(weight, self.rule))
+        codes, scale = self.method.codes_and_scale(weight)
         return Codes(codes.to(torch.int8), scale)
 
     def extra_repr(self) -> str:

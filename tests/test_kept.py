@@ -1,0 +1,125 @@
+"""What is kept in the cache folder is read back whole, or made anew: never another's, nor half."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from robuq_bench import figure_cache, kept
+from robuq_bench.figure_cache import drawn_once
+from robuq_bench.figures import Picture
+from robuq_bench.kept import code_digest, keep, read_kept
+
+
+def test_a_text_is_read_back_until_its_file_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "text"
+    assert read_kept(path) is None
+    keep(path, "ä\n\nb\n")
+    assert read_kept(path) == "ä\n\nb\n"
+    path.unlink()
+    assert read_kept(path) is None
+
+
+@pytest.mark.parametrize("change", [b"", b"x", b"\xff", None])
+def test_a_damaged_text_is_reported_and_not_read(
+    tmp_path: Path, change: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "text"
+    keep(path, "content")
+    path.write_bytes(path.read_bytes()[:-2] if change is None else change)
+    assert read_kept(path) is None
+    assert f"{path} " in caplog.text
+
+
+def test_the_longest_unused_texts_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "MOST_FILES", 3)
+    for place in range(3):
+        keep(tmp_path / str(place), "x")
+        os.utime(tmp_path / str(place), (place, place))
+    assert read_kept(tmp_path / "0") == "x"  # used now, so not the oldest any more
+    keep(tmp_path / "3", "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "2", "3"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    for name in ("a", "b"):
+        keep(tmp_path / "file" / name, "x")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert f"nothing is kept in {tmp_path / 'file'} (" in caplog.text
+    assert "set ROBUQ_CACHE" in caplog.text
+
+
+def test_code_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.ModuleType("drawing")
+    package.__file__ = str(tmp_path / "__init__.py")
+    monkeypatch.setitem(sys.modules, "drawing", package)
+    found = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        (tmp_path / "part.py").write_text(text)
+        code_digest.cache_clear()
+        found.append(code_digest("drawing"))
+    assert found[0] != found[1]
+    assert found[0] == found[2]
+    monkeypatch.setattr(kept, "version", lambda name: "0.0")  # another seaborn
+    code_digest.cache_clear()
+    assert code_digest("drawing") != found[0]
+    code_digest.cache_clear()
+
+
+def test_a_picture_is_drawn_once_for_each_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROBUQ_CACHE", str(tmp_path))
+    drawn: list[tuple[str, float]] = []
+
+    @drawn_once
+    def draw(name: str, value: float = 0.0) -> Picture:
+        drawn.append((name, value))
+        return Picture(f"<svg>{len(drawn)}</svg>", name)
+
+    first = draw("a", 1.0)
+    assert draw("a", 1.0) == first == Picture("<svg>1</svg>", "a")
+    assert draw("b", 1.0).svg == "<svg>2</svg>"
+    assert draw("a", 1.0 + 1e-15).svg == "<svg>3</svg>"
+    assert len(drawn) == 3
+    for file in (tmp_path / "figures").iterdir():
+        file.write_text("damaged")
+    assert draw("a", 1.0).svg == "<svg>4</svg>"
+    monkeypatch.setattr(figure_cache, "code_digest", lambda package: "newer code")
+    assert draw("a", 1.0).svg == "<svg>5</svg>"
+    monkeypatch.setattr(figure_cache, "cache_folder", lambda: None)
+    assert draw("a", 1.0).svg == "<svg>6</svg>"
+
+
+def test_processes_share_pictures_and_draw_the_same(tmp_path: Path) -> None:
+    """Several at once, of which each may read what another has just written."""
+    program = (
+        "import pandas as pd; from robuq_bench.figure_cache import heat_panel\n"
+        "frame = pd.DataFrame({'a': [1.0, 2.0], 'b': [3.0, 4.0]}, index=['x', 'y'])\n"
+        "for name in 'pqr': print(heat_panel(name, 'alt', '', frame, [0, 2, 4], 'v', True).svg)"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, "ROBUQ_CACHE": str(tmp_path), "PYTHONHASHSEED": str(seed)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(3)
+    ]
+    texts = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    (text,) = texts
+    assert text.count("</svg>") == 3
+    assert len([*(tmp_path / "figures").iterdir()]) == 3
