@@ -182,7 +182,8 @@ def test_a_layer_bound_by_memory_and_one_by_compute() -> None:
     cases = {case.layer: case for case in cases_of("XL", 128)}
     fc1, norm = roofline_rows(cases["fc1"])[0], roofline_rows(cases["qkv and fc1 input"])[0]
     assert fc1["limit"] == "compute"
-    assert fc1["bf16_over_ternary"] == pytest.approx(2.0, abs=0.01)
+    # The low-rank branch costs as much as 32 of the 1,152 columns.
+    assert fc1["bf16_over_ternary"] == pytest.approx(2 / (1 + 32 / 1152), abs=0.01)
     branch = 2 * 32768 * 16 * 4608
     assert fc1["branch_operations"] == branch
     least = 2 * 32768 * 1152 * 4608 / 1978.9e12 + branch / 989.4e12
