@@ -1,8 +1,8 @@
 """The Hadamard transform of a tile of tokens inside a Triton kernel.
 
-A token of width K = outer * m is a matrix X [outer, m]; its transform by Sylvester(outer) (x) H_m is
-S X H_m, two products with ±1 entries, exact in fp16. Triton's sizes are powers of two, so m is held
-as two parts, 72 = 64 + 8 or 48 = 32 + 16, and nothing is padded; an m without such parts is.
+A token of width K = outer * m is a matrix X [outer, m]; its transform by Sylvester(outer) (x) H_m
+is S X H_m, two products with ±1 entries, exact in fp16. Triton's sizes are powers of two, so m is
+held as two parts, 72 = 64 + 8 or 48 = 32 + 16, and nothing is padded; an m without such parts is.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -110,7 +110,7 @@ def apply_outer(x, outer, present, GROUPS: tl.constexpr):
     if GROUPS > 1:
         # Triton gives all warps to the rows of products in a chain, here those of one group, and
         # computes every group in each of them. It sees no chain through a branch.
-        if present:
+        if present:  # noqa: SIM108
             z = y.to(tl.float16)
         else:
             z = tl.zeros(y.shape, tl.float16)

@@ -248,7 +248,9 @@ def specialisations() -> list[Specialisation]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.offline", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON list")
-    parser.add_argument("--keep", type=Path, help="folder for TTGIR, PTX and SASS", metavar="FOLDER")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for TTGIR, PTX and SASS", metavar="FOLDER"
+    )
     parser.add_argument("names", nargs="*", help="only names that begin with one of these")
     options = parser.parse_args(argv)
     if INTERPRETED:

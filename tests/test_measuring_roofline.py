@@ -73,7 +73,29 @@ def test_quantization_bytes_by_hand() -> None:
     with_residual = Quantization(32768, 1152, has_residual=True)
     assert with_residual.bytes_moved / 3e12 == pytest.approx(88e-6, rel=0.01)
     grouped = Quantization(2, 1152, groups=28, rank=16)
-    assert grouped.bytes_moved == 2 * (2304 + 28 * (1152 + 12 + 32)) + 2 * 28 * 16 * 1152
+    assert grouped.bytes_moved == 2 * (2304 + 28 * (1152 + 12 + 4 * 16)) + 2 * 28 * 16 * 1152
+
+
+def test_the_low_rank_branch_by_hand() -> None:
+    fc1 = Product(32768, 1152, 4608, rank=16)
+    assert fc1.branch_operations == 2 * 32768 * 16 * 4608
+    without = Product(32768, 1152, 4608)
+    assert without.branch_operations == 0
+    # float32 branch of the tokens, bf16 factor of the outputs
+    assert fc1.ternary_bytes - without.ternary_bytes == 4 * 16 * 32768 + 2 * 16 * 4608
+    tokens = Quantization(32768, 1152, rank=16)
+    assert tokens.branch_operations == 2 * 32768 * 1152 * 16
+    plain = Quantization(32768, 1152)
+    assert tokens.bytes_moved - plain.bytes_moved == 4 * 16 * 32768 + 2 * 16 * 1152
+
+
+def test_a_step_with_branches_takes_their_bytes_and_operations() -> None:
+    plain, branched = (end_to_end(XL, 128, "int8", rank=rank) for rank in (0, 16))
+    # Of 28 blocks: four passes write 64 bytes a token more, at 2.6 TB/s
+    written = 28 * 4 * 32768 * 4 * 16 / 2.6e12
+    assert branched["elementwise_s"] - plain["elementwise_s"] == pytest.approx(written)
+    assert branched["products_s"] > plain["products_s"]
+    assert end_to_end(XL, 128, "bf16", rank=16) == end_to_end(XL, 128, "bf16")
 
 
 def test_what_limits() -> None:

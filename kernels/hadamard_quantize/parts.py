@@ -33,10 +33,8 @@ def part_columns(FIRST: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr, OUTER
 @triton.jit
 def load_part(pointer, at, inside, WHOLE: tl.constexpr):
     if WHOLE:
-        x = tl.load(pointer + at)
-    else:
-        x = tl.load(pointer + at, mask=inside, other=0.0)
-    return x
+        inside = None
+    return tl.load(pointer + at, mask=inside, other=None if WHOLE else 0.0)
 
 
 @triton.jit
@@ -69,11 +67,7 @@ def sum_tokens(z, z_r, REST: tl.constexpr):
     if REST:
         z = tl.reshape(z, (z.shape[0], z.shape[1], z.shape[2] // REST, REST))
         z = tl.sum(z, 2) + z_r
-    if z.shape[0] == 1:
-        total = tl.sum(z)
-    else:
-        total = tl.sum(tl.sum(z, 2), 1)
-    return total
+    return tl.sum(z) if z.shape[0] == 1 else tl.sum(tl.sum(z, 2), 1)
 
 
 @triton.jit
@@ -81,11 +75,7 @@ def max_tokens(z, z_r, REST: tl.constexpr):
     if REST:
         z = tl.reshape(z, (z.shape[0], z.shape[1], z.shape[2] // REST, REST))
         z = tl.maximum(tl.max(z, 2), z_r)
-    if z.shape[0] == 1:
-        largest = tl.max(z)
-    else:
-        largest = tl.max(tl.max(z, 2), 1)
-    return largest
+    return tl.max(z) if z.shape[0] == 1 else tl.max(tl.max(z, 2), 1)
 
 
 @triton.jit

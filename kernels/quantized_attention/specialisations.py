@@ -56,9 +56,7 @@ def compile_specs() -> list[Specialisation]:
     return specs
 
 
-def _specialisation(
-    name: str, kernel: Any, launch: dict[str, Any], work: Work
-) -> Specialisation:
+def _specialisation(name: str, kernel: Any, launch: dict[str, Any], work: Work) -> Specialisation:
     constants = {n: value for n, value in launch.items() if n in kernel.arg_names}
     return Specialisation(
         name=f"quantized_attention/{name}",

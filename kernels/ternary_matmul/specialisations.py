@@ -52,9 +52,7 @@ _LAYERS: dict[str, tuple[int, int]] = {
 """Outputs and inputs of the linear layers of DiT-XL/2."""
 
 
-def _work(
-    layer: str, tile: Tile, rank: int, rows: int, groups: int, *, resident: int = 0
-) -> Work:
+def _work(layer: str, tile: Tile, rank: int, rows: int, groups: int, *, resident: int = 0) -> Work:
     """Packed weight, codes and 12 bytes a token, branch in; bfloat16 out, with residual in.
 
     `resident` programs take block after block, at least one step of K each; 0: one each, all steps.

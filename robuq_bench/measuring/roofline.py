@@ -12,7 +12,9 @@ with rates that good kernels reach, the assumptions of `H100_REACHED`:
 
 Full-precision blocks pass over rows of `width` values 4 + 4 + 8 times (two residual-norm-modulate
 kernels, one GELU). Quantized ones read and write the residual stream, read a branch and write int8
-codes twice, and quantize the inputs of proj and fc2 in passes of their own; GELU is an epilogue.
+codes twice, and quantize the inputs of proj and fc2 in passes of their own; GELU is an epilogue. A
+low-rank branch adds its float32 values between the two and its 16-bit products; its projection runs
+under the bytes of the passes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ TILE = 128
 LEAST_FILL = 0.5
 PLANE_BLOCK = 128  # columns that are packed together; the last block is padded
 TOKEN_BYTES = 12  # float32 scale and offset, int32 sum of codes
+BRANCH_BYTES = 4  # float32, from the quantizer to the product
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,13 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """Two per multiply-accumulate; the low-rank branch is left out."""
+        """Two per multiply-accumulate, without the low-rank branch."""
         return 2 * self.groups * self.rows * self.width * self.outputs
+
+    @property
+    def branch_operations(self) -> int:
+        """Of the low-rank branch from `rank` to the outputs, which are 16-bit products."""
+        return 2 * self.groups * self.rows * self.rank * self.outputs
 
     @property
     def full_precision_bytes(self) -> int:
@@ -81,7 +89,7 @@ class Product:
         per_channel = self.groups * self.outputs * (4 + 4 + 2)  # scale, sum, bias
         tokens = self.groups * self.rows * (self.width + TOKEN_BYTES)
         out = 2 * self.groups * self.rows * self.outputs * (2 if self.has_residual else 1)
-        branch = 2 * self.groups * self.rank * (self.rows + self.outputs)
+        branch = self.groups * self.rank * (BRANCH_BYTES * self.rows + 2 * self.outputs)
         return self.weight_bytes + per_channel + tokens + out + branch
 
 
@@ -102,9 +110,14 @@ class Quantization:
     def bytes_moved(self) -> int:
         """bf16 input (with a residual: branch in, sum out), int8 codes, token facts, branch."""
         row = 2 * self.width * (3 if self.has_residual else 1)
-        out = self.groups * (self.width + TOKEN_BYTES + 2 * self.rank)
+        out = self.groups * (self.width + TOKEN_BYTES + BRANCH_BYTES * self.rank)
         factors = 2 * self.groups * self.rank * self.width
         return self.rows * (row + out) + factors
+
+    @property
+    def branch_operations(self) -> int:
+        """Of the low-rank branch from the tokens to `rank`, which are 16-bit products."""
+        return 2 * self.groups * self.rows * self.width * self.rank
 
 
 def least_seconds(
@@ -162,18 +175,22 @@ class Transformer:
 
 
 def end_to_end(
-    model: Transformer, images: int, precision: str, rates: Assumptions = H100_REACHED
+    model: Transformer,
+    images: int,
+    precision: str,
+    rates: Assumptions = H100_REACHED,
+    rank: int = 0,
 ) -> dict[str, float]:
     """Seconds of one forward pass on `images` images, by part, and their `total_s`.
 
     `precision` is "bf16", "tf32" or "fp32" of a compiled full-precision model, or "int8" of the
-    packed ternary one.
+    packed ternary one, with low-rank branches of `rank` beside the layers of its blocks.
     """
     rows = images * model.tokens
     value_bytes = {"int8": 2, "bf16": 2, "tf32": 4, "fp32": 4}[precision]
     products = 0.0
     for width, outputs in model.linears().values():
-        product = Product(rows, width, outputs)
+        product = Product(rows, width, outputs, rank=rank if precision == "int8" else 0)
         moved = (
             product.ternary_bytes
             if precision == "int8"
@@ -182,12 +199,15 @@ def end_to_end(
         tiles = math.ceil(rows / TILE) * math.ceil(outputs / TILE)
         slots = math.ceil(tiles / rates.multiprocessors) * rates.multiprocessors
         rate = rates.products[precision] * max(LEAST_FILL, tiles / slots)
-        least, _ = least_seconds(moved, product.operations, rates.bytes_s, rate)
+        branch = product.branch_operations * rates.products["int8"] / rates.products["bf16"]
+        operations = product.operations + branch  # the branch as so many 8-bit operations
+        least, _ = least_seconds(moved, operations, rates.bytes_s, rate)
         products += max(least, rates.floor_s)
     c, h = model.width, model.hidden
     if precision == "int8":
         # norm + modulate twice: stream in, branch in, stream out, codes out; then proj, fc2 inputs.
         row_bytes = [2 * 3 * c + c, 2 * 3 * c + c, 2 * c + c, 2 * h + h]
+        row_bytes = [n + BRANCH_BYTES * rank for n in row_bytes]
     else:
         row_bytes = [value_bytes * n for n in (4 * c, 4 * c, 2 * h)]
     elementwise = sum(max(rows * n / rates.elementwise_bytes_s, rates.floor_s) for n in row_bytes)
@@ -205,17 +225,18 @@ def end_to_end(
 
 
 def end_to_end_rows(
-    model: Transformer, images: list[int], rates: Assumptions = H100_REACHED
+    model: Transformer, images: list[int], rates: Assumptions = H100_REACHED, rank: int = 0
 ) -> list[dict[str, Any]]:
     """The model's table: one row per number of images (with guidance, two per sample)."""
     rows = []
     for count in images:
-        found = {name: end_to_end(model, count, name, rates) for name in PRECISIONS}
+        found = {name: end_to_end(model, count, name, rates, rank) for name in PRECISIONS}
         ternary = found["int8"]
         rows.append(
             {
                 "basis": "model, not measured",
                 "assumptions": rates.name,
+                "rank": rank,
                 "images": count,
                 "tokens": count * model.tokens,
                 **{

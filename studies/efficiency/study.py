@@ -124,7 +124,8 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     tokens = (section.input_size // section.patch_size) ** 2
     transformer = Transformer(section.hidden_size, section.depth, tokens, section.mlp_ratio)
     factor = 2 if options.guidance else 1
-    modelled = end_to_end_rows(transformer, [factor * batch for batch in options.batches])
+    images = [factor * batch for batch in options.batches]
+    modelled = end_to_end_rows(transformer, images, rank=options.rank)
     for row, batch in zip(modelled, options.batches, strict=True):
         row["batch"] = batch
     run.write_table("end_to_end_model", modelled)

@@ -85,15 +85,17 @@ class Case:
         return Product(self.rows, self.width, self.outputs, self.groups, self.rank, has_residual)
 
     @property
+    def quantization(self) -> Quantization:
+        has_residual = self.prologue.startswith("residual")
+        return Quantization(self.rows, self.width, self.groups, self.rank, has_residual)
+
+    @property
     def moved_bytes(self) -> int:
         """Least bytes that the kernel moves."""
         if self.is_product:
             return self.product.ternary_bytes
         if self.kernel == QUANTIZE:
-            has_residual = self.prologue.startswith("residual")
-            return Quantization(
-                self.rows, self.width, self.groups, self.rank, has_residual
-            ).bytes_moved
+            return self.quantization.bytes_moved
         if self.kernel == WEIGHT:
             return self.rows * self.width * (4 + 2)  # float32 master weight, bf16 out
         if self.kernel == ATTENTION:
@@ -117,6 +119,13 @@ class Case:
     def heads(self) -> int:
         """Of attention."""
         return SIZES[self.model]["num_heads"]
+
+    @property
+    def branch_operations(self) -> int:
+        """Of the kernel's half of the low-rank branch, in 16 bits."""
+        if self.is_product:
+            return self.product.branch_operations
+        return self.quantization.branch_operations if self.kernel == QUANTIZE else 0
 
     @property
     def copied_bytes(self) -> int:

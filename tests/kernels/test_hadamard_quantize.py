@@ -108,6 +108,28 @@ def test_widths(width: int, device: torch.device) -> None:
     )
 
 
+@pytest.mark.parametrize("width", [384, 768, 1024, 1152, 1536, 3072, 4608])
+def test_ranks_at_the_widths_of_transformers(width: int, device: torch.device) -> None:
+    rotation = rotation_of(width, device)
+    x = tokens(6, width, device)
+    modulation = modulation_of(2, 3, width, device, x.dtype)
+    gated = GatedResidual(tokens(6, width, device).flip(0).contiguous(), modulation.scale, 3)
+    down = torch.randn(2, 32, width, device=device).to(x.dtype) / width**0.5
+    assert_matches_reference(
+        x,
+        A8,
+        8,
+        rotation=rotation,
+        signs=signs_of((width,), device),
+        modulation=modulation,
+        gated_residual=gated,
+        down=down[0, :16].contiguous(),
+    )
+    assert_matches_reference(
+        x[:3], A4, 4, rotation=rotation, signs=signs_of((2, width), device), silu=True, down=down
+    )
+
+
 def test_paley_one_factor_is_not_symmetric(device: torch.device) -> None:
     rotation = rotation_of(352, device)
     assert not torch.equal(rotation.inner, rotation.inner.T)
