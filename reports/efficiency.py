@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import VERDICTS, claims_of, old_claims, rule_of, table_fold, whole_tables
+from reports.generic import claims_of, cpu, old_claims, rule_of, table_fold, whole_tables
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, sentence
 from reports.settings import section
@@ -23,7 +23,7 @@ OPEN = (
     "DiT-XL/2 takes 7.1× less GPU memory",
     "DiT-XL/2 runs 3.5× faster",
 )
-_NAMES = ("claims", "checkpoints", "weights", "end_to_end", "end_to_end_model")
+_NAMES = ("claims", "checkpoints", "weights", "end_to_end", "end_to_end_model", "cpu_factors")
 EXPORTS = (*(f"efficiency-{name}.csv" for name in _NAMES), "efficiency.tex")
 _WORDS = {"theory": "smaller checkpoint in theory", "checkpoint size": "smaller checkpoint",
           "GPU memory": "less GPU memory", "speed": "faster"}  # fmt: skip
@@ -31,7 +31,6 @@ _PARTS = {"codes_bytes": "codes", "scales_bytes": "scales", "low_rank_bytes": "l
           "signs_bytes": "signs", "rest_bytes": "kept in full precision"}  # fmt: skip
 _MODEL = "a model, not measured"
 _factor = "{:.2f}×".format
-_FILES = ("base3/", "2bit/")
 #: The strongest baseline, the likely one of the paper, and the one that flatters most.
 _MAIN = ("bf16-graph", "tf32", "fp32")
 _OLD_RULE = "Its run is of an older form, which set factors beside the paper’s and judged none."
@@ -57,8 +56,7 @@ _MEASURED = (
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     """Factors, sizes and times of each run; None where no run wrote its tables."""
-    needed = ("claims", "checkpoints", "weights")
-    whole = [run for run in runs if not any(run.table(name).empty for name in needed)]
+    whole = [run for run in runs if not any(run.table(name).empty for name in _NAMES[:3])]
     if not whole:
         return None
     factors = {run: _factors(run) for run in whole}
@@ -129,7 +127,7 @@ def _span(amounts: pd.Series[float]) -> str:
 def _files(run: RunData) -> pd.DataFrame:
     """The packings that a file can have, the smallest first."""
     frame = run.table("checkpoints")
-    return frame[frame["packing"].str.startswith(_FILES)].sort_values("total_bytes")
+    return frame[frame["packing"].str.startswith(("base3/", "2bit/"))].sort_values("total_bytes")
 
 
 def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
@@ -145,6 +143,7 @@ def _answer(run: RunData, factors: pd.DataFrame) -> list[Phrase]:
     if ratios:
         where = f" on {_device(run)} (the paper: {paper['speed']})."
         speed = ["a step is ", Phrase(ratios, run.href), where]
+    speed += [" ", *run.table("cpu_machine").get("answer", ())]
     return sentence(
         f"Packed to W1.58, {_model(run)} is a file ",
         Phrase(_factor(best["size_reduction"]), run.href),
@@ -160,9 +159,10 @@ def _blocks(run: RunData, factors: pd.DataFrame) -> list[Block]:
     return [
         _factor_sheet(run, factors),
         _figures(run, factors),
+        *cpu(run),
         Points([*_CAVEATS, *(_MEASURED if _device(run) else ())]),
         Fold("Bytes of a checkpoint by part", [_checkpoint_sheet(run)]),
-        *(table_fold(run, name) for name in run.tables if name not in ("checkpoints", VERDICTS)),
+        *(table_fold(run, name) for name in run.tables if name not in ("checkpoints", "verdicts")),
     ]
 
 

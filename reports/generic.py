@@ -153,6 +153,15 @@ def drawn(run: RunData) -> list[Picture]:
     return found
 
 
+def cpu(run: RunData) -> list[Block]:
+    """The figures of a study that timed a CPU and its summary; nothing of a run without."""
+    frame = run.table("cpu_summary")
+    if frame.empty:
+        return []
+    shown = plain_sheet(frame.head(MAX_ROWS), f"Timed on a CPU: {run.title}")
+    return [Figures([*drawn(run)], "On a CPU; what computes something else has no time."), shown]
+
+
 def table_fold(run: RunData, name: str) -> Fold:
     """One of the run's tables, folded; the first rows of a long one, what is alike in its note."""
     frame = run.table(name)

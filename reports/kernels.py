@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from reports.generic import MAX_ROWS, claims_of, old_claims, plain_sheet, rule_of, whole_tables
+from reports.generic import MAX_ROWS, claims_of, cpu, old_claims, plain_sheet, rule_of, whole_tables
 from reports.loading import RunData
 from reports.page import Block, Claim, Figures, Fold, Points, Section, Sheet, claims_sheet, sentence
 from reports.text import Phrase, listing, percent, plural, significant, times
@@ -20,11 +20,10 @@ from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel
 ORDER = 75
 QUESTION = "Are the kernels right, and how near to the hardware do they come?"
 OPEN: tuple[str, ...] = ()
-EXPORTS = ("kernels-kernels.csv", "kernels-kernel_checks.csv", "kernels-roofline.csv",
-           "kernels.tex")  # fmt: skip
+_NAMES = ("kernels", "kernel_checks", "roofline", "cpu_kernels")
+EXPORTS = (*(f"kernels-{name}.csv" for name in _NAMES), "kernels.tex")
 _OURS, _BASELINE, _PRODUCT = "robuq-bench", "cuBLAS bf16", "ternary_matmul"
-_SPEEDUP, _SHARE = "speedup_over_cublas_bf16", "share_of_ceiling"
-_LEAST = "bf16_over_ternary"
+_SPEEDUP, _SHARE, _LEAST = "speedup_over_cublas_bf16", "share_of_ceiling", "bf16_over_ternary"
 _CASE = ["kernel", "model", "layer", "images"]
 _TIMES = ["layer", "model", "kernel", "rows", "status", "median_us", "p20_us", "p80_us",
           "stability", _SPEEDUP, "verdict", _SHARE, "limit", "gb_s", "tflop_s", "images",
@@ -35,8 +34,7 @@ _KEY = (("rotated", "● ternary × int8"), ("reference", "× bf16"))
 _MODEL = "a model from data-sheet peaks, not measured"
 _OLD_RULE = "A kernel holds where every call of it passed the check of its study."
 _CAVEATS = (
-    "A deviation is in units of what its check allows, so 1 is the limit; limits of different "
-    "kernels do not compare.",
+    "A deviation of 1 is all that its check allows; those of different kernels do not compare.",
     "Roofline and least times are a model: bytes that must move and operations, over the peaks of "
     "a data sheet. No kernel reaches it.",
 )
@@ -47,8 +45,7 @@ _UNTIMED = (
 _TIMED = (
     "Peers compute a plain product with bias; our time includes GELU, gate and residual where the "
     "layer has them, and not the quantization of its input, which has rows of its own.",
-    "The ceiling is the copy bandwidth and product rate of this device in this run; a share above "
-    "100 % says that measuring the ceiling itself did not reach the best.",
+    "The ceiling is the copy bandwidth and product rate measured in this run: not quite the best.",
     "Times are medians of all replays of a CUDA graph. “faster” and “slower” need p < .002 "
     "(Mann-Whitney) and 5 %; “unstable”: the interquartile range exceeds 10 % of the median. A "
     "call whose check failed has no time.",
@@ -102,11 +99,6 @@ class _Tables:
         name = next((name for name in names if _is_model(name, self.where)), names[0])
         return self.roofline[self.roofline["device"] == name]
 
-    @property
-    def has_roofs(self) -> bool:
-        """Whether the data sheet is of the device that ran, or none ran."""
-        return self.speedups.empty or _is_model(str(self.sheet["device"].iloc[0]), self.where)
-
 
 def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
     """Checks, roofline and times of each run; None where no run wrote its tables."""
@@ -125,7 +117,7 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
         blocks=[block for tables in found for block in _blocks(tables)],
         claims=[claim for tables in found for claim in _claims(tables)],
         rule=rule_of(whole) or _OLD_RULE,
-        exports=whole_tables(whole, ["kernels", "kernel_checks", "roofline"]),
+        exports=whole_tables(whole, _NAMES),
         tex={"kernels": [_check_sheet(tables) for tables in found]},
     )
 
@@ -164,6 +156,7 @@ def _answer(tables: _Tables) -> list[Phrase]:
         ]
     elif not tables.timed.empty:
         told = [f"none was timed beside {_BASELINE}."]
+    told += [" ", *tables.run.table("cpu_machine").get("answer", ())]
     passed = f"{checks['correct'].sum():,} of {plural(len(checks), 'kernel call')}"
     return sentence(
         Phrase(passed, tables.run.href),
@@ -175,7 +168,7 @@ def _answer(tables: _Tables) -> list[Phrase]:
 
 
 def _blocks(tables: _Tables) -> list[Block]:
-    blocks: list[Block] = [*_figures(tables), _check_sheet(tables)]
+    blocks: list[Block] = [*_figures(tables), _check_sheet(tables), *cpu(tables.run)]
     is_timed = not tables.timed.empty
     judged = claims_of([tables.run]) if is_timed else []
     speeds = [claim for claim in judged if not claim.verdict.effect_name.startswith("largest dev")]
@@ -233,7 +226,8 @@ def _figures(tables: _Tables) -> list[Figures]:
             ("Share of the measured ceiling", _SHARE, rotations),
         ]
     drawn = [_line_panel(tables, *line) for line in lines if line[2][line[1]].notna().any()]
-    if not tables.has_roofs:
+    has_roofs = _is_model(str(tables.sheet["device"].iloc[0]), tables.where)
+    if not (has_roofs or tables.speedups.empty):
         return [Figures(drawn, f"DiT-{model}/2 {tables.where}; its data sheet is not known.")]
     source = tables.sheet.iloc[0]
     caption = (

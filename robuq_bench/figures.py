@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -84,6 +85,8 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "patch.edgecolor": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
 }
 # What no reader sees of matplotlib's SVG, half of it: a page may hold hundreds of curves.
 _NO_USE = re.compile(
@@ -150,7 +153,8 @@ def panel(name: str, alt: str, *, height: float = 2.3, title: str = "") -> Itera
         if title:
             drawn.axes.set_title(title)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        # `savefig` would draw all of it twice, first for the layout.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     drawn._picture = Picture(_element(buffer.getvalue(), name, alt), alt)
 
 

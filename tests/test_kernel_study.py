@@ -22,9 +22,10 @@ from robuq_bench.runs.run import Run
 from studies.kernels import checks as kernel_checks
 from studies.kernels import study as kernels
 from studies.kernels.cases import (
+    ATTENTION,
     FAKE,
-    FAKE_BACKWARD,
     GROUPED,
+    KERNELS,
     MATMUL,
     OURS,
     QUANTIZE,
@@ -36,7 +37,15 @@ from studies.kernels.cases import (
     weight_cases_of,
 )
 from studies.kernels.checks import Check, check, deviations, poisoned_memory
-from studies.kernels.peers import FP8, PeerUnavailableError, fp8, make_layer
+from studies.kernels.peers import (
+    FP8,
+    SDPA,
+    PeerUnavailableError,
+    fp8,
+    make_layer,
+    peers_of,
+    sdpa,
+)
 from studies.kernels.settings import Settings
 from studies.kernels.tables import roofline_rows, rows_of, settings_of
 from studies.kernels.verdicts import SPEEDUP, TARGETS, of_target
@@ -154,7 +163,7 @@ def test_cases_cover_a_step_with_its_true_shapes() -> None:
     assert adaln.product.weight_bytes == 28 * 6912 * 1152 // 4
     assert [case.rows for case in weight_cases_of("XL")] == [4608, 1152]
     every = [*cases_of("XL", 16), *weight_cases_of("XL")]
-    assert len({case.key for case in every}) == len(every) == 16
+    assert len({case.key for case in every}) == len(every) == 17
 
 
 def test_equal_shapes_appear_once_and_name_their_settings() -> None:
@@ -185,7 +194,7 @@ def reduced(kernel: str, layer: str | None = None) -> Case:
     return found[0].reduced(4, 24)
 
 
-@pytest.mark.parametrize("kernel", [QUANTIZE, MATMUL, GROUPED, FAKE, FAKE_BACKWARD, WEIGHT])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_result_agrees_with_itself_and_a_damaged_one_does_not(kernel: str) -> None:
     case = reduced(kernel)
     inputs = make_inputs(case, "cpu")
@@ -346,6 +355,18 @@ def test_fp8_holds_ternary_weights_and_codes_of_four_bits() -> None:
         fp8(make_layer(Case("ternary_matmul", "qkv", "S", 1, 20, 128, 50), "cpu", 1))
 
 
+def test_attention_is_checked_in_integers_and_has_that_of_pytorch_beside_it() -> None:
+    case = next(case for case in cases_of("XL", 16) if case.kernel == ATTENTION)
+    assert (case.heads, case.tokens, case.width // case.heads) == (16, 256, 72)
+    assert case.operations == 2 * 2 * 16 * 16 * 256 * 256 * 72
+    assert case.moved_bytes == 4096 * 1152 * 8
+    assert peers_of(case) == (SDPA,)
+    (work,) = sdpa(case.reduced(32, 24), "cpu")
+    found = work()
+    assert isinstance(found, torch.Tensor)
+    assert found.shape == (2, 16, 16, 72)
+
+
 def test_the_gpu_path_gates_times_and_resumes(tmp_path: Path, pretend_gpu: dict[str, Any]) -> None:
     config = configure("kernels.autotune=false", "kernels.round_ms=0.01")
     context = Context(device="cuda", threads=1, progress=Progress(quiet=True), argv=[])
@@ -495,7 +516,7 @@ def test_on_a_gpu_our_kernels_are_right_and_timed(tmp_path: Path) -> None:
     run, rows = perform(
         configure("kernels.autotune=false", "kernels.round_ms=20"), tmp_path, "cuda"
     )
-    assert len(rows) == 16
+    assert len(rows) == 17
     for row in rows:
         assert row["status"] == "ok", row
         assert row["median_us"] > 0

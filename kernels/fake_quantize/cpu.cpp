@@ -289,7 +289,7 @@ INLINE void through_statistics(const FakeQuantize& q, const typename V::Floats* 
     sign_sum += sign_part;
   }
   const Floats share = grid.alive / static_cast<float>(q.width);
-  const Floats slope = (grid.inverse == none ? none : slope_sum) * (share * q.factor);
+  const Floats slope = grid.inverse * grid.alive > none ? slope_sum * share * q.factor : none;
   const Floats constant = (clipped_sum - sign_sum * slope) * share;
   for (int64_t k = 0; k < q.width; k++) {
     const Floats centred = z[k] - grid.shift;

@@ -8,7 +8,6 @@ and numbers of threads give the same bits.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from typing import Any
 
@@ -253,7 +252,6 @@ def fake_quantize(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-@functools.cache
 def _settings(grid: Grid | None) -> tuple[int, float, float, int, int, bool]:
     if grid is None:
         return UNQUANTIZED, 1.0, 0.0, 0, 0, False

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernels.fake_quantize.kernel import backward_kernel, forward_kernel
-from kernels.fake_quantize.triton import LONG_ITERATIONS, OP, TILE_ELEMENTS, Tile
-from kernels.offline import Specialisation
+from kernels.fake_quantize.triton import OP, TILE_ELEMENTS, Tile, schedule
+from kernels.offline import TOKENS, Specialisation, Work
 
 
 def compile_specs() -> list[Specialisation]:
@@ -33,7 +33,7 @@ def compile_specs() -> list[Specialisation]:
         ):
             constants: dict[str, Any] = {
                 **tile.constants,
-                "ITERATIONS": LONG_ITERATIONS,
+                "ITERATIONS": schedule(TOKENS, tile)[1],
                 "ROTATED": True,
                 "SIGNED": True,
                 "PRECISE": dtype == "fp32",
@@ -45,12 +45,26 @@ def compile_specs() -> list[Specialisation]:
                     kernel,
                     _signature(kernel.arg_names, constants, dtype),
                     constants,
+                    _work(tile, 2 if dtype == "bf16" else 4),
                     aligned=["grad_stride", "grad_rotated_stride"],
                     num_warps=tile.num_warps,
                     tensor_cores=True,
                 )
             )
     return specs
+
+
+def _work(tile: Tile, value_bytes: int) -> Work:
+    """Either direction: two tensors in and one out or the reverse, and a byte of state a value."""
+    programs, iterations = schedule(TOKENS, tile)
+    return Work(
+        rows=TOKENS,
+        elements=TOKENS * tile.width,
+        bytes_moved=TOKENS * tile.width * (3 * value_bytes + 1),
+        programs=programs,
+        loop_trips=iterations,
+        operations=2 * TOKENS * tile.width * (tile.inner + tile.constants["DOT"]),
+    )
 
 
 def _signature(names: Sequence[str], constants: dict[str, Any], dtype: str) -> dict[str, str]:

@@ -113,7 +113,7 @@ def _sylvester(order: int, device: torch.device) -> Tensor:
         return sylvester(order, torch.float16, device)
 
 
-def _schedule(rows: int, tile: Tile) -> tuple[int, int]:
+def schedule(rows: int, tile: Tile) -> tuple[int, int]:
     """Programs and iterations of each."""
     tiles = triton.cdiv(rows, tile.rows)
     iterations = LONG_ITERATIONS if tiles >= LONG_TILES else 1
@@ -172,7 +172,7 @@ def fake_quantize(
     state = torch.empty(rows, width, dtype=torch.int8, device=x.device) if save else None
     if rows == 0:
         return FakeQuantized(values, rotated, state)
-    programs, iterations = _schedule(rows, tile)
+    programs, iterations = schedule(rows, tile)
     clip_low, clip_high = clip_range(grid)
     forward_kernel[(programs,)](
         x,
@@ -248,7 +248,7 @@ def fake_quantize_backward(
         return out
     grad = _with_dense_rows(grad)
     added = grad if grad_rotated is None else _with_dense_rows(grad_rotated)
-    programs, iterations = _schedule(rows, tile)
+    programs, iterations = schedule(rows, tile)
     backward_kernel[(programs,)](
         grad,
         out if state is None else state,

@@ -106,5 +106,6 @@ def _spec(
             bytes_moved=read + written,
             programs=groups * -(-rows // (tile.tokens * iterations)),
             loop_trips=iterations,
+            operations=2 * groups * rows * width * ((tile.products if rotation else 0) + rank),
         ),
     )

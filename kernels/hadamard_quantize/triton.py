@@ -71,6 +71,11 @@ class Tile:
         """Sixteen rows of a product each."""
         return self.tokens * self.fold.outer // 16
 
+    @property
+    def products(self) -> int:
+        """Multiply-accumulates per entry of a rotation: its columns, and the rows of a product."""
+        return self.fold.m + self.rows * self.fold.outer
+
     def iterations(self, rows: int) -> int:
         """Tiles of a program: a power of two, few enough that all of the GPU has work."""
         tiles = triton.cdiv(rows, self.tokens)

@@ -40,6 +40,28 @@ def _round(x):
 
 
 @triton.jit
+def _row_codes(
+    rows, exists, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, LIMIT: tl.constexpr
+):
+    """int8 of rows of D channels, the first MAIN and the others in REST (if any), and the scales.
+
+    Channels that are not there are 0. Two powers of two pad less than one: 72 is 64 and 32.
+    """
+    d = tl.arange(0, MAIN)
+    main = tl.load(rows + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
+    rest = main
+    largest = tl.max(_magnitude(main), 1)
+    if REST > 0:
+        d = MAIN + tl.arange(0, REST)
+        rest = tl.load(rows + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.max(_magnitude(rest), 1))
+    scale, inverse = _scales(largest, LIMIT)
+    main = _round(main.to(tl.float32) * inverse[:, None])
+    rest = _round(rest.to(tl.float32) * inverse[:, None]) if REST > 0 else main
+    return main, rest, scale
+
+
+@triton.jit
 def _place_of_key(token):
     """Where a key stands among its 16.
 
@@ -71,19 +93,18 @@ def _write_keys(
     T: tl.constexpr,
     STRIDE: tl.constexpr,
     D: tl.constexpr,
-    PITCH: tl.constexpr,
-    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """Integers and scales of the keys of tokens t, in their places."""
-    d = tl.arange(0, WIDTH)
-    inside = (t < T)[:, None] & (d < D)[None, :]
-    x = tl.load(source + t[:, None] * STRIDE + d[None, :], mask=inside, other=0.0)
-    scale, inverse = _scales(tl.max(_magnitude(x), 1), LIMIT)
+    main, rest, scale = _row_codes(source + t[:, None] * STRIDE, t < T, D, MAIN, REST, LIMIT)
     place = _place_of_key(t)
     tl.store(key_scale_ptr + place, scale)
-    to = keys_ptr + place[:, None] * PITCH + d[None, :]
-    tl.store(to, _round(x.to(tl.float32) * inverse[:, None]), mask=(d < PITCH)[None, :])
+    to = keys_ptr + place[:, None] * (MAIN + REST)
+    tl.store(to + tl.arange(0, MAIN)[None, :], main)
+    if REST > 0:
+        tl.store(to + MAIN + tl.arange(0, REST)[None, :], rest)
 
 
 @triton.jit
@@ -132,15 +153,15 @@ def keys_values_kernel(
     PADDED: tl.constexpr,  # T rounded up to whole blocks of keys
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    PITCH: tl.constexpr,  # of a key, D rounded up
-    WIDTH: tl.constexpr,  # PITCH rounded up to a power of two
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
     LIMIT: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     KEY_BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Keys int8 [B, H, PADDED, PITCH], in places, and values int8 [B, H, D, PADDED].
+    """Keys int8 [B, H, PADDED, MAIN + REST], in places, and values int8 [B, H, D, PADDED].
 
     Programs of a head: KEY_BLOCKS for its keys, then one for every BLOCK_C channels of its values.
     """
@@ -149,10 +170,10 @@ def keys_values_kernel(
     head = tl.program_id(1).to(tl.int64)
     keys = qkv_ptr + head // HEADS * T * STRIDE + head % HEADS * D + HEADS * D
     if part < KEY_BLOCKS:
-        keys_ptr += head * PADDED * PITCH
+        keys_ptr += head * PADDED * (MAIN + REST)
         key_scale_ptr += head * PADDED
         t = part * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
-        _write_keys(keys, keys_ptr, key_scale_ptr, t, T, STRIDE, D, PITCH, WIDTH, LIMIT)
+        _write_keys(keys, keys_ptr, key_scale_ptr, t, T, STRIDE, D, MAIN, REST, LIMIT)
     else:
         values = keys + HEADS * D
         values_ptr += head * D * PADDED
@@ -225,8 +246,8 @@ def attention_kernel(
     PADDED: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    MAIN: tl.constexpr,  # channels in a power of two
-    REST: tl.constexpr,  # the others, rounded up to one
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
     LIMIT: tl.constexpr,
     EXPONENT: tl.constexpr,  # log2 e / sqrt(D)
     LOG2_LIMIT: tl.constexpr,
@@ -249,19 +270,7 @@ def attention_kernel(
     values_ptr += long_head * D * PADDED
 
     queries = qkv_ptr + image * T * STRIDE + head % HEADS * D + i[:, None] * STRIDE
-    d = tl.arange(0, MAIN)
-    e = MAIN + tl.arange(0, REST) if REST > 0 else d
-    exists = (i < T)[:, None]
-    main = tl.load(queries + d[None, :], mask=exists & (d < D)[None, :], other=0.0)
-    rest = main
-    largest = tl.max(_magnitude(main), 1)
-    if REST > 0:
-        rest = tl.load(queries + e[None, :], mask=exists & (e < D)[None, :], other=0.0)
-        largest = tl.maximum(largest, tl.max(_magnitude(rest), 1))
-    query_scale, inverse = _scales(largest, LIMIT)
-    main = _round(main.to(tl.float32) * inverse[:, None])
-    if REST > 0:
-        rest = _round(rest.to(tl.float32) * inverse[:, None])
+    main, rest, query_scale = _row_codes(queries, i < T, D, MAIN, REST, LIMIT)
 
     scores = _scores(main, rest, keys_ptr, key_scale_ptr, 0, PITCH, MAIN, REST, BLOCK_K)
     largest_score = _largest(scores, 0, T, PADDED, BLOCK_K)
@@ -276,6 +285,8 @@ def attention_kernel(
     sums = tl.zeros((BLOCK_Q, MAIN), tl.int32)
     rest_sums = tl.zeros((BLOCK_Q, REST if REST > 0 else 16), tl.int32)
     j = tl.arange(0, BLOCK_K)
+    d = tl.arange(0, MAIN)
+    e = MAIN + tl.arange(0, REST) if REST > 0 else d
     for first in range(0, PADDED, BLOCK_K):
         if PADDED > BLOCK_K:
             scores = _scores(main, rest, keys_ptr, key_scale_ptr, first, PITCH, MAIN, REST, BLOCK_K)

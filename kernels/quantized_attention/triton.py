@@ -22,7 +22,7 @@ WHOLE_ROW = 256
 SMALLEST = 32
 """Least number of integers that the tensor core sums."""
 KEY_BLOCK = 64
-VALUE_BLOCK = 32
+VALUE_BLOCK = 16
 """Keys, and channels of the values, of one program of the first kernel."""
 FEW_BLOCKS = 2 * 132
 """With fewer blocks of queries than these, an H100 has idle processors and takes smaller ones."""
@@ -51,16 +51,15 @@ def quantized_attention(
     if out.numel() == 0:
         return out
     first, second = constants(tokens, heads, head_dim, limit, batch)
-    padded, pitch = first["PADDED"], first["PITCH"]
+    padded, pitch = first["PADDED"], first["MAIN"] + first["REST"]
     lead = (batch, heads)
     keys = torch.empty((*lead, padded, pitch), dtype=torch.int8, device=qkv.device)
     key_scale = torch.empty((*lead, padded), dtype=torch.float32, device=qkv.device)
     values = torch.empty((*lead, head_dim, padded), dtype=torch.int8, device=qkv.device)
     value_scale = torch.empty((*lead, head_dim), dtype=torch.float32, device=qkv.device)
     parts = first["KEY_BLOCKS"] + -(-head_dim // VALUE_BLOCK)
-    keys_values_kernel[(parts, batch * heads)](
-        qkv, keys, key_scale, values, value_scale, **first
-    )  # fmt: skip
+    grid = (parts, batch * heads)
+    keys_values_kernel[grid](qkv, keys, key_scale, values, value_scale, **first)
     blocks = -(-tokens // second["BLOCK_Q"])
     attention_kernel[(blocks * batch * heads,)](
         out, qkv, keys, key_scale, values, value_scale, **second
@@ -79,12 +78,11 @@ def constants(
         block_k = WHOLE_ROW
     padded = -(-tokens // block_k) * block_k
     many = batch * heads * -(-tokens // 128) >= FEW_BLOCKS
-    shared = {"T": tokens, "PADDED": padded, "HEADS": heads, "D": head_dim, "LIMIT": limit}
+    shared = {"T": tokens, "PADDED": padded, "HEADS": heads, "LIMIT": limit}
+    shared |= {"D": head_dim, "MAIN": main, "REST": rest}
     key_block = min(KEY_BLOCK, padded)
     first = {
         **shared,
-        "PITCH": main + rest,
-        "WIDTH": next_power_of_2(main + rest),
         "KEY_BLOCK": key_block,
         "KEY_BLOCKS": padded // key_block,
         "BLOCK_T": block_k,
@@ -94,8 +92,6 @@ def constants(
     block_q = 128 if many and tokens > 64 else 64
     second: dict[str, int | float] = {
         **shared,
-        "MAIN": main,
-        "REST": rest,
         "EXPONENT": math.log2(math.e) / math.sqrt(head_dim),
         "LOG2_LIMIT": math.log2(limit),
         "BLOCK_Q": block_q,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kernels.launch import next_power_of_2
-from kernels.offline import Specialisation
+from kernels.offline import TOKENS, Specialisation, Work
 from kernels.ternary_matmul.layout import packed_width
 from kernels.ternary_matmul.scratch import STEP, dense_kernel, unpack_kernel
 from kernels.ternary_matmul.skinny import combine_kernel, skinny_kernel
@@ -51,13 +51,35 @@ _LAYERS: dict[str, tuple[int, int]] = {
 }
 """Outputs and inputs of the linear layers of DiT-XL/2."""
 
-_TOKENS = 16384
+
+def _work(
+    layer: str, tile: Tile, rank: int, rows: int, groups: int, *, resident: int = 0
+) -> Work:
+    """Packed weight, codes and 12 bytes a token, branch in; bfloat16 out, with residual in.
+
+    `resident` programs take block after block, at least one step of K each; 0: one each, all steps.
+    """
+    outputs, width = _LAYERS[layer]
+    packed = packed_width(width)
+    tokens = rows * (width + 12 + 4 * rank + 2 * outputs * (2 if layer in ("proj", "fc2") else 1))
+    blocks = groups * -(-outputs // tile.block_n) * -(-rows // tile.block_m)
+    steps = -(-packed // tile.step_bytes)
+    return Work(
+        rows=rows,
+        elements=groups * rows * outputs,
+        bytes_moved=groups * (tokens + outputs * (packed + 10 + 2 * rank)),
+        programs=min(resident or blocks, blocks) * tile.splits,
+        loop_trips=-(-blocks // resident) if resident else -(-steps // tile.splits),
+        operations=2 * groups * rows * outputs * width,
+        operand_bits=8,
+    )
 
 
 def _specialisation(
     name: str,
     kernel: Any,
     constants: Mapping[str, Any],
+    work: Work,
     types: Mapping[str, str] = _TYPES,
     *,
     warps: int = 4,
@@ -69,6 +91,7 @@ def _specialisation(
         kernel=kernel,
         signature={n: types.get(n) or _TYPES[n] for n in names},
         constants=constants,
+        work=work,
         aligned=("rows", "size"),
         num_warps=warps,
         num_stages=stages,
@@ -93,18 +116,23 @@ def _epilogue(layer: str, rank: int, tile: Tile) -> dict[str, Any]:
     return constants | ({} if rank else {"branch_ptr": None, "up_ptr": None})
 
 
-def _main(kind: Variant, layer: str, tile: Tile, rank: int = 16) -> Specialisation:
+def _main(
+    kind: Variant, layer: str, tile: Tile, rank: int = 16, rows: int = TOKENS, groups: int = 1
+) -> Specialisation:
     width = _LAYERS[layer][1]
     steps = -(-packed_width(width) // tile.step_bytes)
     constants = _epilogue(layer, rank, tile) | {"K": width}
     label = f"{kind} {layer} {tile.block_n}x{tile.block_m}x{4 * tile.step_bytes}"
     if kind == "scratch":
-        constants |= {"PROGRAMS": MULTIPROCESSORS * WARPS // tile.num_warps, "TURNS": 4}
+        programs = MULTIPROCESSORS * WARPS // tile.num_warps
+        work = _work(layer, tile, rank, rows, groups, resident=programs)
+        constants |= {"PROGRAMS": programs, "TURNS": work.loop_trips}
         blocks = {"codes_blocks": tile.block_m, "weight_blocks": tile.block_n}
         types = {name: f"tensordesc<i8[{rows}, {STEP.value}]>" for name, rows in blocks.items()}
         return _specialisation(
-            label, dense_kernel, constants, types, warps=tile.num_warps, stages=tile.num_stages
-        )
+            label, dense_kernel, constants, work, types,
+            warps=tile.num_warps, stages=tile.num_stages,
+        )  # fmt: skip
     constants |= {"STEPS": -(-steps // tile.splits), "STEP_BYTES": tile.step_bytes}
     kernel = tile_kernel
     if kind == "skinny":
@@ -113,14 +141,17 @@ def _main(kind: Variant, layer: str, tile: Tile, rank: int = 16) -> Specialisati
         constants["SPLITS"] = tile.splits
         if tile.splits == 1:
             constants["partial_ptr"] = None
-    return _specialisation(label, kernel, constants, warps=tile.num_warps, stages=tile.num_stages)
+    work = _work(layer, tile, rank, rows, groups)
+    return _specialisation(
+        label, kernel, constants, work, warps=tile.num_warps, stages=tile.num_stages
+    )
 
 
 def compile_specs() -> list[Specialisation]:
     """Every layer with the tiles it takes without tuning, and the listed tiles on fc2."""
     kinds: tuple[Variant, ...] = ("tile", "scratch")
     specs = [
-        _main(kind, layer, default_tile(kind, _TOKENS, *_LAYERS[layer]))
+        _main(kind, layer, default_tile(kind, TOKENS, *_LAYERS[layer]))
         for kind in kinds
         for layer in ("qkv", "proj", "fc1")
     ]
@@ -129,9 +160,20 @@ def compile_specs() -> list[Specialisation]:
         specs += [_main(kind, "fc2", tile) for tile in TILES[kind]]
     for rows, groups in ((2, 28), (64, 28), (16, 1), (128, 1)):
         tile = default_tile("skinny", rows, *_LAYERS["adaln"], groups)
-        specs.append(_main("skinny", "adaln", tile))
-    specs.append(_main("skinny", "fc2", default_tile("skinny", 256, *_LAYERS["fc2"])))
-    combine = _epilogue("fc2", 16, Tile(64, 16, 32, 4, 3)) | {"SPLITS": 4}
-    specs.append(_specialisation("combine fc2 64x16", combine_kernel, combine))
-    specs.append(_specialisation("unpack", unpack_kernel, {"BLOCK": 4096}))
+        specs.append(_main("skinny", "adaln", tile, rows=rows, groups=groups))
+    tile = default_tile("skinny", 256, *_LAYERS["fc2"])
+    specs.append(_main("skinny", "fc2", tile, rows=256))
+    outputs, width = _LAYERS["fc2"]
+    tile, splits = Tile(64, 16, 32, 4, 3), 4
+    combine = _epilogue("fc2", 16, tile) | {"SPLITS": splits}
+    work = Work(
+        rows=256,
+        elements=256 * outputs,
+        bytes_moved=256 * (outputs * (4 * splits + 2 + 2) + 12 + 4 * 16) + outputs * (10 + 2 * 16),
+        programs=-(-outputs // tile.block_n) * (256 // tile.block_m),
+    )
+    specs.append(_specialisation("combine fc2 64x16", combine_kernel, combine, work))
+    size = outputs * packed_width(width)
+    work = Work(outputs, 4 * size, 5 * size, programs=-(-size // 4096))
+    specs.append(_specialisation("unpack", unpack_kernel, {"BLOCK": 4096}, work))
     return specs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels.offline import Specialisation
+from kernels.offline import Specialisation, Work
 from kernels.ternary_weight.triton import (
     OP,
     TILE_ELEMENTS,
@@ -37,6 +37,13 @@ def compile_specs() -> list[Specialisation]:
                     kernel,
                     signature,
                     constants,
+                    Work(
+                        rows=rows,
+                        elements=rows * width,
+                        # float32 in; bfloat16 out, or nothing but a sum of every program
+                        bytes_moved=rows * width * (4 if kernel is absolute_sums_kernel else 6),
+                        programs=-(-rows // constants["ROWS"]),
+                    ),
                     aligned=["rows"],
                     num_warps=warps,
                 )
@@ -47,6 +54,12 @@ def compile_specs() -> list[Specialisation]:
             clamp_kernel,
             {"grad_ptr": "*bf16", "out_ptr": "*fp32", "elements": "i32"},
             {"CLAMP": True, "BLOCK": TILE_ELEMENTS},
+            Work(
+                rows=4608,
+                elements=4608 * 1152,
+                bytes_moved=4608 * 1152 * 6,
+                programs=-(-4608 * 1152 // TILE_ELEMENTS),
+            ),
             aligned=["elements"],
             num_warps=8,
         )

@@ -90,7 +90,7 @@ def quantized_weight(
         result: Tensor = quantizer(master)
         return result.to(dtype)
     clamps_as_kernel = quantizer.clamps_in_backward or not quantizer.method.clamps
-    if clamps_as_kernel and cuda_path.weight_reason(master, quantizer.rule) is None:
+    if up is None and clamps_as_kernel and cuda_path.weight_reason(master, quantizer.rule) is None:
         return cuda_path.ternary_weight(master, quantizer.rule, dtype)
     ternary: Tensor = quantizer(master, dtype, up)
     return ternary

@@ -9,7 +9,8 @@ that of the noise prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.sensitivity.calibration import ModelInputs
 from robuq_bench.sensitivity.local import local_errors
+from robuq_bench.sensitivity.prefix import Prefix
 from robuq_bench.sensitivity.probing import (
     Done,
     OnItem,
@@ -71,6 +73,15 @@ def fit_through_origin(relative: Sequence[float], errors: Sequence[float]) -> Li
     return LinearFit(float(alpha), r_squared, tuple(relative), tuple(errors))
 
 
+@contextmanager
+def unquantized_inputs(model: nn.Module) -> Iterator[None]:
+    """The model around which HIGGS is linear: no layer's activations are quantized, no gradient."""
+    with undisturbed(model), torch.no_grad():
+        for layer in quantized_layers(model).values():
+            layer.activation_bits = None
+        yield
+
+
 def linearity(
     model: nn.Module,
     name: str,
@@ -78,6 +89,7 @@ def linearity(
     *,
     noise_levels: Sequence[float] = NOISE_LEVELS,
     seed: int = 0,
+    prefix: Prefix | None = None,
 ) -> LinearFit:
     """Fit one layer's linearity coefficient.
 
@@ -86,6 +98,9 @@ def linearity(
     noise prediction. As in the paper the model around which this is linear is the unquantized one:
     no layer's activations are quantized, the weights are as they are. Quantizers behind the layer
     would answer the smallest noise with flipped codes, an error that does not vanish with t.
+
+    With `prefix`, made within `unquantized_inputs` for these batches, passes begin at the layer's
+    block.
 
     Raises:
         UsageError: an unknown layer, or levels that are not positive and different.
@@ -96,38 +111,34 @@ def linearity(
     layer = named_layers(model, [name], batches)[name]
     change = [0.0] * len(noise_levels)
     noise_energy = energy = 0.0
-    elements = 0
-    shift: list[Tensor] = []
+    generators = [seeds.generator(f"higgs/{name}", seed, index) for index in range(len(batches))]
+    shifts: list[list[Tensor]] = []
+    references: list[Tensor] = []
 
-    with undisturbed(model), torch.no_grad():
-        for other in quantized_layers(model).values():
-            other.activation_bits = None
-        for index, batch in enumerate(batches):
-            generator = seeds.generator(f"higgs/{name}", seed, index)
-            shift.clear()
+    def draw(called: str, module: QuantizedLinear, x: Tensor, output: Tensor) -> None:
+        nonlocal noise_energy, energy
+        del called
+        a = rotated_input(module, x)
+        z = torch.randn(a.shape, generator=generators[len(references)]).to(a)
+        noise = z * (a.norm(dim=-1, keepdim=True) / a.shape[-1] ** 0.5)
+        noise_energy += squared_sum(noise)
+        energy += squared_sum(a)
+        shifts[-1].append(F.linear(noise, product_weight(module, a)).to(output.dtype))
 
-            def draw(
-                called: str,
-                module: QuantizedLinear,
-                x: Tensor,
-                output: Tensor,
-                generator: torch.Generator = generator,
-            ) -> None:
-                nonlocal noise_energy, energy
-                del called
-                a = rotated_input(module, x)
-                z = torch.randn(a.shape, generator=generator).to(a)
-                noise = z * (a.norm(dim=-1, keepdim=True) / a.shape[-1] ** 0.5)
-                noise_energy += squared_sum(noise)
-                energy += squared_sum(a)
-                shift.append(F.linear(noise, product_weight(module, a)).to(output.dtype))
+    def begin_at_layer() -> AbstractContextManager[None]:
+        return nullcontext() if prefix is None else prefix.reused(name)
 
-            with layer_hooks({name: layer}, draw):
-                reference = predict(model, batch)
-            elements += reference.numel()
-            for position, level in enumerate(noise_levels):
-                with layer_hooks({name: layer}, _shifted(shift, level)):
-                    change[position] += squared_sum(predict(model, batch) - reference)
+    with unquantized_inputs(model):
+        with begin_at_layer(), layer_hooks({name: layer}, draw):
+            for batch in batches:
+                shifts.append([])
+                references.append(predict(model, batch))
+        for position, level in enumerate(noise_levels):
+            with begin_at_layer():
+                for batch, shift, reference in zip(batches, shifts, references, strict=True):
+                    with layer_hooks({name: layer}, _shifted(shift, level)):
+                        change[position] += squared_sum(predict(model, batch) - reference)
+    elements = sum(reference.numel() for reference in references)
     if not all(torch.tensor([*change, energy]).isfinite()):
         raise RobuqError(f"the noise prediction is not finite with noise on layer {name!r}")
     if energy == 0.0:
@@ -165,18 +176,26 @@ def higgs(
     `epsilon_mse` and `linearity`.
     """
 
+    prefix: Prefix | None = None
+
     def compute(names: list[str]) -> Table:
+        nonlocal prefix
+        if prefix is None:
+            with unquantized_inputs(model):
+                prefix = Prefix(model, modules, batches)
         found = local_errors(model, names, bit_choices, batches)
         table: Table = {}
         for name in names:
-            fit = linearity(model, name, batches, noise_levels=noise_levels, seed=seed)
+            fit = linearity(
+                model, name, batches, noise_levels=noise_levels, seed=seed, prefix=prefix
+            )
             if on_detail is not None:
                 on_detail(name, fit)
             sums = found[name]
             table[name] = {b: fit.alpha * sums.relative_error(b) for b in bit_choices}
         return table
 
-    check_request(model, layers, bit_choices, batches)
+    modules = check_request(model, layers, bit_choices, batches)
     return resumable(
         "HIGGS sensitivity", layers, bit_choices, compute, done, on_item, layer_by_layer=True
     )

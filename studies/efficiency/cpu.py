@@ -29,7 +29,7 @@ from robuq_bench.measuring.cpu import (
 )
 from robuq_bench.runs.run import Run
 from studies.efficiency.cpu_memory import peak_memory
-from studies.efficiency.cpu_tables import factors_of, step_speeds, times_of
+from studies.efficiency.cpu_tables import answer, factors_of, speeds, step_speeds, times_of
 from studies.efficiency.cpu_variants import (
     CPU_VARIANTS,
     CpuVariant,
@@ -103,7 +103,6 @@ def measure_on_cpu(config: Config, run: Run, context: Context) -> OnCpu:
     if not places:
         return OnCpu()
     facts = machine()
-    run.write_table("cpu_machine", [facts])
     memory = {
         f"cpu-memory/{model}/{name}": (model, name)
         for model in options.cpu.models
@@ -150,7 +149,9 @@ def measure_on_cpu(config: Config, run: Run, context: Context) -> OnCpu:
     times = [device | row for place in places for row in found[place.key]["rows"]]
     factors = [device | row for place in places for row in found[place.key]["factors"]]
     peaks = [device | row for key in memory for row in found[key]["rows"]]
-    for table, rows in (("times", times), ("factors", factors), ("memory", peaks)):
+    told = [facts | {"answer": answer(factors)}]
+    tables = {"times": times, "factors": factors, "summary": speeds(factors), "memory": peaks}
+    for table, rows in (tables | {"machine": told}).items():
         if rows:
             run.write_table(f"cpu_{table}", rows)
     picture = step_speeds(factors)

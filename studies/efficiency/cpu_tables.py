@@ -56,6 +56,30 @@ def _factor(ours: CpuTiming, base: CpuTiming) -> Row:
     }
 
 
+def speeds(factors: Sequence[Row]) -> list[Row]:
+    """Times as fast as each baseline, a column for each."""
+    if not factors:
+        return []
+    rows = ["scope", "model", "batch", "threads", "ours", "instructions"]
+    wide = pd.DataFrame(factors).pivot_table("factor", rows, "against", sort=False)
+    records = wide.reset_index().to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in records]
+
+
+def answer(factors: Sequence[Row]) -> str:
+    """A sentence on the packed steps of the last model: the range beside each baseline."""
+    steps = [row for row in factors if row["scope"] == "step"]
+    if not steps:
+        return "No packed step was timed on a CPU."
+    frame = pd.DataFrame([row for row in steps if row["model"] == steps[-1]["model"]])
+    ranges = frame.groupby("against", sort=False)["factor"].agg(["min", "max"])
+    parts = [
+        f"{low:.2f}× to {high:.2f}× as fast as {name}" for name, low, high in ranges.itertuples()
+    ]
+    device, model = steps[0]["device_name"], model_name(steps[-1]["model"])
+    return f"On {device}, a step of {model} packed as W1.58 is {', '.join(parts)}."
+
+
 def cpu_shown(factors: Sequence[Row]) -> list[Row]:
     """What is printed: steps, with the columns that a screen has room for."""
     columns = ("model", "batch", "threads", "ours", "instructions", "against", *LIMITS)

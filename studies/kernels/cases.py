@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 from robuq_bench.measuring.roofline import Product, Quantization, Transformer
+from robuq_bench.models.dit import SIZES
 
 QUANTIZE, MATMUL, GROUPED = "hadamard_quantize", "ternary_matmul", "grouped_ternary_matmul"
+ATTENTION = "quantized_attention"
 FAKE, FAKE_BACKWARD = "fake_quantize", "fake_quantize_backward"
 WEIGHT = "ternary_weight"
-KERNELS = (QUANTIZE, MATMUL, GROUPED, FAKE, FAKE_BACKWARD, WEIGHT)
+KERNELS = (QUANTIZE, MATMUL, GROUPED, ATTENTION, FAKE, FAKE_BACKWARD, WEIGHT)
 OURS = "robuq-bench"  # beside the names of peers
 # Of ours on a CPU, the first with the name of an instruction set behind it, and of torch's.
 COMPILED, INT_MM, PLAIN = "compiled, ", "torch._int_mm", "plain PyTorch"
 FP32, BF16, INT8 = "F.linear fp32", "F.linear bf16", "torch.ao int8 dynamic"
 CPU_PEERS = (FP32, BF16, INT8)
 WEIGHT_RULE = "ternary-twn"
+ATTENTION_LIMIT = 127  # 8 bits, as in the plans
 _MODULES = {GROUPED: MATMUL, FAKE_BACKWARD: FAKE}
 QUANTIZER = "robust-midtread"
 
@@ -93,20 +96,35 @@ class Case:
             ).bytes_moved
         if self.kernel == WEIGHT:
             return self.rows * self.width * (4 + 2)  # float32 master weight, bf16 out
+        if self.kernel == ATTENTION:
+            return self.rows * self.width * (3 * 2 + 2)  # queries, keys and values in, bf16 out
         # Two bytes a value in and out, one byte of state between the passes.
         return self.rows * self.width * (2 + 2 + 1)
 
     @property
     def operations(self) -> int:
-        """Of the product alone; what a transform computes is not counted."""
+        """Of the product alone, of attention both; what a transform computes is not counted."""
+        if self.kernel == ATTENTION:
+            return 4 * self.rows * self.width * self.tokens
         return self.product.operations if self.is_product else 0
+
+    @property
+    def tokens(self) -> int:
+        """Of an image."""
+        return self.rows // self.images
+
+    @property
+    def heads(self) -> int:
+        """Of attention."""
+        return SIZES[self.model]["num_heads"]
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of what a copy for cold-cache timing holds: packed weight, or input."""
         if self.is_product:
             return self.product.weight_bytes
-        return (4 if self.kernel == WEIGHT else 2) * self.rows * self.width
+        value = {WEIGHT: 4, ATTENTION: 3 * 2}.get(self.kernel, 2)
+        return value * self.rows * self.width
 
     def reduced(self, rows: int, outputs: int) -> Case:
         """The same widths with few rows and outputs, for the interpreter: 2 images, 2 groups."""
@@ -148,6 +166,7 @@ def cases_of(
         case(MATMUL, "proj", rows, c, outputs=c, epilogue="gate"),
         case(MATMUL, "fc1", rows, c, outputs=h, epilogue="gelu"),
         case(MATMUL, "fc2", rows, h, outputs=c, epilogue="gate"),
+        case(ATTENTION, "attention", rows, c),
         case(GROUPED, "adaLN of all blocks", images, c, outputs=6 * c, groups=dit.depth),
         case(FAKE, "training width C", rows, c),
         case(FAKE, "training width 4C", rows, h),
@@ -178,6 +197,9 @@ def make_inputs(
     dtype = half_dtype(device) if dtype is None else dtype
     if case.is_product:
         return _product_inputs(case, device, generator, dtype)
+    if case.kernel == ATTENTION:
+        qkv = _normal(generator, case.images, case.tokens, 3 * case.width, dtype=dtype)
+        return {"qkv": qkv, "heads": case.heads, "limit": ATTENTION_LIMIT, "out_dtype": dtype}
     if case.kernel == WEIGHT:
         weight = _normal(generator, case.rows, case.width, dtype=torch.float32)
         return {"weight": weight / 32, "rule": WEIGHT_RULE, "out_dtype": dtype}

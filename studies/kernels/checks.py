@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from studies.kernels.cases import (
+    ATTENTION,
     FAKE,
     FAKE_BACKWARD,
     QUANTIZER,
@@ -39,6 +40,7 @@ MAX_BRANCH_ERROR = 0.02  # of its root mean square
 # float32 more, whose sums are added in another order.
 STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-16}
 TRANSFORM_STEP = 2.0**-7  # of training's transforms, whose factors are fp16 products
+ATTENTION_STEP = 2.0**-6  # of attention, where a value between two integers may go either way
 MAX_WEIGHT_MISMATCH = 1e-3  # of ternary weights, those at the threshold
 
 
@@ -91,6 +93,8 @@ def deviations(case: Case, found: Any, expected: Any) -> dict[str, float]:
     """Every deviation of a kernel's result, divided by what is allowed."""
     if case.is_product:
         return {"product": _steps(found, expected)}
+    if case.kernel == ATTENTION:
+        return {"attention": _steps(found, expected, ATTENTION_STEP)}
     if case.kernel == FAKE_BACKWARD:
         return {"gradient": _steps(found, expected, TRANSFORM_STEP)}
     if case.kernel == WEIGHT:

@@ -42,7 +42,7 @@ from studies.kernels.cases import (
     make_inputs,
 )
 from studies.kernels.checks import Check, judge, poisoned_memory
-from studies.kernels.cpu_tables import cpu_rows, throughput
+from studies.kernels.cpu_tables import answer, cpu_rows, medians, throughput
 from studies.kernels.peers import PeerUnavailableError, make_cpu_peer, make_layer
 from studies.kernels.settings import CpuSettings, Settings
 
@@ -76,7 +76,6 @@ def timed_on_cpu(options: Settings, seed: int, run: Run, context: Context) -> li
     if not cases:
         return []
     facts = machine()
-    run.write_table("cpu_machine", [facts])
     wanted = {
         f"cpu/{case.key}/threads{count}": (case, count)
         for count in options.cpu.threads
@@ -119,6 +118,8 @@ def timed_on_cpu(options: Settings, seed: int, run: Run, context: Context) -> li
         assert record is not None
         table += [{"device_name": record["device_name"], **row} for row in record["rows"]]
     run.write_table("cpu_kernels", table)
+    run.write_table("cpu_summary", medians(table))
+    run.write_table("cpu_machine", [facts | {"answer": answer(table)}])
     picture = throughput(table)
     if picture is not None:
         picture.save(run.figure_path("cpu-kernels"))

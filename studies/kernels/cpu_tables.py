@@ -101,6 +101,38 @@ def cpu_summary(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in columns}
 
 
+def medians(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Median milliseconds, a column for each implementation; only those that are right have one."""
+    frame = pd.DataFrame([row for row in rows if "median_ms" in row])
+    if frame.empty:
+        return []
+    wide = frame.pivot_table(
+        "median_ms", ["layer", "model", "images", "threads"], "implementation", sort=False
+    )
+    records = wide.reset_index().to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in records]
+
+
+def answer(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on the compiled products with the best instruction set, on the fewest threads."""
+    ours = [row for row in rows if row["implementation"].startswith(COMPILED) and "speedup" in row]
+    ours = [row for row in ours if "gop_s" in row]
+    if not ours:
+        return "The compiled kernels were not timed on a CPU."
+    best, threads = ours[0]["implementation"], ours[0]["threads"]
+    instructions = best.removeprefix(COMPILED)
+    own = pd.DataFrame(
+        [row for row in ours if (row["implementation"], row["threads"]) == (best, threads)]
+    )
+    speed, share = own["speedup"], own["share_of_peak"]
+    return (
+        f"On {ours[0]['device_name']} with {threads} thread{'s' if threads > 1 else ''}, compiled "
+        f"products ({instructions}) are {speed.min():.2f}× to {speed.max():.2f}× (median "
+        f"{speed.median():.2f}×) as fast as {FP32} and reach {share.min():.0%} to "
+        f"{share.max():.0%} of the measured peak."
+    ).replace("%", " %")
+
+
 def throughput(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
     """Operations per second of every implementation, at the widest model and most images.
 

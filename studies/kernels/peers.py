@@ -23,10 +23,11 @@ from robuq_bench.errors import MissingResourceError
 from robuq_bench.hadamard.transform import hadamard_matrix
 from robuq_bench.measuring.fp8 import ALIGNED, has_fp8
 from robuq_bench.measuring.int8_peer import dynamic_int8
-from studies.kernels.cases import BF16, INT8, QUANTIZE, Case
+from studies.kernels.cases import ATTENTION, BF16, INT8, QUANTIZE, Case
 
 BASELINE = "cuBLAS bf16"
 FP8 = "torch._scaled_mm fp8"
+SDPA = "F.scaled_dot_product_attention bf16"
 MAX_RELATIVE_ERROR = 0.05  # of the root mean square; peers round tokens to 8 bits
 INT_MM_LEAST_ROWS = 17
 
@@ -72,6 +73,8 @@ def peers_of(case: Case) -> tuple[str, ...]:
     """Names of the peers of a case, the baseline of its verdict first."""
     if case.is_product:
         return (BASELINE, "torch._int_mm", FP8, "torchao int8", "gemlite A8W158")
+    if case.kernel == ATTENTION:
+        return (SDPA,)
     return ("fast-hadamard-transform",) if case.kernel == QUANTIZE and not case.prologue else ()
 
 
@@ -83,6 +86,8 @@ def make_peer(name: str, case: Case, layer: Layer | None, device: torch.device |
     """
     if name == "fast-hadamard-transform":
         return _dao(case, device)
+    if name == SDPA:
+        return sdpa(case, device)
     assert layer is not None
     if name == BASELINE:
         return _cublas(layer)
@@ -187,6 +192,16 @@ def fp8(layer: Layer) -> Work:
     exact = codes[:64].float() @ layer.weights[0].float().T * layer.scale + layer.bias.float()
     _check(found, exact)
     return work
+
+
+def sdpa(case: Case, device: torch.device | str) -> Work:
+    """PyTorch's attention in bf16, on queries, keys and values that lie as the model's do."""
+    shape = (case.images, case.tokens, 3, case.heads, case.width // case.heads)
+    qkv = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q[0].float() @ k[0].float().mT / math.sqrt(q.shape[-1])
+    _check(F.scaled_dot_product_attention(q, k, v)[0], scores.softmax(-1) @ v[0].float())
+    return [_call(F.scaled_dot_product_attention, q, k, v)]
 
 
 def _linear(layer: Layer, index: int) -> nn.Linear:

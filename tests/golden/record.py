@@ -1,12 +1,14 @@
 """Record what the packaged plans compute today: `python tests/golden/record.py`, from a checkout.
 
 Run it only where a change of numbers is meant, and say so in the commit: it replaces what
-`test_golden.py` compares with. Everything is recorded on one thread, on this machine.
+`test_golden.py` compares with. Everything is recorded on one thread, on this machine, by torch
+alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Write assets/golden.json and assets/golden.safetensors."""
     sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+    os.environ["ROBUQ_CPU_KERNELS"] = "off"
     import torch
     from safetensors.torch import save_file
 

@@ -1,5 +1,7 @@
 """Every packaged plan computes what was recorded before the layer was made of slots.
 
+The recordings are of torch alone, so the compiled CPU kernels, which round differently, are switched
+off; a test of their own holds them to the outputs that were recorded.
 On a machine with the recorded fingerprint bit for bit. Elsewhere sums round differently, and a
 value that sat on the border between two codes falls to the other side; there, norms and outputs are
 compared within tolerances, which ATEN_CPU_CAPABILITY=default exercises on any machine.
@@ -11,7 +13,6 @@ import importlib
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from kernels import cpu_library
 
 HERE = Path(__file__).parent
 #: Relative, for other machines than the recorded one. Measured between AVX-512 and no vectors at
@@ -37,11 +40,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def compute() -> Iterator[Any]:
     """`compute.py`, which stands beside this file and is no package."""
-    sys.path.insert(0, str(HERE))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        patch.setenv(cpu_library.PATH_VARIABLE, "off")
         yield importlib.import_module("compute")
-    finally:
-        sys.path.remove(str(HERE))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,30 @@ def test_every_method_gives_the_recorded_tensors(compute: Any, is_recorded_machi
     tolerance = 0.0 if is_recorded_machine else NORM_TOLERANCE["other"]
     lines = differing(compute.of_methods(), RECORD["methods"], tolerance)
     assert not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_compiled_kernels_give_the_recorded_outputs(
+    compute: Any, recorded: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    """Within what another machine may differ by, and not by chance to the bit."""
+    monkeypatch.delenv(cpu_library.PATH_VARIABLE)
+    if not cpu_library.is_usable():
+        pytest.skip("the CPU kernels are not built")
+    inputs = [recorded[f"inputs/{name}"] for name in ("x", "t", "y", "output_gradient")]
+    student, _ = compute.student_for(plan, compute.library.teacher())
+    output = student.train()(*inputs[:3])
+    output.backward(inputs[3])
+    expected = recorded[f"{plan}/training"]
+    assert not torch.equal(output, expected)
+    assert float((output - expected).detach().norm() / expected.norm()) < OUTPUT_TOLERANCE
+    gradients = {
+        key: compute.print_of(value.grad)
+        for key, value in compute.library.parameters(student).items()
+        if value.grad is not None
+    }
+    lines = differing(gradients, RECORD["plans"][plan]["gradients"], NORM_TOLERANCE["gradients"])
+    assert not lines, "\n".join([f"{len(lines)} differ", *lines[:10]])
 
 
 def test_the_recordings_tell_the_plans_apart(recorded: dict[str, Tensor]) -> None:

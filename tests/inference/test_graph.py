@@ -115,7 +115,7 @@ def test_without_a_gpu_it_says_so() -> None:
         cuda_graph(Toy(), torch.zeros(3, 4), torch.zeros(3))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_graph_of_a_packed_model_is_the_model(student: Student) -> None:
     model = prepare_for_inference(student("a4")[0].cuda(), "triton")
     x = torch.randn(4, 1, 8, 8, device="cuda").bfloat16()

@@ -1,7 +1,8 @@
 """Every fast path against the plain lines, on all that it claims to serve, and on nothing else.
 
 The plain lines themselves are held against the layer written out in `test_linear.py`. Here the CPU
-path in float64; the kernels, in Triton's interpreter, in `tests/kernels/test_layer_paths.py`.
+path in float64; the compiled kernels in `tests/kernels/test_cpu_layers.py`; Triton's, in its
+interpreter, in `tests/kernels/test_layer_paths.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from making import quantized
 from torch import Tensor, nn
 
+from kernels import cpu_library
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods import method_class, method_names
 from robuq_bench.methods.activations._token_grid import GridMethod, GridQuantizer, token_grid
@@ -222,7 +224,10 @@ def test_another_weight_module_goes_along_with_the_paths() -> None:
 @pytest.mark.parametrize("layer_dtype", DTYPES)
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @torch.no_grad()
-def test_dtypes_that_the_cpu_path_takes(layer_dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+def test_dtypes_that_the_cpu_path_takes(
+    layer_dtype: torch.dtype, x_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cpu_library.PATH_VARIABLE, "off")
     torch.manual_seed(0)
     layer, x = quantized(nn.Linear(IN, OUT).to(layer_dtype), rank=2), tokens(3).to(x_dtype)
     takes = layer_dtype == x_dtype and x_dtype in (torch.float32, torch.float64)

@@ -17,6 +17,8 @@ from reports import build_report
 from reports.layer_bits import by_block
 from reports.samples import fit
 from reports.train_and_eval import MARKS
+from robuq_bench.config import resolve
+from robuq_bench.runs.run import Run
 
 TABLES = {"metrics", "summary", "allocation", "sensitivity", "training", "accounting"}
 
@@ -99,6 +101,27 @@ def test_sensitivity_to_bits_that_change_nothing_is_left_out_and_said(
                 key=lambda record: record["mse"])  # fmt: skip
     assert f"to {worst['mse']:.3g} in {worst['layer']}"[:9] in alts(page, "Sensitivity to 1 bit")[0]
     assert alts(page, "Sensitivity to 1 bit")[0].endswith(f"in {worst['layer']}")
+
+
+def test_samples_that_came_with_the_teacher_are_said(fabricate, tmp_path, parse_page):
+    fabricate.pictures = False
+    records = records_of(fabricate.run("a2"))
+    teacher = [record for record in records if record.get("subject") == "teacher"]
+    drawn = parse_page(build_report([fabricate.root], tmp_path / "drawn.html"))
+    assert "came with the suite" not in drawn.text
+    for record in teacher:
+        del record["sample_seconds"]
+        record["samples"] = "asset:of_the_teacher.safetensors"
+    fabricate.run("a2", 1, records=records)
+    config = resolve("teacher-eval", "2", "fp", "digits", 0, [])
+    with Run.open(fabricate.root, config, ["bench.py"]) as run:
+        for record in teacher:
+            run.append(**{k: v for k, v in record.items() if k != "source_run"})
+        run.add_input_digest("teacher samples", "0" * 64, note="made by: some command")
+        run.finish()
+    page = parse_page(build_report([fabricate.root], tmp_path / "report.html"))
+    assert "samples that came with the suite (asset:of_the_teacher.safetensors)" in page.text
+    assert "made by: some command" in page.text
 
 
 def test_one_curve_that_diverges_does_not_flatten_the_others(fabricate, tmp_path, parse_page):

@@ -14,7 +14,8 @@ from robuq_bench.config import load_plan, load_workload
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.models.dit import DiT
 from robuq_bench.quantization.convert import allocatable_layers, quantize_, quantized_layers
-from robuq_bench.sensitivity import CalibrationBatch, epsilon_mse
+from robuq_bench.sensitivity import CalibrationBatch, epsilon_mse, higgs, linearity
+from robuq_bench.sensitivity.higgs import unquantized_inputs
 from robuq_bench.sensitivity.prefix import Prefix
 from robuq_bench.sensitivity.weights import weight_epsilon_mse
 
@@ -179,6 +180,19 @@ def test_a_chain_skips_what_comes_before() -> None:
     assert not any("forward" in vars(block) for block in model.blocks)
 
 
+def test_noise_on_a_layer_is_felt_from_its_block_on() -> None:
+    model = Chain().eval()
+    name, levels = "blocks.2.layer", (0.1, 0.2, 0.4)
+    with unquantized_inputs(model):
+        prefix = Prefix(model, quantized_layers(model), batches())
+    calls: list[int] = []
+    for index, block in enumerate(blocks_of(model)):
+        block.layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+    fit = linearity(model, name, batches(), noise_levels=levels, prefix=prefix)
+    assert calls == [0, 0, 1, 1] + [2, 3] * 2 * (1 + len(levels))
+    assert fit == linearity(model, name, batches(), noise_levels=levels)
+
+
 @torch.no_grad()
 def test_hooks_of_others_are_not_skipped() -> None:
     model = Chain().eval()
@@ -237,6 +251,12 @@ def test_the_digits_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
             return epsilon_mse(model, layers, [1], inputs, reference=reference)
 
         assert measured() == whole_passes(monkeypatch, measured)
+    for name in (layers[0], layers[-1]):
+
+        def of_noise(name: str = name) -> dict[str, dict[int, float]]:
+            return higgs(model, [name], [1, 4], inputs, noise_levels=(0.1, 0.4))
+
+        assert of_noise() == whole_passes(monkeypatch, of_noise)
     coarse = copy.deepcopy(teacher)
     quantize_(coarse, load_plan("a3"))
 
