@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,12 @@ ALLOCATION = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _small_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "VALIDATION_BATCHES", 1)
-    monkeypatch.setattr(evaluation, "VALIDATION_BATCH_SIZE", 8)
+@pytest.fixture(autouse=True, scope="module")
+def _small_validation() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "VALIDATION_BATCHES", 1)
+        patch.setattr(evaluation, "VALIDATION_BATCH_SIZE", 8)
+        yield
 
 
 def configure(study: Any, name: str, workload: Path, *overrides: str) -> Config:
@@ -91,14 +94,23 @@ def tables(run: Run) -> dict[str, str]:
     return {path.name: path.read_text() for path in (run.path / "tables").glob("*.csv")}
 
 
+@pytest.fixture(scope="module")
+def alone(
+    _small_validation: None, tiny_workload: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """The whole of `study sensitivity` in one run."""
+    config = configure(sensitivity, "sensitivity", tiny_workload)
+    return perform(sensitivity, config, tmp_path_factory.mktemp("alone"))
+
+
 def test_sensitivity_in_shards_equals_sensitivity_alone(
+    alone: Run,
     tiny_workload: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole = configure(sensitivity, "sensitivity", tiny_workload)
-    alone = perform(sensitivity, whole, tmp_path / "alone")
     for part in ("1/2", "2/2"):
         config = configure(
             sensitivity, "sensitivity", tiny_workload, f"sensitivity.shard={json.dumps(part)}"
@@ -159,12 +171,10 @@ def test_sensitivity_in_shards_equals_sensitivity_alone(
     assert record["predicted"] == pytest.approx(alone_sum)
 
 
-def test_one_layer_alone_predicts_itself(tiny_workload: Path, tmp_path: Path) -> None:
+def test_one_layer_alone_predicts_itself(alone: Run) -> None:
     """Additivity is exact for a single layer, so the two ways of measuring must agree."""
-    config = configure(sensitivity, "sensitivity", tiny_workload)
-    run = perform(sensitivity, config, tmp_path)
-    by_bucket = (run.get("timesteps/0") or {})["values"]
-    whole = sensitivity_tables.metric_table(run, 0, "epsilon_mse")
+    by_bucket = (alone.get("timesteps/0") or {})["values"]
+    whole = sensitivity_tables.metric_table(alone, 0, "epsilon_mse")
     for layer, by_bits in whole.items():
         for bits, value in by_bits.items():
             assert np.mean(by_bucket[layer][str(bits)]) == pytest.approx(value, rel=1e-4)
@@ -400,19 +410,18 @@ def test_plans_of_other_bit_widths_are_refused_before_a_run(plan: str, message: 
         sensitivity.check(config)
 
 
-def test_regret_is_what_brute_force_says(tiny_workload: Path, tmp_path: Path) -> None:
+def test_regret_is_what_brute_force_says(alone: Run) -> None:
     """Every allocation of eight layers at three widths, judged by the truth."""
-    run = perform(sensitivity, configure(sensitivity, "sensitivity", tiny_workload), tmp_path)
-    rows = {(r["metric"], r["steps"]): float(r["regret"]) for r in table(run, "regret")}
+    rows = {(r["metric"], r["steps"]): float(r["regret"]) for r in table(alone, "regret")}
     assert len(rows) == 7 * 2
     assert min(rows.values()) >= 0
     truth = {
         (r["layer"], int(r["bits"])): float(r["increase"])
-        for r in table(run, "truth")
+        for r in table(alone, "truth")
         if r["target"] == "distillation_loss"
     }
     layers = list(dict.fromkeys(layer for layer, _ in truth))
-    macs = dit_layer_macs(run.config.workload.model)
+    macs = dit_layer_macs(alone.config.workload.model)
     total = 2 * sum(macs[layer] for layer in layers)
 
     def cheapest(values: dict[tuple[str, int], float]) -> tuple[int, ...]:
@@ -424,7 +433,7 @@ def test_regret_is_what_brute_force_says(tiny_workload: Path, tmp_path: Path) ->
         return min(allowed, key=lambda bits: sum(values[p] for p in zip(layers, bits, strict=True)))
 
     whole = {**truth, **{(layer, 4): 0.0 for layer in layers}}
-    metric = sensitivity_tables.metric_table(run, 0, "epsilon_mse")
+    metric = sensitivity_tables.metric_table(alone, 0, "epsilon_mse")
     chosen = cheapest({(layer, b): metric[layer][b] for layer, b in whole})
     sums = [
         sum(whole[pair] for pair in zip(layers, bits, strict=True))
