@@ -5,6 +5,8 @@
 - `quantized_attention`: attention whose two products multiply integers.
 - `fake_quantize`: Hadamard and fake quantization of training, forward and backward.
 - `ternary_weight`: fake-quantized ternary weight of training.
+- `normality_sums`: for a CPU alone, the sums of a normality test; `robuq_bench.normality` has the
+  reference.
 
 A reference is plain PyTorch, runs on any device and defines what the kernel computes. A kernel runs
 on a CUDA device, or anywhere in Triton's interpreter (`TRITON_INTERPRET=1`, set before the first

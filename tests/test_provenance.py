@@ -117,11 +117,8 @@ def test_collect_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["torch"]["num_threads"] == torch.get_num_threads()
     assert facts["environment"]["OMP_NUM_THREADS"] == "3"
     assert "never recorded" not in json.dumps(facts)
-    assert facts["cpu_kernels"] == {
-        "available": False,
-        "why": "the CPU kernels are switched off by ROBUQ_CPU_KERNELS=off. "
-        "Everything runs without them, slower",
-    }
+    assert facts["cpu_kernels"]["available"] is False
+    assert "switched off by ROBUQ_CPU_KERNELS=off" in facts["cpu_kernels"]["why"]
     cpu = facts["cpu"]
     assert 1 <= cpu["physical_cores"] <= cpu["logical_cores"] == os.cpu_count()
     assert 2**28 < cpu["memory_bytes"] < 2**50
