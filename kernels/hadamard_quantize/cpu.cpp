@@ -87,7 +87,7 @@ INLINE void prepare(const HadamardQuantize& q, int64_t first, int count, typenam
   const float* x = q.x + first * q.x_stride;
   for (int64_t k = 0; k < q.width; k += LANES) {
     const int64_t columns = std::min<int64_t>(LANES, q.width - k);
-    const auto load = [&](const float* from) {
+    const auto load = [&](const float* from) __attribute__((always_inline)) {
       if (columns == LANES) return V::load(from);
       Floats y{};
       memcpy(&y, from, columns * sizeof(float));

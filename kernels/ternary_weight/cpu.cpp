@@ -166,7 +166,8 @@ extern "C" int32_t robuq_ternary_weight(const TernaryWeight* arguments) {
   if (q.instruction_set == AVX2_FMA) run = avx2;
   if (q.instruction_set >= AVX512_VNNI) run = avx512;
 #endif
-  const int threads = std::max(1, q.threads);
+  const int threads = static_cast<int>(
+      std::min<int64_t>(std::max(1, q.threads), std::max<int64_t>(1, q.outputs)));
   float scale = 0.0f;
   if (!q.grad && !q.per_row) {
     const auto sums = allocate<float>(q.outputs);
