@@ -86,6 +86,7 @@ def test_instruction_sets_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -
             assert torch.equal(have, want)
 
 
+@pytest.mark.unsanitized
 def test_compiles_into_one_graph() -> None:
     _, planes, rest = operands(8, 40, 144, bias=True)
     rotation, grid = rotation_of(144), GRIDS["mid-tread"]
@@ -170,6 +171,7 @@ def test_no_library_and_a_library_that_is_none(tmp_path: Path) -> None:
     assert "'available': True" in run(code).stdout
 
 
+@pytest.mark.unsanitized
 def test_build_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -180,6 +182,7 @@ def test_build_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         build.build(tmp_path / "_cpu.so")
 
 
+@pytest.mark.unsanitized
 def test_build_with_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
