@@ -102,7 +102,9 @@ def prepare_for_inference(
     if dtype and any(tensor.dtype != dtype and id(tensor) not in exact for tensor in floats):
         model.to(dtype)
     if backend == "cpu" and (missing := cpu_library.why_not()):
-        logger.warning("%s. Packed models run two to three times slower", missing)
+        logger.warning(
+            "%s. Packed models run slower; `study kernels --device cpu` times both", missing
+        )
     for layer in layers:
         layer.run_on(backend)
     for name, blocks in fusible:

@@ -264,8 +264,8 @@ def _cpu_kernels_ability() -> dict[str, Any]:
     except cpu_library.MissingKernels as missing:
         return _ability(
             False,
-            f"{missing}. Everything runs without them, packed models two to three times slower "
-            "and training on a CPU slower too",
+            f"{missing}. Everything runs without them, packed models and training on a CPU "
+            "slower; `study kernels --device cpu` times both",
         )
 
 
