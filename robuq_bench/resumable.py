@@ -10,6 +10,7 @@ from kernels import cpu_library
 from robuq_bench.checkpointing import CheckpointStore
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError
+from robuq_bench.quantization.fast_paths import is_compiled
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.runs.interrupts import at_step_boundary
 from robuq_bench.runs.run import Run
@@ -35,9 +36,8 @@ def kernels_of(model: nn.Module) -> str:
 
     They round differently. The compiled kernels give the same bits on every instruction set.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    on_cpu = any(layer.master_weight.device.type == "cpu" for layer in layers)
-    return "compiled" if on_cpu and cpu_library.is_usable() else "torch"
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    return "compiled" if any(is_compiled(layer) for layer in layers) else "torch"
 
 
 def _check_kernels(trainer: Trainer, recorded: str, origin: str) -> None:

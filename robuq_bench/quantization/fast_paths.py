@@ -9,7 +9,7 @@ computes all others, a block of tokens at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,8 @@ from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.methods.activations._token_grid import GridQuantizer, token_grid
 from robuq_bench.methods.branches.svd import LowRankBranch
 from robuq_bench.methods.rotations._hadamard import HadamardRotation
-from robuq_bench.methods.weights._ternary import TernaryWeight
+from robuq_bench.methods.weights._codes import working
+from robuq_bench.methods.weights._ternary import TernaryWeight, beside
 from robuq_bench.quantization import cuda_path
 from robuq_bench.quantization.cuda_path import product_dtype
 from robuq_bench.quantization.fused import fused_linear
@@ -30,6 +31,7 @@ from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
 if TYPE_CHECKING:
     from kernels.hadamard_quantize.reference import Grid, Rotation
+    from robuq_bench.quantization.linear import QuantizedLinear
 
 __all__ = ["PATHS", "PLAIN", "Path", "path_for", "product_dtype", "quantized_weight"]
 
@@ -82,17 +84,17 @@ def quantized_weight(
 ) -> Tensor:
     """Q_w(W) [out, in] in `dtype` (None: the master weight's), by a kernel where one serves it.
 
-    `up` [out, r] stands to the right of it; for weights that `TernaryWeight.is_compiled`.
+    `up` [out, r] stands to the right of it where it is given: [out, in + r].
     """
     dtype = dtype or master.dtype
     if quantizer is None:
-        return master.to(dtype)
+        return beside(master.to(dtype), up)
     if not isinstance(quantizer, TernaryWeight):
         result: Tensor = quantizer(master)
-        return result.to(dtype)
+        return beside(result.to(dtype), up)
     clamps_as_kernel = quantizer.clamps_in_backward or not quantizer.method.clamps
-    if up is None and clamps_as_kernel and cuda_path.weight_reason(master, quantizer.rule) is None:
-        return cuda_path.ternary_weight(master, quantizer.rule, dtype)
+    if clamps_as_kernel and cuda_path.weight_reason(master, quantizer.rule) is None:
+        return beside(cuda_path.ternary_weight(master, quantizer.rule, dtype), up)
     ternary: Tensor = quantizer(master, dtype, up)
     return ternary
 
@@ -128,10 +130,8 @@ def _known(layer: Layer) -> bool:
 
 def _wide(layer: Layer, weight: Tensor) -> Tensor:
     """[weight | up], [out, in + r]: both products of a layer in one."""
-    if layer.branch is None:
-        return weight
-    up: Any = layer.branch.up
-    return torch.cat([weight, up.to(weight.dtype)], 1)
+    branch: Any = layer.branch
+    return beside(weight, None if branch is None else branch.up)
 
 
 def _parts(layer: Layer) -> tuple[Any, Any, bool, Any, Any]:
@@ -190,38 +190,42 @@ def _on_compiled(layer: Layer, x: Tensor) -> bool:
     )
 
 
+def is_compiled(layer: QuantizedLinear) -> bool:
+    """Whether compiled CPU kernels compute a layer's tokens or weight now, in training.
+
+    They round otherwise than torch.
+    """
+    master, quantizer = layer.master_weight, layer.weight_quantizer
+    return _on_compiled(layer, master[:0]) or (
+        isinstance(quantizer, TernaryWeight) and quantizer.is_compiled(working(master))
+    )
+
+
 def _terms_of(layer: Layer, x: Tensor) -> tuple[Grid | None, Rotation | None] | None:
     _, _, rotated, grid, bits = _parts(layer)
     kind, name = (None, "") if grid is None else (type(grid), grid.name)
-    # mypy takes no class for hashable.
-    return _kernel_terms(x.shape[-1], rotated, kind, name, bits)  # type: ignore[arg-type]
+    try:
+        if kind is not None and type(token_grid(name)) is not kind:
+            return None  # one that took the name of another
+        return _kernel_terms(x.shape[-1], rotated, name, bits)
+    except (ConfigError, UsageError):
+        return None
 
 
 @functools.cache
 def _kernel_terms(
-    width: int, rotated: bool, kind: Hashable, name: str, bits: int
-) -> tuple[Grid | None, Rotation | None] | None:
-    """Grid and rotation in the terms of the kernels; None where they have none."""
-    rotation = grid = None
-    try:
-        if rotated:
-            rotation = kernel_rotation(width, torch.device("cpu"))
-        if kind is not None:
-            if type(token_grid(name)) is not kind:
-                return None  # one that took the name of another
-            grid = grid_of(name, bits)
-    except (ConfigError, UsageError):
-        return None
-    return grid, rotation
+    width: int, rotated: bool, name: str, bits: int
+) -> tuple[Grid | None, Rotation | None]:
+    """Grid (of no name: None) and rotation in the terms of the kernels."""
+    rotation = kernel_rotation(width, torch.device("cpu")) if rotated else None
+    return grid_of(name, bits) if name else None, rotation
 
 
 def _compiled_weight(layer: Layer) -> Tensor:
-    quantizer: Any = getattr(layer, "weight_quantizer", None)  # a packed layer has none
+    quantizer = getattr(layer, "weight_quantizer", None)  # a packed layer has none
     branch: Any = layer.branch
     if branch is not None and isinstance(quantizer, TernaryWeight):
-        master: Any = layer.like
-        if quantizer.is_compiled(master):
-            return quantized_weight(master, quantizer, None, branch.up)
+        return quantized_weight(layer.like, quantizer, None, branch.up)
     return _wide(layer, layer.product_weight(None))
 
 

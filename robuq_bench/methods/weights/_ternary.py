@@ -71,20 +71,21 @@ class TernaryWeight(nn.Module):
         Args:
             weight: [out, in].
             dtype: of the result.
-            up: [out, r] to stand to the right of it, which needs `is_compiled(weight)`.
+            up: [out, r] to stand to the right of it.
         """
         dtype = dtype or weight.dtype
         clamp = self.clamps_in_backward and self.method.clamps
         if self.is_compiled(work := working(weight)):
             from kernels.ternary_weight import cpu
 
+            up = None if up is None else up.to(work.dtype)
             return cpu.ternary_weight(work, self.rule, up=up, clamp=clamp).to(dtype)
         if torch.compiler.is_compiling():
-            return _compiled_ternary(weight, self.rule, dtype, clamp)
-        result: Tensor = _TernaryFakeQuantize.apply(
-            weight, self.method.codes_and_scale, dtype, clamp
-        )
-        return result
+            result = _compiled_ternary(weight, self.rule, dtype, clamp)
+        else:
+            rule = self.method.codes_and_scale
+            result = _TernaryFakeQuantize.apply(weight, rule, dtype, clamp)
+        return beside(result, up)
 
     def is_compiled(self, weight: Tensor) -> bool:
         """Whether a compiled CPU kernel serves the rule and the weight."""
@@ -109,6 +110,11 @@ class TernaryWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return self.rule
+
+
+def beside(weight: Tensor, up: Tensor | None) -> Tensor:
+    """[weight | up], [out, in + r] in the dtype of the weight; the weight where `up` is None."""
+    return weight if up is None else torch.cat([weight, up.to(weight.dtype)], 1)
 
 
 class _TernaryFakeQuantize(torch.autograd.Function):
