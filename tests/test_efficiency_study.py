@@ -148,6 +148,15 @@ def test_the_plan_that_is_timed_is_the_plan_that_is_judged(tiny_workload: Path, 
     assert {integer_limit(quantizer) for quantizer in quantizers} == {127}
 
 
+def test_an_output_without_weights_is_its_bias_in_fp8() -> None:
+    linear = nn.Linear(32, 16).bfloat16()
+    with torch.no_grad():
+        linear.weight[3] = 0
+        found = Fp8Linear(linear)(torch.randn(4, 32).bfloat16())
+    assert found.isfinite().all()
+    assert torch.equal(found[:, 3], linear.bias[3].expand(4))
+
+
 def test_the_fp8_peer_is_the_layer_it_stands_for() -> None:
     """On a CPU, which multiplies fp8 too, if slowly."""
     model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 5)).bfloat16()
