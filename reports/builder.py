@@ -1,4 +1,4 @@
-"""`build`: from run folders to one HTML file and its tables.
+"""`build_report`: from run folders to one HTML file and its tables.
 
 The same runs give the same bytes: inputs are sorted, no clock is read, and every time shown comes
 from a manifest. A study's section is the module of this package that bears its name and has a
@@ -27,22 +27,34 @@ from reports.text import NOT_RUN, Phrase, plural
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import style_sheet
 from robuq_bench.files import atomic_write_text
-from robuq_bench.runs.made import remember
 
 _CLAIM_COLUMNS = ("protocol", "claim", "verdict", "evidence", "subject")
 _NO_RESULTS = "No run among these is finished, so every result is “not run”."
 
 
-def build(run_paths: Sequence[Path], output: Path, source: str = "") -> Path:
-    """`reports.build_report`, whatever was built before; `source` is remembered with the result."""
+def build_report(run_paths: Sequence[Path], output: Path) -> Path:
+    """Write the report of the given runs to `output`, its tables beside it; return `output`.
+
+    Args:
+        run_paths: run folders, or folders that hold runs at some depth. Finished runs are shown;
+            unfinished ones are only listed as such.
+        output: the HTML file. `<stem>-*.csv` and `<stem>-*.tex` are written beside it.
+
+    A run that is damaged, or whose records are not what its study writes, is left out: a warning
+    and the report name it.
+
+    Raises:
+        UsageError: no runs, a path that does not exist, or an output that is a folder.
+        CheckpointError: no run is sound, or a record of the project is none; names the files.
+        RobuqError: the output cannot be written.
+    """
     if output.is_dir():
         raise UsageError(f"{output} is a folder; name a file, for example {output / 'report.html'}")
     runs, left_out = find_runs(run_paths)
     records = read_records()
     if runs:
         try:
-            texts = _write(runs, left_out, output, records)
-            remember(output, "" if left_out else source, texts)
+            _write(runs, left_out, output, records)
             return output
         except _UNREADABLE:
             for record in records:
@@ -141,8 +153,8 @@ def _write(
     left_out: Sequence[LeftOut],
     output: Path,
     records: Sequence[RecordedRun] = (),
-) -> dict[str, str]:
-    """Write the report of these runs and its tables; return the texts by name."""
+) -> None:
+    """Write the report of these runs and its tables."""
     finished = [run for run in runs if run.finished]
     sections = build_sections(finished)
     kept = record_sections(finished, records)
@@ -171,7 +183,6 @@ def _write(
     texts[output.name] = page  # last: there is no page whose tables could not be made
     for name, text in texts.items():
         atomic_write_text(output.with_name(name), text)
-    return texts
 
 
 def _tables(sections: Mapping[str, Section]) -> dict[str, str]:

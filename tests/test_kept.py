@@ -14,7 +14,7 @@ import pytest
 from robuq_bench import figure_cache, kept
 from robuq_bench.figure_cache import drawn_once
 from robuq_bench.figures import Picture
-from robuq_bench.kept import code_digest, keep, read_kept
+from robuq_bench.kept import code_digest, installed, keep, read_kept
 
 
 def test_a_text_is_read_back_until_its_file_is_gone(tmp_path: Path) -> None:
@@ -71,10 +71,28 @@ def test_code_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         found.append(code_digest("drawing"))
     assert found[0] != found[1]
     assert found[0] == found[2]
-    monkeypatch.setattr(kept, "version", lambda name: "0.0")  # another seaborn
+    monkeypatch.setattr(kept, "installed", lambda: "another seaborn")
     code_digest.cache_clear()
     assert code_digest("drawing") != found[0]
     code_digest.cache_clear()
+
+
+def test_any_library_that_is_added_or_changed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that no line here imports, such as what lays out a figure."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = []
+    for version in ("", "1.4", "1.5", "1.4"):
+        metadata = tmp_path / "layout_solver-1.dist-info" / "METADATA"
+        metadata.parent.mkdir(exist_ok=True)
+        if version:  # at first there is a folder without metadata, as a broken install leaves
+            metadata.write_text(f"Metadata-Version: 2.1\nName: layout-solver\nVersion: {version}\n")
+        installed.cache_clear()
+        found.append(installed())
+    installed.cache_clear()
+    assert len(set(found)) == 3
+    assert found[1] == found[3]
 
 
 def test_a_picture_is_drawn_once_for_each_content(
