@@ -33,10 +33,9 @@ P_VALUES = [name for name in ARRAYS if name.endswith("_p")]
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test with the compiled kernels, and again without."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "numpy":
-            patch.setenv(cpu_library.PATH_VARIABLE, "off")
-        else:
-            request.getfixturevalue("library")
+        compiled = request.param == "compiled"
+        chosen = request.getfixturevalue("library_path") if compiled else "off"
+        patch.setenv(cpu_library.PATH_VARIABLE, chosen)
         assert computed_by() == request.param
         yield request.param
 
