@@ -53,7 +53,7 @@ def _is_code(path: Path) -> bool:
 def read_kept(path: Path) -> str | None:
     """The text that was kept, None without one; one that is damaged is reported by a warning."""
     try:
-        digest, _, text = path.read_text("utf-8").partition("\n")
+        digest, _, text = path.read_bytes().decode().partition("\n")  # no "\r" is lost
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -72,7 +72,7 @@ def keep(path: Path, text: str) -> None:
     try:
         atomic_write_text(path, f"{sha256_bytes(text.encode())}\n{text}")
     except RobuqError as error:
-        _warn_once(f"nothing is kept in {path.parent} ({error.__cause__}); set ROBUQ_CACHE")
+        warn_once(f"nothing is kept in {path.parent} ({error.__cause__}); set ROBUQ_CACHE")
         return
     with contextlib.suppress(OSError):  # another process may be removing the same
         if len(os.listdir(path.parent)) > MOST_FILES:
@@ -82,5 +82,6 @@ def keep(path: Path, text: str) -> None:
 
 
 @cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning at its first call in this process."""
     logger.warning(text)
