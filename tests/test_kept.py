@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_written_is_named_once(
 
 def test_code_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = types.ModuleType("drawing")
-    package.__file__ = str(tmp_path / "__init__.py")
+    package.__path__ = [str(tmp_path)]
     monkeypatch.setitem(sys.modules, "drawing", package)
     found = []
     for text in ("a = 1", "a = 2", "a = 1"):
@@ -75,6 +75,21 @@ def test_code_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     code_digest.cache_clear()
     assert code_digest("drawing") != found[0]
     code_digest.cache_clear()
+
+
+def test_the_code_of_a_script_is_its_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = types.ModuleType("script")
+    script.__file__ = str(tmp_path / "script.py")
+    monkeypatch.setitem(sys.modules, "script", script)
+    found: list[str] = []
+    for name in ("script.py", "beside.py", "script.py"):
+        (tmp_path / name).write_text(f"a = {len(found)}")
+        code_digest.cache_clear()
+        found.append(code_digest("script"))
+    code_digest.cache_clear()
+    assert found[0] == found[1] != found[2]
 
 
 def test_any_library_that_is_added_or_changed_is_told(
@@ -192,7 +207,7 @@ def test_code_that_cannot_be_identified_is_said_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     package = types.ModuleType("drawing")
-    package.__file__ = str(tmp_path / "__init__.py")
+    package.__path__ = [str(tmp_path)]
     monkeypatch.setitem(sys.modules, "drawing", package)
     monkeypatch.setenv("ROBUQ_CACHE", str(tmp_path / "cache"))
     (tmp_path / ".#part.py").symlink_to("user@host")  # as Emacs locks a file that is edited
