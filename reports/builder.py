@@ -8,12 +8,12 @@ from a manifest. A study's section is the module of this package that bears its 
 from __future__ import annotations
 
 import pkgutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -54,8 +54,7 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     records = read_records()
     if runs:
         try:
-            _write(runs, left_out, output, records)
-            return output
+            return _write(_made(runs, left_out, records), output)
         except _UNREADABLE:
             for record in records:
                 _check_record(record)
@@ -66,8 +65,7 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
         runs = [run for run in runs if all(run is not bad for bad, _ in unreadable)]
     if not runs:
         raise CheckpointError(f"no run is sound: {'; '.join(reason for _, reason in left_out)}")
-    _write(runs, left_out, output, records)
-    return output
+    return _write(_made(runs, left_out, records), output)
 
 
 # What reading records of another kind than expected raises; CheckpointError is a damaged file.
@@ -80,8 +78,7 @@ def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
     By halves, so that one bad run among many costs a few reports, and not one for each.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            _write(runs, [], Path(folder) / "report.html")
+        _made(runs, [])
     except _UNREADABLE as error:
         if half := len(runs) // 2:
             return [*_unreadable(runs[:half]), *_unreadable(runs[half:])]
@@ -91,11 +88,10 @@ def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
 
 def _check_record(record: RecordedRun) -> None:
     """Raise CheckpointError, naming its file, where no page can be made of a record alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            _write([], [], Path(folder) / "report.html", [record])
-        except _UNREADABLE as error:
-            raise no_record(record.path, error) from error
+    try:
+        _made([], [], [record])
+    except _UNREADABLE as error:
+        raise no_record(record.path, error) from error
 
 
 @cache
@@ -148,13 +144,15 @@ def record_sections(runs: Sequence[RunData], records: Sequence[RecordedRun]) -> 
     return found
 
 
-def _write(
-    runs: Sequence[RunData],
-    left_out: Sequence[LeftOut],
-    output: Path,
-    records: Sequence[RecordedRun] = (),
-) -> None:
-    """Write the report of these runs and its tables."""
+class _Report(NamedTuple):
+    page: str
+    tables: Mapping[str, str]  # by what the names of their files end in
+
+
+def _made(
+    runs: Sequence[RunData], left_out: Sequence[LeftOut], records: Sequence[RecordedRun] = ()
+) -> _Report:
+    """The report of these runs; nothing is written."""
     finished = [run for run in runs if run.finished]
     sections = build_sections(finished)
     kept = record_sections(finished, records)
@@ -175,14 +173,20 @@ def _write(
         )
     )
     page = "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
-    texts = {f"{output.stem}-{name}": text for name, text in _tables(sections).items()}
+    return _Report(page, _tables(sections))
+
+
+def _write(report: _Report, output: Path) -> Path:
+    """Write the page to `output` and the tables beside it."""
+    texts = {f"{output.stem}-{name}": text for name, text in report.tables.items()}
     for module in section_modules().values():
         for name in (f"{output.stem}-{name}" for name in module.EXPORTS):
             if name not in texts and output.with_name(name).exists():
                 texts[name] = ""  # of an older report; these runs lack it
-    texts[output.name] = page  # last: there is no page whose tables could not be made
+    texts[output.name] = report.page  # last: there is no page whose tables could not be made
     for name, text in texts.items():
         atomic_write_text(output.with_name(name), text)
+    return output
 
 
 def _tables(sections: Mapping[str, Section]) -> dict[str, str]:

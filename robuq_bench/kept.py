@@ -12,6 +12,7 @@ import sys
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
+from types import ModuleType
 
 from robuq_bench.errors import RobuqError
 from robuq_bench.files import atomic_write_text, sha256_bytes
@@ -24,14 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 @cache
-def code_digest(package: str) -> str:
-    """Digest of what computes: files of a package and of this one, all that is installed.
+def code_digest(name: str) -> str:
+    """Digest of what computes: files of a package or module and of this package, all installed.
 
     Raises:
-        CheckpointError: a file of the packages cannot be read.
+        CheckpointError: a file cannot be read.
+        OSError: a folder of the packages cannot be listed.
     """
-    roots = [Path(str(sys.modules[name].__file__)).parent for name in (package, "robuq_bench")]
-    files = [(str(path), path) for root in roots for path in root.rglob("*.*") if _is_code(path)]
+    modules = [sys.modules[module] for module in (name, "robuq_bench")]
+    files = [(str(path), path) for module in modules for path in _code(module)]
     return sha256_bytes("\n".join([files_digest(files), installed(), sys.version]).encode())
 
 
@@ -46,6 +48,13 @@ def installed() -> str:
     return sha256_bytes("\0".join(sorted(text for text in texts if text)).encode())
 
 
+def _code(module: ModuleType) -> list[Path]:
+    if not hasattr(module, "__path__"):
+        return [Path(getattr(module, "__file__", ""))]  # a script, among whatever else lies there
+    found = (path for root in module.__path__ for path in Path(root).rglob("*.*"))
+    return [path for path in found if _is_code(path)]
+
+
 def _is_code(path: Path) -> bool:
     return path.suffix in (".py", ".toml", ".json") or path.parent.name == "templates"
 
@@ -53,7 +62,7 @@ def _is_code(path: Path) -> bool:
 def read_kept(path: Path) -> str | None:
     """The text that was kept, None without one; one that is damaged is reported by a warning."""
     try:
-        digest, _, text = path.read_text("utf-8").partition("\n")
+        digest, _, text = path.read_bytes().decode().partition("\n")  # no "\r" is lost
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -72,7 +81,7 @@ def keep(path: Path, text: str) -> None:
     try:
         atomic_write_text(path, f"{sha256_bytes(text.encode())}\n{text}")
     except RobuqError as error:
-        _warn_once(f"nothing is kept in {path.parent} ({error.__cause__}); set ROBUQ_CACHE")
+        warn_once(f"nothing is kept in {path.parent} ({error.__cause__}); set ROBUQ_CACHE")
         return
     with contextlib.suppress(OSError):  # another process may be removing the same
         if len(os.listdir(path.parent)) > MOST_FILES:
@@ -82,5 +91,6 @@ def keep(path: Path, text: str) -> None:
 
 
 @cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning at its first call in this process."""
     logger.warning(text)
