@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set
+from kernels.cpu_library import call, fields, instruction_set, is_plain
 from kernels.hadamard_quantize.cpu import NOT_SIGNS, STATISTICS
 from kernels.hadamard_quantize.reference import Grid, Rotation
 from kernels.launch import KernelInputError, check_tensor
@@ -97,7 +97,7 @@ def _forward(
     floor: bool,
 ) -> Tensor:
     rank = 0 if down is None else down.shape[0]
-    out = torch.empty((x.shape[0], x.shape[1] + rank), dtype=torch.float32)
+    out = torch.empty((x.shape[0], x.shape[1] + rank), dtype=torch.float32, device="cpu")
     return _run(x, None, signs, inner, down, out, statistic, factor, epsilon, low, high, floor)
 
 
@@ -116,7 +116,7 @@ def _backward(
 ) -> Tensor:
     grad = _contiguous_rows(grad)
     rank = 0 if down is None else down.shape[0]
-    out = torch.empty((grad.shape[0], grad.shape[1] - rank), dtype=torch.float32)
+    out = torch.empty((grad.shape[0], grad.shape[1] - rank), dtype=torch.float32, device="cpu")
     return _run(x, grad, signs, inner, down, out, statistic, factor, epsilon, low, high, floor)
 
 
@@ -145,15 +145,16 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, signs, inner = ctx.saved_tensors
-    compiling = torch.compiler.is_compiling()
+    # Where the gradient is to be differentiated, the operator refuses it.
+    plain = not torch.is_grad_enabled() and is_plain(grad, x, down, signs, inner)
     of_x = of_down = None
     if ctx.needs_input_grad[0]:
-        backward = _backward_operator if compiling else _backward
+        backward = _backward if plain else _backward_operator
         of_x = backward(grad, x, down, signs, inner, *ctx.grid)
     if down is not None and ctx.needs_input_grad[1]:
         # d down = d branch.T (x R) = (d branch.T x) R: r rows are rotated in place of all tokens.
         of_down = grad[:, x.shape[1] :].T @ x
-        forward = _forward_operator if compiling else _forward
+        forward = _forward if plain else _forward_operator
         if inner is not None:
             of_down = forward(of_down, None, signs, inner, UNQUANTIZED, *ctx.grid[1:])
     return (of_x, of_down, *(None,) * 8)
@@ -239,10 +240,8 @@ def fake_quantize(
         check_tensor(OP, "down", down, shape=(None, width), dtypes=(torch.float32,), like=x)
     rows = _contiguous_rows(x.reshape(-1, width))
     inputs = (rows, down, signs, inner, *_settings(grid))
-    if torch.compiler.is_compiling():
-        out = _forward_operator(*inputs)
-    else:
-        out = _FakeQuantize.apply(*inputs)
+    compute: Any = _FakeQuantize.apply if is_plain(*inputs[:4]) else _forward_operator
+    out: Tensor = compute(*inputs)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -258,7 +257,7 @@ def _absmax(x: Tensor, limit: int) -> Tensor:
     by_column = x.stride(-1) != 1 and x.shape[-1] != 1
     matrices = x.transpose(-2, -1) if by_column else x
     items, groups, n, m = matrices.shape
-    out = torch.empty((items, groups, n, m), dtype=torch.float32)
+    out = torch.empty((items, groups, n, m), dtype=torch.float32, device="cpu")
     arguments = _AbsmaxArguments(
         matrices.data_ptr(),
         out.data_ptr(),
@@ -315,5 +314,7 @@ def absmax_fake_quantize(x: Tensor, limit: int) -> Tensor:
             f"absmax_fake_quantize: x must be [B, H, n, m] float32 on the CPU with one of its last "
             f"two axes contiguous, got {list(x.shape)} {x.dtype} of strides {list(x.stride())}"
         )
+    if not is_plain(x):
+        raise KernelInputError("absmax_fake_quantize: x must be in memory, and cannot be traced")
     result: Tensor = _Absmax.apply(x, limit)
     return result

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set
+from kernels.cpu_library import call, fields, instruction_set, is_plain
 from kernels.hadamard_quantize.reference import (
     OP,
     GatedResidual,
@@ -58,11 +58,11 @@ def _hadamard_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, width = x.shape
     rank = 0 if down is None else down.shape[0]
-    codes = torch.empty((rows, width), dtype=torch.int8)
-    token_scale = torch.empty(rows, dtype=torch.float32)
-    token_offset = torch.empty(rows, dtype=torch.float32)
-    code_sums = torch.empty(rows, dtype=torch.int32)
-    branch = torch.empty((rows, rank), dtype=torch.float32)
+    codes = torch.empty((rows, width), dtype=torch.int8, device="cpu")
+    token_scale = torch.empty(rows, dtype=torch.float32, device="cpu")
+    token_offset = torch.empty(rows, dtype=torch.float32, device="cpu")
+    code_sums = torch.empty(rows, dtype=torch.int32, device="cpu")
+    branch = torch.empty((rows, rank), dtype=torch.float32, device="cpu")
     order = 1 if inner is None else len(inner)
     pointers = (x, shift, scale, signs, inner, down)
     outputs = (codes, token_scale, token_offset, code_sums, branch)
@@ -152,17 +152,19 @@ def hadamard_quantize(
         x = residual = (x.float() + gate * gated_residual.value.float()).to(x.dtype)
     tokens = F.silu(x.float()) if silu else x.float()
     inner = None if rotation is None else rotation.inner.float()
-    # The dispatcher costs more than a few tokens, and only tracing needs it.
-    compute = _operator if torch.compiler.is_compiling() else _hadamard_quantize
 
     def quantize(signs: Tensor | None, down: Tensor | None) -> tuple[Tensor, ...]:
-        return compute(
+        tensors = (
             tokens,
             None if modulation is None else modulation.shift.float(),
             None if modulation is None else modulation.scale.float(),
             None if signs is None else signs.float(),
             inner,
             None if down is None else down.float(),
+        )
+        compute = _hadamard_quantize if is_plain(*tensors) else _operator
+        return compute(
+            *tensors,
             1 if modulation is None else modulation.tokens_per_image,
             0.0 if modulation is None else modulation.eps,
             STATISTICS.index(grid.statistic),

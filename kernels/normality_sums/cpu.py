@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set
+from kernels.cpu_library import call, fields, instruction_set, is_plain
 from kernels.launch import KernelInputError, check_tensor
 
 OP = "normality_sums"
@@ -46,12 +46,14 @@ def normality_sums(x: Tensor, weights: Tensor, density: Tensor, window: int) -> 
     if x.device.type != "cpu":
         raise KernelInputError(f"{OP}: x is on {x.device}; this kernel needs the CPU")
     check_tensor(OP, "x", x, shape=(None, None), dtypes=(torch.float32, torch.float64), like=x)
+    if not is_plain(x, weights, density):
+        raise KernelInputError(f"{OP}: x must be in memory, and cannot be traced")
     rows, n = x.shape
     for name, tensor, size in (("weights", weights, n), ("density", density, n + 1)):
         check_tensor(OP, name, tensor, shape=(size,), dtypes=(torch.float64,), like=x)
     if n < 2 or window < 1:
         raise KernelInputError(f"{OP}: needs 2 entries and a window of 1, got {n} and {window}")
-    sums = torch.empty((rows, len(SUMS)), dtype=torch.float64)
+    sums = torch.empty((rows, len(SUMS)), dtype=torch.float64, device="cpu")
     pointers = (tensor.data_ptr() for tensor in (x, weights, density, sums))
     arguments = _Arguments(*pointers, rows, n, window, x.dtype == torch.float64, instruction_set())
     call("robuq_normality_sums", arguments)

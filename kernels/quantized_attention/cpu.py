@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set
+from kernels.cpu_library import call, fields, instruction_set, is_plain
 from kernels.launch import KernelInputError
 from kernels.quantized_attention.reference import OP, check_inputs
 
@@ -28,7 +28,7 @@ class _Arguments(ctypes.Structure):
 def _quantized_attention(qkv: Tensor, heads: int, limit: int) -> Tensor:
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * heads)
-    out = torch.empty((batch, tokens, width // 3), dtype=torch.float32)
+    out = torch.empty((batch, tokens, width // 3), dtype=torch.float32, device="cpu")
     arguments = _Arguments(
         qkv.data_ptr(),
         out.data_ptr(),
@@ -71,7 +71,6 @@ def quantized_attention(
     check_inputs(qkv, heads, limit, out_dtype, anywhere=True)
     if qkv.device.type != "cpu":
         raise KernelInputError(f"{OP}: qkv is on {qkv.device}; this kernel needs the CPU")
-    # The dispatcher costs more than a few tokens, and only tracing needs it.
-    compute = _operator if torch.compiler.is_compiling() else _quantized_attention
+    compute = _quantized_attention if is_plain(qkv) else _operator
     result: Tensor = compute(qkv.float(), heads, limit)
     return result.to(out_dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set
+from kernels.cpu_library import call, fields, instruction_set, is_plain
 from kernels.launch import KernelInputError
 from kernels.ternary_matmul.operands import check_operands
 
@@ -43,7 +43,7 @@ def _ternary_matmul(
     residual: Tensor | None,
     tokens_per_image: int,
 ) -> Tensor:
-    out = torch.empty((codes.shape[0], planes.shape[0]), dtype=torch.float32)
+    out = torch.empty((codes.shape[0], planes.shape[0]), dtype=torch.float32, device="cpu")
     arguments = _Arguments(
         *(
             None if tensor is None else tensor.data_ptr()
@@ -134,8 +134,9 @@ def ternary_matmul(
     )
     if branch is not None and up is not None:
         branch, up = branch.to(up.dtype).float(), up.float()
-    # The dispatcher costs more than a small product, and only tracing needs it.
-    compute = _operator if torch.compiler.is_compiling() else _ternary_matmul
+    tensors = (codes, planes, token_scale, token_offset, code_sums, channel_scale, weight_sums)
+    plain = is_plain(*tensors, bias, branch, up, gate, residual)
+    compute = _ternary_matmul if plain else _operator
     y: Tensor = compute(
         codes,
         planes,
@@ -184,7 +185,7 @@ def grouped_ternary_matmul(
         grouped=True,
         anywhere=True,
     )
-    out = torch.empty((x.groups, x.rows, x.outputs), dtype=out_dtype)
+    out = torch.empty((x.groups, x.rows, x.outputs), dtype=out_dtype, device="cpu")
     for g in range(x.groups):
         layer: Any = {
             name: None if tensor is None else tensor[g] for name, tensor in operands.items()

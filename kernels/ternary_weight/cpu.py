@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set
+from kernels.cpu_library import call, fields, instruction_set, is_plain
 from kernels.launch import KernelInputError, check_tensor
 from kernels.ternary_weight.reference import ABSMEAN_EPS, RULES
 
@@ -58,13 +58,13 @@ def _forward(weight: Tensor, up: Tensor | None, per_row: bool, clamp: bool) -> T
     del clamp  # of the backward pass
     outputs, width = weight.shape
     rank = 0 if up is None else up.shape[1]
-    out = torch.empty((outputs, width + rank), dtype=torch.float32)
+    out = torch.empty((outputs, width + rank), dtype=torch.float32, device="cpu")
     return _run(weight, up, None, out, width, per_row, False)
 
 
 def _backward(grad: Tensor, width: int, clamp: bool) -> Tensor:
     grad = grad if grad.stride(-1) == 1 or grad.numel() == 0 else grad.contiguous()
-    out = torch.empty((grad.shape[0], width), dtype=torch.float32)
+    out = torch.empty((grad.shape[0], width), dtype=torch.float32, device="cpu")
     return _run(None, None, grad, out, width, False, clamp)
 
 
@@ -91,7 +91,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    backward = _backward_operator if torch.compiler.is_compiling() else _backward
+    # Where the gradient is to be differentiated, the operator refuses it.
+    plain = not torch.is_grad_enabled() and is_plain(grad)
+    backward = _backward if plain else _backward_operator
     of_weight = backward(grad, ctx.width, ctx.clamp) if ctx.needs_input_grad[0] else None
     return of_weight, grad[:, ctx.width :] if ctx.has_up else None, None, None
 
@@ -139,7 +141,7 @@ def ternary_weight(
         shape = (len(weight), None)
         check_tensor(OP, "up", up, shape=shape, dtypes=(torch.float32,), like=weight)
     inputs = (weight, up, rule == "ternary-twn", clamp)
-    if torch.compiler.is_compiling():
+    if not is_plain(weight, up):
         return _forward_operator(*inputs)
     result: Tensor = _TernaryWeight.apply(*inputs)
     return result
@@ -151,9 +153,11 @@ def ternary_codes(weight: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     Args and errors are those of `ternary_weight`.
     """
     _check(weight, rule)
+    if not is_plain(weight):
+        raise KernelInputError(f"{OP}: codes are of a weight in memory, and cannot be traced")
     per_row = rule == "ternary-twn"
-    scale = torch.empty((len(weight) if per_row else 1, 1), dtype=torch.float32)
-    values = torch.empty(weight.shape, dtype=torch.float32)
+    scale = torch.empty((len(weight) if per_row else 1, 1), dtype=torch.float32, device="cpu")
+    values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     _run(weight, None, None, values, weight.shape[1], per_row, False, scale)
     return values.sign_().to(torch.int8), scale
 

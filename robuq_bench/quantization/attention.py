@@ -50,7 +50,7 @@ class _MatmulQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _absmax_operator(x, self.limit)
-        if cpu_library.is_usable() and cpu.takes_absmax(x):
+        if cpu_library.is_plain(x) and cpu_library.is_usable() and cpu.takes_absmax(x):
             return cpu.absmax_fake_quantize(x, self.limit)
         result: Tensor = _AbsmaxFakeQuantize.apply(x, self.limit)
         return result

@@ -168,15 +168,15 @@ def _kernel_product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _on_cpu(layer: Layer, x: Tensor) -> bool:
-    """A GPU, half precision, compiling and tracing take another path."""
+    """A GPU, half precision, compiling and tracing take another path.
+
+    A trace would keep the blocks of the batch it was made with.
+    """
     return (
-        x.device.type == "cpu"
+        cpu_library.is_plain(x, layer.like)
         and x.dtype == layer.like.dtype
         and x.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        # A trace would keep the blocks of the batch it was made with.
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and _known(layer)
     )
 

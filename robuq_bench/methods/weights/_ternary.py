@@ -88,7 +88,7 @@ class TernaryWeight(nn.Module):
 
     def is_compiled(self, weight: Tensor) -> bool:
         """Whether a compiled CPU kernel serves the rule and the weight."""
-        if torch.compiler.is_compiling() or not cpu_library.is_usable():
+        if not cpu_library.is_plain(weight) or not cpu_library.is_usable():
             return False
         from kernels.ternary_weight import cpu
 
