@@ -49,6 +49,7 @@ from robuq_bench.cli.job import (
 )
 from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.packed import packed_app
+from kernels.cpu_library import MissingKernels
 from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
 from robuq_bench.runs import interrupts
 
@@ -303,6 +304,8 @@ def _run(argv: Sequence[str] | None) -> int:
         if not console.is_disk_error(error):
             traceback.print_exc()
         return console.print_error(str(error), 1, as_json=as_json)
+    except MissingKernels as error:
+        return console.print_error(str(error), MissingResourceError.exit_code, as_json=as_json)
     except Exception as error:
         sentence = console.out_of_memory(error)
         if sentence is not None:
