@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from kernels.cpu_library import MissingKernels
 from robuq_bench import __version__
 from robuq_bench.cli import console
 from robuq_bench.cli.flags import (
@@ -49,7 +50,6 @@ from robuq_bench.cli.job import (
 )
 from robuq_bench.cli.methods import methods_app
 from robuq_bench.cli.packed import packed_app
-from kernels.cpu_library import MissingKernels
 from robuq_bench.errors import MissingResourceError, RobuqError, UsageError
 from robuq_bench.runs import interrupts
 
