@@ -1,4 +1,4 @@
-"""`build`: from run folders to one HTML file and its tables.
+"""`build_report`: from run folders to one HTML file and its tables.
 
 The same runs give the same bytes: inputs are sorted, no clock is read, and every time shown comes
 from a manifest. A study's section is the module of this package that bears its name and has a
@@ -8,12 +8,12 @@ from a manifest. A study's section is the module of this package that bears its 
 from __future__ import annotations
 
 import pkgutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,23 +27,34 @@ from reports.text import NOT_RUN, Phrase, plural
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import style_sheet
 from robuq_bench.files import atomic_write_text
-from robuq_bench.runs.made import remember
 
 _CLAIM_COLUMNS = ("protocol", "claim", "verdict", "evidence", "subject")
 _NO_RESULTS = "No run among these is finished, so every result is “not run”."
 
 
-def build(run_paths: Sequence[Path], output: Path, source: str = "") -> Path:
-    """`reports.build_report`, whatever was built before; `source` is remembered with the result."""
+def build_report(run_paths: Sequence[Path], output: Path) -> Path:
+    """Write the report of the given runs to `output`, its tables beside it; return `output`.
+
+    Args:
+        run_paths: run folders, or folders that hold runs at some depth. Finished runs are shown;
+            unfinished ones are only listed as such.
+        output: the HTML file. `<stem>-*.csv` and `<stem>-*.tex` are written beside it.
+
+    A run that is damaged, or whose records are not what its study writes, is left out: a warning
+    and the report name it.
+
+    Raises:
+        UsageError: no runs, a path that does not exist, or an output that is a folder.
+        CheckpointError: no run is sound, or a record of the project is none; names the files.
+        RobuqError: the output cannot be written.
+    """
     if output.is_dir():
         raise UsageError(f"{output} is a folder; name a file, for example {output / 'report.html'}")
     runs, left_out = find_runs(run_paths)
     records = read_records()
     if runs:
         try:
-            texts = _write(runs, left_out, output, records)
-            remember(output, "" if left_out else source, texts)
-            return output
+            return _write(_made(runs, left_out, records), output)
         except _UNREADABLE:
             for record in records:
                 _check_record(record)
@@ -54,8 +65,7 @@ def build(run_paths: Sequence[Path], output: Path, source: str = "") -> Path:
         runs = [run for run in runs if all(run is not bad for bad, _ in unreadable)]
     if not runs:
         raise CheckpointError(f"no run is sound: {'; '.join(reason for _, reason in left_out)}")
-    _write(runs, left_out, output, records)
-    return output
+    return _write(_made(runs, left_out, records), output)
 
 
 # What reading records of another kind than expected raises; CheckpointError is a damaged file.
@@ -68,8 +78,7 @@ def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
     By halves, so that one bad run among many costs a few reports, and not one for each.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            _write(runs, [], Path(folder) / "report.html")
+        _made(runs, [])
     except _UNREADABLE as error:
         if half := len(runs) // 2:
             return [*_unreadable(runs[:half]), *_unreadable(runs[half:])]
@@ -79,11 +88,10 @@ def _unreadable(runs: Sequence[RunData]) -> list[tuple[RunData, Exception]]:
 
 def _check_record(record: RecordedRun) -> None:
     """Raise CheckpointError, naming its file, where no page can be made of a record alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            _write([], [], Path(folder) / "report.html", [record])
-        except _UNREADABLE as error:
-            raise no_record(record.path, error) from error
+    try:
+        _made([], [], [record])
+    except _UNREADABLE as error:
+        raise no_record(record.path, error) from error
 
 
 @cache
@@ -136,13 +144,15 @@ def record_sections(runs: Sequence[RunData], records: Sequence[RecordedRun]) -> 
     return found
 
 
-def _write(
-    runs: Sequence[RunData],
-    left_out: Sequence[LeftOut],
-    output: Path,
-    records: Sequence[RecordedRun] = (),
-) -> dict[str, str]:
-    """Write the report of these runs and its tables; return the texts by name."""
+class _Report(NamedTuple):
+    page: str
+    tables: Mapping[str, str]  # by what the names of their files end in
+
+
+def _made(
+    runs: Sequence[RunData], left_out: Sequence[LeftOut], records: Sequence[RecordedRun] = ()
+) -> _Report:
+    """The report of these runs; nothing is written."""
     finished = [run for run in runs if run.finished]
     sections = build_sections(finished)
     kept = record_sections(finished, records)
@@ -163,15 +173,20 @@ def _write(
         )
     )
     page = "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
-    texts = {f"{output.stem}-{name}": text for name, text in _tables(sections).items()}
+    return _Report(page, _tables(sections))
+
+
+def _write(report: _Report, output: Path) -> Path:
+    """Write the page to `output` and the tables beside it."""
+    texts = {f"{output.stem}-{name}": text for name, text in report.tables.items()}
     for module in section_modules().values():
         for name in (f"{output.stem}-{name}" for name in module.EXPORTS):
             if name not in texts and output.with_name(name).exists():
                 texts[name] = ""  # of an older report; these runs lack it
-    texts[output.name] = page  # last: there is no page whose tables could not be made
+    texts[output.name] = report.page  # last: there is no page whose tables could not be made
     for name, text in texts.items():
         atomic_write_text(output.with_name(name), text)
-    return texts
+    return output
 
 
 def _tables(sections: Mapping[str, Section]) -> dict[str, str]:

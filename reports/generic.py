@@ -159,7 +159,8 @@ def cpu(run: RunData) -> list[Block]:
     if frame.empty:
         return []
     shown = plain_sheet(frame.head(MAX_ROWS), f"Timed on a CPU: {run.title}")
-    return [Figures([*drawn(run)], "On a CPU; what computes something else has no time."), shown]
+    note = "On a CPU. Results that differ from the reference are not timed."
+    return [Figures([*drawn(run)], note), shown]
 
 
 def table_fold(run: RunData, name: str) -> Fold:

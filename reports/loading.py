@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import tomllib
 import traceback
@@ -22,11 +23,11 @@ from reports.plans import read_plan
 from reports.settings import section
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.files import sha256_bytes, sha256_file
-from robuq_bench.runs.made import READ, folders_at
 from robuq_bench.runs.run_files import (
     CONFIG,
     DONE,
     MANIFEST,
+    REPLACED,
     RESULTS,
     check_done,
     read_manifest,
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_DEPTH = 3
 _REDO = "restore it, or delete the folder and run the plan again"
 
 
@@ -149,7 +151,6 @@ class RunData:
             CheckpointError: the file is not what the manifest says.
         """
         path = self.path / relative
-        assert path.suffix in READ  # or a change of it would go unseen
         if not path.is_file():
             if relative in self.manifest.get("outputs", {}):
                 raise CheckpointError(f"{path} is missing; {_REDO}")
@@ -198,7 +199,7 @@ def find_runs(paths: Iterable[Path]) -> Found:
     for path in wanted:
         if not path.exists():
             raise UsageError(f"no such run folder: {path}; `python bench.py runs list` names them")
-        folders.update(folders_at(path))
+        folders.update(_run_folders(path))
     if not folders:
         where = ", ".join(map(str, wanted)) or "an empty list of paths"
         raise UsageError(
@@ -265,6 +266,22 @@ def read_run(folder: Path) -> RunData:
         torn=bool(torn),
         manifest_sha256=sha256_file(folder / MANIFEST),
     )
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """The run folders at or below a path."""
+    # One spelling per folder, so that a run named twice is read once.
+    path = path.resolve()
+    found = []
+    for root, folders, files in os.walk(path):
+        folders.sort()
+        folders[:] = [name for name in folders if REPLACED not in name]
+        if MANIFEST in files:
+            found.append(Path(root))
+            folders.clear()
+        elif len(Path(root).relative_to(path).parts) >= _MAX_DEPTH:
+            folders.clear()
+    return found
 
 
 def _read_config(folder: Path, manifest: Mapping[str, Any], finished: bool) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import logging
 import os
 import sys
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
+from types import ModuleType
 
 from robuq_bench.errors import RobuqError
 from robuq_bench.files import atomic_write_text, sha256_bytes
@@ -19,27 +20,39 @@ from robuq_bench.runs.digests import files_digest
 
 #: Of more files in a folder, those that were not used for the longest time are removed.
 MOST_FILES = 1000
-_LIBRARIES = (
-    "jinja2",
-    "matplotlib",
-    "numpy",
-    "pandas",
-    "pillow",
-    "scipy",
-    "seaborn",
-    "statsmodels",
-)
 
 logger = logging.getLogger(__name__)
 
 
 @cache
-def code_digest(package: str) -> str:
-    """Digest of what computes: files of a package and of this one, libraries, the interpreter."""
-    roots = [Path(str(sys.modules[name].__file__)).parent for name in (package, "robuq_bench")]
-    files = [(str(path), path) for root in roots for path in root.rglob("*.*") if _is_code(path)]
-    versions = [f"{name} {version(name)}" for name in _LIBRARIES]
-    return sha256_bytes("\n".join([files_digest(files), *versions, sys.version]).encode())
+def code_digest(name: str) -> str:
+    """Digest of what computes: files of a package or module and of this package, all installed.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        OSError: a folder of the packages cannot be listed.
+    """
+    modules = [sys.modules[module] for module in (name, "robuq_bench")]
+    files = [(str(path), path) for module in modules for path in _code(module)]
+    return sha256_bytes("\n".join([files_digest(files), installed(), sys.version]).encode())
+
+
+@cache
+def installed() -> str:
+    """Digest of the metadata, with name and version, of every distribution on the path.
+
+    Of all, as a library draws by means of others. One without metadata does not count.
+    """
+    # The text as it is: parsing a hundred of them takes ten times as long as reading them.
+    texts = (d.read_text("METADATA") or d.read_text("PKG-INFO") for d in distributions())
+    return sha256_bytes("\0".join(sorted(text for text in texts if text)).encode())
+
+
+def _code(module: ModuleType) -> list[Path]:
+    if not hasattr(module, "__path__"):
+        return [Path(getattr(module, "__file__", ""))]  # a script, among whatever else lies there
+    found = (path for root in module.__path__ for path in Path(root).rglob("*.*"))
+    return [path for path in found if _is_code(path)]
 
 
 def _is_code(path: Path) -> bool:
@@ -49,7 +62,7 @@ def _is_code(path: Path) -> bool:
 def read_kept(path: Path) -> str | None:
     """The text that was kept, None without one; one that is damaged is reported by a warning."""
     try:
-        digest, _, text = path.read_text("utf-8").partition("\n")
+        digest, _, text = path.read_bytes().decode().partition("\n")  # no "\r" is lost
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -68,7 +81,7 @@ def keep(path: Path, text: str) -> None:
     try:
         atomic_write_text(path, f"{sha256_bytes(text.encode())}\n{text}")
     except RobuqError as error:
-        _warn_once(f"nothing is kept in {path.parent} ({error.__cause__}); set ROBUQ_CACHE")
+        warn_once(f"nothing is kept in {path.parent} ({error.__cause__}); set ROBUQ_CACHE")
         return
     with contextlib.suppress(OSError):  # another process may be removing the same
         if len(os.listdir(path.parent)) > MOST_FILES:
@@ -78,5 +91,6 @@ def keep(path: Path, text: str) -> None:
 
 
 @cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning at its first call in this process."""
     logger.warning(text)

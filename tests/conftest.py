@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from robuq_bench.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = os.environ.get(cpu_library.PATH_VARIABLE, "")
 MNIST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 
 TINY_WORKLOAD = """
@@ -197,16 +198,25 @@ def fail_with(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Base
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The checkout's library or one built now, which takes ten seconds."""
+def library_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `ROBUQ_CPU_KERNELS` must be for the kernels to be used, whatever a test sets it to.
+
+    As the session began, or a library built now, which takes ten seconds.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu_library.PATH_VARIABLE, KERNELS)
         try:
             cpu_library.load()
         except cpu_library.MissingKernels as missing:
             if os.environ.get("ROBUQ_REQUIRE_CPU_KERNELS") == "1":
                 raise
-            if os.environ.get(cpu_library.PATH_VARIABLE) or build.compiler() is None:
+            if KERNELS or build.compiler() is None:
                 pytest.skip(str(missing))
-            target = build.build(tmp_path_factory.mktemp("library") / "_cpu.so")
-            patch.setenv(cpu_library.PATH_VARIABLE, str(target))
-        yield
+            return str(build.build(tmp_path_factory.mktemp("library") / "_cpu.so"))
+    return KERNELS
+
+
+@pytest.fixture
+def library(library_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels, for one test."""
+    monkeypatch.setenv(cpu_library.PATH_VARIABLE, library_path)

@@ -219,3 +219,14 @@ def test_other_runtime_errors_are_crashes(bench: Any, toy: list[str], fail_with:
     outcome = bench("study", "toy-study")
     assert outcome.code == 1
     assert "crash: RuntimeError: shapes differ" in outcome.err
+
+
+def test_cpu_kernels_that_are_named_and_not_there_are_one_line(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench("export", "a2", "--random-weights", "-o", "a2.safetensors").code == 0
+    monkeypatch.setenv("ROBUQ_CPU_KERNELS", str(tmp_path / "none.so"))
+    outcome = bench("sample", "--packed", "a2.safetensors", "-o", "a.png", "--num", "1")
+    assert outcome.code == 4
+    assert "none.so cannot be loaded" in outcome.err
+    assert "Traceback" not in outcome.err

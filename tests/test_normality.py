@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
-from robuq_bench.normality import summaries
+from robuq_bench.normality import evidence, summaries
 from robuq_bench.normality.capture import CapturedTokens, save_shard
 from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.progress import Progress
@@ -77,6 +80,28 @@ def tables(run: Run) -> dict[str, str]:
 def live(tmp_path_factory: pytest.TempPathFactory, workload: None) -> Run:
     root = tmp_path_factory.mktemp("normality")
     return perform(root, configure("normality.save_activations=true"))
+
+
+def once(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    @functools.cache
+    def of(values: bytes) -> Any:
+        return function(torch.frombuffer(bytearray(values), dtype=torch.float32))
+
+    def remembering(token: Tensor) -> Any:
+        assert token.dtype == torch.float32
+        return of(token.numpy().tobytes())
+
+    return remembering
+
+
+ONCE = {name: once(getattr(evidence, name)) for name in ("distance_of_signs", "exact_distance")}
+
+
+@pytest.fixture
+def exact_distances_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They depend on the token alone, cost most of a small study, and have tests of their own."""
+    for name, function in ONCE.items():
+        monkeypatch.setattr(evidence, name, function)
 
 
 def test_every_layer_timestep_and_transform_is_measured(live: Run) -> None:
@@ -167,6 +192,7 @@ def test_saved_activations_give_the_same_numbers(live: Run, tmp_path: Path) -> N
     assert tables(linked) == tables(live)
 
 
+@pytest.mark.usefixtures("exact_distances_once")
 def test_a_killed_study_continues_to_the_same_tables(
     live: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +222,7 @@ def test_a_killed_study_continues_to_the_same_tables(
     assert len(analysed) == len(table(live, "cells")) / 2  # only the second timestep
 
 
+@pytest.mark.usefixtures("exact_distances_once")
 def test_a_plan_in_the_middle_of_training(tmp_path: Path) -> None:
     config = configure(
         "normality.qat_steps=[0,2]", "training.batch_size=8", "normality.timesteps=1"
@@ -216,6 +243,7 @@ def test_a_plan_in_the_middle_of_training(tmp_path: Path) -> None:
     assert (run.checkpoint_folder / "training").is_dir()
 
 
+@pytest.mark.usefixtures("exact_distances_once")
 def test_bfloat16_shards_of_another_model(tmp_path: Path) -> None:
     """What a cluster would hand over: no calibration shard, half precision, foreign names."""
     generator = torch.Generator().manual_seed(0)
@@ -249,6 +277,7 @@ def test_unusable_activations_are_refused(tmp_path: Path) -> None:
         perform(tmp_path, config)
 
 
+@pytest.mark.usefixtures("exact_distances_once")
 def test_only_the_transforms_asked_for(tmp_path: Path) -> None:
     names = '["identity","randomized-hadamard"]'
     run = perform(tmp_path, configure(f"normality.transforms={names}", "normality.timesteps=1"))
@@ -287,6 +316,7 @@ def test_missing_activations_are_missing_data_even_when_dry(
     assert "nowhere: no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("exact_distances_once")
 def test_a_narrow_layer_is_left_out_and_listed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.arange(16).repeat_interleave(2)

@@ -22,6 +22,7 @@ from packaging.tags import Tag
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 import robuq_bench
+from kernels import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -200,6 +201,13 @@ def test_every_data_file_is_packaged(package: str) -> None:
     }
     assert found, f"no data file under {package}"
     assert found - packaged == set()
+
+
+def test_everything_that_the_kernels_are_compiled_from_is_packaged() -> None:
+    folder = ROOT / "kernels"
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["kernels"]
+    packaged = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert packaged == {folder / name for name in (*build.SOURCES, *build.HEADERS)}
 
 
 def setup_py(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robuq_bench.config import Workload, load_plan, load_workload
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import UsageError
+from robuq_bench.judging.evaluation import batches_side_by_side
 from robuq_bench.judging.sampling import (
     default_labels,
     sample_images,
@@ -188,6 +189,17 @@ def test_batches_side_by_side_give_the_bits_of_one_thread(sampler: str) -> None:
     assert torch.equal(together, alone)
     assert seen == sorted(seen)
     assert (len(seen), seen[-1]) == (4 * 5, len(SEEDS))
+
+
+def test_few_large_batches_are_held_at_a_time() -> None:
+    """A batch of DiT-XL/2 with guidance takes gigabytes: on 64 cores, one with all threads."""
+    assert batches_side_by_side(load_workload("digits"), 8) == 8
+    large = load_workload("imagenet256")
+    assert batches_side_by_side(large, 64) == 1
+    small = {"batch_size": 8, "cfg_scale": 1.0}
+    evaluation = large.evaluation.model_copy(update=small)
+    # 8 images of 256 tokens of 20 * 1152 float32 values are 180 MiB.
+    assert batches_side_by_side(large.model_copy(update={"evaluation": evaluation}), 64) == 11
 
 
 def test_different_seeds_and_labels_give_different_images() -> None:

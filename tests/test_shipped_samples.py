@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.judging import evaluation, shipped_samples, teacher
 from robuq_bench.judging.sampling import sample_images
 from robuq_bench.judging.shipped_samples import ship_samples
-from robuq_bench.judging.teacher import Judged, judge_teacher
+from robuq_bench.judging.teacher import Judged, judge_teacher, load_judged
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
-from robuq_bench.runs.run import open_existing
+from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.runs.study import run_study
 from studies import teacher_eval
 
@@ -139,6 +140,46 @@ def test_they_can_be_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert np.array_equal(images[20:].permute(0, 2, 3, 1).numpy(), file["arr_0"])
 
 
+class InterruptedRunError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("first", ["drawn", "shipped"])
+def test_a_run_goes_on_as_it_began(
+    first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    workload = config_of(*SHORT).workload
+    images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+    given: Any = shipped_samples.ShippedSamples(images, "asset:it", "0" * 64, "here")
+    offered = [None if first == "drawn" else given]
+    monkeypatch.setattr(teacher, "shipped_samples", lambda *_: offered[0])
+    measured = evaluation.compute_metrics
+
+    def interrupted(*arguments: Any) -> dict[str, float]:
+        monkeypatch.setattr(evaluation, "compute_metrics", fail)
+        return measured(*arguments)
+
+    def fail(*arguments: Any) -> dict[str, float]:
+        raise InterruptedRunError
+
+    judged = load_judged(workload, "cpu")
+    with Run.open(tmp_path, config_of(*SHORT), []) as run:
+        monkeypatch.setattr(evaluation, "compute_metrics", interrupted)
+        with pytest.raises(InterruptedRunError):
+            judge_teacher(workload, run, context(), judged)
+        monkeypatch.setattr(evaluation, "compute_metrics", measured)
+        offered[0] = given if first == "drawn" else None
+        if first == "shipped":
+            with pytest.raises(CheckpointError, match="began with asset:it, which no longer comes"):
+                judge_teacher(workload, run, context(), judged)
+            offered[0] = given
+        rows = judge_teacher(workload, run, context(), judged)
+        assert [row.get("samples") for row in rows] == [
+            None if first == "drawn" else "asset:it"
+        ] * 2
+        assert ("teacher samples" in run.manifest["inputs"]) == (first == "shipped")
+
+
 def test_a_gpu_samples_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(teacher, "record_inputs", lambda *args: None)
@@ -147,6 +188,7 @@ def test_a_gpu_samples_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     workload = config_of().workload
     nothing: Any = None
+    new: Any = SimpleNamespace(get=lambda key: None)
     judged = Judged(nothing, nothing, nothing, nothing, workload.teacher.sha256)
-    judge_teacher(workload, nothing, Context("cuda:0", 1, Progress(quiet=True), []), judged)
+    judge_teacher(workload, new, Context("cuda:0", 1, Progress(quiet=True), []), judged)
     assert given == [None]

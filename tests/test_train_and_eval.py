@@ -296,7 +296,9 @@ def test_unreachable_budget_fails_before_training(workload: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_sigkill_then_the_same_command(finished: RunResult, workload: Path, tmp_path: Path) -> None:
+def test_sigkill_then_the_same_command(
+    finished: RunResult, workload: Path, tmp_path: Path, bench: Any
+) -> None:
     command = [
         sys.executable,
         "bench.py",
@@ -329,9 +331,9 @@ def test_sigkill_then_the_same_command(finished: RunResult, workload: Path, tmp_
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.strip().splitlines()[-1])
     assert student_digest(Path(document["path"])) == student_digest(finished.path)
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert json.loads(again.stdout.strip().splitlines()[-1])["was_complete"] is True
+    again = bench(*command[2:])
+    assert again.code == 0
+    assert again.document["was_complete"] is True
 
 
 def test_the_branch_trains_at_the_rate_of_the_config(workload: Path) -> None:

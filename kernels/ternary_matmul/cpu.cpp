@@ -383,7 +383,7 @@ template <class Set>
 INLINE void few_products(const TernaryMatmul& x, const int8_t* codes, int64_t bytes, int64_t first,
                          float* up) {
   const int count = static_cast<int>(std::min<int64_t>(PANEL, x.outputs - first));
-  alignas(64) int32_t sums[FEW * PANEL] = {};
+  alignas(64) int32_t sums[(FEW + 1) * PANEL] = {};  // finish_rows<4>, never reached, would read 4
   for (int n = 0; n < count; n++)
     for (int64_t m = 0; m < x.rows; m++)
       sums[m * PANEL + n] =

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from kernels.cpu_library import MissingKernels
 from robuq_bench import __version__
 from robuq_bench.cli import console
 from robuq_bench.cli.flags import (
@@ -303,6 +304,8 @@ def _run(argv: Sequence[str] | None) -> int:
         if not console.is_disk_error(error):
             traceback.print_exc()
         return console.print_error(str(error), 1, as_json=as_json)
+    except MissingKernels as error:
+        return console.print_error(str(error), MissingResourceError.exit_code, as_json=as_json)
     except Exception as error:
         sentence = console.out_of_memory(error)
         if sentence is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels.hadamard_quantize.reference import Modulation, Quantized
 from robuq_bench.inference.packed_linear import PackedLinear, kernel_module, product_operands
-from robuq_bench.models.dit import Blocks
+from robuq_bench.models.dit import Attention, Blocks
 from robuq_bench.quantization.attention import integer_limit
 from robuq_bench.quantization.grids import grid_of, kernel_rotation
 
@@ -67,9 +67,13 @@ def _block(block: Any, x: Tensor, modulation: Tensor, tokens: int) -> Tensor:
 
 
 def attend(attention: Any, qkv: Tensor) -> Tensor:
-    """`Attention.attend`, with products of integers where they are quantized: [B, T, 3 C]."""
+    """`Attention.attend`, with products of integers where they are quantized: [B, T, 3 C].
+
+    An `attend` of the caller's own, in a subclass or on the module, is called as it is.
+    """
     limit = integer_limit(attention.matmul_quantizer)
-    if limit is None:
+    own = type(attention).attend is not Attention.attend or "attend" in vars(attention)
+    if limit is None or own:
         result: Tensor = attention.attend(qkv)
         return result
     module = kernel_module("quantized_attention", attention.qkv.arithmetic)

@@ -24,13 +24,15 @@ class CudaGraph:
     """A captured call; `cuda_graph` makes it.
 
     Calling it with inputs of the captured shapes, dtypes and device copies them into the graph's
-    own, replays it and returns copies of its results. All else must equal what was captured. Not
-    for several threads at once: they would share these inputs.
+    own, replays it and returns copies of its results. All else must equal what was captured. It
+    keeps the captured function alive. Not for several threads at once: they would share these
+    inputs.
     """
 
     def __init__(
         self, function: Callable[..., Output], inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
+        self._function = function  # a replay reads its weights, which must not be freed
         inputs = tuple(_own(value) for value in inputs)
         named = {name: _own(value) for name, value in named.items()}
         called = function.forward if isinstance(function, nn.Module) else function

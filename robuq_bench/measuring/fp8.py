@@ -30,7 +30,7 @@ class Fp8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True) / LARGEST
+        scale = _scales(weight)
         self.bias = linear.bias  # first: models read the dtype of their first parameter
         self.register_buffer("weight", (weight / scale).to(FP8))
         self.register_buffer("scale", scale.T.contiguous())
@@ -38,13 +38,18 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] bfloat16 -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(1, keepdim=True).float() / LARGEST
-        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        scale = _scales(rows)
         codes = (rows.float() / scale).to(FP8)
         y = torch._scaled_mm(
             codes, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=torch.bfloat16
         )
         return y.view(*x.shape[:-1], -1)
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """Scales [N, 1] by which the largest value of each row becomes fp8's largest."""
+    scale = rows.abs().amax(1, keepdim=True).float() / LARGEST
+    return scale.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros stays zero
 
 
 def fp8_(model: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ from robuq_bench.normality.controls import CONTROL_NAMES, control_tokens
 from robuq_bench.normality.intervals import rejected_share
 from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.normality.sign_sums import distance_of_signs, exact_distance
-from robuq_bench.normality.statistics import token_statistics
+from robuq_bench.normality.statistics import shapiro_wilk
 from robuq_bench.normality.summaries import Row, effect_sizes
 from robuq_bench.normality.transforms import NotApplicable, make_transform
 from robuq_bench.progress import Progress
@@ -309,8 +309,7 @@ def projection_rows(captured: Captured, alpha: float, seed: int) -> list[Row]:
             shares = []
             for sample in (y, null):
                 projected = sample[:, : width // k * k].view(len(sample), -1, k) @ u
-                found = token_statistics(projected)
-                w, p = found.shapiro_w, found.shapiro_p
+                w, p = shapiro_wilk(projected)
                 good = np.isfinite(p)
                 shares.append((rejected_share(p[good], alpha).raw, float(np.median(w[good]))))
             rows.append(
@@ -344,7 +343,7 @@ def sample_size_rows(captured: Captured, alpha: float, seed: int) -> list[Row]:
         for n in [*sizes, min(width, 5000)]:
             index = torch.randperm(width, generator=generator)[:n]
             for name, sample in samples.items():
-                p = token_statistics(sample[:, index]).shapiro_p
+                _, p = shapiro_wilk(sample[:, index])
                 good = p[np.isfinite(p)]
                 if len(good):
                     rows.append(

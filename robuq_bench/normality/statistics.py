@@ -29,6 +29,7 @@ from robuq_bench.normality.token_sums import (
     Sums,
     Workspace,
     block_sums,
+    centre_sorted,
     compiled_sums,
     tensor_sums,
 )
@@ -120,6 +121,24 @@ def token_statistics(tokens: Tensor) -> TokenStatistics:
     return TokenStatistics._make([n, *arrays, ~sums.valid])
 
 
+def shapiro_wilk(tokens: Tensor) -> tuple[Floats, Floats]:
+    """Shapiro-Wilk's W and its p-value of every token, without the rest: each [T] float64.
+
+    Arguments, NaN and errors are those of `token_statistics`; computed on the CPU.
+    """
+    array = _checked(tokens).cpu().numpy()
+    rows, n = array.shape
+    w = np.empty(rows)
+    deviations = np.empty((min(rows, max(1, _NUMPY_BLOCK // n)), n))
+    for x, start, stop in _sorted_blocks(array, _NUMPY_BLOCK):
+        valid, raw = centre_sorted(x, deviations[: stop - start])
+        w[start:stop] = np.where(valid, raw.w, np.nan)
+    valid = ~np.isnan(w)
+    p = np.full(rows, np.nan)
+    p[valid] = shapiro_p(w[valid], n)
+    return w, p
+
+
 def computed_by() -> str:
     """What computes the sums of tokens on the CPU: "compiled" kernels or, without them, "numpy".
 
@@ -165,11 +184,17 @@ def _cpu_sums(tokens: Block) -> Iterator[Sums]:
     rows, n = tokens.shape
     compiled = is_usable()
     elements = _COMPILED_BLOCK if compiled else _NUMPY_BLOCK
-    size = min(rows, max(1, elements // n))
-    ordered = np.empty((size, n), dtype=tokens.dtype)
-    workspace = None if compiled else Workspace(size, n)
+    workspace = None if compiled else Workspace(min(rows, max(1, elements // n)), n)
+    for x, _, _ in _sorted_blocks(tokens, elements):
+        yield compiled_sums(x) if workspace is None else block_sums(x, workspace)
+
+
+def _sorted_blocks(tokens: Block, elements: int) -> Iterator[tuple[Block, int, int]]:
+    """Blocks of about so many elements, rows sorted, in one buffer; with their first, end row."""
+    rows, n = tokens.shape
+    ordered = np.empty((min(rows, max(1, elements // n)), n), dtype=tokens.dtype)
     for start, stop in _blocks(rows, n, elements):
         x = ordered[: stop - start]
         np.copyto(x, tokens[start:stop])
         x.sort(axis=1)  # numpy's sort is vectorised, torch's is not
-        yield compiled_sums(x) if workspace is None else block_sums(x, workspace)
+        yield x, start, stop

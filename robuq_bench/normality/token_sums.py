@@ -59,6 +59,11 @@ class RawMoments(NamedTuple):
     sum2: Floats
     shapiro: Floats  # sum a_i x_(i)
 
+    @property
+    def w(self) -> Floats:
+        """Shapiro-Wilk's W."""
+        return np.minimum(self.shapiro**2 / self.sum2, 1.0)
+
 
 class Sums(NamedTuple):
     """What `token_statistics` needs of each token; each [T] float64, `valid` bool."""
@@ -173,7 +178,7 @@ def block_sums(x: Block, workspace: Workspace) -> Sums:
         valid=valid,
         mean=raw.mean / raw.scale,
         std=std / raw.scale,
-        shapiro_w=np.minimum(raw.shapiro**2 / raw.sum2, 1.0),
+        shapiro_w=raw.w,
         skewness=math.sqrt(n) * sum3 / raw.sum2**1.5,
         kurtosis=n * sum4 / raw.sum2**2 - 3.0,
         anderson_a2=anderson,

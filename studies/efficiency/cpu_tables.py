@@ -103,8 +103,8 @@ def step_speeds(factors: Sequence[Row]) -> Picture | None:
         for r in frame.to_dict("records")
     )
     height = 1.2 + 0.35 * frame["against"].nunique()
-    title = f"Speed of a step: {where}"
-    with panel("cpu-speed", f"{title}: {words}", height=height, title=title) as drawn:
+    alt, title = f"Speed of a step of {where}: {words}", f"Speed of a step\n{where}"
+    with panel("cpu-speed", alt, height=height, title=title) as drawn:
         points(frame[["against", "ours", *LIMITS]], drawn.axes, "against", LIMITS, hue="ours",
                dodge=0.5 if frame["ours"].nunique() > 1 else False, legend=True)  # fmt: skip
         drawn.axes.axvline(1, color=colour("reference"), linewidth=1.4)

@@ -148,12 +148,12 @@ def throughput(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
         f"{name} {own['gop_s'].min():.3g} to {own['gop_s'].max():.3g}"
         for name, own in frame.groupby("implementation", sort=False)
     )
-    where = f"DiT-{model}/2, {frame['images'].iloc[0]} images, {frame['threads'].iloc[0]} thread"
+    where = f"DiT-{model}/2, batch {frame['images'].iloc[0]}, {frame['threads'].iloc[0]} thread"
     alt = f"GOP/s of products on a CPU, {where}: {words}"
-    with panel("cpu-kernels", alt, height=3.2, title=f"Products: {where}") as drawn:
+    with panel("cpu-kernels", alt, height=3.2, title=f"Products\n{where}") as drawn:
         sns.scatterplot(frame, x="gop_s", y="layer", hue="implementation", style="implementation",
                         ax=drawn.axes, s=32)  # fmt: skip
         drawn.axes.set(xlabel="GOP/s", ylabel="")
         log_axis(drawn.axes, "x")
-        legend_below(drawn)
+        legend_below(drawn, 1)
     return drawn.picture

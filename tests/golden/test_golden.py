@@ -142,14 +142,12 @@ def test_every_method_gives_the_recorded_tensors(compute: Any, is_recorded_machi
     assert not lines, "\n".join(lines)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_compiled_kernels_give_the_recorded_outputs(
-    compute: Any, recorded: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, plan: str
+    compute: Any, recorded: dict[str, Tensor], plan: str
 ) -> None:
     """Within what another machine may differ by, and not by chance to the bit."""
-    monkeypatch.delenv(cpu_library.PATH_VARIABLE)
-    if not cpu_library.is_usable():
-        pytest.skip("the CPU kernels are not built")
     inputs = [recorded[f"inputs/{name}"] for name in ("x", "t", "y", "output_gradient")]
     student, _ = compute.student_for(plan, compute.library.teacher())
     output = student.train()(*inputs[:3])

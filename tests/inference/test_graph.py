@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -92,6 +95,23 @@ def test_what_was_not_captured_is_refused_by_name(
     fixed = cuda_graph(Toy(), torch.zeros(3, 4), torch.zeros(3), 2.0)
     with pytest.raises(UsageError, match=r"scale is 3\.0, captured was 2\.0"):
         fixed(torch.zeros(3, 4), torch.zeros(3), 3.0)
+
+
+def test_the_weights_live_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay reads them by address: freed, they would be any other tensor's memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("device", "Stream", "current_stream", "stream", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(graph, "_check_inputs", lambda _: None)
+    model = nn.Linear(4, 4)
+    weight = weakref.ref(model.weight)
+    step = cuda_graph(model, torch.zeros(1, 4))
+    del model
+    gc.collect()
+    assert weight() is not None
+    del step
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.usefixtures("pretend_gpu")

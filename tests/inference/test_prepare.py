@@ -176,6 +176,21 @@ def test_attention_in_a_fused_block_is_what_training_evaluates() -> None:
     assert distance(attend(attention, qkv), attention.attend(qkv)) == 0  # not one of ours
 
 
+class Halved(Attention):
+    def attend(self, qkv: Tensor) -> Tensor:
+        return super().attend(qkv) / 2
+
+
+def test_an_attend_of_the_callers_own_is_called() -> None:
+    qkv = torch.randn(2, 49, 432)
+    for attention in (Halved(144, 2), Attention(144, 2)):
+        attention.qkv.arithmetic = "integer"
+        attention.matmul_quantizer = matmul_quantizer(8)
+        if type(attention) is Attention:
+            attention.attend = lambda qkv, whole=attention.attend: whole(qkv) / 2
+        assert torch.equal(attend(attention, qkv), attention.attend(qkv))
+
+
 def test_packing_shrinks_what_is_held_in_memory(student: Student, teacher: DiT) -> None:
     model, _ = student("a2")
     packed = prepare_for_inference(model, "integer")

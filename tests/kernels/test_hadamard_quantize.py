@@ -59,9 +59,10 @@ def modulation_of(
     return Modulation(both[:, 0], both[:, 1], per_image)  # rows are strided
 
 
-def assert_close(result: Quantized, expected: Quantized, grid: Grid, bits: int) -> None:
+def assert_close(
+    result: Quantized, expected: Quantized, grid: Grid, bits: int, relative: float = 5e-4
+) -> None:
     """The kernel's tolerance; also that every output was written."""
-    relative = 7e-4  # an outlier's fp16 roundings are in every coordinate of its token
     codes, want = result.codes.int(), expected.codes.int()
     assert codes.shape == want.shape
     difference = (codes - want).abs()
@@ -79,7 +80,9 @@ def assert_close(result: Quantized, expected: Quantized, grid: Grid, bits: int) 
         assert error <= 0.005 * expected.branch.square().mean().sqrt()
 
 
-def assert_matches_reference(x: Tensor, grid: Grid, bits: int, **options: Any) -> Quantized:
+def assert_matches_reference(
+    x: Tensor, grid: Grid, bits: int, relative: float = 5e-4, **options: Any
+) -> Quantized:
     """The kernel against its reference, every output within tolerance; returns the kernel's."""
     result = hadamard_quantize(x, grid, **options)
     expected = reference(x, grid, **options)
@@ -90,7 +93,7 @@ def assert_matches_reference(x: Tensor, grid: Grid, bits: int, **options: Any) -
         torch.testing.assert_close(result.residual, expected.residual, rtol=rtol, atol=1e-6)
         options.pop("gated_residual")
         expected = reference(result.residual, grid, **options)
-    assert_close(result, expected, grid, bits)
+    assert_close(result, expected, grid, bits, relative)
     return result
 
 
@@ -224,9 +227,9 @@ def test_several_tiles_per_program(device: torch.device, monkeypatch: pytest.Mon
     monkeypatch.setattr("kernels.hadamard_quantize.triton.LONG_PROGRAMS", 1)
     x = tokens(70, 576, device)
     rotation = rotation_of(576, device)
-    assert_matches_reference(
-        x, A8, 8, rotation=rotation, modulation=modulation_of(2, 35, 576, device, x.dtype)
-    )
+    modulation = modulation_of(2, 35, 576, device, x.dtype)
+    # A token's outlier is rounded to fp16, and so moves all its coordinates and their scale.
+    assert_matches_reference(x, A8, 8, relative=7e-4, rotation=rotation, modulation=modulation)
     x = tokens(64, 576, device)
     assert_matches_reference(
         x, A8, 8, rotation=rotation, modulation=modulation_of(2, 32, 576, device, x.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kernels.offline import OPERATIONS, Specialisation, main, specialisations
+from kernels.offline import OPERATIONS, Compiled, Specialisation, main, specialisations
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Instructions of the main loop, per 128 x 128 x 128 products (the dense int8 loop has about 100).
@@ -21,11 +21,16 @@ BUDGETS = json.loads(BUDGET_FILE.read_text())
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, list[dict[str, Any]]]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def compiled(kept: Path) -> dict[str, list[dict[str, Any]]]:
     """What every specialisation became, by operation; one interpreter imports torch for all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.offline", "--json"],
+        [sys.executable, "-m", "kernels.offline", "--json", "--keep", str(kept)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -144,17 +149,36 @@ def test_attention_moves_no_probability_between_threads(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_machine_code_is_kept(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.offline", "--keep", str(tmp_path), "ternary_matmul/unpack"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {
+def test_machine_code_is_kept(compiled: dict[str, list[dict[str, Any]]], kept: Path) -> None:
+    assert {path.name for path in kept.glob("ternary_matmul-unpack.*")} == {
         f"ternary_matmul-unpack.{kind}" for kind in ("ttgir", "ptx", "sass")
     }
-    assert "modelled, not measured" in done.stdout
+    assert all(path.stat().st_size for path in kept.iterdir())
+    assert len(list(kept.iterdir())) == 3 * sum(len(rows) for rows in compiled.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_names_choose_what_is_compiled_and_tabled(
+    compiled: dict[str, list[dict[str, Any]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = {row["name"]: Compiled(**row) for rows in compiled.values() for row in rows}
+    asked = []
+
+    def compile_offline(spec: Specialisation, keep: Path | None) -> Compiled:
+        asked.append((spec.name, keep))
+        return rows[spec.name]
+
+    monkeypatch.setattr("kernels.offline.INTERPRETED", False)
+    monkeypatch.setattr("kernels.offline.compile_offline", compile_offline)
+    assert main(["--keep", str(tmp_path), "ternary_matmul/unpack"]) == 0
+    assert asked == [("ternary_matmul/unpack", tmp_path)]
+    head, line = capsys.readouterr().out.splitlines()
+    assert "modelled, not measured" in head
+    assert line.startswith("ternary_matmul/unpack ")
 
 
 def test_what_cannot_be_compiled_is_said(

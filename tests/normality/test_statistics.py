@@ -18,7 +18,12 @@ from statsmodels.stats.diagnostic import lilliefors, normal_ad
 from kernels import cpu_library
 from robuq_bench.errors import UsageError
 from robuq_bench.normality import statistics
-from robuq_bench.normality.statistics import TokenStatistics, computed_by, token_statistics
+from robuq_bench.normality.statistics import (
+    TokenStatistics,
+    computed_by,
+    shapiro_wilk,
+    token_statistics,
+)
 from robuq_bench.normality.token_sums import tensor_sums, window_length
 
 Floats = NDArray[np.float64]
@@ -33,10 +38,9 @@ P_VALUES = [name for name in ARRAYS if name.endswith("_p")]
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test with the compiled kernels, and again without."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "numpy":
-            patch.setenv(cpu_library.PATH_VARIABLE, "off")
-        else:
-            request.getfixturevalue("library")
+        compiled = request.param == "compiled"
+        chosen = request.getfixturevalue("library_path") if compiled else "off"
+        patch.setenv(cpu_library.PATH_VARIABLE, chosen)
         assert computed_by() == request.param
         yield request.param
 
@@ -364,8 +368,24 @@ def test_p_of_shapiro_is_refused_above_5000() -> None:
     assert not found.degenerate.any()
 
 
+@pytest.mark.parametrize("n", [*LENGTHS, 5001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapiro_alone_is_that_of_all_statistics(n: int, dtype: torch.dtype, path: str) -> None:
+    rows = [samples(n), samples(n, 1) * 1e35, np.full((1, n), 2.0), np.full((1, n), np.nan)]
+    x = torch.from_numpy(np.concatenate(rows)).to(dtype)
+    x[-1, 1:] = 0.0
+    w, p = shapiro_wilk(x)
+    every = token_statistics(x)
+    tolerance = 0 if path == "numpy" else 1e-12
+    np.testing.assert_allclose(w, every.shapiro_w, rtol=tolerance)
+    np.testing.assert_allclose(p, every.shapiro_p, rtol=tolerance * 1e4)
+    assert np.isnan(w[-2:]).all()
+    assert np.isfinite(w[:-2]).all()
+
+
 def test_no_tokens() -> None:
     found = token_statistics(torch.empty(0, 16))
+    assert [a.shape for a in shapiro_wilk(torch.empty(0, 16))] == [(0,), (0,)]
     assert all(getattr(found, name).shape == (0,) for name in [*ARRAYS, "degenerate"])
 
 
@@ -381,6 +401,8 @@ def test_no_tokens() -> None:
 def test_wrong_input_is_named(tokens: torch.Tensor, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         token_statistics(tokens)
+    with pytest.raises(UsageError, match=message):
+        shapiro_wilk(tokens)
 
 
 def test_half_types_gradients_and_strides_are_accepted() -> None:

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
@@ -305,9 +306,14 @@ def fabricate(tmp_path: Path) -> Fabricator:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that was drawn before, here or by a user, is taken for what the code draws now."""
+    """Nothing that was drawn before, here or by a user, is taken for what the code draws now.
+
+    The workers of one session share what they draw.
+    """
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("ROBUQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patched.setenv("ROBUQ_CACHE", str(session / "cache"))
         yield
 
 
