@@ -25,7 +25,13 @@ from robuq_bench.runs.run_files import list_runs, verify_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "reports" / "recorded"
-RUNS = {"cpu": 1, "digits": 23, "digits-allocation": 2, "digits-normality": 1, "packed-and-kernels": 3}
+RUNS = {
+    "cpu": 1,
+    "digits": 23,
+    "digits-allocation": 2,
+    "digits-normality": 1,
+    "packed-and-kernels": 3,
+}
 
 # (rows, {column: (numbers, their sum)}) of the tables written beside each report.
 EXPORTED: dict[str, dict[str, tuple[int, dict[str, tuple[int, float]]]]] = {
