@@ -9,9 +9,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from kernels.build import LIBRARY, source_hash
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512-vnni", "amx-int8")
@@ -118,28 +115,6 @@ def describe() -> str:
     """
     threads = "OpenMP" if load().robuq_has_openmp() else "one thread, built without OpenMP"
     return f"{INSTRUCTION_SETS[instruction_set()]}, {threads}"
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors in this machine's memory, and nothing watches what is done to them.
-
-    Only then may a kernel be given their addresses. Tracing, compiling, fake tensors and function
-    transforms need its registered operator, which costs more than a few tokens.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-    ):
-        return False
-    for tensor in tensors:  # all() takes twice as long
-        if tensor is not None and not (type(tensor) in _PLAIN_TYPES and tensor.is_cpu):
-            return False
-    return True
-
-
-_PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def call(function: str, arguments: ctypes.Structure) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set, is_plain
+from kernels.cpu_library import call, fields, instruction_set
 from kernels.hadamard_quantize.cpu import NOT_SIGNS, STATISTICS
 from kernels.hadamard_quantize.reference import Grid, Rotation
 from kernels.launch import KernelInputError, check_tensor
+from kernels.plain import is_plain
 
 OP = "fake_quantize"
 UNQUANTIZED = -1

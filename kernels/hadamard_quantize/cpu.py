@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set, is_plain
+from kernels.cpu_library import call, fields, instruction_set
 from kernels.hadamard_quantize.reference import (
     OP,
     GatedResidual,
@@ -23,6 +23,7 @@ from kernels.hadamard_quantize.reference import (
     check_inputs,
 )
 from kernels.launch import KernelInputError
+from kernels.plain import is_plain
 
 STATISTICS = ("mean-mad", "min-max", "absmax", "absmean")
 """In the order of `Statistic` in cpu.cpp."""

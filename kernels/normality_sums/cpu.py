@@ -7,8 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set, is_plain
+from kernels.cpu_library import call, fields, instruction_set
 from kernels.launch import KernelInputError, check_tensor
+from kernels.plain import is_plain
 
 OP = "normality_sums"
 SUMS = (

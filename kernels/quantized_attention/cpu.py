@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set, is_plain
+from kernels.cpu_library import call, fields, instruction_set
 from kernels.launch import KernelInputError
+from kernels.plain import is_plain
 from kernels.quantized_attention.reference import OP, check_inputs
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set, is_plain
+from kernels.cpu_library import call, fields, instruction_set
 from kernels.launch import KernelInputError
+from kernels.plain import is_plain
 from kernels.ternary_matmul.operands import check_operands
 
 

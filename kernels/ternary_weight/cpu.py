@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu_library import call, fields, instruction_set, is_plain
+from kernels.cpu_library import call, fields, instruction_set
 from kernels.launch import KernelInputError, check_tensor
+from kernels.plain import is_plain
 from kernels.ternary_weight.reference import ABSMEAN_EPS, RULES
 
 OP = "ternary_weight"

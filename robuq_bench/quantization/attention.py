@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import cpu_library
 from kernels.fake_quantize import cpu
+from kernels.plain import is_plain
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods.activations._token_grid import reciprocal, working
 
@@ -50,7 +51,7 @@ class _MatmulQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _absmax_operator(x, self.limit)
-        if cpu_library.is_plain(x) and cpu_library.is_usable() and cpu.takes_absmax(x):
+        if is_plain(x) and cpu_library.is_usable() and cpu.takes_absmax(x):
             return cpu.absmax_fake_quantize(x, self.limit)
         result: Tensor = _AbsmaxFakeQuantize.apply(x, self.limit)
         return result

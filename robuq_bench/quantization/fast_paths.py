@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import cpu_library
+from kernels.plain import is_plain
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.methods.activations._token_grid import GridQuantizer, token_grid
 from robuq_bench.methods.branches.svd import LowRankBranch
@@ -173,7 +174,7 @@ def _on_cpu(layer: Layer, x: Tensor) -> bool:
     A trace would keep the blocks of the batch it was made with.
     """
     return (
-        cpu_library.is_plain(x, layer.like)
+        is_plain(x, layer.like)
         and x.dtype == layer.like.dtype
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")

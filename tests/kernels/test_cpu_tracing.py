@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels import cpu_library
 from kernels.fake_quantize import cpu as fake_quantize
 from kernels.hadamard_quantize import cpu as hadamard_quantize
 from kernels.launch import KernelInputError
 from kernels.normality_sums.cpu import normality_sums
+from kernels.plain import is_plain
 from kernels.quantized_attention.cpu import quantized_attention
 from kernels.ternary_matmul.cpu import ternary_matmul
 from kernels.ternary_weight import cpu as ternary_weight
@@ -100,13 +100,13 @@ def test_what_is_plain() -> None:
         pass
 
     x = tokens()
-    assert cpu_library.is_plain(x, None, nn.Parameter(x), nn.Buffer(x))
-    assert not cpu_library.is_plain(x, x.as_subclass(Subclass))
-    assert not cpu_library.is_plain(x.to("meta"))
+    assert is_plain(x, None, nn.Parameter(x), nn.Buffer(x))
+    assert not is_plain(x, x.as_subclass(Subclass))
+    assert not is_plain(x.to("meta"))
     seen: list[bool] = []
 
     def note(x: Tensor) -> Tensor:
-        seen.append(cpu_library.is_plain(x))
+        seen.append(is_plain(x))
         return x + 1
 
     torch.vmap(note)(x)

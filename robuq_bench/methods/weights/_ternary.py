@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import cpu_library
+from kernels.plain import is_plain
 from robuq_bench.methods import WeightMethod, method_class, method_names
 from robuq_bench.methods.base import SCALE_BITS
 from robuq_bench.methods.weights._codes import Codes, working
@@ -89,7 +90,7 @@ class TernaryWeight(nn.Module):
 
     def is_compiled(self, weight: Tensor) -> bool:
         """Whether a compiled CPU kernel serves the rule and the weight."""
-        if not cpu_library.is_plain(weight) or not cpu_library.is_usable():
+        if not is_plain(weight) or not cpu_library.is_usable():
             return False
         from kernels.ternary_weight import cpu
 
