@@ -154,13 +154,11 @@ def drawn(run: RunData) -> list[Picture]:
 
 
 def cpu(run: RunData) -> list[Block]:
-    """The figures of a study that timed a CPU and its summary; nothing of a run without."""
+    """The summary of a study that timed a CPU, without its figures; nothing of a run without."""
     frame = run.table("cpu_summary")
     if frame.empty:
         return []
-    shown = plain_sheet(frame.head(MAX_ROWS), f"Timed on a CPU: {run.title}")
-    note = "On a CPU. Results that differ from the reference are not timed."
-    return [Figures([*drawn(run)], note), shown]
+    return [plain_sheet(frame.head(MAX_ROWS), f"Timed on a CPU: {run.title}")]
 
 
 def table_fold(run: RunData, name: str) -> Fold:
