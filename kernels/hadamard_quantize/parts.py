@@ -32,6 +32,7 @@ def part_columns(FIRST: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr, OUTER
 
 @triton.jit
 def load_part(pointer, at, inside, WHOLE: tl.constexpr):
+    """Elements at offsets `at`, zero where not `inside`; WHOLE says that all are."""
     if WHOLE:
         inside = None
     return tl.load(pointer + at, mask=inside, other=None if WHOLE else 0.0)
@@ -72,6 +73,7 @@ def sum_tokens(z, z_r, REST: tl.constexpr):
 
 @triton.jit
 def max_tokens(z, z_r, REST: tl.constexpr):
+    """Largest element of every token, as `sum_tokens` sums them."""
     if REST:
         z = tl.reshape(z, (z.shape[0], z.shape[1], z.shape[2] // REST, REST))
         z = tl.maximum(tl.max(z, 2), z_r)
@@ -80,6 +82,7 @@ def max_tokens(z, z_r, REST: tl.constexpr):
 
 @triton.jit
 def of_loaded(x, TOKENS: tl.constexpr):
+    """A value per token [TOKENS], or a scalar of one, against parts as they were loaded."""
     if TOKENS > 1:
         x = x[None, :, None, None]
     return x
@@ -87,6 +90,7 @@ def of_loaded(x, TOKENS: tl.constexpr):
 
 @triton.jit
 def of_tokens(x, TOKENS: tl.constexpr):
+    """A value per token [TOKENS], or a scalar of one, against parts of `token_first`."""
     if TOKENS > 1:
         x = x[:, None, None]
     return x
@@ -147,6 +151,7 @@ def load_modulation(
 
 @triton.jit
 def modulate(y, multiplier, gain, shift, HALF: tl.constexpr):
+    """clamp(y multiplier) gain + shift; HALF: in fp16, which the clamp keeps finite."""
     y = tl.clamp(y * multiplier, -_MOST, _MOST)
     if HALF:
         y = y.to(tl.float16)
@@ -229,6 +234,7 @@ def load_down_main(
 
 @triton.jit
 def project_main(z, left, right, branch):
+    """`branch` plus z @ down.T of the main columns, in two halves that registers hold."""
     halves = tl.reshape(z, (z.shape[0], z.shape[1], 2, z.shape[2] // 2))
     z_left, z_right = tl.split(tl.permute(halves, (0, 1, 3, 2)))
     return project(z_right, right, project(z_left, left, branch))
