@@ -40,6 +40,7 @@ from reports.text import (
     seconds_text,
     times,
 )
+from robuq_bench.cpu_figures import CAPTION, cpu_pictures
 from robuq_bench.errors import CheckpointError, UsageError
 from robuq_bench.figures import Picture
 from robuq_bench.statistics.verdicts import COLUMNS, read_verdicts
@@ -154,11 +155,12 @@ def drawn(run: RunData) -> list[Picture]:
 
 
 def cpu(run: RunData) -> list[Block]:
-    """The summary of a study that timed a CPU, without its figures; nothing of a run without."""
+    """The figure of a study that timed a CPU and its summary; nothing of a run without."""
     frame = run.table("cpu_summary")
     if frame.empty:
         return []
-    return [plain_sheet(frame.head(MAX_ROWS), f"Timed on a CPU: {run.title}")]
+    figures = Figures(cpu_pictures(run.table, f"{run.anchor}-cpu"), CAPTION)
+    return [figures, plain_sheet(frame.head(MAX_ROWS), f"Timed on a CPU: {run.title}")]
 
 
 def table_fold(run: RunData, name: str) -> Fold:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context
+from robuq_bench.cpu_figures import step_speeds
 from robuq_bench.errors import MissingResourceError
 from robuq_bench.measuring.cpu import (
     CpuTiming,
@@ -29,7 +30,7 @@ from robuq_bench.measuring.cpu import (
 )
 from robuq_bench.runs.run import Run
 from studies.efficiency.cpu_memory import peak_memory
-from studies.efficiency.cpu_tables import answer, factors_of, speeds, step_speeds, times_of
+from studies.efficiency.cpu_tables import answer, factors_of, speeds, times_of
 from studies.efficiency.cpu_variants import (
     CPU_VARIANTS,
     CpuVariant,

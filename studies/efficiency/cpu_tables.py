@@ -7,13 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel, points
+from robuq_bench.cpu_figures import LIMITS, model_name
 from robuq_bench.measuring.cpu import CpuTiming
 from robuq_bench.measuring.statistics import median_interval, speedup_interval
-from robuq_bench.models.dit import SIZES
 
 Row = dict[str, Any]
-LIMITS = ("factor_low", "factor", "factor_high")
 
 
 def times_of(rows: Sequence[Row], times: Mapping[str, CpuTiming]) -> list[Row]:
@@ -85,35 +83,3 @@ def cpu_shown(factors: Sequence[Row]) -> list[Row]:
     columns = ("model", "batch", "threads", "ours", "instructions", "against", *LIMITS)
     steps = [row for row in factors if row["scope"] == "step"]
     return [{name: row[name] for name in columns} for row in steps]
-
-
-def step_speeds(factors: Sequence[Row]) -> Picture | None:
-    """How many times as fast a packed step is as each baseline, at the last model; or None."""
-    steps = [row for row in factors if row["scope"] == "step"]
-    if not steps:
-        return None
-    frame = pd.DataFrame(steps)
-    last = frame.iloc[-1]
-    for name in ("model", "batch", "threads"):
-        frame = frame[frame[name] == last[name]]
-    where = (f"{model_name(last['model'])}, batch {last['batch']}, "
-             f"{last['threads']} thread{'s' if last['threads'] > 1 else ''}")  # fmt: skip
-    words = "; ".join(
-        f"{r['ours']} {r['factor']:.2f}× as fast as {r['against']}"
-        for r in frame.to_dict("records")
-    )
-    height = 1.2 + 0.35 * frame["against"].nunique()
-    alt, title = f"Speed of a step of {where}: {words}", f"Speed of a step\n{where}"
-    with panel("cpu-speed", alt, height=height, title=title) as drawn:
-        points(frame[["against", "ours", *LIMITS]], drawn.axes, "against", LIMITS, hue="ours",
-               dodge=0.5 if frame["ours"].nunique() > 1 else False, legend=True)  # fmt: skip
-        drawn.axes.axvline(1, color=colour("reference"), linewidth=1.4)
-        drawn.axes.set(xlabel="times as fast, 95 % interval", ylabel="")
-        log_axis(drawn.axes, "x")
-        legend_below(drawn, 3)
-    return drawn.picture
-
-
-def model_name(size: str) -> str:
-    """A size as it is written: "XL" is DiT-XL/2."""
-    return f"DiT-{size}/2" if size in SIZES else "the workload’s model"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from robuq_bench.cpu_figures import model_name
 from robuq_bench.statistics.verdicts import Verdict
-from studies.efficiency.cpu_tables import model_name
 
 Row = dict[str, Any]
 CPU_RULE = (

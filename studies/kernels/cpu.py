@@ -17,6 +17,7 @@ import torch
 
 from kernels.ternary_matmul.layout import unpack_planes
 from robuq_bench.context import Context
+from robuq_bench.cpu_figures import throughput
 from robuq_bench.measuring.cpu import (
     CpuPeaks,
     available_instructions,
@@ -42,7 +43,7 @@ from studies.kernels.cases import (
     make_inputs,
 )
 from studies.kernels.checks import Check, judge, poisoned_memory
-from studies.kernels.cpu_tables import answer, cpu_rows, medians, throughput
+from studies.kernels.cpu_tables import answer, cpu_rows, medians
 from studies.kernels.peers import PeerUnavailableError, make_cpu_peer, make_layer
 from studies.kernels.settings import CpuSettings, Settings
 

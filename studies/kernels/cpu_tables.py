@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 
-from robuq_bench.figures import Picture, legend_below, log_axis, panel
 from robuq_bench.measuring.cpu import CpuPeaks, CpuTiming
 from robuq_bench.measuring.roofline import TOKEN_BYTES
 from robuq_bench.measuring.statistics import median_interval, speedup_interval
@@ -131,29 +129,3 @@ def answer(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{speed.median():.2f}×) as fast as {FP32} and reach {share.min():.0%} to "
         f"{share.max():.0%} of the measured peak."
     ).replace("%", " %")
-
-
-def throughput(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """Operations per second of every implementation, at the widest model and most images.
-
-    None where no product was timed.
-    """
-    if not any(row.get("gop_s") for row in rows):
-        return None
-    frame = pd.DataFrame(rows).dropna(subset=["gop_s"])
-    model = frame.sort_values("width")["model"].iloc[-1]
-    frame = frame[(frame["model"] == model) & (frame["threads"] == frame["threads"].min())]
-    frame = frame[frame["images"] == frame["images"].max()]
-    words = "; ".join(
-        f"{name} {own['gop_s'].min():.3g} to {own['gop_s'].max():.3g}"
-        for name, own in frame.groupby("implementation", sort=False)
-    )
-    where = f"DiT-{model}/2, batch {frame['images'].iloc[0]}, {frame['threads'].iloc[0]} thread"
-    alt = f"GOP/s of products on a CPU, {where}: {words}"
-    with panel("cpu-kernels", alt, height=3.2, title=f"Products\n{where}") as drawn:
-        sns.scatterplot(frame, x="gop_s", y="layer", hue="implementation", style="implementation",
-                        ax=drawn.axes, s=32)  # fmt: skip
-        drawn.axes.set(xlabel="GOP/s", ylabel="")
-        log_axis(drawn.axes, "x")
-        legend_below(drawn, 1)
-    return drawn.picture
