@@ -21,6 +21,7 @@ _COSTS: Mapping[str, tuple[str, Format, str]] = {
         *("activation bits", lambda value: significant(value, 4)),
         "mean, weighted by MACs; with scales below",
     ),
+    "low_rank_rank": ("rank", significant, "of the low-rank branches in this model"),
     "bit_ops": ("BitOPs", count_text, "per image and step"),
     "effective_flops": ("effective FLOPs", count_text, "BitOPs / 64 + full-precision MACs"),
     "compute_reduction": ("less compute", times, "with the rotation’s additions below"),

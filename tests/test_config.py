@@ -63,7 +63,7 @@ def test_every_packaged_workload_loads(name: str) -> None:
     assert "# expected:" in (PACKAGE / "workloads" / f"{name}.toml").read_text()
 
 
-SVD = {"method": "svd", "sha256": "", "rank": 8}
+SVD = {"method": "svd", "sha256": "", "rank": 16, "at_width": 1152}
 TWN = {"method": "ternary-twn", "sha256": ""}
 ABSMEAN = {"method": "ternary-absmean", "sha256": ""}
 RANDOMIZED = {"method": "randomized-hadamard", "sha256": ""}

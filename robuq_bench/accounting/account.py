@@ -237,7 +237,7 @@ def with_branch_rank(plan: Plan, rank: int) -> Plan:
 
     Rank 0 takes them away. Branches of other methods stay as they are.
     """
-    branch = read_method("branch", {"method": "svd", "rank": rank} if rank else "none")
+    branch = read_method("branch", {"method": "svd", "rank": rank})
     has_some = any(rule.branch is not None for rule in plan.layers)
 
     def changed(rule: Rule) -> Rule:

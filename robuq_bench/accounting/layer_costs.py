@@ -200,15 +200,14 @@ def _cost(layer: LinearLayer, bits_by_layer: Mapping[str, int], of: Of) -> Layer
             weight = weight.with_bits(bits)
         if activation is not None and bits is not None and of == "activation":
             activation.check_bits(bits)
-        values = 0 if rule.branch is None else rule.branch.values(*size)
         return LayerCost(
             layer,
             None if weight is None else weight_cost(weight, *size),
             None
             if activation is None
             else input_cost(activation, layer.in_features, bits if of == "activation" else None),
-            branch_values=values,
-            branch_rank=_rank(rule, values, sum(size)),
+            branch_values=0 if rule.branch is None else rule.branch.values(*size),
+            branch_rank=0 if rule.branch is None else rule.branch.rank_of(*size),
             rotation_bits=(
                 0.0 if rule.rotation is None else rule.rotation.stored_bits(layer.in_features)
             ),
@@ -254,13 +253,6 @@ def input_cost(method: ActivationMethod, in_features: int, bits: int | None = No
             "none or more"
         )
     return InputCost(method.bits if bits is None else bits, scales)
-
-
-def _rank(rule: Rule, values: int, sides: int) -> int | None:
-    if rule.branch is None:
-        return 0
-    rank = getattr(rule.branch, "rank", None)
-    return rank if isinstance(rank, int) and rank * sides == values else None
 
 
 def _at_mean(costs: list[LayerCost], bits: BitsConfig, names: set[str]) -> list[LayerCost]:

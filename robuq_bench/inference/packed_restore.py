@@ -156,7 +156,7 @@ def _known_slots(
         grid = activation.method if isinstance(activation, GridMethod) else "none"
         rotated = isinstance(rotation, HadamardMethod)
         has_signs = isinstance(rotation, HadamardMethod) and rotation.stored_bits(in_features) > 0
-        rank = branch.rank if isinstance(branch, SVD) else 0
+        rank = branch.rank_of(out_features, in_features) if isinstance(branch, SVD) else 0
         if has_signs != (signs is not None) or rank != (0 if down is None else len(down)):
             raise ValueError(f"{name} has other signs or another rank than rule {facts.rule!r}")
     if (up is None) != (down is None) or (signs is not None and not rotated):

@@ -50,6 +50,11 @@ class Method(Section):
     method: str
     sha256: TextDigest = ""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it does nothing, so that a plan leaves the slot empty."""
+        return False
+
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ConfigError when the method cannot serve a weight [out, in]. Reads no tensor."""
 
@@ -110,6 +115,10 @@ class BranchMethod(Method):
     def values(self, out_features: int, in_features: int) -> int:
         """Full-precision numbers of the branch; as many multiply-adds a token."""
         raise self.unknown("values")
+
+    def rank_of(self, out_features: int, in_features: int) -> int | None:
+        """Rank of a branch of two factors, [out, rank] and [rank, in]; None for any other."""
+        return None
 
 
 class WeightMethod(Method):
