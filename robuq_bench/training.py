@@ -203,6 +203,7 @@ class Trainer:
         self.model, self.recipe, self.device = model, recipe, torch.device(device)
         self.step = 0
         self.window: list[dict[str, float]] = []  # losses since the last logged line or checkpoint
+        self.unlogged_cost: dict[str, float] = {}  # of earlier sessions since their last line
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(

@@ -29,6 +29,7 @@ from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.convert import set_activation_bits
 from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.runs.run_files import run_folders
+from robuq_bench.stopwatch import Stopwatch
 
 _LOG = logging.getLogger(__name__)
 #: What can be worse in a trained network; every one is "lower is better".
@@ -114,12 +115,16 @@ def train_trial(
     config: Config,
     context: Context,
     judge: Judge,
-    bits_by_layer: Mapping[str, int],
+    bits_by_layer: Mapping[str, int | None],
     *,
     seed: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Train `steps` steps with the named layers at these bits (others as the plan says); judge."""
+    """Train `steps` steps with the named layers at these bits (others as the plan says); judge.
+
+    Bits of None are unquantized activations. Its record has `seconds` and `cpu_seconds`.
+    """
+    watch = Stopwatch()
     recipe = config.workload.training.model_copy(update={"steps": steps})
     workload = config.workload.model_copy(update={"training": recipe})
     own = config.model_copy(update={"seed": seed, "workload": workload})
@@ -129,7 +134,7 @@ def train_trial(
     for _ in trainer.train(source, loss_function, steps):
         pass
     trainer.copy_ema_to(student)
-    return judge_student(student, judge, context)
+    return judge_student(student, judge, context) | watch.lap()
 
 
 def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ from robuq_bench.judging.sampling import (
     sample_images,
 )
 from robuq_bench.runs.digests import require_digest
+from robuq_bench.stopwatch import Stopwatch
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _sample(
     model: nn.Module, workload: Workload, context: Context, subject: str, index: int, seeds: range
 ) -> tuple[Tensor, dict[str, Any]]:
     """Images uint8 [N, C, H, W] of one seed range, and the time that they took."""
-    start = time.perf_counter()
+    watch = Stopwatch()
     label = f"sample {subject} {index + 1}/{workload.evaluation.seed_ranges}"
     with context.progress.task(label, len(seeds)) as task:
         images = sample_images(
@@ -235,7 +235,7 @@ def _sample(
         )
     if workload.data.source == "latents":
         images = decode_latents(images, workload.evaluation.vae, device=context.device)
-    return images, {"sample_seconds": round(time.perf_counter() - start, 3)}
+    return images, {f"sample_{name}": value for name, value in watch.lap().items()}
 
 
 def batches_side_by_side(workload: Workload, threads: int) -> int:

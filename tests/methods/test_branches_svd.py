@@ -72,7 +72,7 @@ def test_a_rank_above_the_smaller_side_is_refused() -> None:
 def test_a_rank_for_a_width_is_the_same_share_of_narrower_layers(
     shape: tuple[int, int], rank: int
 ) -> None:
-    """By hand: 16 * 144 / 1152 = 2, 16 * 12 / 1152 = 0.17 and at least 1, 16 * 768 / 1152 = 10.7."""
+    """By hand: 16 * 144 / 1152 = 2, 16 * 768 / 1152 = 10.7, 16 * 12 / 1152 = 0.17: at least 1."""
     method = read_method("branch", {"method": "svd", "rank": 16, "at_width": 1152})
     module = method.fit(torch.zeros(shape, dtype=torch.float64), Site("a", is_blank=True))
     assert method.rank_of(*shape) == module.up.shape[1] == module.down.shape[0] == rank
