@@ -36,7 +36,11 @@ def plans_sheet(group: Group) -> Sheet:
     absent = {"scaling": "none", "other layers": FULL_PRECISION}
     parts = parts.drop(columns=[name for name in absent if (parts[name] == absent[name]).all()])
     parts["QAT steps"] = [
-        "0 (PTQ)" if row.is_ptq else "not recorded" if row.qat_steps is None else str(row.qat_steps)
+        "0 (PTQ)"
+        if row.is_ptq
+        else "not recorded"
+        if row.qat_steps is None
+        else f"{row.qat_steps}{row.warmup_text}"
         for row in group.rows
     ]
     note = (
@@ -108,7 +112,9 @@ def timing_sheet(runs: Sequence[RunData]) -> Sheet | None:
     return Sheet(
         frame,
         "Time",
-        "Of a run that was continued after a stop, `total` covers its last session only.",
+        "Of a run that was continued after a stop, `total` covers its last session only, the parts "
+        "and CPU seconds all of them. What a warm-up and its sensitivities took is the price of "
+        "bits that a plan allocates.",
         formats=formats,
         links={"run": "href"},
         kind="dense",

@@ -95,6 +95,12 @@ class Row:
         return None if steps is None or not self.runs else int(steps)
 
     @property
+    def warmup_text(self) -> str:
+        """What follows the steps at the final bits: those of a warm-up before them, "" without."""
+        steps = max((run.first("timing").get("warmup_steps", 0) for run in self.runs), default=0)
+        return f" after {steps:,} of warm-up" if steps else ""
+
+    @property
     def is_ptq(self) -> bool:
         """Whether the plan quantizes and does not train."""
         return self.family != Family.FULL_PRECISION and self.qat_steps == 0

@@ -287,7 +287,7 @@ def _about(row: Row, is_teacher: bool) -> str:
     seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
     if len(row.seeds) > MIN_SEEDS:
         seeds = f"{len(row.seeds)} seeds"
-    steps = f"{row.qat_steps:,} QAT steps" if row.qat_steps else ""
+    steps = f"{row.qat_steps:,} QAT steps{row.warmup_text}" if row.qat_steps else ""
     return "; ".join(filter(None, [steps, seeds, row.notes]))
 
 

@@ -68,13 +68,14 @@ def train_with_checkpoints(
     *,
     phase: str,
     label: str = "QAT",
-    records: str = "train",
+    begins_at: int = 0,
 ) -> None:
     """Train to step `until`, logging window means and saving atomically every N steps.
 
-    Progress is of "`label` `phase`"; records are of `phase`, their keys begin with `records`. They
-    hold the seconds and CPU seconds since the record before, of sessions before this one too; what
-    a kill throws away is not counted.
+    Progress is of "`label` `phase`"; records are of `phase`, and count steps from `begins_at`,
+    which lies below 0 for what comes before the training proper. They hold the seconds and CPU
+    seconds since the record before, of sessions before this one too; what a kill throws away is
+    not counted.
 
     The logging window restarts at each checkpoint, so a resumed run logs the same numbers. When the
     process is asked to end, the step under way is finished and saved, with its window.
@@ -94,10 +95,11 @@ def train_with_checkpoints(
             task.update(f"loss {values['loss']:.4f}")
             task.reach(step)
             if step % recipe.log_every_steps == 0 or step == until:
-                key, cost = f"{records}/{step:08d}", watch.lap()
+                counted, cost = begins_at + step, watch.lap()
+                key = f"train/{counted:08d}"
                 if not run.has(key):
                     means = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
-                    run.append(key, kind="train", step=step, phase=phase, **means, **cost)
+                    run.append(key, kind="train", step=counted, phase=phase, **means, **cost)
                 window.clear()
             is_regular = step % recipe.checkpoint_every_steps == 0 or step == until
             if is_regular:

@@ -374,13 +374,13 @@ def test_allocations_are_judged_paired_by_seed_and_as_a_family() -> None:
 
 
 def test_few_seeds_and_diverged_training_are_not_judged() -> None:
-    four = allocation_tables.judge(made_trials({"uniform": 1.0, "qat": 0.5}, 0.01, seeds=4))
+    four = judged(made_trials({"uniform": 1.0, "qat": 0.5}, 0.01, seeds=4))
     assert [v.verdict for v in four] == ["not judged"]
     trials = made_trials({"uniform": 1.0, "qat": 0.5, "random": 0.5}, 0.01)
     trials[7]["distillation_loss"] = math.nan
     bad, good = judged(trials)
     assert (bad.verdict, good.verdict) == ("not judged", "better")
-    assert bad.note == "not a number above 0: qat seed 1"
+    assert bad.note == "not a number above 0: qat seed 1; headroom 1.25"
 
 
 def gain_row(bits: Any, gain: float, low: float, high: float, **other: Any) -> dict[str, Any]:

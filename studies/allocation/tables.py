@@ -306,7 +306,7 @@ def candidate_rows(trials: list[dict[str, Any]], gains: Gains) -> list[dict[str,
         for target in JUDGED:
             means = [r[target] for r in rows if r["budget"] == row["budget"] and target in r]
             least = min(filter(math.isfinite, means), default=0.0)
-            if target in row and least > 0:
+            if least > 0 and math.isfinite(row.get(target, math.nan)):
                 row[f"{target}_regret"] = row[target] / least
     return rows
 

@@ -180,7 +180,7 @@ def trained(
             )
             resume(trainer, warmup)
             train_with_checkpoints(
-                trainer, source, loss, steps, run, warmup, context, phase=WARMUP, records=WARMUP
+                trainer, source, loss, steps, run, warmup, context, phase=WARMUP, begins_at=-steps
             )
         set_activation_bits(student, activation_bits(config, run, context, student, teacher, data))
     trainer, source, loss = training_of(student, config, context, teacher, data)
