@@ -195,20 +195,25 @@ def trained(
 
 def costs(config: Config, run: Run) -> dict[str, float]:
     """Seconds and CPU seconds of each part of the run over all its sessions, and warm-up steps."""
-    found: dict[str, float] = {}
-    if any(record.get("phase") == WARMUP for record in run.results()):
-        found["warmup_steps"] = sensitivity_steps(config)
+    sums: dict[str, float] = {}
     for record in run.results():
-        part, prefix = {"sensitivity": "sensitivity", "metrics": "sampling"}.get(record["kind"]), ""
+        if "source_run" in record:  # a teacher's metrics cost its own run
+            continue
         if record["kind"] == "train":
-            part = WARMUP if record["phase"] == WARMUP else "training"
+            part, prefix = (WARMUP if record["phase"] == WARMUP else "training"), ""
+        elif record["kind"] == "sensitivity":
+            part, prefix = "sensitivity", ""
         elif record["kind"] == "metrics":
-            prefix = "sample_"
-        if part is None or "source_run" in record:  # a teacher's metrics cost its own run
+            part, prefix = "sampling", "sample_"
+        else:
             continue
         for unit, field in (("s", "seconds"), ("cpu_s", "cpu_seconds")):
-            for name in (f"{part}_{unit}", *(["cpu_s"] if unit == "cpu_s" else [])):
-                found[name] = round(found.get(name, 0.0) + record[f"{prefix}{field}"], 3)
+            name = f"{part}_{unit}"
+            sums[name] = sums.get(name, 0.0) + record[f"{prefix}{field}"]
+    sums["cpu_s"] = sum(value for name, value in sums.items() if name.endswith("_cpu_s"))
+    found = {name: round(value, 3) for name, value in sums.items()}
+    if f"{WARMUP}_s" in sums:
+        found["warmup_steps"] = sensitivity_steps(config)
     return found
 
 
