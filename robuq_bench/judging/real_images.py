@@ -15,7 +15,6 @@ references that real images were compared with. Their ratio is of like with like
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,8 +34,6 @@ from robuq_bench.judging.fidelity import (
     frechet_distance,
 )
 from robuq_bench.judging.spaces import FeatureSpace, accuracy
-
-logger = logging.getLogger(__name__)
 
 DRAWS = 8
 ENOUGH_HELDOUT = 1000
@@ -92,27 +89,23 @@ class RealImages:
         rest = as_reference(space.training_features[draw.rest])
         return replace(rest, labels=space.data.labels[draw.rest])
 
-    def records(self, spaces: Sequence[FeatureSpace]) -> list[dict[str, Any]]:
-        """What is recorded of each draw: which images, how many on each side, and all metrics."""
-        found = []
-        for index, draw in enumerate(self.draws):
-            metrics: dict[str, float] = {}
-            for space in spaces:
-                features, reference = self.features(space)[draw.rows], self.reference(space, draw)
-                metrics |= space.measure(features, self.labels, self.num_classes, reference)
-                against = reference.num_images
-            found.append(
-                {
-                    "draw": index,
-                    "images": self.images,
-                    "num_images": self.count,
-                    "reference": "its own" if draw.rest is None else "the other training images",
-                    "num_reference": against,
-                    "disjoint_draws": self.disjoint,
-                    **metrics,
-                }
-            )
-        return found
+    def record(self, draw: Draw, spaces: Sequence[FeatureSpace]) -> dict[str, Any]:
+        """What is recorded of a draw: which images, how many on each side, and all metrics."""
+        metrics: dict[str, float] = {}
+        against = spaces[0].reference.num_images if draw.rest is None else len(draw.rest)
+        for space in spaces:
+            features, reference = self.features(space)[draw.rows], self.reference(space, draw)
+            metrics |= space.measure(features, self.labels, self.num_classes, reference)
+        return {
+            "images": self.images,
+            "num_images": self.count,
+            "reference": "its own" if draw.rest is None else "the other training images",
+            "num_reference": spaces[0].reference.num_images
+            if draw.rest is None
+            else len(draw.rest),
+            "disjoint_draws": self.disjoint,
+            **metrics,
+        }
 
 
 @dataclass(frozen=True)
@@ -154,13 +147,7 @@ def draw_real_images(
         found = _drawn("held-out", heldout, count, num_classes)
         if found is not None and found.count >= min(count, ENOUGH_HELDOUT):
             return found
-    found = _drawn("training", data, count, num_classes)
-    if found is None:
-        logger.warning(
-            "%s has too few images of some class for real images to be judged in place of samples",
-            data.source,
-        )
-    return found
+    return _drawn("training", data, count, num_classes)
 
 
 def _drawn(images: str, data: ImageData, count: int, num_classes: int) -> RealImages | None:

@@ -136,7 +136,9 @@ def judge_real_images(workload: Workload, run: Run, context: Context, judged: Ju
         if found is not None and not run.has(key):
             run.append(key, kind="classifier", **found)
     if judged.real is None:
-        context.progress.log("real images are too few, or latents: FID has no floor to stand by")
-    elif not run.has("floor/0"):
-        for record in judged.real.records(judged.spaces):
-            run.append(f"floor/{record['draw']}", kind="floor", **record)
+        context.progress.log("real images stand beside no FID: latents, or too few of some class")
+        return
+    for index, draw in enumerate(judged.real.draws):
+        if not run.has(f"floor/{index}"):
+            record = judged.real.record(draw, judged.spaces)
+            run.append(f"floor/{index}", kind="floor", draw=index, **record)
