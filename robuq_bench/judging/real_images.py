@@ -100,9 +100,7 @@ class RealImages:
             "images": self.images,
             "num_images": self.count,
             "reference": "its own" if draw.rest is None else "the other training images",
-            "num_reference": spaces[0].reference.num_images
-            if draw.rest is None
-            else len(draw.rest),
+            "num_reference": against,
             "disjoint_draws": self.disjoint,
             **metrics,
         }
