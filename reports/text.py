@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 NOT_RUN = "not run"
 _TWO_DECIMALS = frozenset({"fid", "sfid", "is"})
-_THREE_DECIMALS = frozenset({"precision", "recall"})
+_THREE_DECIMALS = frozenset({"precision", "recall", "accuracy"})
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ class EvaluationConfig(Section):
     `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
     `adapt_images` it may be a network for images of another size or number of channels.
 
+    `second_features`, likewise, measure everything once more in a feature space of their own, to
+    see whether plans keep their order there; they are compared with `second_reference`, or with the
+    training images. Their images are never adapted.
+
     With `sample_teacher` a teacher is sampled although samples of it come with the suite.
     """
 
@@ -162,22 +166,33 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=100, ge=1)
     features: str
     features_sha256: Digest = None
+    second_features: OptionalText = None
+    second_features_sha256: Digest = None
     adapt_images: OnOrNothing = None
     sample_teacher: OnOrNothing = None
     inception_weights: OptionalText = None
     reference: OptionalText = None
     reference_sha256: Digest = None
+    second_reference: OptionalText = None
+    second_reference_sha256: Digest = None
     vae: OptionalText = None
     vae_sha256: Digest = None
     grid_images: int = Field(default=40, ge=0)
 
     @model_validator(mode="after")
     def _known_features(self) -> EvaluationConfig:
-        if self.features not in FEATURES and not self.features.endswith(".safetensors"):
+        for key in ("features", "second_features"):
+            name = getattr(self, key)
+            if name is None or name in FEATURES or name.endswith(".safetensors"):
+                continue
             raise ValueError(
-                f"features {self.features!r} is neither a .safetensors file of `train-features` "
-                f"nor a known name{suggest(self.features, FEATURES)}"
+                f"{key} {name!r} is neither a .safetensors file of `train-features` "
+                f"nor a known name{suggest(name, FEATURES)}"
             )
+        if self.second_features == self.features:
+            raise ValueError("second_features are the features themselves; name another network")
+        if self.second_reference is not None and self.second_features is None:
+            raise ValueError("second_reference needs second_features, which it is compared in")
         return self
 
 

@@ -26,6 +26,7 @@ from robuq_bench.data.files import (
     EMBEDDED,
     data_digest,
     data_path,
+    find_heldout_pair,
     find_idx_pair,
     find_images,
     find_shards,
@@ -36,7 +37,14 @@ from robuq_bench.data.images import center_crop, read_image
 from robuq_bench.errors import CheckpointError, UsageError, suggest
 from robuq_bench.runs.digests import refuse_change
 
-__all__ = ["ImageData", "center_crop", "load_dataset", "make_image_data", "to_model_range"]
+__all__ = [
+    "ImageData",
+    "center_crop",
+    "load_dataset",
+    "load_heldout",
+    "make_image_data",
+    "to_model_range",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +151,29 @@ def load_dataset(data: DataSection, *, name: str | None = None) -> ImageData:
         )
     _check_identity(data, name)
     return make_image_data(images, labels, source)
+
+
+def load_heldout(data: DataSection, *, name: str | None = None) -> ImageData | None:
+    """Load the images of a dataset that no training sees: the t10k set of a folder of IDX files.
+
+    Returns:
+        The images, in the shape of the training images; None where the source has none.
+
+    Raises:
+        RobuqError: they are there and cannot be read, or do not fit `data`; as `load_dataset`.
+    """
+    pair = find_heldout_pair(data_path("idx", data.path, name)) if data.source == "idx" else None
+    if pair is None:
+        return None
+    images, labels = _read_idx_pair(*pair, data.image_size)
+    if len(labels) != len(images) or len(labels) == 0:
+        raise CheckpointError(f"{pair[0]}: {len(images)} images but {len(labels)} labels")
+    if labels.max() >= data.num_classes:
+        raise UsageError(
+            f"{pair[1]} has labels up to {int(labels.max())}, but data.num_classes is "
+            f"{data.num_classes}"
+        )
+    return make_image_data(images, labels, "idx:t10k")
 
 
 def _check_identity(data: DataSection, name: str | None) -> None:

@@ -215,6 +215,22 @@ def find_idx_pair(path: Path) -> tuple[Path, Path, str]:
     )
 
 
+def find_heldout_pair(path: Path) -> tuple[Path, Path] | None:
+    """Return images and labels file of the t10k set of a folder that has a training set too.
+
+    Raises:
+        MissingResourceError: its labels are missing, or the folder holds no IDX files.
+    """
+    if not path.is_dir() or find_idx_pair(path)[2] != "train":
+        return None
+    for folder in [path / sub for sub in IDX_FOLDERS if os.path.isdir(path / sub)]:
+        for suffix in ("", ".gz"):
+            images = folder / f"t10k-images-idx3-ubyte{suffix}"
+            if os.path.isfile(images):
+                return images, _idx_file(folder, "t10k", "labels-idx1-ubyte")
+    return None
+
+
 def _idx_file(folder: Path, split: str, kind: str) -> Path:
     for suffix in ("", ".gz"):
         candidate = folder / f"{split}-{kind}{suffix}"

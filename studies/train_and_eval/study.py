@@ -30,7 +30,6 @@ from robuq_bench.data.datasets import ImageData
 from robuq_bench.errors import CheckpointError
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
-    record_inputs,
     validation_losses,
 )
 from robuq_bench.judging.summary import metric_summary
@@ -71,11 +70,12 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     judged = load_judged(workload, context.device)
     teacher, data = judged.teacher, judged.data
     teacher_run = teacher_eval(config, run, context, judged)
-    record_inputs(teacher_run, workload, data, judged.network)
+    judged.record_inputs(teacher_run, workload)
     resumed = bool(run.results())
     run.add_input_digest("teacher", judged.teacher_sha256)
-    record_inputs(run, workload, data, judged.network)
+    judged.record_inputs(run, workload)
     copy_teacher_rows(teacher_run, run)
+    copy_real_images(teacher_run, run)
     student: nn.Module = teacher
     bits: dict[str, int] | None = None
     if plan.is_full_precision:
@@ -88,11 +88,10 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             run,
             context,
             subject="student",
-            network=judged.network,
-            reference=judged.reference,
+            judged=judged,
         )
     if not run.has("validation"):
-        losses = validation_losses(student, teacher, data, workload, context.device)
+        losses = validation_losses(student, teacher, data, workload, context.device, judged.heldout)
         run.append("validation", kind="validation", **losses)
     if not run.has("accounting"):
         run.append("accounting", kind="accounting", **account(workload.model, plan, bits))
@@ -229,6 +228,13 @@ def copy_teacher_rows(teacher_run: Run, run: Run, subject: str = "teacher") -> N
     grid = teacher_run.path / "samples" / "grid-teacher.png"
     if grid.exists():
         run.write_bytes(f"samples/grid-{subject}.png", grid.read_bytes())
+
+
+def copy_real_images(teacher_run: Run, run: Run) -> None:
+    """Cite what real images scored in place of samples in this run."""
+    for record in teacher_run.results():
+        if record["kind"] in ("floor", "classifier") and not run.has(record["key"]):
+            run.append(**record, source_run=teacher_run.id)
 
 
 def summary_table(run: Run) -> list[dict[str, Any]]:

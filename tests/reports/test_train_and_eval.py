@@ -171,7 +171,7 @@ def test_metrics_csv_holds_every_value_exactly(twelve_plans, report):
 def test_the_other_tables_hold_their_records(report):
     assert {path.stem.removeprefix("report-") for path in report.parent.glob("report-*.csv")} == {
         *TABLES,
-        "claims",
+        *("claims", "real_images"),
     }
     assert len(rows_of(report.with_name("report-sensitivity.csv"))) == 4 * 16 * 4
     summary = rows_of(report.with_name("report-summary.csv"))
