@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from robuq_bench.config import Config, config_from_toml, config_hash, load_workload, resolve, to_toml
+from robuq_bench.config import (
+    Config,
+    config_from_toml,
+    config_hash,
+    load_workload,
+    resolve,
+    to_toml,
+)
 from robuq_bench.config.workload import OUTLIER_LAYERS, OutliersConfig
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.judging.shipped_samples import samples_asset, shipped_samples

@@ -2,8 +2,8 @@
 
 They are images, not metrics: what they are judged by, features and data included, is computed in
 every run. They serve a workload only where everything that decides a pixel is equal; its digest
-names the teacher's weights, and one with outliers, which rounds otherwise, has none. Other CPUs than theirs round differently, which moves a pixel of a
-full-precision model by one level at most.
+names the teacher's weights, and one with outliers, which rounds otherwise, has none. Other CPUs
+than theirs round differently, which moves a pixel of a full-precision model by one level at most.
 
     python -m robuq_bench.judging.shipped_samples runs/teacher-eval/fp-digits-...
 
