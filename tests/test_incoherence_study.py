@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from making import quantized
 from scipy import stats
 from torch import nn
 
@@ -20,7 +22,7 @@ from reports import incoherence as section
 from reports.loading import read_run
 from robuq_bench.config import Config, load_plan, resolve
 from robuq_bench.context import Context
-from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.errors import CheckError, ConfigError, UsageError
 from robuq_bench.incoherence_figure import t_interval
 from robuq_bench.normality.incoherence import Incoherence
 from robuq_bench.progress import Progress
@@ -28,7 +30,6 @@ from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity.local import local_errors
 from studies.incoherence import study, tables
 from studies.incoherence.settings import Settings
-from tests.making import quantized
 
 SMALL = (
     "training.warmup_steps=0",
@@ -125,6 +126,12 @@ def judged(slopes: dict[str, list[float]]) -> dict[str, list[Any]]:
 def test_slopes_are_the_lines() -> None:
     found = tables.slopes_of(frame({"none": STEEP, "hadamard": FLAT}))
     assert found["slope"].tolist() == pytest.approx([*STEEP, *FLAT], abs=1e-12)
+
+
+def test_a_student_that_diverged_is_named() -> None:
+    trials = frame({"none": STEEP}).assign(error=lambda f: f["error"].where(f["seed"] != 3, np.nan))
+    with pytest.raises(CheckError, match=r"none at s = 1, 2 bits, seed 3, before training"):
+        tables.slopes_of(trials)
 
 
 def test_words_follow_the_rule() -> None:
@@ -286,6 +293,10 @@ def test_it_resumes_and_shards_alike(tiny_workload: Path, tmp_path: Path) -> Non
     assert len(found.blocks[0].pictures) == 2
     assert {claim.verdict.verdict for claim in found.claims} == {"not judged"}
     assert {"incoherence-trials", "incoherence-responses"} == {*found.exports}
+    given_ = {"scale": 16.0, "channels": 2, "seed": 0, "layers": ["qkv", "fc1"]}
+    other = {"workload": {"teacher": {"outliers": given_}}}
+    said = "2 channels at the inputs of qkv, fc1 scaled by 16"
+    assert (data.outliers, dataclasses.replace(data, config=other).outliers) == ("", said)
 
 
 def test_the_error_is_the_distillation_loss_over_the_energy(tiny_workload: Path) -> None:

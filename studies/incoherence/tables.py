@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from robuq_bench.errors import CheckError
 from robuq_bench.incoherence_figure import response_pictures, t_interval
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.comparisons import (
@@ -40,12 +41,12 @@ def summarise(run: Run, options: Settings, rule: str) -> list[dict[str, Any]]:
     records = [record for record in run.results() if record["kind"] == "trial"]
     frame = ordered(pd.DataFrame(records), options)
     trials = frame[[*_CELL, "scale", "seed", "error"]]
-    run.write_table("trials", trials.to_dict("records"))
+    run.write_table("trials", records_of(trials))
     run.write_table("responses", responses(trials))
     run.write_table("layers", layer_rows(frame))
     run.write_table("inputs", input_rows(frame))
     slopes = slopes_of(trials)
-    run.write_table("slopes", slopes.to_dict("records"))
+    run.write_table("slopes", records_of(slopes))
     run.write_table("verdicts", verdict_rows(judge(slopes, trials), rule))
     for picture, name in zip(response_pictures(trials, run.id), cells(trials), strict=True):
         picture.save(run.figure_path(f"errors-{name[0].split()[0]}-{name[1]}-bits"))
@@ -59,6 +60,12 @@ def ordered(frame: pd.DataFrame, options: Settings) -> pd.DataFrame:
     return frame.sort_values(
         keys, key=lambda column: column.map(rank) if column.name in ("when", "rotation") else column
     ).reset_index(drop=True)
+
+
+def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table."""
+    rows: Any = frame.to_dict("records")
+    return list(rows)
 
 
 def cells(trials: pd.DataFrame) -> list[tuple[str, int]]:
@@ -87,8 +94,8 @@ def layer_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Error of layers' outputs, a column per layer type: means over seeds."""
     rows = []
     for cell, own in frame.groupby([*_CELL, "scale"], sort=False):
-        means = pd.DataFrame(list(own["layer_errors"])).mean().to_dict()
-        rows.append(dict(zip([*_CELL, "scale"], cell, strict=True)) | means)
+        means: Any = pd.DataFrame(list(own["layer_errors"])).mean().to_dict()
+        rows.append({**dict(zip([*_CELL, "scale"], cell, strict=True)), **means})
     return rows
 
 
@@ -100,9 +107,10 @@ def input_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
         quantities = [
             pd.DataFrame(each).rename_axis("layer_type").reset_index() for each in own["inputs"]
         ]
-        means = pd.concat(quantities).groupby("layer_type", sort=False).mean()
-        for kind, values in means.to_dict("index").items():
-            rows.append({"rotation": rotation, "scale": scale, "layer_type": kind, **values})
+        means = pd.concat(quantities).groupby("layer_type", sort=False).mean().reset_index()
+        means.insert(0, "rotation", rotation)
+        means.insert(1, "scale", scale)
+        rows += records_of(means)
     return rows
 
 
@@ -110,10 +118,13 @@ def slopes_of(trials: pd.DataFrame) -> pd.DataFrame:
     """Slope of log error against log2 scale by cell and seed, in `slope`: log factor a doubling.
 
     Raises:
-        ValueError: an error is not a number above 0.
+        CheckError: an error is not a number above 0, as of a training that diverged.
     """
-    if not (np.isfinite(trials["error"]) & (trials["error"] > 0)).all():
-        raise ValueError("errors must be above 0")
+    for row in trials[~(np.isfinite(trials["error"]) & (trials["error"] > 0))].itertuples():
+        raise CheckError(
+            f"{row.rotation} at s = {row.scale:g}, {row.bits} bits, seed {row.seed}, {row.when}: "
+            f"the error is {row.error}; lower training.learning_rate"
+        )
     rows = []
     for cell, own in trials.groupby([*_CELL, "seed"], sort=False):
         fit = stats.linregress(np.log2(own["scale"]), np.log(own["error"]))
