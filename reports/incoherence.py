@@ -25,7 +25,7 @@ from robuq_bench.statistics.verdicts import interval_text
 
 ORDER = 45
 QUESTION = "Does rotation help against outliers?"
-OPEN = ("Rotation removes the dependence of the error on outliers",)
+OPEN = ("With rotation, the error does not depend on outliers",)
 EXPORTS = ("incoherence-trials.csv", "incoherence-responses.csv")
 _FOLDED = ("layers", "inputs", "slopes", "trials")
 _CELL = ["when", "bits", "rotation"]
@@ -65,7 +65,9 @@ def _ends(run: RunData) -> pd.DataFrame:
     found = groups.last().assign(least=groups["error"].first()).reset_index()
     subject = found["rotation"] + ", " + found["bits"].astype(str) + " bits, " + found["when"]
     verdicts = run.table("verdicts")
-    own = verdicts[verdicts["claim"].str.contains("removes the dependence")].set_index("subject")
+    own = verdicts[verdicts["claim"].str.contains("does not depend on outliers")].set_index(
+        "subject"
+    )
     found["factor"] = subject.map(own["effect"])
     found["verdict"] = subject.map(own["verdict"])
     found["limits"] = [
@@ -105,8 +107,8 @@ def _sheet(run: RunData) -> Sheet:
         found[[*columns, "small", "over none limits"]],
         f"Response to outliers: {run.title}",
         "Error at the least and at the greatest outliers s of each stage; factor of error per "
-        "doubling of s, with its 95 % interval and whether the dependence is removed; error at the "
-        "greatest s over that without rotation.",
+        "doubling of s, with its 95 % interval, and whether “the error does not depend on s” holds; "
+        "error at the greatest s over that without rotation.",
         formats={"factor": times, "over_none": times},
         heads={"place": "rotation", "least": "error at least", "error": "at greatest",
                "scale": "greatest s", "factor": "per doubling", "over_none": "over none"},

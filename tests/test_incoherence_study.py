@@ -244,6 +244,7 @@ def test_what_it_cannot_do_is_refused_before_it_begins(
         ("trained_scales=[1,3]", "among scales"),
         ("bits=[4,2]", "bits must ascend"),
         ('rotations=["none","none"]', "repeat"),
+        ("images=300", "multiple of it"),
     ],
 )
 def test_settings_that_make_no_response_are_refused(setting: str, error: str) -> None:

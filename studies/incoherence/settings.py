@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from robuq_bench.sections import Floats, Ints, OptionalText, Section, Strings, ascends, check_shard
 
 NONE = "none"
+LAYER_IMAGES = 128
+"""Images in a batch, and on which layers are measured one by one."""
 
 
 class Settings(Section):
@@ -47,5 +49,9 @@ class Settings(Section):
             raise ValueError(f"rotations must not be empty nor repeat: {list(self.rotations)}")
         if not ascends(self.bits, 1):
             raise ValueError(f"bits must ascend from 1 or more, got {list(self.bits)}")
+        if self.images > LAYER_IMAGES and self.images % LAYER_IMAGES:
+            raise ValueError(
+                f"images above {LAYER_IMAGES} must be a multiple of it, got {self.images}"
+            )
         check_shard(self.shard)
         return self

@@ -46,7 +46,7 @@ from robuq_bench.sensitivity.probing import rotated_input
 from robuq_bench.statistics.comparisons import CONFIDENCE, MARGIN, MIN_SEEDS
 from robuq_bench.training import Batch, BatchSource
 from robuq_bench.trials import adopt_shards, check_choices
-from studies.incoherence.settings import NONE, Settings
+from studies.incoherence.settings import LAYER_IMAGES, NONE, Settings
 from studies.incoherence.tables import AFTER, BEFORE, DOUBLING, summarise
 
 VERSION = "1"
@@ -55,7 +55,7 @@ RULE = (
     "A response is the slope of log error against log2 s, a line of least squares over the scales "
     "measured, of each training seed. Its mean over seeds and the "
     f"{CONFIDENCE:.0%} t interval are given as factor of error per doubling of the outliers. "
-    "“Removes the dependence on outliers” holds if the interval lies within "
+    "“The error does not depend on outliers” holds if the interval lies within "
     f"1/{DOUBLING} to {DOUBLING}, does not hold if it lies wholly beyond one of them, and is "
     "undecided otherwise. Beside no rotation, slopes are paired by seed: equivalent if the "
     f"interval of the ratio of factors lies within 1/{DOUBLING} to {DOUBLING}, otherwise better or "
@@ -64,9 +64,6 @@ RULE = (
     "judged. Verdicts before training are one family, those after it another: decided words must "
     "also survive Holm's correction; equivalent stands on its interval."
 )
-
-LAYER_IMAGES = 128
-"""Images on which layers are measured one by one."""
 
 MACS_PER_SECOND = 16e9
 """Of training W1.58A4 on `digits` on one core of a Xeon with AVX-512, to estimate times."""
@@ -247,7 +244,7 @@ def make_held_out(config: Config, context: Context, teacher: DiT, data: ImageDat
         stream="validation",
         device=context.device,
     )
-    batches = [source.batch(step) for step in range(-(-options.images // source.batch_size))]
+    batches = [source.batch(step) for step in range(options.images // source.batch_size)]
     targets = [teacher(batch.x_t, batch.t, batch.y).float() for batch in batches]
     energy = sum(float(target.square().mean()) for target in targets) / len(targets)
     return HeldOut(batches, targets, energy)

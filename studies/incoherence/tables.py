@@ -163,13 +163,11 @@ def judge(slopes: pd.DataFrame, trials: pd.DataFrame) -> list[Verdict]:
 
 
 def _response(values: pd.Series[float], where: str) -> Verdict:
-    """Whether a rotation removes the dependence: `values` are its slopes by seed."""
+    """Whether the error depends on outliers: `values` are slopes by seed."""
     margin = math.log(DOUBLING)
     rotation = where.partition(",")[0]
-    subject = "No rotation" if rotation == NONE else rotation.capitalize()
-    verdict = _not_judged(
-        values, f"{subject} removes the dependence of the error on outliers", where
-    )
+    arm = "Without rotation" if rotation == NONE else f"With {rotation}"
+    verdict = _not_judged(values, f"{arm}, the error does not depend on outliers", where)
     if len(values) < MIN_SEEDS:
         return verdict
     mean, error, t, reach = _spread(values)
