@@ -120,7 +120,7 @@ def resolve(
         uses_data = info is None or info.uses_data
     if info is not None and not info.uses_teacher:
         # What such a run makes must not decide which run it is.
-        parts["workload"]["teacher"].update(checkpoint="", sha256="")
+        parts["workload"]["teacher"].update(checkpoint="", sha256="", outliers=None)
     elif uses_data:
         identify_evaluation(parts["workload"]["evaluation"])
     if uses_data:

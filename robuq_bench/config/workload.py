@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from robuq_bench.errors import suggest
 from robuq_bench.sections import (
@@ -13,11 +13,15 @@ from robuq_bench.sections import (
     OptionalFloat,
     OptionalText,
     Section,
+    Strings,
     TextDigest,
+    check_choices,
     none_word,
 )
 
 FEATURES = ("digits", "inception")
+#: Layers whose inputs can have outliers without a change of what the teacher computes.
+OUTLIER_LAYERS = ("qkv", "proj", "fc1")
 # A setting that is off is not written down, so that it changes no older run's name.
 OnOrNothing = Annotated[
     bool | None,
@@ -75,11 +79,36 @@ class TeacherTraining(Section):
     compile: bool = False
 
 
+class OutliersConfig(Section):
+    """Outliers put into a teacher that leave its function as it is, see `models/outliers.py`.
+
+    At the input of every one of `layers`, `channels` channels drawn by `seed` are multiplied by
+    `scale`, and their weights divided by it.
+    """
+
+    scale: float = Field(gt=0)
+    channels: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0)
+    layers: Strings = OUTLIER_LAYERS
+
+    @field_validator("layers")
+    @classmethod
+    def _possible(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "fc2" in value:
+            raise ValueError(
+                "fc2 cannot have outliers that leave the function as it is: GELU stands between "
+                f"fc1 and fc2; choose among {', '.join(OUTLIER_LAYERS)}"
+            )
+        check_choices("layers", value, OUTLIER_LAYERS)
+        return tuple(name for name in OUTLIER_LAYERS if name in value)  # one order, one identity
+
+
 class TeacherConfig(Section):
     """Where the full-precision weights are; an empty checkpoint must be trained or given."""
 
     checkpoint: str = ""
     sha256: TextDigest = ""
+    outliers: Annotated[OutliersConfig | None, BeforeValidator(none_word)] = None
     training: TeacherTraining
 
 
