@@ -55,8 +55,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dual-rotation": {"weight": RTN4, "rotation": {"method": "dual-rotation", "steps": 8}},
     "smooth": {"weight": RTN4, "scaling": "smooth"},
+    "mean": {"weight": RTN4, "centring": "mean"},
     "everything": {
         "weight": {"method": "gptq", "bits": 4, "group": 4, "symmetric": False},
+        "centring": "mean",
         "scaling": "smooth",
         "rotation": {"method": "block-hadamard", "block": 4, "signs": True},
         "branch": {"method": "svd", "rank": 2},
@@ -94,6 +96,9 @@ CASES |= {
 
 def plan_of(**slots: Any) -> Plan:
     rule = {"name": "all", "kind": ["block", "adaLN", "other"], **slots}
+    if "centring" in slots:  # the second layer has no bias
+        unbiased = {**rule, "name": "unbiased", "match": ["2"], "centring": "none"}
+        return Plan.model_validate({"name": "a-test", "layers": [unbiased, rule]})
     return Plan.model_validate({"name": "a-test", "layers": [rule]})
 
 

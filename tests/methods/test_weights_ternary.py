@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from robuq_bench.methods.site import Site
 from robuq_bench.methods.weights._codes import Codes
 from robuq_bench.methods.weights._ternary import TernaryWeight
 
-NAMES = ("ternary-twn", "ternary-absmean")
+NAMES = ("ternary-twn", "ternary-absmean", "ternary-optimal")
 
 
 def fitted(name: str, weight: Tensor) -> TernaryWeight:
@@ -73,6 +75,20 @@ def test_absmean_is_the_rule_per_tensor(rows: int, columns: int, seed: int) -> N
     np.testing.assert_array_equal(quantized.codes.numpy(), expected)
     assert quantized.scale.shape == (1, 1)
     assert float(quantized.scale) == pytest.approx(alpha, rel=1e-12)
+
+
+@given(columns=st.integers(1, 7), seed=st.integers(0, 9999), ties=st.booleans())
+@settings(max_examples=60)
+def test_optimal_is_the_best_of_all_ternary_rows(columns: int, seed: int, ties: bool) -> None:
+    """Against every code there is, each at its least-squares scale."""
+    weight = randn(2, columns, seed=seed)
+    weight = weight.round() if ties else weight
+    every = np.array(list(itertools.product((-1, 0, 1), repeat=columns)), float)
+    found = fake_quantize_weight(weight, "ternary-optimal").numpy()
+    for row, own in zip(weight.numpy(), found, strict=True):
+        scale = every @ row / np.maximum((every**2).sum(1), 1)
+        best = ((row - scale[:, None] * every) ** 2).sum(1).min()
+        assert ((row - own) ** 2).sum() == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
 def test_threshold_itself_is_kept_by_twn() -> None:
@@ -149,7 +165,9 @@ def test_half_precision_is_computed_in_float32(name: str) -> None:
     assert torch.equal(fake_quantize_weight(weight, name), wide.dequantize().bfloat16())
 
 
-@pytest.mark.parametrize(("name", "scales"), [("ternary-twn", 7), ("ternary-absmean", 1)])
+@pytest.mark.parametrize(
+    ("name", "scales"), [("ternary-twn", 7), ("ternary-absmean", 1), ("ternary-optimal", 7)]
+)
 def test_bits(name: str, scales: int) -> None:
     """log2(3) bits a code, and 16 for each scale."""
     method = read_method("weight", name)
