@@ -12,6 +12,7 @@ and may have
     RULE: str               how its verdicts follow from its numbers
     class Settings(Section) also in `settings.py` of a folder, where it is read without torch
     check(config) -> None   refuses what cannot be done, before a run folder is opened
+    estimate(config) -> list[str]   lines that `--dry-run` prints: what there is to do, how long
     USES_TEACHER, USES_DATA, USES_PLAN, USES_TRAINING = False
                             what of the config must not decide which run it is
 """
@@ -56,6 +57,7 @@ class StudyInfo:
     summary: str
     settings: str | None = None
     has_check: bool = False
+    has_estimate: bool = False
     is_packaged: bool = True
     uses_teacher: bool = True
     uses_data: bool = True
@@ -194,6 +196,7 @@ def read_study(path: Path, module: str, *, is_packaged: bool = True) -> StudyInf
         summary=summary if isinstance(summary, str) else "",
         settings=settings,
         has_check="check" in functions,
+        has_estimate="estimate" in functions,
         is_packaged=is_packaged,
         uses_teacher=flags["USES_TEACHER"],
         uses_data=flags["USES_DATA"],

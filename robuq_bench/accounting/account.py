@@ -14,7 +14,7 @@ A 64-bit word does 64 binary multiplications at once, hence the 64 (the conventi
 networks). It counts an 8-bit x 8-bit product as one full-precision FLOP. Elementwise work
 (norms, softmax, GELU, quantization) is left out on both sides. The additions of the online
 Hadamard rotation, as the small products that this suite runs, and those of a centring stand beside
-the effective FLOPs: `compute_reduction` leaves them out, `compute_reduction_with_rotation` has both.
+the effective FLOPs; `compute_reduction_with_rotation` includes them, `compute_reduction` does not.
 
 Nominal bits are those of a code. Effective bits share out the scales and zero points, 16 bits each:
 
@@ -95,8 +95,8 @@ def packing_table(
     `reading` says how a row stores ternary codes, scales, the low-rank branch and everything else;
     other codes take the bits that their method says, without gaps. Scales and zero points are as
     many as the methods say, such as one per output channel (`ternary-twn`) or per tensor
-    (`ternary-absmean`); scales and centres of inputs are among them. `signs_bytes` is what rotations store. The
-    int8 rows are there where every branch is one of two factors.
+    (`ternary-absmean`); scales and centres of inputs are among them. `signs_bytes` is what
+    rotations store. The int8 rows are there where every branch is one of two factors.
     `size_reduction` is against every parameter in FP32 (position table included). For a plan with
     no other codes than ternary ones the last rows are readings that on DiT-XL/2 at rank 16
     reproduce or bound the published 13.2x and 15.2x; their `published` is set for DiT-XL/2 only.

@@ -103,14 +103,20 @@ def execute(job: Job) -> RunResult | None:
 def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> None:
     """Print the resolved config and where its run would be."""
     from robuq_bench.config import config_hash, to_toml
+    from robuq_bench.study_index import find_study, load_study
 
+    info = find_study(job.study)
+    lines = load_study(info).estimate(config) if info.has_estimate else []
     if job.flags.as_json:
         facts = {"command": job.study, "dry_run": True, "path": folder, "complete": is_complete}
+        facts |= {"estimate": lines} if lines else {}
         values = config.model_dump(mode="json")
         console.print_json({**facts, "config_sha256": config_hash(config), "config": values})
         return
     state = "finished" if is_complete else "unfinished" if folder.exists() else "new"
     print(to_toml(config))
+    for line in lines:
+        print(f"# {line}")
     print(f"# output: {folder} ({state}); --dry-run: nothing was written", flush=True)
 
 

@@ -5,8 +5,8 @@ A layer computes, for input x [..., in] and weight W [out, in],
     y = Q_a(x') Q_w(W' - L)^T + x' L^T + (b + W c),    x' = R((x - c) / s),    W' = R(W s)
 
 Centring (c), scaling (s), rotation (R), branch (L), weight (Q_w) and activation (Q_a) are its
-slots, fitted in this order; every slot may be empty. A method is a frozen section of a plan, its fields are its TOML
-keys, and `fit` makes the module that fills the slot. This file imports no torch.
+slots, fitted in this order; every slot may be empty. A method is a frozen section of a plan, its
+fields are its TOML keys, and `fit` makes the module that fills the slot. Free of torch.
 """
 
 from __future__ import annotations

@@ -56,7 +56,11 @@ class Site:
         return cls(name, seed, tokens.to(device), absmax, eye, in_features, mean, is_blank=True)
 
     def need(self, what: Need) -> Tensor:
-        """`tokens`, `absmax`, `mean` or `gram`; UsageError naming the layer if calibration saw none."""
+        """`tokens`, `absmax`, `mean` or `gram`.
+
+        Raises:
+            UsageError: calibration saw none; names the layer.
+        """
         value = getattr(self, what)
         if value is None:
             raise UsageError(

@@ -151,9 +151,9 @@ def memory_bytes(
     """At most this much is held while observing layers of these input `widths`, in bytes.
 
     Of each layer 4 * tokens_per_layer * in (sample) + 8 * tokens_per_layer (its order), 4 * in
-    (absmax), 8 * in (mean) and 8 * in^2 (gram), for every one of `groups` and once for all of them; for the widest
-    layer, working copies of three samples and `GRAM_ROWS` rows. What the model's forward holds, and
-    copies of one input, come on top.
+    (absmax), 8 * in (mean) and 8 * in^2 (gram), for every one of `groups` and once for all of them;
+    for the widest layer, working copies of three samples and `GRAM_ROWS` rows. What the model's
+    forward holds, and copies of one input, come on top.
     """
     widths = list(widths)
     sampled, gram = "tokens" in needs, "gram" in needs

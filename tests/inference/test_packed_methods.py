@@ -74,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
         "branch": {"method": "svd", "rank": 2},
         "activation": {"method": "percentile", "bits": 6},
     },
+    "ternary at the optimum": {"weight": "ternary-optimal", "scaling": "smooth"},
     "ternary, dual rotation": {
         "weight": "ternary-absmean",
         "rotation": {"method": "dual-rotation", "steps": 8},

@@ -100,7 +100,7 @@ def test_what_later_slots_observe_is_centred() -> None:
 
 
 def test_gptq_and_smoothing_read_centred_inputs() -> None:
-    """A layer fitted behind a module that centres is the same one, up to where the centre stands."""
+    """Fitted to inputs that were centred before, the layer gets the same scaling and codes."""
     slots = {"scaling": {"method": "smooth"}, "weight": {"method": "gptq", "bits": 3}}
     layer = quantized(torch.float64, **slots)[0]
     shifted = [x - layer.centring.centre for x in inputs(torch.float64)]

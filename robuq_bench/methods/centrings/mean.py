@@ -2,11 +2,11 @@
 
     x W^T + b = (x - c) W^T + (b + W c),    c_j = mean of X_j over all calibration tokens
 
-A DiT's inputs have a large constant part, which adaLN's shift and GELU's mean put there: the same
-vector in every token. It carries nothing that a code could tell apart and widens every step. RobuQ's
-quantizers subtract the mean of a token over its channels, one direction of the in_features; this
-subtracts the mean of each channel over tokens. Ours; SVDQuant's shift of GELU outputs by a constant
-(Li et al., ICLR 2025) and Outlier Suppression+ (Wei et al., EMNLP 2023) shift channels likewise.
+Inputs of a DiT can have a large constant part, which adaLN's shift and GELU put there: the same
+vector in every token. It carries nothing that a code could tell apart, and widens every step.
+RobuQ's quantizers subtract the mean of a token over its channels, one direction of in_features;
+this subtracts the mean of each channel over tokens. Ours as a slot; SVDQuant (Li et al., ICLR 2025)
+shifts GELU's outputs by one constant, Outlier Suppression+ (Wei et al., EMNLP 2023) channels.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from robuq_bench.methods.weights._ternary import TernaryMethod
 class TernaryOptimal(TernaryMethod):
     """Per output channel the codes t and the scale α that minimise ||w - α t||².
 
-    With the k largest |w| kept, α is their mean and the error ||w||² - (their sum)²/k, so k is found
-    by one sort. Source: the objective of Li & Liu, "Ternary Weight Networks", solved exactly where
-    they take τ near 0.7 mean|w| and RobuQ 0.5. Gradient: as `ternary-twn`, straight-through, clamped
-    to [-1, 1]. An all-zero row has codes 0 and scale 0.
+    With the k largest |w| kept, α is their mean and the error ||w||² - (their sum)²/k, so that one
+    sort finds k. Source: the objective of Li & Liu, "Ternary Weight Networks", solved exactly where
+    they take τ near 0.7 mean|w| and RobuQ 0.5. Gradient: straight-through, clamped to [-1, 1], as
+    that of `ternary-twn`. An all-zero row has codes 0 and scale 0.
     """
 
     clamps: ClassVar[bool] = True
