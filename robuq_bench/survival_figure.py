@@ -77,7 +77,7 @@ def _label(axes: Axes, frame: pd.DataFrame) -> None:
         places[i] = min(places[i], places[i - 1] - _GAP)
     places += max(0.0, -places[-1])  # a column that runs out below is moved up
     for i in range(len(places) - 2, -1, -1):
-        places[i] = max(min(places[i], 1.0), places[i + 1] + _GAP)
+        places[i] = max(min(places[i], 0.96), places[i + 1] + _GAP)
     for row, place in zip(frame.iloc[order].to_dict("records"), places, strict=True):
         axes.annotate(row["label"], (row["gain_before"], row["gain"]), (1.06, place),
                       textcoords="axes fraction", va="center", fontsize=8,
