@@ -33,7 +33,7 @@ _COSTS: Mapping[str, tuple[str, Format, str]] = {
 def plans_sheet(group: Group) -> Sheet:
     """What each plan does, read from its settings; parts that few have only where one does."""
     parts = pd.DataFrame(recipes([row.plan for row in group.rows]))
-    absent = {"scaling": "none", "other layers": FULL_PRECISION}
+    absent = {"centring": "none", "scaling": "none", "other layers": FULL_PRECISION}
     parts = parts.drop(columns=[name for name in absent if (parts[name] == absent[name]).all()])
     parts["QAT steps"] = [
         "0 (PTQ)"

@@ -121,6 +121,7 @@ def _recipe(plan: Mapping[str, Any], uses: Mapping[Any, int]) -> dict[str, str]:
         "weights": ", ".join([of_blocks("weight"), *_weight_allocation(plan)]),
         "activations": of_blocks("activation"),
         "activation bits": _activation_bits(plan),
+        "centring": of_blocks("centring", "none"),
         "scaling": of_blocks("scaling", "none"),
         "rotation": of_blocks("rotation", "none"),
         "low-rank branch": of_blocks("branch", "rank 0"),

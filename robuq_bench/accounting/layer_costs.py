@@ -61,7 +61,8 @@ class LayerCost:
         branch_rank: of a branch of two factors, 0 without a branch; None for any other branch.
         rotation_bits: what its rotation stores.
         rotation_additions, rotation_macs: of rotating one token.
-        scaling_bits: what its scaling stores.
+        scaling_bits, centring_bits: what its scaling and its centring store.
+        centring_additions: of centring one token.
     """
 
     layer: LinearLayer
@@ -73,6 +74,8 @@ class LayerCost:
     rotation_additions: int
     rotation_macs: int
     scaling_bits: float
+    centring_bits: float
+    centring_additions: int
 
     @property
     def is_ternary(self) -> bool:
@@ -112,13 +115,13 @@ class LayerCost:
 
     @property
     def stored_scales(self) -> float:
-        """How many scales and zero points the layer stores, those of its scaling among them."""
-        scaling = self.scaling_bits / SCALE_BITS
+        """How many scales and zero points the layer stores, with those of its inputs' channels."""
+        of_inputs = (self.scaling_bits + self.centring_bits) / SCALE_BITS
         if self.weight is None:
-            return scaling
+            return of_inputs
         scales = (self.weight.stored - self.weight.bits * self.layer.weights) / SCALE_BITS
         nearest = round(scales)  # log2(3) bits a code leave a rounding error
-        return scaling + (nearest if abs(scales - nearest) < 1e-3 else scales)
+        return of_inputs + (nearest if abs(scales - nearest) < 1e-3 else scales)
 
 
 @dataclass(frozen=True)
@@ -215,9 +218,15 @@ def _cost(layer: LinearLayer, bits_by_layer: Mapping[str, int], of: Of) -> Layer
                 0 if rule.rotation is None else rule.rotation.additions(layer.in_features)
             ),
             rotation_macs=0 if rule.rotation is None else rule.rotation.macs(layer.in_features),
-            scaling_bits=0.0
-            if rule.scaling is None
-            else rule.scaling.stored_bits(layer.in_features),
+            scaling_bits=(
+                0.0 if rule.scaling is None else rule.scaling.stored_bits(layer.in_features)
+            ),
+            centring_bits=(
+                0.0 if rule.centring is None else rule.centring.stored_bits(layer.in_features)
+            ),
+            centring_additions=(
+                0 if rule.centring is None else rule.centring.additions(layer.in_features)
+            ),
         )
     except UsageError as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from None

@@ -20,6 +20,7 @@ from robuq_bench.methods import (
     SLOTS,
     ActivationMethod,
     BranchMethod,
+    CentringMethod,
     Method,
     RotationMethod,
     ScalingMethod,
@@ -99,6 +100,7 @@ class Rule(Section):
     match: Strings = ("*",)
     kind: tuple[Kind, ...] = ("block",)
     fixed_bits: bool = False
+    centring: SerializeAsAny[CentringMethod] | None = None
     scaling: SerializeAsAny[ScalingMethod] | None = None
     rotation: SerializeAsAny[RotationMethod] | None = None
     branch: SerializeAsAny[BranchMethod] | None = None

@@ -197,7 +197,9 @@ def _other_slot(
     """The module of any other slot: fitted to nothing, with the state of the file."""
     n = shape[1]
     gram = torch.eye(n, dtype=torch.float64) if "gram" in method.needs else None
-    site = Site(name, tokens=torch.ones(1, n), absmax=torch.ones(n), gram=gram, count=1)
+    site = Site(
+        name, tokens=torch.ones(1, n), absmax=torch.ones(n), gram=gram, count=1, mean=torch.zeros(n)
+    )
     # As `fit` takes it, without its memory.
     module: Any = method.fit(torch.ones((1, 1), dtype=torch.float64).expand(shape), site)
     state = {}

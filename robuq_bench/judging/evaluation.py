@@ -282,6 +282,36 @@ def batches_side_by_side(workload: Workload, threads: int) -> int:
     return max(1, min(threads, SIDE_BY_SIDE_BYTES // batch_bytes))
 
 
+def _validation_source(
+    teacher: nn.Module, data: ImageData, workload: Workload, device: str
+) -> BatchSource:
+    """Batches 0 to `VALIDATION_BATCHES` - 1 of it are those of every validation."""
+    return BatchSource(
+        data.model_inputs(torch.arange(len(data))),
+        data.labels,
+        Diffusion.from_config(workload.diffusion),
+        teacher,
+        batch_size=VALIDATION_BATCH_SIZE,
+        seed=0,
+        stream="validation",
+        device=device,
+    )
+
+
+@torch.no_grad()
+def validation_energy(
+    teacher: nn.Module, data: ImageData, workload: Workload, device: str
+) -> float:
+    """Mean square of the teacher's output on the validation batches: the unit of its distance."""
+    source, energy = _validation_source(teacher, data, workload, device), 0.0
+    with evaluation_mode(teacher):
+        for step in range(VALIDATION_BATCHES):
+            batch = source.batch(step)
+            output = teacher(batch.x_t, batch.t, batch.y).float()
+            energy += float(output.square().mean()) / VALIDATION_BATCHES
+    return energy
+
+
 @torch.no_grad()
 def validation_losses(
     model: nn.Module,
@@ -299,16 +329,7 @@ def validation_losses(
     """
     data, images = (data, "training") if heldout is None else (heldout, "held-out")
     diffusion = Diffusion.from_config(workload.diffusion)
-    source = BatchSource(
-        data.model_inputs(torch.arange(len(data))),
-        data.labels,
-        diffusion,
-        teacher,
-        batch_size=VALIDATION_BATCH_SIZE,
-        seed=0,
-        stream="validation",
-        device=device,
-    )
+    source = _validation_source(teacher, data, workload, device)
     distillation = denoising = 0.0
     with evaluation_mode(model):
         for step in range(VALIDATION_BATCHES):

@@ -22,6 +22,7 @@ from robuq_bench.methods.base import (
     SLOTS,
     ActivationMethod,
     BranchMethod,
+    CentringMethod,
     Method,
     RotationMethod,
     ScalingMethod,
@@ -33,6 +34,7 @@ __all__ = [
     "SLOTS",
     "ActivationMethod",
     "BranchMethod",
+    "CentringMethod",
     "Method",
     "RotationMethod",
     "ScalingMethod",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 BASES: dict[Slot, type[Method]] = {
+    "centring": CentringMethod,
     "scaling": ScalingMethod,
     "rotation": RotationMethod,
     "branch": BranchMethod,

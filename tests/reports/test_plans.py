@@ -201,6 +201,7 @@ def test_the_recipe_says_what_it_said():
             "weights": "ternary-absmean",
             "activations": "bitnet",
             "activation bits": "4 everywhere",
+            "centring": "none",
             "scaling": "none",
             "rotation": "hadamard on *.proj, *.fc2, *.to_out.0, *.ff.net.2",
             "low-rank branch": "rank 0",

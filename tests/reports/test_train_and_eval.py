@@ -212,7 +212,7 @@ def test_the_report_shows_weight_bits_and_no_training(untrained_report, parse_pa
     table = page.table("What each plan on")
     rows = {(row[0].text, row[0].small): row for row in table.rows}
     names = [cell.text for cell in table.head]
-    assert {"scaling", "other layers"}.isdisjoint(names)
+    assert {"centring", "scaling", "other layers"}.isdisjoint(names)
     place = ("quarot-w4a4", "PTQ, bits.mean = not set")
     assert rows[place][names.index("weights")].text == "gptq, 4 bits"
     assert rows[place][names.index("QAT steps")].text == "0 (PTQ)"
