@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -17,12 +18,19 @@ from robuq_bench.sections import (
     none_word,
 )
 
-FEATURES = ("digits", "inception")
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+FEATURES_SUFFIX = "_features.safetensors"
 # A setting that is off is not written down, so that it changes no older run's name.
 OnOrNothing = Annotated[
     bool | None,
     BeforeValidator(lambda value: None if value is False else none_word(value)),
 ]
+
+
+def feature_names() -> list[str]:
+    """Names that `evaluation.features` may have: the packaged networks, and Inception."""
+    packaged = sorted(path.name for path in ASSETS.glob(f"*{FEATURES_SUFFIX}"))
+    return [*(name.removesuffix(FEATURES_SUFFIX) for name in packaged), "inception"]
 
 
 class ModelConfig(Section):
@@ -89,7 +97,9 @@ class DataConfig(Section):
     `sha256` is the digest of their files (`data_files.data_digest`); nobody needs to state it.
     """
 
-    source: Literal["digits", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"]
+    source: Literal[
+        "digits", "fashion28", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"
+    ]
     path: OptionalText = None
     sha256: Digest = None
     image_size: int = Field(ge=1)
@@ -145,8 +155,9 @@ class EvaluationConfig(Section):
     or spreads them from 0 to T - 1 ("fractional", its "50": 0, 20, 41, ...). None is integer for
     ddim, where the steps must divide T, and fractional for ddpm.
 
-    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
-    `adapt_images` it may be a network for images of another size or number of channels.
+    `features` is the name of a packaged network ('digits'), 'inception', or a .safetensors file of
+    `train-features`. With `adapt_images` it may be one for images of another size or number of
+    channels. `reference` is a file of ADM's format (.npz) or of `judging.reference_statistics`.
 
     With `sample_teacher` a teacher is sampled although samples of it come with the suite.
     """
@@ -173,10 +184,11 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _known_features(self) -> EvaluationConfig:
-        if self.features not in FEATURES and not self.features.endswith(".safetensors"):
+        names = feature_names()
+        if self.features not in names and not self.features.endswith(".safetensors"):
             raise ValueError(
                 f"features {self.features!r} is neither a .safetensors file of `train-features` "
-                f"nor a known name{suggest(self.features, FEATURES)}"
+                f"nor a known name{suggest(self.features, names)}"
             )
         return self
 
