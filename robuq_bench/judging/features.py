@@ -212,7 +212,7 @@ def train_feature_network(
     epochs = recipe.epochs or math.ceil(recipe.images_seen / len(y))
     is_bf16 = recipe.precision == "bf16"
     if is_bf16:
-        network.to(memory_format=torch.channels_last)  # the layout of oneDNN's bf16 kernels
+        _lay_out(network, torch.channels_last)  # of oneDNN's bf16 kernels
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=1e-3)
     steps_per_epoch = math.ceil(len(y) / recipe.batch_size)
     total, step = epochs * steps_per_epoch, 0
@@ -237,7 +237,7 @@ def train_feature_network(
         accuracy = _accuracy(network, tests, answers)
         if progress is not None:
             progress(epoch, epochs, {"loss": loss_sum / len(y), "heldout_accuracy": accuracy})
-    network.to(memory_format=torch.contiguous_format)
+    _lay_out(network, torch.contiguous_format)
     _set_scales(network, x)
     return TrainedFeatures(
         network=network,
@@ -364,6 +364,10 @@ def _random_shift(x: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     windows = F.pad(x, (limit,) * 4, value=-1.0).unfold(2, size, 1).unfold(3, size, 1)
     dy, dx = torch.randint(2 * limit + 1, (2, len(x)), generator=generator)
     return windows[torch.arange(len(x)), :, dy, dx]
+
+
+def _lay_out(network: FeatureCNN, memory_format: torch.memory_format) -> None:
+    network.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def _random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
