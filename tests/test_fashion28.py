@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from robuq_bench.config import DataConfig, load_workload
+from robuq_bench.config import DataConfig, asset_path, load_workload
 from robuq_bench.data import fashion28
-from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout
+from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout, make_image_data
 from robuq_bench.data.idx import read_idx, write_idx
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import sha256_file
+from robuq_bench.judging.feature_networks import load_classifier, load_feature_network
+from robuq_bench.judging.features import features_asset, load_features
+from robuq_bench.judging.reference_statistics import load_statistics
 
 SECTION = load_workload("fashion28").data
 CLASSES = 10
@@ -178,3 +184,66 @@ def test_xz_holds_the_bytes_of_an_idx_file(tmp_path: Path) -> None:
     header = bytes([0, 0, 8, 3, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 2])
     assert lzma.decompress((tmp_path / "a.xz").read_bytes()) == header + bytes(range(12))
     assert np.array_equal(read_idx(tmp_path / "a.xz", 0x0803), array)
+
+
+# feature networks and what they say of all 60,000 images
+
+
+@pytest.fixture(params=["fashion28", "fashion28b"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def card_of(name: str) -> dict[str, Any]:
+    return dict(json.loads(features_asset(name).with_suffix(".json").read_text("utf-8")))
+
+
+def test_networks_name_clothes_that_they_never_saw(
+    name: str, clothes: ImageData, heldout: ImageData
+) -> None:
+    network, metadata, digest = load_features(features_asset(name))
+    card = card_of(name)
+    assert digest == card["sha256"]
+    assert {key: str(card[key]) for key in metadata} == metadata
+    assert card["dataset_sha256"] == clothes.part_of
+    assert (card["heldout"], card["heldout_images"]) == ("idx:t10k", 10_000)
+    assert card["heldout_accuracy"] >= 0.93
+    guesses = torch.cat([network(part)[2].argmax(1) for part in torch.split(heldout.images, 250)])
+    accuracy = (guesses == heldout.labels).double().mean().item()
+    # A fifth of those that the card counts: within four standard errors of their share.
+    error = math.sqrt(accuracy * (1 - accuracy) / len(heldout))
+    assert accuracy == pytest.approx(card["heldout_accuracy"], abs=4 * error)
+
+
+def test_the_second_network_differs_in_more_than_its_seed() -> None:
+    first, second = card_of("fashion28"), card_of("fashion28b")
+    for key in ("seed", "widths", "flip", "shift", "sha256"):
+        assert first[key] != second[key]
+
+
+def test_networks_are_found_by_name_and_name_their_metrics(name: str) -> None:
+    evaluation = load_workload("fashion28").evaluation
+    network = load_feature_network(evaluation.model_copy(update={"features": name}))
+    assert (network.name, network.suffix) == (name, f"_{name}")
+    assert network.fits(1, 28, 28)
+    assert network.dimensions is not None
+    assert network.dimensions[0] <= 128  # FID of 3,000 samples
+
+
+def test_the_reference_is_of_all_60000_images(name: str, clothes: ImageData) -> None:
+    evaluation = load_workload("fashion28").evaluation
+    assert evaluation.reference is not None
+    path = asset_path(evaluation.reference)
+    assert sha256_file(path) == evaluation.reference_sha256
+    some = make_image_data(clothes.images[:1000], clothes.labels[:1000], "some")
+    network = load_classifier(features_asset(name))
+    reference = load_statistics(path, network, replace(some, part_of=clothes.part_of))
+    assert reference.num_images == 60_000
+    assert reference.features is not None
+    pool = reference.features.pool.numpy()
+    variances = reference.pool.sigma.diagonal()
+    scores = (pool.mean(0) - reference.pool.mu) / np.sqrt(variances / len(pool))
+    assert np.abs(scores).max() < 5
+    assert pool.var(0).sum() == pytest.approx(variances.sum(), rel=0.1)
+    with pytest.raises(UsageError, match="is of other images"):
+        load_statistics(path, network, some)

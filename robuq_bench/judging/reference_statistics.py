@@ -43,7 +43,7 @@ def save_statistics(
     """
     tensors: dict[str, torch.Tensor] = {}
     for network in networks:
-        features = network.extract(data.images)
+        features = reference_features(network, data)
         for kind, values in (("pool", features.pool), ("spatial", features.spatial)):
             statistics = feature_statistics(values)
             tensors[f"{network.sha256}.{kind}.mu"] = torch.from_numpy(statistics.mu)
