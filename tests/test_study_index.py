@@ -155,5 +155,8 @@ def test_settings_say_which_inputs_are_known_by_content() -> None:
     found = {name: inputs_of(kind) for name, kind in kinds.items() if kind is not None}
     assert found.pop("normality") == ["captured", "student"]
     assert found.pop("packed") == ["run"]
-    assert set(found) == {"sensitivity", "allocation", "kernels", "efficiency", "incoherence"}
+    assert set(found) == {
+        *("sensitivity", "allocation", "kernels", "efficiency", "incoherence", "train-features"),
+        "survival",
+    }
     assert not any(found.values())

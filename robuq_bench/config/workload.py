@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -19,7 +20,8 @@ from robuq_bench.sections import (
     none_word,
 )
 
-FEATURES = ("digits", "inception")
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+FEATURES_SUFFIX = "_features.safetensors"
 #: Layers whose inputs can have outliers without a change of what the teacher computes.
 OUTLIER_LAYERS = ("qkv", "proj", "fc1")
 # A setting that is off is not written down, so that it changes no older run's name.
@@ -27,6 +29,12 @@ OnOrNothing = Annotated[
     bool | None,
     BeforeValidator(lambda value: None if value is False else none_word(value)),
 ]
+
+
+def feature_names() -> list[str]:
+    """Names that `evaluation.features` may have: the packaged networks, and Inception."""
+    packaged = sorted(path.name for path in ASSETS.glob(f"*{FEATURES_SUFFIX}"))
+    return [*(name.removesuffix(FEATURES_SUFFIX) for name in packaged), "inception"]
 
 
 class ModelConfig(Section):
@@ -118,7 +126,9 @@ class DataConfig(Section):
     `sha256` is the digest of their files (`data_files.data_digest`); nobody needs to state it.
     """
 
-    source: Literal["digits", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"]
+    source: Literal[
+        "digits", "fashion28", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"
+    ]
     path: OptionalText = None
     sha256: Digest = None
     image_size: int = Field(ge=1)
@@ -174,8 +184,9 @@ class EvaluationConfig(Section):
     or spreads them from 0 to T - 1 ("fractional", its "50": 0, 20, 41, ...). None is integer for
     ddim, where the steps must divide T, and fractional for ddpm.
 
-    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
-    `adapt_images` it may be a network for images of another size or number of channels.
+    `features` is the name of a packaged network ('digits'), 'inception', or a .safetensors file of
+    `train-features`. With `adapt_images` it may be one for images of another size or number of
+    channels. `reference` is a file of ADM's format (.npz) or of `judging.reference_statistics`.
 
     `second_features`, likewise, measure everything once more in a feature space of their own, to
     see whether plans keep their order there; they are compared with `second_reference`, or with the
@@ -210,13 +221,14 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _known_features(self) -> EvaluationConfig:
+        names = feature_names()
         for key in ("features", "second_features"):
             name = getattr(self, key)
-            if name is None or name in FEATURES or name.endswith(".safetensors"):
+            if name is None or name in names or name.endswith(".safetensors"):
                 continue
             raise ValueError(
                 f"{key} {name!r} is neither a .safetensors file of `train-features` "
-                f"nor a known name{suggest(name, FEATURES)}"
+                f"nor a known name{suggest(name, names)}"
             )
         if self.second_features == self.features:
             raise ValueError("second_features are the features themselves; name another network")

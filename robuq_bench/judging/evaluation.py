@@ -26,6 +26,7 @@ from robuq_bench.judging.fidelity import (
     load_adm_reference,
     reference_features,
 )
+from robuq_bench.judging.reference_statistics import load_statistics
 from robuq_bench.judging.sampling import (
     decode_latents,
     default_labels,
@@ -65,12 +66,12 @@ def seed_ranges(workload: Workload) -> list[range]:
 def load_reference(workload: Workload, data: ImageData, network: FeatureNetwork) -> Reference:
     """Load what samples are compared with, and check that latents can become images.
 
-    An ADM `.npz` when `evaluation.reference` names one, else features and labels of the training
-    images.
+    An ADM `.npz` or a file of `reference_statistics` when `evaluation.reference` names one, else
+    features and labels of the training images.
 
     Raises:
         MissingResourceError: a latent workload without reference statistics or VAE.
-        UsageError: features for images of another shape.
+        UsageError: features for images of another shape, or a reference of others or in others.
         CheckpointError: a damaged reference or VAE, or one that changed since the run was planned.
     """
     evaluation = workload.evaluation
@@ -90,10 +91,11 @@ def load_reference(workload: Workload, data: ImageData, network: FeatureNetwork)
     if evaluation.reference is None:
         features = reference_features(network, data, evaluation.batch_size)
         return replace(as_reference(features), labels=data.labels)
-    reference = load_adm_reference(
-        evaluation.reference, network, evaluation.batch_size, image_size=shape[-1]
-    )
     path = asset_path(evaluation.reference)
+    if path.suffix == ".safetensors":
+        reference = load_statistics(path, network, data, evaluation.batch_size)
+    else:
+        reference = load_adm_reference(path, network, evaluation.batch_size, image_size=shape[-1])
     require_digest(path, evaluation.reference_sha256, "evaluation.reference")
     return reference
 
@@ -122,7 +124,7 @@ def check_features(network: FeatureNetwork, shape: tuple[int, ...], data: ImageD
             network.size,
             network.suffix,
         )
-    if not data.is_latent and network.trained_on not in ("", data.sha256):
+    if not data.is_latent and network.trained_on not in ("", data.sha256, data.part_of):
         logger.warning(
             "feature network %r was trained on other images (SHA-256 %.12s) than those judged "
             "(%s, %.12s); fid%s means something only if they show the same kind of thing",
