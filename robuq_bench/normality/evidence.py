@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robuq_bench import seeds
 from robuq_bench.hadamard.transform import is_supported
-from robuq_bench.normality.analysis import TESTS, analyse
+from robuq_bench.normality.analysis import REFERENCE_SETTINGS, TESTS, analyse
 from robuq_bench.normality.berry_esseen import (
     best_multivariate_bound,
     channel_lyapunov,
@@ -120,7 +120,7 @@ def control_rows(options: Options, seed: int) -> list[Row]:
                     )
                 except NotApplicable:
                     continue
-                table = analyse(tokens, torch.arange(count), rotate, seed)
+                table = analyse(tokens, torch.arange(count), rotate, seed, REFERENCE_SETTINGS)
                 valid = table.valid
                 row: Row = {
                     "control": name,
