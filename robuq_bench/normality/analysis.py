@@ -65,6 +65,11 @@ class TokenTable(NamedTuple):
         return self.values[:, self.columns.index(name)]
 
     @property
+    def reference_ratios(self) -> NDArray[np.float64]:
+        """The columns of the reference quantizer, [T, bits]."""
+        return np.column_stack([self.column(f"{REFERENCE}/{bits}") for bits in BITS])
+
+    @property
     def valid(self) -> NDArray[np.bool_]:
         """Which tokens are not degenerate, [T]."""
         return np.isfinite(self.column("shapiro_w"))
@@ -143,6 +148,9 @@ def draw_errors(
     Returns:
         `ratios` and, where the site's weight is known, `outputs`: each [T, transforms, bits].
     """
+    if not transforms:
+        empty = np.empty((len(tokens), 0, len(BITS)))
+        return Errors(empty, None)
     root = None if site is None or site.root is None else site.root.float()
     found = []
     for transform in transforms:

@@ -158,7 +158,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         tokens = tensors.get(f"tokens/{layer}")
         if weight.ndim != 2 or tokens is None or tokens.shape[-1] != weight.shape[1]:
             raise CheckpointError(
-                f"{path}: {name} {list(weight.shape)} needs tokens/{layer} of as many inputs beside it"
+                f"{path}: {name} {list(weight.shape)} needs tokens/{layer} of as many inputs "
+                "beside it"
             )
         found[layer] = weight
     return found

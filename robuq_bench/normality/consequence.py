@@ -85,7 +85,7 @@ class Errors(NamedTuple):
 
 
 def error_ratios(tokens: Tensor, settings: tuple[Setting, ...] = SETTINGS) -> NDArray[np.float64]:
-    """The ratio of every token [T, n] at every setting, [T, settings]; see `quantization_errors`."""
+    """Ratios of tokens [T, n], [T, settings]; see `quantization_errors`."""
     return quantization_errors(tokens, settings).ratios
 
 

@@ -1,6 +1,6 @@
 """Tables that need single tokens rather than summaries: bounds, decay, projections, examples.
 
-Real tokens are a subject's calibration tokens (`probes`): every layer, mixed over all timesteps.
+Real tokens are a subject's calibration tokens (`probes`), every layer, over all timesteps.
 """
 
 from __future__ import annotations
@@ -79,14 +79,13 @@ def evidence_tables(
         "sample_size": lambda: sample_size_rows(first, options.alpha, seed),
         "examples": lambda: [r for s, p in probes.items() for r in example_rows(s, p, seed)],
     }
-    tables = {}
+    tables: dict[str, list[Row]] = {}
     with progress.task("evidence", len(steps)) as task:
         for name, make in steps.items():
             task.update(name)
             tables[name] = make()
             task.advance()
-    slopes = slope_rows(tables["decay"])
-    return {**tables, "decay_slopes": slopes}
+    return tables | {"decay_slopes": slope_rows(tables["decay"])}
 
 
 def by_type(captured: Captured) -> dict[tuple[str, int], Tensor]:

@@ -8,6 +8,7 @@ resampled whole (cluster bootstrap; Davison and Hinkley, "Bootstrap Methods and 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -123,7 +124,9 @@ def cluster_ratios(
     """
     count = numerators.shape[-1]
     if count < min_clusters:
-        raise UsageError(f"{count} images are too few for an interval: take at least {min_clusters}")
+        raise UsageError(
+            f"{count} images are too few for an interval: take at least {min_clusters}"
+        )
     weights = np.concatenate([np.ones((1, count)), _resamples(count, draws, seed)])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (numerators @ weights.T) / (denominators @ weights.T)
@@ -152,10 +155,13 @@ def with_draws(estimate: MeanInterval, by_draw: NDArray[np.float64]) -> MeanInte
     )
 
 
+@functools.lru_cache(maxsize=8)
 def _resamples(count: int, draws: int, seed: int) -> NDArray[np.int64]:
-    """How often each of `count` clusters is drawn: [draws, count]."""
+    """How often each of `count` clusters is drawn: [draws, count], shared and so not writable."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=draws)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=draws)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def rejected_share(p: ArrayLike, alpha: float) -> RejectedShare:

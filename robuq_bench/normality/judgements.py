@@ -86,7 +86,9 @@ def verdicts(types: Iterable[Row], judgements: Iterable[Row]) -> list[Verdict]:
 def output_verdicts(types: Iterable[Row], outputs: Iterable[Row]) -> list[Verdict]:
     """By the rule of output errors, in the same order; see `robuq_bench/normality/output.py`."""
     found = _by_key(outputs)
-    return [_output_verdict(row, bits, found.get(_key(row, bits))) for row, bits in _in_order(types)]
+    return [
+        _output_verdict(row, bits, found.get(_key(row, bits))) for row, bits in _in_order(types)
+    ]
 
 
 def _key(row: Row, bits: int | None = None) -> Key:

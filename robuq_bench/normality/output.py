@@ -8,14 +8,14 @@ error e = T^-1(Q(T x)) - x at the input and W e at the output. Pooled over the t
     centring gain  = sum ||W e||^2 / sum ||W e_c||^2,         e_c the error of x - c.
 
 W m is the same for every token, so it tells the next layer nothing and could stand in the bias: it
-is no part of the signal. The quantizer spends steps on m all the same. The rule of `study.py`, error
-over each token's own variance, cannot see that, and so has this one beside it:
+is no part of the signal. The quantizer spends steps on m all the same. The rule of `study.py`,
+error over each token's own variance, cannot see that, and so has this one beside it:
 
     output ratio = output error / that of normal tokens.
 
 Normal tokens are white: N(0, s^2) in every entry, s^2 = sum ||x - m||^2 / (tokens n), the scale of
-the layer's covariance. Their error, with v_b the quantizer's mean squared error on N(0, 1) tokens of
-the same width, is v_b s^2 ||W||_F^2 / (sum ||W (x - m)||^2 / tokens). The signal cancels: what W
+the layer's covariance. Their error, with v_b the quantizer's mean squared error on N(0, 1) tokens
+of the same width, is v_b s^2 ||W||_F^2 / (sum ||W (x - m)||^2 / tokens). The signal cancels: what W
 does to an uncentred or uneven error stays. 1 means as good as normal in the output.
 
 Rule, fixed before any output was looked at: for a layer type, a transform and b bits, take the mean
@@ -25,9 +25,10 @@ above it, and is undecided in between; with fewer than `MIN_IMAGES` images nothi
 random signs the mean also runs over draws, and the interval allows for their spread.
 
 W is the full-precision weight: the teacher's, or of a quantized model the master weight and its
-branch, brought back to the basis of the input. c is the mean of calibration tokens, of other images,
-as a static centring would have it, and m that of the tokens under test; intervals keep m, at which
-the signal's energy is least, so that its own error does not count in first order.
+branch, brought back to the basis of the input (GPTQ has rounded its master weight already). c is
+the mean of calibration tokens, of other images, as a static centring would have it, and m that of
+the tokens under test; intervals keep m, at which the signal's energy is least, so that its own
+error does not count in first order.
 """
 
 from __future__ import annotations

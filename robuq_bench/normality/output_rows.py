@@ -19,7 +19,6 @@ from robuq_bench.normality.intervals import (
 )
 from robuq_bench.normality.output import Energy, normal_errors
 from robuq_bench.normality.summaries import (
-    RANDOM,
     Cell,
     Row,
     Settings,
@@ -93,7 +92,9 @@ def layer_energies(energies: Energies) -> dict[LayerKey, LayerEnergy]:
         mean = np.sum([part.sums.sum(0) for part in own], axis=0) / tokens
         output_mean = np.sum([part.output_sums.sum(0) for part in own], axis=0) / tokens
         total, varying, signal = (
-            np.stack([_by_image(v, part.images, everyone) for part, v in zip(own, values, strict=True)])
+            np.stack(
+                [_by_image(v, part.images, everyone) for part, v in zip(own, values, strict=True)]
+            )
             for values in (
                 [part.squares for part in own],
                 [part.about(mean) for part in own],
@@ -219,16 +220,15 @@ def _rows(key: Row, layers: Sequence[_Errors], v: Floats, settings: Settings) ->
         return ratios.mean(1)
 
     signal, normal = [e.energy.signal for e in layers], [e.normal for e in layers]
-    is_random = key["transform"] == RANDOM
-    drawn = [e.quantized if is_random else e.quantized[:1] for e in layers]
+    drawn = [e.quantized for e in layers]
     errors, ratios = means(drawn, signal), means(drawn, normal) / v  # [1 + resamples, draws, bits]
     if not (np.isfinite(errors).all() and np.isfinite(ratios).all()):
         return rows
     error, ratio = (interval_of(part.mean(1)) for part in (errors, ratios))
-    if is_random and ratios.shape[1] > 1:
+    draws = ratios.shape[1]
+    if draws > 1:
         error, ratio = with_draws(error, errors[0]), with_draws(ratio, ratios[0])
     normal_error = v * means(normal, signal)[0]
-    every = means([e.quantized for e in layers], normal)[0] / v if not is_random else ratios[0]
     centred = [e.centred for e in layers if e.centred is not None]
     gain = None
     if len(centred) == len(layers):
@@ -239,8 +239,8 @@ def _rows(key: Row, layers: Sequence[_Errors], v: Floats, settings: Settings) ->
         row |= _named(("error", "error_low", "error_high"), error, index)
         row["normal_error"] = float(normal_error[index])
         row |= _named(("ratio", "low", "high"), ratio, index)
-        if len(every) > 1:
-            row |= draw_range(key["transform"], every[:, index])
+        if draws > 1:
+            row |= draw_range(key["transform"], ratios[0, :, index])
         if gain is not None:
             row["centred_error"] = float(of_centred[0, index])
             row["centred_ratio"] = float(centred_ratio[index])

@@ -176,9 +176,7 @@ def sign_draw_fields(group: Sequence[Cell], settings: Settings) -> dict[int, Row
     if group[0].transform != RANDOM:
         return fields
     estimate = with_draws(
-        cluster_bootstrap_mean(
-            values.mean(1), table.images[valid], settings.draws, settings.seed
-        ),
+        cluster_bootstrap_mean(values.mean(1), table.images[valid], settings.draws, settings.seed),
         by_draw,
     )
     for index, bits in enumerate(BITS):

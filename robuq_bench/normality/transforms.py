@@ -40,7 +40,8 @@ def make_transform(
     """Return the map [T, n] -> [T, n] (float32 or float64) called `name`.
 
     - "identity": y = x.
-    - "hadamard": y = x H / sqrt(n). The first column of H is constant, so y_1 = sqrt(n) mean(x).
+    - "hadamard": y = x H / sqrt(n). The first column of H is constant where H is Sylvester's, so
+      y_1 = sqrt(n) mean(x); of Paley's it has a few other signs (4 of 144), and y_1 most of that.
     - "hadamard-without-dc": the same without y_1, [T, n - 1].
     - "randomized-hadamard": y = x D H / sqrt(n), with the signs D that `quantize_` gives `layer`.
     - "random-orthogonal": Haar-distributed, one matrix per width and seed.

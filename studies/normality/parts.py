@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from robuq_bench.normality.capture import Captured
 from robuq_bench.normality.names import MIN_IMAGES
 from robuq_bench.normality.output import Energy, OutputSite
 from robuq_bench.normality.statistics import MIN_N
-from robuq_bench.normality.summaries import Cell
+from robuq_bench.normality.summaries import RANDOM, Cell
 from robuq_bench.normality.transforms import (
     DRAWN,
     NotApplicable,
@@ -136,11 +137,15 @@ def measure_tokens(
             tensors[f"{key}|images"] = torch.from_numpy(table.images)
             outputs = None if table.outputs is None else table.outputs[:, None]
             if name in DRAWN:
-                drawn = drawn_transforms(
+                others = drawn_transforms(
                     name, width, layer=layer, seed=layers.seed, draws=sign_draws
-                )
-                ratios, outputs = draw_errors(part.tokens, drawn, site)
+                )[1:]
+                # Outputs are judged over draws of signs alone.
+                of_draws = draw_errors(part.tokens, others, site if name == RANDOM else None)
+                ratios = np.concatenate([table.reference_ratios[:, None], of_draws.ratios], axis=1)
                 tensors[f"{key}|draws"] = torch.from_numpy(ratios).float()
+                if outputs is not None and of_draws.outputs is not None:
+                    outputs = np.concatenate([outputs, of_draws.outputs], axis=1)
             if outputs is not None:
                 tensors[f"{key}|outputs"] = torch.from_numpy(outputs)
             if table.centred is not None:

@@ -32,8 +32,9 @@ class Settings(Section):
     analysed beside the teacher. `subjects` then chooses among "teacher", "before" (the run's plan
     applied to the teacher, where its training began) and "student"; none named means all that there
     are. `qat_steps` also trains the plan and looks at it after these numbers of steps. No
-    `transforms` means all of them. The randomised transform is judged over `sign_draws` draws of its
-    signs, of which the plan's own is the first; as many Hadamard matrices give the plain one's range.
+    `transforms` means all of them. The randomised transform is judged over `sign_draws` draws of
+    its signs, of which the plan's own is the first; as many Hadamard matrices give the range of
+    the plain one.
     """
 
     LAST_STEP: ClassVar[str] = "qat_steps"

@@ -55,16 +55,16 @@ because few values decide the overload: the null beside each verdict says by how
 has a p-value and none is corrected for their number: each is its own at 95 %, and one in 40 can \
 be expected to hold or not to hold falsely, at most and if the interval covers as it should."""
 OUTPUT_RULE = """\
-Fixed before any output was looked at. For a layer, a transform and b bits, the output error is the \
-sum over tokens of ||W(Q(x) - x)||^2, W the full-precision weight, Q the quantizer of the other rule \
-in the transform's basis; the output ratio is that error over what normal tokens N(0, s^2) give, \
-with s^2 the mean of ||x - m||^2 over tokens and inputs and m the mean token of the layer: energy \
-that is one constant vector counts as error to be avoided, not as signal. "As good as normal in the \
-output for b bits" holds for a layer type if the upper end of the 95 % interval of the mean ratio \
-over layers is below 1.05, does not hold if the lower end is at or above 1.05, and is undecided in \
-between. Images are resampled whole; with fewer than 16 nothing is judged. Under random signs the \
-mean also runs over several draws, and the interval allows for their spread. No verdict is corrected \
-for their number."""
+Fixed before any output was looked at. For a layer, a transform and b bits, the output error is \
+the sum over tokens of ||W(Q(x) - x)||^2, W the full-precision weight, Q the quantizer of the \
+other rule in the transform's basis; the output ratio is that error over what normal tokens N(0, \
+s^2) give, with s^2 the mean of ||x - m||^2 over tokens and inputs and m the mean token of the \
+layer: energy that is one constant vector counts as error to be avoided, not as signal. "As good \
+as normal in the output for b bits" holds for a layer type if the upper end of the 95 % interval \
+of the mean ratio over layers is below 1.05, does not hold if the lower end is at or above 1.05, \
+and is undecided in between. Images are resampled whole; with fewer than 16 nothing is judged. \
+Under random signs the mean also runs over several draws, and the interval allows for their \
+spread. No verdict is corrected for their number."""
 PROBE_TOKENS = 512  # at most, per layer
 HEADLINE = ("identity", "randomized-hadamard")
 
@@ -153,7 +153,7 @@ def summary_tables(
 
 
 def headline(types: list[dict[str, Any]], judged: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Before and after, per subject and layer type, and for which bits it is normal enough by either rule."""
+    """Before and after, per subject and layer type, and at which bits each rule holds."""
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in types:
         if row["transform"] not in HEADLINE:

@@ -130,7 +130,7 @@ def untrained_student(
         if known != sha256:
             raise UsageError(
                 f"{run.id} began from another {name} (SHA-256 {known[:16]}, here {sha256[:16]}): "
-                "name its workload with --on, or leave \"before\" out of normality.subjects"
+                'name its workload with --on, or leave "before" out of normality.subjects'
             )
     student = convert_teacher(
         run.config, context, teacher, data, weight_bits_by_layer=weight_bits or None
