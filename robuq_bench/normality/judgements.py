@@ -153,7 +153,7 @@ def _output_verdict(row: Row, bits: int, output: Row | None) -> Verdict:
         effect_name="mean output ratio",
         low=low,
         high=high,
-        n=found.get("images", row["images"]),
+        n=row["images"] if output is None else output["images"],
         n_of="images",
         test=_test(found),
         p_value=None,

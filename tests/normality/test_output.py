@@ -150,7 +150,10 @@ def test_normal_tokens_have_ratio_one(name: str) -> None:
         assert row["images"] == 20
     key = {"subject": "teacher", "layer_type": "fc1", "width": n, "transform": name, "images": 20}
     verdicts = output_verdicts([key], found["output"])
-    assert [verdict.verdict for verdict in verdicts][:2] == ["holds"] * 2
+    # 160 tokens leave intervals wide enough to span the limit, and never beyond it.
+    words = [verdict.verdict for verdict in verdicts][:4]
+    assert "holds" in words
+    assert "does not hold" not in words
 
 
 def test_a_constant_vector_is_seen_by_the_second_rule_only() -> None:
