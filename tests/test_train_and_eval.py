@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -31,6 +32,7 @@ from robuq_bench.judging.sampling import sample_images
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.progress import Progress
 from robuq_bench.qat import convert_teacher, metric_batches, prepare_training
+from robuq_bench.quantization.convert import quantized_layers
 from robuq_bench.runs.run import Run, open_existing, verify_run
 from robuq_bench.runs.study import run_study
 from robuq_bench.sensitivity import measure_sensitivity
@@ -38,6 +40,7 @@ from robuq_bench.students import load_student
 from robuq_bench.training import Trainer
 from studies.normality import study as normality
 from studies.normality.settings import Settings
+from studies.normality.subjects import subjects, untrained_student
 from studies.train_and_eval import study as train_and_eval
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +78,7 @@ def finished(workload: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRes
 def test_normality_of_the_trained_student(
     finished: RunResult, workload: Path, tmp_path: Path
 ) -> None:
-    """`study normality --checkpoint RUN` looks at the student, with its saved weights."""
+    """`study normality --checkpoint RUN`: its teacher, its plan untrained, and its student."""
     settings = {
         "images": 16, "timesteps": 1, "tokens_per_image": 1, "bootstrap_draws": 100,
         "control_tokens": 16, "control_widths": [36], "bound_tokens": 1, "bound_draws": 100,
@@ -89,8 +92,33 @@ def test_normality_of_the_trained_student(
     with Run.open(tmp_path, config, []) as run:
         rows = normality.measure(config, run, context)
         run.finish()
-    assert {row["subject"] for row in rows} == {"student"}
-    assert "teacher" not in run.manifest["inputs"]
+    assert {row["subject"] for row in rows} == {"teacher", "student before training", "student"}
+    constant = pd.read_csv(run.path / "tables/constant.csv")
+    shares = constant.groupby("subject")["share"].agg(list)
+    assert len({tuple(values) for values in shares}) == 3
+    # What no quantized layer feeds is as in the teacher until training moves the embeddings.
+    first = constant[constant["layer"] == "blocks.0.adaLN_modulation.1"].set_index("subject")
+    share = first["share"]
+    assert share["student before training"] == share["teacher"] != share["student"]
+
+
+def test_normality_of_the_student_alone(
+    finished: RunResult, workload: Path, tmp_path: Path
+) -> None:
+    settings = [
+        f"normality.student={json.dumps(str(finished.path))}", 'normality.subjects=["student"]'
+    ]  # fmt: skip
+    config = resolve("normality", normality.VERSION, "a2", workload, 0, settings)
+    context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True))
+    data = load_dataset(config.workload.data, name="x")
+    with Run.open(tmp_path, config, []) as run:
+        ((name, model),) = subjects(config, run, context, data)
+        assert "teacher" not in run.manifest["inputs"]
+        assert name == "student"
+        assert len(quantized_layers(model)) > 0
+        full, _ = load_teacher(config.workload, "cpu")
+        with pytest.raises(UsageError, match=r"began from another teacher .* out of normality"):
+            untrained_student(finished.path, config, context, full, data, "0" * 64)
 
 
 def test_the_run_holds_everything_the_report_needs(finished: RunResult) -> None:
