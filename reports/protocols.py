@@ -25,7 +25,6 @@ STUDY = "train-and-eval"
 TEACHER = "teacher"
 KID_UNBIASED_SINCE = 2  # version of the study
 STEMS = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
-HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
 VALUES = ("plan", "subject", "seed", "seed_range", "metric", "value", "is_rank_deficient", "run")
 """Columns of `Group.values`: one line per plan, training seed, seed range, metric and run.
 

@@ -20,6 +20,7 @@ import typer
 from kernels.cpu_library import MissingKernels
 from robuq_bench import __version__
 from robuq_bench.cli import console
+from robuq_bench.cli.claims import claims_app
 from robuq_bench.cli.flags import (
     RUNS,
     ActivationsFlag,
@@ -265,6 +266,7 @@ app.add_typer(packed_app)
 app.add_typer(inspect_app)
 app.add_typer(methods_app)
 app.add_typer(runs_app, name="runs")
+app.add_typer(claims_app, name="claims")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
