@@ -27,8 +27,8 @@ RULE = (
     "seeds and image ranges that all arms have, by the rule of comparisons of plans. “Holds” "
     "follows from the word that was expected beforehand: better or worse where the comparison says "
     "so, equivalent where the interval lies within the margin. It does not hold where the "
-    "comparison says otherwise; of equivalence, where the interval lies wholly outside of the margin. A claim "
-    "with a run that failed is not judged, since leaving out its seed would hide that."
+    "comparison says otherwise; of equivalence, where the interval lies wholly outside of the "
+    "margin. A claim with a run that failed is not judged: leaving out its seed would hide that."
 )
 
 
@@ -122,6 +122,7 @@ def _judge(runs: Runs, key: str, place: Cell, path: Path) -> Judged:
         for seed in claim.seeds
     ]
     measured = {cell: run for cell in cells if (run := runs.of(cell)) is not None}
+    measured = _paired(runs.planner, measured)
     failed = {cell: why for cell in cells if (why := runs.failure(cell))}
     recorded = next((run.metrics() for run in measured.values()), [])
     metric = find_metric(claim.metric, recorded) or claim.metric
@@ -159,6 +160,13 @@ def _judge(runs: Runs, key: str, place: Cell, path: Path) -> Judged:
         commits=tuple(filter(None, commits)),
         declared=declared_before(declared, key, commits, path, (place.workload, place.steps)),
     )
+
+
+def _paired(planner: Planner, measured: Mapping[Cell, Measured]) -> dict[Cell, Measured]:
+    """Without the teacher at seeds that no student has: it is one run, whatever the seed."""
+    is_one = {cell: planner.config(cell).plan.is_full_precision for cell in measured}
+    seeds = {cell.seed for cell in measured if not is_one[cell]}
+    return {c: run for c, run in measured.items() if not is_one[c] or c.seed in seeds}
 
 
 def _why_not(

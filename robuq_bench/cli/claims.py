@@ -14,6 +14,7 @@ from robuq_bench.cli.job import Job, show_rows
 from robuq_bench.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
+    from reports.page import Section
     from robuq_bench.claims.planning import Cell, Pace, Planner
     from robuq_bench.claims.running import Task
 
@@ -25,6 +26,10 @@ claims_app = typer.Typer(
 FileFlag = Annotated[
     Path | None,
     typer.Option("--file", metavar="FILE", help="The claims (the packaged ones if not given)."),
+]
+ClaimsFlag = Annotated[
+    Path | None,
+    typer.Option("--claims", metavar="FILE", help="Declared claims (the packaged if not given)."),
 ]
 OnlyFlag = Annotated[
     list[str] | None,
@@ -258,6 +263,35 @@ def claims_export(
         print(f"{folder}: {len(written)} runs; `report {folder}` shows them", flush=True)
 
 
+def claims_section(folders: Sequence[Path], file: Path | None) -> Section | None:
+    """What a report of these runs says of declared claims; None where they judge none."""
+    from robuq_bench.claims.planning import STUDY
+
+    if not any(folder.parent.name == STUDY for folder in folders):
+        return None
+    from reports.declared import declared_section
+    from robuq_bench.claims.declared import CLAIMS_FILE
+    from robuq_bench.claims.judging import Runs, judge
+    from robuq_bench.claims.tables import claims_rows, steps_to_teacher, teacher_curves
+
+    path = CLAIMS_FILE if file is None else file
+    runs = Runs(_planner(None, None, file), filter(_is_sound, folders))
+    judged, curves = judge(runs, path), teacher_curves(runs)
+    return declared_section(judged, claims_rows(judged, path), curves, steps_to_teacher(curves))
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a run can be read; the report names those that it leaves out."""
+    from robuq_bench.errors import RobuqError
+    from robuq_bench.runs.run_files import DONE, check_done, read_manifest
+
+    try:
+        (check_done if (folder / DONE).exists() else read_manifest)(folder)
+    except RobuqError:
+        return False
+    return True
+
+
 def _planner(only: list[str] | None, on: list[str] | None, file: Path | None) -> Planner:
     """Configs of the chosen claims, at the learning rates beside the file."""
     from robuq_bench.claims.declared import CLAIMS_FILE, load_claims
@@ -290,10 +324,12 @@ def _needed(
     """Cells of different runs, each with whether its run is finished."""
     from robuq_bench.runs.run_files import DONE
 
-    by_run = {_digest(planner, cell): cell for cell in reversed(cells)}
+    by_run: dict[str, Cell] = {}
+    for cell in cells:
+        by_run.setdefault(_digest(planner, cell), cell)
     return [
         (cell, digest in folders and (folders[digest] / DONE).exists())
-        for digest, cell in reversed(by_run.items())
+        for digest, cell in by_run.items()
     ]
 
 
