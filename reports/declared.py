@@ -14,9 +14,7 @@ import seaborn as sns
 
 from reports.page import Block, Claim, Figures, Fold, Section, Sheet, sentence
 from reports.text import Phrase, listing, plural, significant
-from robuq_bench.claims.judging import RULE, Judged
-from robuq_bench.claims.planning import STUDY
-from robuq_bench.claims.tables import NEAR_TEACHER
+from robuq_bench.claims.judged import NEAR_TEACHER, RULE, STUDY, Judged
 from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel, points
 from robuq_bench.statistics.comparisons import MARGIN
 from robuq_bench.statistics.verdicts import interval_text

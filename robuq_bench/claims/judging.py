@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 
 from robuq_bench.claims.declared import Claim, Finding
 from robuq_bench.claims.history import declared_before
+from robuq_bench.claims.judged import Judged
 from robuq_bench.claims.measured import Measured, read_measured, why_unfinished
 from robuq_bench.claims.planning import Cell, Planner, runs_by_config
 from robuq_bench.config import config_hash, load_workload, training_steps
@@ -21,42 +21,6 @@ from robuq_bench.runs.run_files import DONE, check_done
 from robuq_bench.statistics.comparisons import contrast_text, judge_contrast, judge_family
 from robuq_bench.statistics.metrics import find_metric, lower_is_better
 from robuq_bench.statistics.verdicts import COLUMNS, Verdict, read_verdicts
-
-RULE = (
-    "Effects are ratios of geometric means (of two arms, or of two such ratios) over the training "
-    "seeds and image ranges that all arms have, by the rule of comparisons of plans. “Holds” "
-    "follows from the word that was expected beforehand: better or worse where the comparison says "
-    "so, equivalent where the interval lies within the margin. It does not hold where the "
-    "comparison says otherwise; of equivalence, where the interval lies wholly outside of the "
-    "margin. A claim with a run that failed is not judged: leaving out its seed would hide that."
-)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A claim on one workload at one budget, judged.
-
-    key: of the claim in the file; `steps` of training, 0 for verdicts of studies.
-    verdict: of the contrast, after correction within the family.
-    holds: "holds", "does not hold", "undecided" or "not judged".
-    runs: names of the run folders; commits: of the code that made them, each once.
-    declared: whether the claim stood in the file before its runs; see `history`.
-    """
-
-    key: str
-    text: str
-    workload: str
-    steps: int
-    family: str
-    metric: str
-    contrast: str
-    expect: str
-    verdict: Verdict
-    holds: str
-    cpu_hours: float
-    runs: tuple[str, ...]
-    commits: tuple[str, ...]
-    declared: str
 
 
 class Runs:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from robuq_bench.claims.declared import Declared
+from robuq_bench.claims.judged import STUDY
 from robuq_bench.config import Config, resolve
 from robuq_bench.errors import ConfigError, RobuqError
 from robuq_bench.runs.run_files import DONE, read_manifest
 from robuq_bench.study_index import find_study
 
-STUDY = "train-and-eval"
 Rates = Mapping[tuple[str, str], float]
 """(workload, arm) -> learning rate; absent: the workload's."""
 

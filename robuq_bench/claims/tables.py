@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from robuq_bench.claims.history import last_commit
-from robuq_bench.claims.judging import Judged, Runs
+from robuq_bench.claims.judged import NEAR_TEACHER, Judged
+from robuq_bench.claims.judging import Runs
 from robuq_bench.claims.measured import TEACHER, Measured
 from robuq_bench.claims.planning import Cell
 from robuq_bench.config import training_steps
@@ -21,8 +22,6 @@ from robuq_bench.statistics.comparisons import judge_contrast
 from robuq_bench.statistics.metrics import find_metric, lower_is_better
 
 _BASELINE = "its teacher"  # which is the name of no arm
-NEAR_TEACHER = 1.2
-"""A student whose FID is at most this many times its teacher's has come near it."""
 
 
 def claims_rows(judged: Iterable[Judged], path: Path) -> list[dict[str, Any]]:

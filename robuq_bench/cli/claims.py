@@ -265,7 +265,7 @@ def claims_export(
 
 def claims_section(folders: Sequence[Path], file: Path | None) -> Section | None:
     """What a report of these runs says of declared claims; None where they judge none."""
-    from robuq_bench.claims.planning import STUDY
+    from robuq_bench.claims.judged import STUDY
 
     if not any(folder.parent.name == STUDY for folder in folders):
         return None
