@@ -118,7 +118,7 @@ def _forest(workload: str, judged: Sequence[Judged]) -> list[Block]:
 def _forest_panel(name: str, judged: Sequence[Judged]) -> Picture:
     lines = [
         {
-            "claim": textwrap.fill(_label(one), 22),
+            "claim": textwrap.fill(_label(one), 24),
             "holds": one.holds,
             "low": one.verdict.low,
             "effect": one.verdict.effect,
@@ -130,7 +130,7 @@ def _forest_panel(name: str, judged: Sequence[Judged]) -> Picture:
     alt = "; ".join(
         f"{_label(one)} {significant(one.verdict.effect or 0)} ({one.holds})" for one in judged
     )
-    height = 0.7 + 0.14 * sum(1 + str(line["claim"]).count("\n") for line in lines)
+    height = 0.7 + 0.15 * len(lines) * max(1 + str(line["claim"]).count("\n") for line in lines)
     words = [word for word in _MARKS if word in set(frame["holds"])]
     with panel(f"declared-{name}", f"Effects of claims: {alt}", height=height) as drawn:
         axes = drawn.axes
@@ -159,7 +159,7 @@ def _sheet(workload: str, judged: Sequence[Judged]) -> Sheet:
             else interval_text(one.verdict.low, one.verdict.high, (0.0, 1.0, MARGIN, 1 / MARGIN)),
             "n": one.verdict.n,
             "found": one.verdict.verdict,
-            "expected": one.expect,
+            "expected": f"{one.expect} expected",
             "holds": one.holds,
             "CPU-hours": one.cpu_hours or None,
             "href": _href(one) or None,
@@ -172,9 +172,8 @@ def _sheet(workload: str, judged: Sequence[Judged]) -> Sheet:
         "Ratios of candidate to baseline; n are training seeds; hours are of all runs of a claim, "
         "which claims share.",
         links={"effect": "href"},
-        small={"claim": "about", "effect": "interval"},
+        small={"claim": "about", "effect": "interval", "found": "expected"},
         absent="–",
-        kind="claims",
     )
 
 
