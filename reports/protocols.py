@@ -28,7 +28,6 @@ STEMS = (
     *("fid", "sfid", "is", "kid", "precision", "recall", "accuracy", "nn"),
     *("distillation", "denoising"),
 )
-HIGHER_IS_BETTER = frozenset({"is", "precision", "recall", "accuracy"})
 AT_FLOOR = "_at_floor"  # ends the FID of samples that are judged as real images were
 VALUES = ("plan", "subject", "seed", "seed_range", "metric", "value", "is_rank_deficient", "run")
 """Columns of `Group.values`: one line per plan, training seed, seed range, metric and run.

@@ -15,15 +15,7 @@ from reports.exports import exports
 from reports.layer_bits import allocation_blocks
 from reports.loading import RunData
 from reports.plan_tables import cost_sheet, plans_sheet, timing_sheet
-from reports.protocols import (
-    AT_FLOOR,
-    HIGHER_IS_BETTER,
-    KID_UNBIASED_SINCE,
-    TEACHER,
-    Group,
-    Row,
-    group_runs,
-)
+from reports.protocols import AT_FLOOR, KID_UNBIASED_SINCE, TEACHER, Group, Row, group_runs
 from reports.published import published_sheet, rivals_sheet
 from reports.real_images import (
     Real,
@@ -41,6 +33,7 @@ from reports.train_teacher import Curves, loss_blocks
 from robuq_bench.figure_cache import drawn_once
 from robuq_bench.figures import Picture, colour, log_axis, panel
 from robuq_bench.statistics.comparisons import MIN_SEEDS
+from robuq_bench.statistics.metrics import HIGHER_IS_BETTER
 
 ORDER = 0
 QUESTION = "How much of a Diffusion Transformer’s quality does each way of quantizing it keep?"
