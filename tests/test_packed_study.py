@@ -137,6 +137,8 @@ def test_what_it_needs_is_said(
         ((), "needs a finished train-and-eval run: --checkpoint RUN"),
         (("--checkpoint", "nothing"), "unknown run 'nothing'"),
         (("--set", 'packed.variants=["int4"]'), "unknown 'int4'"),
+        (("--set", "evaluation.num_samples=8"), "evaluation.num_samples: has no effect on study"),
+        (("--set", "attention.matmul_bits=4"), "judges a run by its own plan"),
     ):
         capsys.readouterr()
         assert main(study(trained, tiny_workload, *more)) == 2

@@ -41,6 +41,17 @@ def refuse_unknown(study: str, overrides: Sequence[str]) -> None:
             _parse_override(text, study, {"name": "", "layers": []})
 
 
+def refuse_foreign(parts: dict[str, dict[str, Any]], study: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key of the workload or the plan: the study takes those of a run."""
+    for text in overrides:
+        part, keys, _ = _parse_override(text, study, parts["plan"])
+        if part != study:
+            raise ConfigError(
+                f"--set {'.'.join(keys)}: has no effect on study {study}, which judges a run by "
+                f"its own {part}; set it where that run is made. Only {study}.KEY can be set"
+            )
+
+
 def _turn(text: str) -> int:
     """When an override comes, whatever the order they are given in.
 

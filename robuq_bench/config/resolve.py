@@ -25,7 +25,7 @@ from robuq_bench.config.identity import (
     identify_input,
 )
 from robuq_bench.config.older import NAMED_STUDIES, modern_plan
-from robuq_bench.config.overrides import apply_overrides, refuse_unknown
+from robuq_bench.config.overrides import apply_overrides, refuse_foreign, refuse_unknown
 from robuq_bench.config.plan import Plan
 from robuq_bench.config.workload import TrainingConfig, Workload
 from robuq_bench.errors import ConfigError, UsageError
@@ -108,6 +108,8 @@ def resolve(
     info, kind = look_up(study), settings_class(study)
     if kind is not None:
         parts[study] = _defaults(study, kind)
+    if info is not None and not info.uses_overrides:
+        refuse_foreign(parts, study, overrides)
     apply_overrides(parts, study, overrides)
     _override_rate(parts["plan"], overrides)
     if kind is not None:

@@ -48,8 +48,7 @@ def new_model(header: Header, tensors: int) -> nn.Module:
     if config.depth > tensors:  # before so many blocks are built
         raise ValueError(f"model.depth is {config.depth}, but there are {tensors} tensors")
     try:
-        with torch.device("meta"):
-            return DiT.from_config(config)
+        return DiT.without_values(config)
     except (RuntimeError, TypeError, OverflowError, UsageError) as error:
         raise ValueError("its model section describes no DiT") from error
 

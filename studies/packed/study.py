@@ -55,6 +55,7 @@ RULE = (
 #: Mean absolute difference that cannot be seen in images of 8 bits.
 GREY_LEVEL = 1.0
 VERSION = "3"
+USES_OVERRIDES = False
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
 TRAINED = "trained"
 #: Variant -> storage of its file, and the backend that computes it.
