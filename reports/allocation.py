@@ -204,7 +204,7 @@ def _candidate_fold(run: RunData) -> Fold:
         ends = zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
         frame[f"{name} range"] = [spread(name, low, high) for low, high in ends]
     small = {name: f"{name} range" for name in metrics}
-    gains = [name for name in frame if name == "headroom" or name.endswith("_regret")]
+    gains = [name for name in map(str, frame) if name == "headroom" or name.endswith("_regret")]
     columns = ["candidate", "budget", "seeds", "mean_bits", *gains, *metrics, *small.values()]
     sheet = Sheet(
         frame.merge(bits, how="left")[columns],

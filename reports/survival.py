@@ -39,7 +39,7 @@ def _answer(run: RunData) -> list[Phrase]:
 
 
 def _blocks(run: RunData) -> list[Block]:
-    pictures = survival_pictures(run.table("survival").to_dict("records"), f"survival-{run.anchor}")
+    pictures = survival_pictures(run.table("survival"), f"survival-{run.anchor}")
     folds = [table_fold(run, name) for name in _RAW]
     return [Figures(pictures, CAPTION), _sheet(run), *folds]
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -22,17 +19,17 @@ CAPTION = (
 _GAP = 0.062  # between labels, in heights of the axes
 
 
-def survival_pictures(rows: Sequence[Mapping[str, Any]], name: str) -> list[Picture]:
+def survival_pictures(rows: pd.DataFrame, name: str) -> list[Picture]:
     """One panel per budget, in ascending order.
 
     Args:
         rows: of the table "survival" of `study survival`.
         name: as in `panel`.
     """
-    frame = pd.DataFrame(rows).dropna(subset=["gain", "gain_before"])
+    frame = rows.dropna(subset=["gain", "gain_before"])
     return [
-        _panel(own.reset_index(drop=True), int(steps), f"{name}-{steps}")
-        for steps, own in frame.groupby("steps")
+        _panel(frame[frame["steps"] == steps].reset_index(drop=True), steps, f"{name}-{steps}")
+        for steps in sorted({int(steps) for steps in frame["steps"]})
     ]
 
 

@@ -139,7 +139,7 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     run.write_table("survival", rows)
     run.write_table("verdicts", verdicts_of(rows, comparisons_made, RULE))
     for steps, picture in zip(
-        options.budgets[1:], survival_pictures(rows, "survival"), strict=True
+        options.budgets[1:], survival_pictures(pd.DataFrame(rows), "survival"), strict=True
     ):
         picture.save(run.figure_path(f"survival-{steps}"))
     return rows

@@ -138,7 +138,8 @@ def verdicts_of(
         )
         flip = {"effect": row["gain"], "low": row["gain_low"], "high": row["gain_high"]}
         # Equivalence stands on its interval; the p-value is of another hypothesis.
-        tested = {} if word != "washed out" else {"p_value": None, "p_adjusted": None}
+        if word == "washed out":
+            after = dataclasses.replace(after, p_value=None, p_adjusted=None)
         found.append(
             dataclasses.replace(
                 after,
@@ -147,7 +148,6 @@ def verdicts_of(
                 verdict=WORDS[word],
                 effect_name=f"{METRIC} without over with, after training",
                 **flip,
-                **tested,
                 note="; ".join(filter(None, [word, gain, after.note or before.note])),
             )
         )
