@@ -132,7 +132,12 @@ def show(job: Job, result: RunResult | None) -> None:
         }
         console.print_json({**result.json, **facts, "table": result.table})
         return
+    from robuq_bench.study_index import find_study
+
     console.print_table(result.table)
+    legend = find_study(job.study).legend
+    if legend:
+        print(f"\n{legend}\n")
     print(f"{'already complete' if result.was_complete else 'done'}: {result.path}", flush=True)
 
 

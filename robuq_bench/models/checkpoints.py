@@ -79,8 +79,7 @@ def load_teacher(workload: Any, device: str | torch.device) -> tuple[DiT, str]:
     try:
         state = without_prefixes(state)
         if any(name.startswith("transformer_blocks.") for name in state):
-            with torch.device("meta"):
-                expected = DiT.from_config(workload.model).state_dict()
+            expected = DiT.without_values(workload.model).state_dict()
             check_weights(to_diffusers(expected), state)
             state = from_diffusers(state, workload.model.input_size)
         model = build_model(workload.model, state)
@@ -193,8 +192,7 @@ def build_model(model_config: Any, state: Mapping[str, Tensor]) -> DiT:
 
     Raises CheckpointError as `check_weights`. No random number is drawn.
     """
-    with torch.device("meta"):
-        model = DiT.from_config(model_config)
+    model = DiT.without_values(model_config)
     expected = model.state_dict()
     check_weights(expected, state)
     copies = {name: state[name].to(torch.float32, copy=True) for name in expected}
