@@ -107,7 +107,7 @@ def _sheet(run: RunData) -> Sheet:
         found[[*columns, "small", "over none limits"]],
         f"Response to outliers: {run.title}",
         "Error at the least and at the greatest outliers s of each stage; factor of error per "
-        "doubling of s, with its 95 % interval; whether “the error does not depend on s” holds; "
+        "doubling of s, its 95 % interval, and whether “the error does not depend on s” holds; "
         "error at the greatest s over that without rotation.",
         formats={"factor": times, "over_none": times},
         heads={"place": "rotation", "least": "error at least", "error": "at greatest",

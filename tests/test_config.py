@@ -23,7 +23,14 @@ PLANS = [
     "a2", "a2-uniform", "a3", "a3-uniform", "a4", "a8", "baseline-a2", "baseline-a3",
     "baseline-a4", "bitnetv2-a3", "bitnetv2-a4", "fp", "quarot-w4a4", "rtn-w4a4",
 ]  # fmt: skip
-WORKLOADS = ["digits", "digits-outliers", "fashion28", "imagenet256", "mnist32"]
+WORKLOADS = [
+    "digits",
+    "digits-outliers",
+    "fashion28",
+    "fashion28-outliers",
+    "imagenet256",
+    "mnist32",
+]
 
 
 def make(overrides: list[str] | None = None, **kwargs: Any) -> Config:

@@ -27,7 +27,7 @@ from robuq_bench.accounting.structure import dit_structure
 from robuq_bench.config import Config, Plan
 from robuq_bench.config.workload import OutliersConfig
 from robuq_bench.context import Context
-from robuq_bench.data.datasets import ImageData, load_dataset
+from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.judging.sampling import evaluation_mode, shard
@@ -145,7 +145,8 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     run.add_input_digest("teacher", digest)
     data = load_dataset(workload.data, name=workload.name)
     run.add_input_digest("data", data.sha256, source=data.source)
-    held_out = make_held_out(config, context, plain, data)
+    unseen = load_heldout(workload.data, name=workload.name)
+    held_out = make_held_out(config, context, plain, data if unseen is None else unseen)
     trials = own_trials(options)
     if options.shard is None:
         adopt_shards(run, config, "trial")

@@ -108,9 +108,7 @@ def input_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
             pd.DataFrame(each).rename_axis("layer_type").reset_index() for each in own["inputs"]
         ]
         means = pd.concat(quantities).groupby("layer_type", sort=False).mean().reset_index()
-        means.insert(0, "rotation", rotation)
-        means.insert(1, "scale", scale)
-        rows += records_of(means)
+        rows += [{"rotation": rotation, "scale": scale, **row} for row in records_of(means)]
     return rows
 
 

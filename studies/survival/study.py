@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import pandas as pd
 from torch import nn
 
 from robuq_bench.config import Config
