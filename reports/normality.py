@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from reports import normality_figures as figures
-from reports.generic import claims_of, rule_of, table_fold
+from reports import normality_output as outputs
+from reports.generic import VERDICTS, claims_of, is_verdicts, one_rule, table_fold
 from reports.loading import RunData
 from reports.normality_figures import BEFORE, BITS, PLAIN, SIGNS, WORDS, placed, span
 from reports.page import Block, Claim, Fold, Points, Section, Sheet, sentence
@@ -68,13 +69,21 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
         answer=_answer(judged[0]),
         blocks=_blocks(judged[0]) + [Fold(one.run.title, _blocks(one)) for one in judged[1:]],
         claims=[claim for one in judged for claim in _claims(one)],
-        rule=rule_of([*details]) or _OLD_RULE,
+        rule=_rules([*details]) or _OLD_RULE,
         limits=(LIMIT,),
         exports={
             "normality-types": pd.concat([r.table("types").assign(run=r.id) for r in details]),
             "normality-verdicts": pd.concat([f.assign(run=r.id) for r, f in details.items()]),
         },
         tex={"normality": tex},
+    )
+
+
+def _rules(runs: Sequence[RunData]) -> str:
+    """Both rules of every run, each text once."""
+    tables = [run.table(VERDICTS) for run in runs]
+    return one_rule(
+        " For outputs: ".join(table["rule"].unique()) for table in tables if is_verdicts(table)
     )
 
 
@@ -86,7 +95,9 @@ def _found(run: RunData, details: pd.DataFrame) -> _Found:
     ]
 
     def order(subject: str) -> tuple[Any, ...]:
-        return subject != "teacher", subject != "student", [*map(int, re.findall(r"\d+", subject))]
+        words = ["teacher", "student before training", "student"]
+        place = words.index(subject) if subject in words else len(words)
+        return place, [*map(int, re.findall(r"\d+", subject))]
 
     return _Found(run, judged, types, sorted(types["subject"].unique(), key=order))
 
@@ -94,16 +105,25 @@ def _found(run: RunData, details: pd.DataFrame) -> _Found:
 def _blocks(found: _Found) -> list[Block]:
     run, judged, _, (subject, *others) = found
     own = judged[judged["subject"] == subject]
-    rest = [_matrix(found, subject, t) for t in own["transform"].unique() if t != SIGNS]
-    models = [_matrix(found, other, t) for other in others for t in (SIGNS, PLAIN)]
+    rest = [
+        sheet
+        for t in own["transform"].unique()
+        if t != SIGNS
+        for sheet in (_matrix(found, subject, t), *outputs.both_rules(run, judged, subject, t))
+    ]
+    models = [*outputs.by_model(run, found.subjects)]
+    for other in others:
+        models += [_matrix(found, other, t) for t in (SIGNS, PLAIN)]
+        models += outputs.both_rules(run, judged, other, SIGNS)
     models += [_effects(found, other) for other in others]
     return [
         _matrix(found, subject, SIGNS),
+        *outputs.both_rules(run, judged, subject, SIGNS),
         *figures.before_and_after(run, own),
         *figures.heat_maps(run, subject),
         _effects(found, subject),
         *figures.distances(run, subject),
-        Points([*_proofs(run, subject), *_caveats(found)]),
+        Points([*_disagreements(found), *_proofs(run, subject), *_caveats(found)]),
         Fold(f"Other transforms, {subject}", rest),
         *([Fold("Other models", [_side_by_side(found), *models])] if others else []),
         *figures.examples(run, subject),
@@ -129,7 +149,27 @@ def _answer(found: _Found) -> list[Phrase]:
         for row in own[own["bits"] == BITS].nlargest(1, "ratio").to_dict("records"):
             parts += [", without the signs "] * (transform == PLAIN)
             parts += [Phrase(row["text"], found.run.href), f" in {row['place']}"]
-    return sentence(*parts, f". The limit is {LIMIT}.")
+    good = _good_in_output(signs)
+    return sentence(*parts, f". {good}The limit is {LIMIT}{' of both' if good else ''}.")
+
+
+def _good_in_output(signs: pd.DataFrame) -> str:
+    """How many layer types the second rule passes at the bits of the first figure."""
+    at = signs[signs["bits"] == BITS]
+    if "output_verdict" not in at or at["output_verdict"].isna().all():
+        return ""
+    held = int((at["output_verdict"] == "holds").sum())
+    ratios = span(at["output_ratio"].dropna())
+    return (
+        f"As good as normal in the layer’s output, where constant energy counts: {held} of "
+        f"{len(at)} at {_bits(BITS)}, with output ratios from {ratios}. "
+    )
+
+
+def _disagreements(found: _Found) -> list[str]:
+    """Where the two rules differ, subject by subject."""
+    texts = [outputs.disagreement(found.judged, subject) for subject in found.subjects]
+    return [text for text in texts if text]
 
 
 def _claims(found: _Found) -> list[Claim]:
@@ -275,11 +315,14 @@ def _caveats(found: _Found) -> list[str]:
     """What the numbers cannot say."""
     signs = found.of(found.subjects[0], SIGNS)
     draws = int(signs["sign_draws"].max()) if "sign_draws" in signs else 1
+    given = found.run.outliers
     return [
-        "Normal enough is not good enough: the rule misses energy that is one constant vector over "
-        "all tokens, on which a quantizer spends its steps all the same. Nor is a ratio below 1 "
-        "more normal: light tails and two-valued tokens are easier to quantize.",
-        "Plain Hadamard depends on the matrix: these are numbers of one construction per width. "
+        *([f"The teacher was given outliers: {given}, its function unchanged."] if given else []),
+        "Normal enough is not good enough: the rule of tokens misses energy that is one constant "
+        "vector over all tokens, on which a quantizer spends its steps all the same. Nor is a "
+        "ratio below 1 more normal: light tails and two-valued tokens are easier to quantize.",
+        "Plain Hadamard depends on the matrix: "
+        f"{outputs.matrices(found.judged, found.subjects[0])}. "
         f"With random signs a ratio is the mean over {plural(draws, 'draw')} of them; W, KL and "
         "heat maps are of the plan’s own draw.",
         "A greater n rejects the same departure more often: rejected shares need those of normal "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from robuq_bench.checkpointing import load_tensors, save_tensors
 from robuq_bench.config import Config, Plan, Workload, modern_plan
@@ -42,11 +43,22 @@ def save_student(run: Run, config: Config, student: nn.Module, bits: dict[str, i
     )
 
 
-def load_student(run_path: Path, workload: Workload) -> nn.Module:
-    """Rebuild the averaged-weights student of a train-and-eval run, fake-quantized, on the CPU.
+class StudentFile(NamedTuple):
+    """What a train-and-eval run stored of its student, and the run."""
+
+    run: Run
+    plan: Plan
+    bits: dict[str, int]
+    weight_bits: dict[str, int]
+    tensors: dict[str, Tensor]
+
+
+def read_student(run_path: Path, workload: Workload) -> StudentFile:
+    """The stored student of a train-and-eval run, whose model is that of `workload`.
 
     Raises:
-        CheckpointError: the run is unfinished, or its weights are damaged or of another model.
+        UsageError: the run trained no student, or one of another model.
+        CheckpointError: the run is unfinished, or its file is damaged.
     """
     run = open_existing(run_path)
     path = run.path / STUDENT_FILE
@@ -68,6 +80,18 @@ def load_student(run_path: Path, workload: Workload) -> nn.Module:
             f"{path} does not say its plan and bits as this version does; begin its run anew "
             "with --force"
         ) from error
+    return StudentFile(run, plan, bits, weight_bits, tensors)
+
+
+def load_student(run_path: Path, workload: Workload) -> nn.Module:
+    """Rebuild the averaged-weights student of a train-and-eval run, fake-quantized, on the CPU.
+
+    Raises:
+        UsageError: the run trained no student, or one of another model.
+        CheckpointError: the run is unfinished, or its weights are damaged or of another model.
+    """
+    run, plan, bits, weight_bits, tensors = read_student(run_path, workload)
+    path = run.path / STUDENT_FILE
     model = DiT.from_config(workload.model)
     quantize_(model, plan, blank=True, weight_bits_by_layer=weight_bits)
     set_activation_bits(model, bits)

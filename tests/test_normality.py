@@ -18,12 +18,13 @@ from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckpointError, ConfigError, MissingResourceError, UsageError
-from robuq_bench.normality import evidence, summaries
+from robuq_bench.normality import evidence, judgements
 from robuq_bench.normality.capture import CapturedTokens, save_shard
 from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import read_verdicts
+from studies.normality import parts
 from studies.normality import study as normality
 
 TINY = (
@@ -153,7 +154,8 @@ def test_numbers_agree_across_tables(live: Run) -> None:
 
 def test_verdicts_are_the_judgements_in_words(live: Run) -> None:
     """The study's judgements are its only ones, and a report can read them without knowing it."""
-    verdicts = read_verdicts(pd.read_csv(live.path / "tables/verdicts.csv"))
+    every = read_verdicts(pd.read_csv(live.path / "tables/verdicts.csv"))
+    verdicts = [v for v in every if v.claim.startswith("Activations are normal enough")]
     judged = {
         (
             f"{row['subject']}, {row['transform']}, {row['layer_type']} ({row['width']})",
@@ -172,11 +174,41 @@ def test_verdicts_are_the_judgements_in_words(live: Run) -> None:
         assert f"{float(row['null_ratio']):.3f}" in verdict.note
         assert ("2 sign draws" in verdict.test) == bool(row["sign_draws"])
     assert "randomized-hadamard" in verdicts[0].subject
+    outputs = [verdict for verdict in every if verdict not in verdicts]
+    assert [verdict.subject for verdict in outputs] == [verdict.subject for verdict in verdicts]
+    for verdict in outputs:
+        row = judged[verdict.subject, verdict.claim.split(" for ")[1].split()[0]]
+        assert verdict.claim.startswith("Activations are as good as normal in the output for ")
+        assert verdict.verdict == row["output_verdict"]
+        assert (verdict.effect, verdict.low, verdict.high) == tuple(
+            float(row[f"output_{name}"]) for name in ("ratio", "lower_95", "upper_95")
+        )
+
+
+def test_output_errors_of_every_layer_and_timestep(live: Run) -> None:
+    layers, types = table(live, "output_layers"), table(live, "output")
+    assert len({row["layer"] for row in layers}) == 10
+    key = ("layer_type", "width", "transform", "bits")
+    for row in types:
+        own = [r for r in layers if all(r[k] == row[k] for k in key)]
+        assert len(own) == int(row["layers"]) == 2
+        mean = sum(float(r["error"]) for r in own) / 2
+        assert float(row["error"]) == pytest.approx(mean, rel=1e-9)
+        drawn = {"hadamard": "", "randomized-hadamard": "2"}.get(row["transform"], "")
+        assert row["sign_draws"] == drawn
+    assert {row["timestep"] for row in table(live, "output_timesteps")} == {"250", "750"}
+    shares = [float(row["share"]) for row in table(live, "constant")]
+    assert len(shares) == 15  # ten layers, five types
+    assert all(0 < share < 1 for share in shares)
+    plain = [row for row in table(live, "judgements") if row["transform"] == "hadamard"]
+    matrices = {"Sylvester 4 x Paley II 12", "Sylvester 16 x Paley II 12"}
+    assert {row["matrix"] for row in plain} == matrices
+    assert {row["matrix_draws"] for row in plain} == {"2"}
 
 
 def test_too_few_images_are_not_judged() -> None:
     key = {"subject": "teacher", "layer_type": "qkv", "width": 48, "transform": "identity"}
-    verdicts = summaries.verdicts([key | {"images": 12}], [])
+    verdicts = judgements.verdicts([key | {"images": 12}], [])
     assert {(v.verdict, v.effect, v.n) for v in verdicts} == {("not judged", None, 12)}
     assert [v.claim.split(" for ")[1] for v in verdicts][:2] == ["1 bit", "2 bits"]
 
@@ -210,13 +242,13 @@ def test_a_killed_study_continues_to_the_same_tables(
         perform(tmp_path, config)
     monkeypatch.setattr(normality, "measure_tokens", real)
     analysed = []
-    analyse = normality.analyse
+    analyse = parts.analyse
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         analysed.append(1)
         return analyse(*args, **kwargs)
 
-    monkeypatch.setattr(normality, "analyse", counting)
+    monkeypatch.setattr(parts, "analyse", counting)
     resumed = perform(tmp_path, config)
     assert tables(resumed) == tables(live)
     assert len(analysed) == len(table(live, "cells")) / 2  # only the second timestep
@@ -258,6 +290,18 @@ def test_bfloat16_shards_of_another_model(tmp_path: Path) -> None:
     (row,) = [r for r in table(run, "types") if r["transform"] == "identity"]
     assert (row["subject"], row["layer_type"], row["tokens"]) == ("PixArt", "fc2", "64")
     assert float(row["shapiro_w_median"]) < 0.8
+    reasons = {row["transform"]: row["reason"] for row in table(run, "skipped")}
+    assert "brings weights/<layer>" in reasons[parts.OUTPUT_ERROR]
+    assert not (run.path / "tables" / "output.csv").exists()
+    assert {row["layer"] for row in table(run, "constant")} == {"transformer_blocks.0.ff.net.2", ""}
+    weight = {"transformer_blocks.0.ff.net.2": torch.randn(8, 64)}
+    facts = {"subject": "PixArt", "timestep": "100"}
+    save_shard(folder / "a.safetensors", shard, facts, weight)
+    run = perform(tmp_path, configure(f"normality.captured={json.dumps(str(folder))}"))
+    reasons = {row["transform"]: row["reason"] for row in table(run, "skipped")}
+    assert "no calibration tokens" in reasons[parts.CENTRING]
+    assert {row["layer_type"] for row in table(run, "output")} == {"fc2"}
+    assert "centring_gain" not in table(run, "output")[0]
 
 
 def test_unusable_activations_are_refused(tmp_path: Path) -> None:
@@ -300,6 +344,8 @@ def test_too_small_a_data_set_is_refused(tmp_path: Path) -> None:
         (["normality", "--set", "normality.imges=3"], "did you mean"),
         (["normality", "--set", "normality.images=3"], "normality: images"),
         (["normality", "--set", "normality.qat_steps=[5,1]"], "must ascend"),
+        (["normality", "--set", 'normality.subjects=["student"]'], "--checkpoint RUN"),
+        (["normality", "--set", 'normality.subjects=["techer"]'], "did you mean 'teacher'"),
     ],
 )
 def test_usage_errors(
@@ -338,7 +384,7 @@ def test_a_narrow_layer_is_left_out_and_listed(tmp_path: Path) -> None:
     skipped = {
         row["layer_type"]: (row["width"], row["reason"])
         for row in table(run, "skipped")
-        if row["transform"] == normality.EVERY_TRANSFORM
+        if row["transform"] == parts.EVERY_TRANSFORM
     }
     assert set(skipped) == {"guidance_in", "size_in", "none"}
     assert skipped["guidance_in"] == (

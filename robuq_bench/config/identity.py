@@ -16,7 +16,7 @@ from robuq_bench.sections import none_word
 from robuq_bench.weight_files import checkpoint_digest
 
 # Fields of `workload.evaluation` that name an input; `<field>_sha256` identifies it.
-INPUTS_OF_EVALUATION = ("features", "reference", "vae")
+INPUTS_OF_EVALUATION = ("features", "reference", "second_features", "second_reference", "vae")
 
 
 def identify(section: dict[str, Any], path_key: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from robuq_bench.errors import suggest
 from robuq_bench.sections import (
@@ -14,12 +14,16 @@ from robuq_bench.sections import (
     OptionalFloat,
     OptionalText,
     Section,
+    Strings,
     TextDigest,
+    check_choices,
     none_word,
 )
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 FEATURES_SUFFIX = "_features.safetensors"
+#: Layers whose inputs can have outliers without a change of what the teacher computes.
+OUTLIER_LAYERS = ("qkv", "proj", "fc1")
 # A setting that is off is not written down, so that it changes no older run's name.
 OnOrNothing = Annotated[
     bool | None,
@@ -83,11 +87,36 @@ class TeacherTraining(Section):
     compile: bool = False
 
 
+class OutliersConfig(Section):
+    """Outliers put into a teacher that leave its function as it is, see `models/outliers.py`.
+
+    At the input of every one of `layers`, `channels` channels drawn by `seed` are multiplied by
+    `scale`, and their weights divided by it.
+    """
+
+    scale: float = Field(gt=0)
+    channels: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0)
+    layers: Strings = OUTLIER_LAYERS
+
+    @field_validator("layers")
+    @classmethod
+    def _possible(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "fc2" in value:
+            raise ValueError(
+                "fc2 cannot have outliers that leave the function as it is: GELU stands between "
+                f"fc1 and fc2; choose among {', '.join(OUTLIER_LAYERS)}"
+            )
+        check_choices("layers", value, OUTLIER_LAYERS)
+        return tuple(name for name in OUTLIER_LAYERS if name in value)  # one order, one identity
+
+
 class TeacherConfig(Section):
     """Where the full-precision weights are; an empty checkpoint must be trained or given."""
 
     checkpoint: str = ""
     sha256: TextDigest = ""
+    outliers: Annotated[OutliersConfig | None, BeforeValidator(none_word)] = None
     training: TeacherTraining
 
 
@@ -159,6 +188,10 @@ class EvaluationConfig(Section):
     `train-features`. With `adapt_images` it may be one for images of another size or number of
     channels. `reference` is a file of ADM's format (.npz) or of `judging.reference_statistics`.
 
+    `second_features`, likewise, measure everything once more in a feature space of their own, to
+    see whether plans keep their order there; they are compared with `second_reference`, or with the
+    training images. Their images are never adapted.
+
     With `sample_teacher` a teacher is sampled although samples of it come with the suite.
     """
 
@@ -173,11 +206,15 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=100, ge=1)
     features: str
     features_sha256: Digest = None
+    second_features: OptionalText = None
+    second_features_sha256: Digest = None
     adapt_images: OnOrNothing = None
     sample_teacher: OnOrNothing = None
     inception_weights: OptionalText = None
     reference: OptionalText = None
     reference_sha256: Digest = None
+    second_reference: OptionalText = None
+    second_reference_sha256: Digest = None
     vae: OptionalText = None
     vae_sha256: Digest = None
     grid_images: int = Field(default=40, ge=0)
@@ -185,11 +222,18 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _known_features(self) -> EvaluationConfig:
         names = feature_names()
-        if self.features not in names and not self.features.endswith(".safetensors"):
+        for key in ("features", "second_features"):
+            name = getattr(self, key)
+            if name is None or name in names or name.endswith(".safetensors"):
+                continue
             raise ValueError(
-                f"features {self.features!r} is neither a .safetensors file of `train-features` "
-                f"nor a known name{suggest(self.features, names)}"
+                f"{key} {name!r} is neither a .safetensors file of `train-features` "
+                f"nor a known name{suggest(name, names)}"
             )
+        if self.second_features == self.features:
+            raise ValueError("second_features are the features themselves; name another network")
+        if self.second_reference is not None and self.second_features is None:
+            raise ValueError("second_reference needs second_features, which it is compared in")
         return self
 
 

@@ -62,6 +62,7 @@ class FeatureNetwork:
         channels, size: the images it is for; a size of None takes any.
         dimensions: of its pooled and of its spatial features.
         trained_on: `ImageData.sha256` of its training images; "" where that says nothing.
+        heldout_accuracy: share of its own held-out images that it names; None where not known.
         adapts: whether other channels and sizes may be brought into its shape.
     """
 
@@ -74,6 +75,7 @@ class FeatureNetwork:
     size: int | None = None
     dimensions: tuple[int, int] | None = None
     trained_on: str = ""
+    heldout_accuracy: float | None = None
     adapts: bool = False
 
     def fits(self, channels: int, height: int, width: int) -> bool:
@@ -177,6 +179,7 @@ def load_classifier(
         size=int(metadata.get("image_size", network.input_size)),
         dimensions=(network.classifier.in_features, SPATIAL_CHANNELS * SPATIAL_SIDE**2),
         trained_on=metadata.get("dataset_sha256", ""),
+        heldout_accuracy=float(known) if (known := metadata.get("heldout_accuracy")) else None,
         adapts=adapts,
     )
 

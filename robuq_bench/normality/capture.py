@@ -99,14 +99,22 @@ def record(
         yield recorder
 
 
-def save_shard(path: Path, captured: Captured, metadata: Mapping[str, str]) -> str:
+def save_shard(
+    path: Path,
+    captured: Captured,
+    metadata: Mapping[str, str],
+    weights: Mapping[str, Tensor] | None = None,
+) -> str:
     """Write one shard, with its SHA-256 beside it; returns the digest.
 
-    Tensors `tokens/<layer>` [T, n] (float32, float16 or bfloat16) and `images/<layer>` [T] int64.
+    Tensors `tokens/<layer>` [T, n] (float32, float16 or bfloat16) and `images/<layer>` [T] int64;
+    of layers in `weights` also `weights/<layer>` [out, n], which one shard of a subject may bring.
     """
     tensors: dict[str, Tensor] = {}
     for layer, part in captured.items():
         tensors[f"tokens/{layer}"], tensors[f"images/{layer}"] = part
+    for layer, weight in (weights or {}).items():
+        tensors[f"weights/{layer}"] = weight.cpu().contiguous()
     return save_tensors(path, tensors, {"format": FORMAT, **metadata})
 
 
@@ -133,3 +141,25 @@ def load_shard(path: Path) -> tuple[Captured, dict[str, str]]:
     if not captured:
         raise CheckpointError(f"{path}: holds no tensors named tokens/<layer>")
     return dict(sorted(captured.items())), metadata
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights [out, n] by layer that a shard brings, memory-mapped; often none.
+
+    Raises:
+        CheckpointError: missing or damaged, or a weight that does not fit its layer's tokens.
+    """
+    tensors, _ = load_tensors(path)
+    found = {}
+    for name, weight in tensors.items():
+        kind, _, layer = name.partition("/")
+        if kind != "weights":
+            continue
+        tokens = tensors.get(f"tokens/{layer}")
+        if weight.ndim != 2 or tokens is None or tokens.shape[-1] != weight.shape[1]:
+            raise CheckpointError(
+                f"{path}: {name} {list(weight.shape)} needs tokens/{layer} of as many inputs "
+                "beside it"
+            )
+        found[layer] = weight
+    return found

@@ -74,34 +74,59 @@ def _grid_error(levels: NDArray[np.float64]) -> float:
     return float((second - 2 * levels * first + levels**2 * mass).sum())
 
 
-def error_ratios(tokens: Tensor, settings: tuple[Setting, ...] = SETTINGS) -> NDArray[np.float64]:
-    """Return the ratio of every token [T, n] (float32 or float64) at every setting: [T, settings].
+class Errors(NamedTuple):
+    """Of every token [T]: `ratios` [T, settings], NaN for degenerate tokens (constant or not
+    finite); `outputs` [T, bits], ||W (Q(x) - x)||^2 at every setting of `REFERENCE`, where W is
+    known.
+    """
 
-    Runs the very quantizers that plans use. NaN for degenerate tokens (constant or not finite).
+    ratios: NDArray[np.float64]
+    outputs: NDArray[np.float64] | None
+
+
+def error_ratios(tokens: Tensor, settings: tuple[Setting, ...] = SETTINGS) -> NDArray[np.float64]:
+    """Ratios of tokens [T, n], [T, settings]; see `quantization_errors`."""
+    return quantization_errors(tokens, settings).ratios
+
+
+def quantization_errors(
+    tokens: Tensor, settings: tuple[Setting, ...] = SETTINGS, weight: Tensor | None = None
+) -> Errors:
+    """Errors of tokens [T, n] (float32 or float64) at every setting, by the quantizers of plans.
+
+    `weight` [out, n], in the dtype of the tokens and their basis, is what they are multiplied by.
     """
     quantizers = [_fake_quantizer(setting) for setting in settings]
     references = [
         gaussian_error(REFERENCE if s.quantizer in ("minmax", "absmax") else s.quantizer, s.bits)
         for s in settings
     ]
+    seen = [weight is not None and s.quantizer == REFERENCE for s in settings]
     rows = max(1, _BLOCK_ELEMENTS // tokens.shape[-1])
-    blocks = [_block_ratios(block, quantizers, references) for block in tokens.split(rows)]
-    return np.concatenate(blocks) if blocks else np.empty((0, len(settings)))
+    ratios, outputs = [np.empty((0, len(settings)))], [np.empty((0, sum(seen)))]
+    for x in tokens.split(rows) if len(tokens) else ():
+        with torch.no_grad():
+            variance = x.double().var(-1, correction=0)
+            scale = x.abs().amax(-1).double()
+            # A constant token's variance is rounding, not spread.
+            dead = ~(variance > (torch.finfo(x.dtype).eps * scale) ** 2)
+            dead |= ~torch.isfinite(variance)
+            columns, products = [], []
+            for quantize, reference, is_seen in zip(quantizers, references, seen, strict=True):
+                error = torch.sub(quantize(x), x)
+                if weight is not None and is_seen:
+                    products.append(squared_norms(error @ weight.T))
+                mean = error.square_().mean(-1, dtype=torch.float64)
+                columns.append((mean / variance / reference).masked_fill_(dead, torch.nan))
+            ratios.append(torch.stack(columns, dim=1).cpu().numpy())
+            if products:
+                outputs.append(torch.stack(products, dim=1).cpu().numpy())
+    return Errors(np.concatenate(ratios), np.concatenate(outputs) if any(seen) else None)
 
 
-def _block_ratios(
-    x: Tensor, quantizers: list[Callable[[Tensor], Tensor]], references: list[float]
-) -> NDArray[np.float64]:
-    with torch.no_grad():
-        variance = x.double().var(-1, correction=0)
-        scale = x.abs().amax(-1).double()
-        # A constant token's variance is rounding, not spread.
-        dead = ~(variance > (torch.finfo(x.dtype).eps * scale) ** 2) | ~torch.isfinite(variance)
-        columns = []
-        for quantize, reference in zip(quantizers, references, strict=True):
-            error = torch.sub(quantize(x), x).square_().mean(-1, dtype=torch.float64)
-            columns.append((error / variance / reference).masked_fill_(dead, torch.nan))
-        return torch.stack(columns, dim=1).cpu().numpy()
+def squared_norms(rows: Tensor) -> Tensor:
+    """Sums of squares of rows [T, n] in float64, [T]; overwrites them."""
+    return rows.square_().sum(-1, dtype=torch.float64)
 
 
 def _fake_quantizer(setting: Setting) -> Callable[[Tensor], Tensor]:

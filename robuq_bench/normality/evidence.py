@@ -1,6 +1,6 @@
 """Tables that need single tokens rather than summaries: bounds, decay, projections, examples.
 
-Real tokens are a subject's calibration tokens (`probes`): every layer, mixed over all timesteps.
+Real tokens are a subject's calibration tokens (`probes`), every layer, over all timesteps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robuq_bench import seeds
 from robuq_bench.hadamard.transform import is_supported
-from robuq_bench.normality.analysis import TESTS, analyse
+from robuq_bench.normality.analysis import REFERENCE_SETTINGS, TESTS, analyse
 from robuq_bench.normality.berry_esseen import (
     best_multivariate_bound,
     channel_lyapunov,
@@ -79,14 +79,13 @@ def evidence_tables(
         "sample_size": lambda: sample_size_rows(first, options.alpha, seed),
         "examples": lambda: [r for s, p in probes.items() for r in example_rows(s, p, seed)],
     }
-    tables = {}
+    tables: dict[str, list[Row]] = {}
     with progress.task("evidence", len(steps)) as task:
         for name, make in steps.items():
             task.update(name)
             tables[name] = make()
             task.advance()
-    slopes = slope_rows(tables["decay"])
-    return {**tables, "decay_slopes": slopes}
+    return tables | {"decay_slopes": slope_rows(tables["decay"])}
 
 
 def by_type(captured: Captured) -> dict[tuple[str, int], Tensor]:
@@ -120,7 +119,7 @@ def control_rows(options: Options, seed: int) -> list[Row]:
                     )
                 except NotApplicable:
                     continue
-                table = analyse(tokens, torch.arange(count), rotate, seed)
+                table = analyse(tokens, torch.arange(count), rotate, seed, REFERENCE_SETTINGS)
                 valid = table.valid
                 row: Row = {
                     "control": name,

@@ -8,6 +8,7 @@ resampled whole (cluster bootstrap; Davison and Hinkley, "Bootstrap Methods and 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -90,14 +91,77 @@ def cluster_bootstrap_mean(
     sums = np.zeros((count, columns.shape[1]))
     np.add.at(sums, index, columns - centre)
     sizes = np.bincount(index, minlength=count)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=draws)
+    drawn = _resamples(count, draws, seed)
     means = centre + (drawn @ sums) / (drawn @ sizes)[:, None]
     edges = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(means, edges, axis=0)
     shape = table.shape[1:]
     # [()] turns the zero-dimensional result of 1-D values into a float.
     return MeanInterval(centre.reshape(shape)[()], low.reshape(shape)[()], high.reshape(shape)[()])
+
+
+def cluster_ratios(
+    numerators: NDArray[np.float64],
+    denominators: NDArray[np.float64],
+    draws: int = 2000,
+    seed: int = 0,
+    min_clusters: int = MIN_CLUSTERS,
+) -> NDArray[np.float64]:
+    """Ratios of sums over clusters, of the clusters as they are and of resamples of them.
+
+    Args:
+        numerators: [..., C], a sum over the tokens of each of C clusters.
+        denominators: [..., C], its shape may be broadcast to that of `numerators`.
+        draws: bootstrap samples; all ratios share them, and calls of equal C, draws and seed.
+        seed: of the draws.
+        min_clusters: least number of clusters.
+
+    Returns:
+        [1 + draws, ...]: first the estimate. Not finite where a denominator is 0.
+
+    Raises:
+        UsageError: fewer than `min_clusters` clusters.
+    """
+    count = numerators.shape[-1]
+    if count < min_clusters:
+        raise UsageError(
+            f"{count} images are too few for an interval: take at least {min_clusters}"
+        )
+    weights = np.concatenate([np.ones((1, count)), _resamples(count, draws, seed)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (numerators @ weights.T) / (denominators @ weights.T)
+    return np.asarray(np.moveaxis(ratios, -1, 0))
+
+
+def interval_of(drawn: NDArray[np.float64], confidence: float = 0.95) -> MeanInterval:
+    """Estimate and percentile interval of what `cluster_ratios` returned, or a function of it."""
+    edges = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(drawn[1:], edges, axis=0)
+    return MeanInterval(drawn[0], low, high)
+
+
+def with_draws(estimate: MeanInterval, by_draw: NDArray[np.float64]) -> MeanInterval:
+    """The interval of a mean over draws, [...], widened for their spread; by_draw [draws, ...].
+
+    Its half-widths and the 95 % half-width of Student's t between draws join in quadrature.
+    """
+    from scipy.stats import t
+
+    count = len(by_draw)
+    between = t.ppf(0.975, count - 1) * by_draw.std(0, ddof=1) / np.sqrt(count)
+    mean, low, high = estimate
+    return MeanInterval(
+        mean, mean - np.hypot(mean - low, between), mean + np.hypot(high - mean, between)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _resamples(count: int, draws: int, seed: int) -> NDArray[np.int64]:
+    """How often each of `count` clusters is drawn: [draws, count], shared and so not writable."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=draws)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def rejected_share(p: ArrayLike, alpha: float) -> RejectedShare:

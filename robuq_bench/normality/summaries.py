@@ -17,13 +17,14 @@ from robuq_bench.normality.intervals import (
     MIN_CLUSTERS,
     cluster_bootstrap_mean,
     rejected_share,
+    with_draws,
 )
 from robuq_bench.normality.names import VERDICT_LIMIT
+from robuq_bench.normality.transforms import matrix_name
 from robuq_bench.quantization.convert import layer_type
-from robuq_bench.statistics.verdicts import Verdict
 
 KEY_FIELDS = ("subject", "layer_type", "width", "transform")
-DRAW_FIELDS = ("sign_draws", "draws_min", "draws_max", "draws_passing")
+RANDOM = "randomized-hadamard"
 Row = dict[str, Any]
 
 
@@ -38,7 +39,11 @@ class Cell:
     width: int
     table: TokenTable
     draws: NDArray[np.float64] | None = None
-    """Ratios under several sign draws, [T, draws, bits]: the randomised transform only."""
+    """Ratios under several draws of signs or matrices, [T, draws, bits]; None where nothing is."""
+    outputs: NDArray[np.float64] | None = None
+    """Squared output errors, [T, draws or 1, bits]; None where no weight is known."""
+    centred: NDArray[np.float64] | None = None
+    """The same of centred tokens under the first draw, [T, bits]; None without a centre."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ def error_rows(
             rows.append(
                 {
                     **key_fields(key),
+                    "matrix": matrix_name(key[3], key[2]),
                     "quantizer": setting.quantizer,
                     "bits": setting.bits,
                     "ratio": mean,
@@ -151,13 +157,12 @@ def error_rows(
 
 
 def sign_draw_fields(group: Sequence[Cell], settings: Settings) -> dict[int, Row]:
-    """Per bit width: mean ratio over tokens and sign draws, its interval, and the draws' range.
+    """Per bit width, what several draws of the transform say; empty for one draw.
 
-    The interval joins, in quadrature, the bootstrap over images of the mean over draws and the
-    95 % half-width of Student's t between draws; empty for other transforms or a single draw.
+    Of random signs: mean ratio over tokens and draws, its interval widened for their spread (see
+    `with_draws`), and the draws' range. Of the plain transform, whose own matrix is fixed: the
+    range over matrices alone.
     """
-    from scipy.stats import t
-
     parts = [cell.draws for cell in group if cell.draws is not None]
     if not parts or parts[0].shape[1] < 2:
         return {}
@@ -165,106 +170,29 @@ def sign_draw_fields(group: Sequence[Cell], settings: Settings) -> dict[int, Row
     valid = table.valid
     values = np.concatenate(parts)[valid]
     by_draw = values.mean(0)  # [draws, bits]
-    count = len(by_draw)
-    estimate = cluster_bootstrap_mean(
-        values.mean(1), table.images[valid], settings.draws, settings.seed
+    fields = {
+        bits: draw_range(group[0].transform, by_draw[:, index]) for index, bits in enumerate(BITS)
+    }
+    if group[0].transform != RANDOM:
+        return fields
+    estimate = with_draws(
+        cluster_bootstrap_mean(values.mean(1), table.images[valid], settings.draws, settings.seed),
+        by_draw,
     )
-    between = t.ppf(0.975, count - 1) * by_draw.std(0, ddof=1) / np.sqrt(count)
-    fields = {}
     for index, bits in enumerate(BITS):
-        mean = float(estimate.mean[index])
-        below, above = mean - estimate.low[index], estimate.high[index] - mean
-        fields[bits] = {
-            "ratio": mean,
-            "low": mean - float(np.hypot(below, between[index])),
-            "high": mean + float(np.hypot(above, between[index])),
-            "sign_draws": count,
-            "draws_min": float(by_draw[:, index].min()),
-            "draws_max": float(by_draw[:, index].max()),
-            "draws_passing": int((by_draw[:, index] < VERDICT_LIMIT).sum()),
-        }
+        mean, low, high = (float(part[index]) for part in estimate)
+        fields[bits] |= {"ratio": mean, "low": low, "high": high}
     return fields
 
 
-def judgement_rows(errors: Iterable[Row], cells: Sequence[Row]) -> list[Row]:
-    """Apply the rule fixed beforehand to every layer type, transform and bit width.
-
-    `cells_passing` is the share of (layer, timestep) cells that pass on their own, with the worst.
-    """
-    rows = []
-    for row in errors:
-        if row["quantizer"] != REFERENCE:
-            continue
-        own = [
-            cell
-            for cell in cells
-            if all(cell[k] == row[k] for k in KEY_FIELDS) and f"ratio_{row['bits']}" in cell
-        ]
-        passing = [cell for cell in own if cell[f"ratio_{row['bits']}_high"] < VERDICT_LIMIT]
-        worst = max(own, key=lambda cell: cell[f"ratio_{row['bits']}"])
-        rows.append(
-            {
-                **{k: row[k] for k in (*KEY_FIELDS, "bits")},
-                "quantizer": REFERENCE,
-                "ratio": row["ratio"],
-                "lower_95": row["low"],
-                "upper_95": row["high"],
-                "null_ratio": row["null_ratio"],
-                "verdict": verdict_word(row["low"], row["high"]),
-                "cells": len(own),
-                "cells_passing": len(passing) / len(own),
-                "worst_ratio": worst[f"ratio_{row['bits']}"],
-                "worst_layer": worst["layer"],
-                "worst_timestep": worst["timestep"],
-                **{name: row[name] for name in DRAW_FIELDS if name in row},
-            }
-        )
-    return rows
-
-
-def verdict_word(low: float, high: float) -> str:
-    """Of the claim "normal enough": undecided where the interval spans the limit."""
-    if high < VERDICT_LIMIT:
-        return "holds"
-    return "does not hold" if low >= VERDICT_LIMIT else "undecided"
-
-
-def verdicts(types: Iterable[Row], judgements: Iterable[Row]) -> list[Verdict]:
-    """One verdict per row of `type_rows` and bit width, those on random signs first.
-
-    The subject reads "teacher, randomized-hadamard, qkv (144)", with the layer type's width. A
-    layer type without a judgement, for want of images, is not judged.
-    """
-    judged = {tuple(row[k] for k in (*KEY_FIELDS, "bits")): row for row in judgements}
-    ordered = sorted(types, key=lambda row: row["transform"] != "randomized-hadamard")
-    return [
-        _verdict(row, bits, judged.get((*(row[k] for k in KEY_FIELDS), bits)))
-        for row in ordered
-        for bits in BITS
-    ]
-
-
-def _verdict(row: Row, bits: int, judgement: Row | None) -> Verdict:
-    found = judgement or {}
-    test, note = "cluster bootstrap over images", f"fewer than {MIN_CLUSTERS} usable images"
-    if judgement:
-        note = f"ratio of normal tokens: {judgement['null_ratio']:.3f}"
-        if "sign_draws" in judgement:
-            test += f", spread over {judgement['sign_draws']} sign draws"
-    return Verdict(
-        claim=f"Activations are normal enough for {bits} bit{'s' if bits > 1 else ''}",
-        subject=f"{row['subject']}, {row['transform']}, {row['layer_type']} ({row['width']})",
-        verdict=found.get("verdict", "not judged"),
-        effect=found.get("ratio"),
-        effect_name="mean error ratio",
-        low=found.get("lower_95"),
-        high=found.get("upper_95"),
-        n=row["images"],
-        n_of="images",
-        test=test,
-        p_value=None,
-        note=note,
-    )
+def draw_range(transform: str, by_draw: NDArray[np.float64]) -> Row:
+    """Number of draws of a transform, the range of their ratios [draws], and how many pass."""
+    return {
+        "sign_draws" if transform == RANDOM else "matrix_draws": len(by_draw),
+        "draws_min": float(by_draw.min()),
+        "draws_max": float(by_draw.max()),
+        "draws_passing": int((by_draw < VERDICT_LIMIT).sum()),
+    }
 
 
 def lyapunov_rows(cells: Sequence[Cell]) -> list[Row]:

@@ -14,23 +14,22 @@ from robuq_bench.normality.analysis import (
     MAX_TESTED,
     TokenTable,
     analyse,
+    draw_errors,
     null_table,
-    sign_draw_ratios,
 )
 from robuq_bench.normality.consequence import Setting, error_ratios
+from robuq_bench.normality.judgements import judgement_rows, verdicts
 from robuq_bench.normality.summaries import (
     Cell,
     Settings,
     block_of,
     cell_rows,
     error_rows,
-    judgement_rows,
     lyapunov_rows,
     sign_draw_fields,
     type_rows,
-    verdicts,
 )
-from robuq_bench.normality.transforms import make_transform
+from robuq_bench.normality.transforms import drawn_transforms, make_transform
 
 SETTINGS = Settings(alpha=0.05, draws=400, seed=0)
 IMAGES = torch.arange(20).repeat_interleave(5)
@@ -224,12 +223,15 @@ def test_sign_draws_are_averaged_and_widen_the_interval() -> None:
     tokens = gaussian(5)
     tokens[:, 7] += 6  # one loud channel, the same in every token: signs decide where it goes
     layer = "blocks.0.attn.proj"
-    draws = sign_draw_ratios(tokens, layer, 3, 6)
+    name = "randomized-hadamard"
+    drawn = drawn_transforms(name, 144, layer=layer, seed=3, draws=6)
+    draws = draw_errors(tokens, drawn).ratios
     assert draws.shape == (100, 6, 5)
     rotate = make_transform("randomized-hadamard", 144, layer=layer, seed=3)
     alone = error_ratios(rotate(tokens), (Setting("robust-midrise", 2),))
     np.testing.assert_allclose(draws[:, 0, 1], alone[:, 0], rtol=1e-6)  # the plan's own signs
-    other = sign_draw_ratios(tokens, layer, 4, 6)
+    others = drawn_transforms(name, 144, layer=layer, seed=4, draws=6)
+    other = draw_errors(tokens, others).ratios
     assert len({float(mean) for mean in np.hstack([draws, other]).mean(0)[:, 1]}) == 12
     table = analyse(tokens, IMAGES, make_transform("randomized-hadamard", 144, layer=layer, seed=3))
     cell = Cell("s", layer, 50, "randomized-hadamard", 144, table, draws)

@@ -9,7 +9,14 @@ from scipy.linalg import hadamard
 
 from robuq_bench.errors import UsageError
 from robuq_bench.hadamard.rotation import random_signs
-from robuq_bench.normality.transforms import TRANSFORMS, NotApplicable, make_transform
+from robuq_bench.hadamard.transform import hadamard_matrix
+from robuq_bench.normality.transforms import (
+    TRANSFORMS,
+    NotApplicable,
+    drawn_transforms,
+    make_transform,
+    matrix_name,
+)
 
 CALIBRATION = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
 
@@ -72,3 +79,32 @@ def test_unknown_name() -> None:
 def test_a_width_without_blocks_has_no_dual_rotation() -> None:
     with pytest.raises(NotApplicable, match="131 has no divisor"):
         make_transform("dual-rotation", 131, calibration=torch.randn(4, 131))
+
+
+@pytest.mark.parametrize("n", [12, 64, 144])
+def test_equivalent_matrices_are_hadamard_matrices_with_one_constant_column(n: int) -> None:
+    found = [
+        (rotate(torch.eye(n, dtype=torch.float64)) * np.sqrt(n)).numpy()
+        for rotate in drawn_transforms("hadamard", n, seed=5, draws=4)
+    ]
+    np.testing.assert_allclose(found[0], hadamard_matrix(n).numpy(), atol=1e-10)
+    for matrix in found:
+        np.testing.assert_allclose(np.abs(matrix), 1, atol=1e-10)
+        np.testing.assert_allclose(matrix @ matrix.T, n * np.eye(n), atol=1e-9)
+    for matrix in found[1:]:
+        assert (np.abs(matrix.sum(0)) > n - 1e-9).sum() == 1
+    assert len({np.sign(matrix).tobytes() for matrix in found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("transform", "n", "name"),
+    [
+        ("hadamard", 144, "Sylvester 4 x Paley II 36"),
+        ("randomized-hadamard", 44, "Paley I 44"),
+        ("hadamard-without-dc", 156, "Goethals-Seidel 156"),
+        ("block-hadamard-64", 1152, "Sylvester 64"),
+        ("identity", 144, ""),
+    ],
+)
+def test_matrices_are_named_by_their_constructions(transform: str, n: int, name: str) -> None:
+    assert matrix_name(transform, n) == name

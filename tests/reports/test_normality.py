@@ -11,7 +11,7 @@ import pytest
 
 from reports import build_report
 from robuq_bench.config import resolve
-from robuq_bench.normality.summaries import verdict_word, verdicts
+from robuq_bench.normality.judgements import output_verdicts, verdict_word, verdicts
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
 
@@ -38,7 +38,8 @@ Rows = list[dict[str, Any]]
 
 def made_up() -> dict[str, Rows]:
     """Tables with the columns that the study writes; adaLN has too few images for a verdict."""
-    tables: dict[str, Rows] = {name: [] for name in ("types", "judgements", "cells")}
+    names = ("types", "judgements", "cells", "output", "constant")
+    tables: dict[str, Rows] = {name: [] for name in names}
     for transform, subject, (kind, width) in product(TRANSFORMS, SUBJECTS, WIDTHS.items()):
         key = {"subject": subject, "layer_type": kind, "width": width, "transform": transform}
         kl = 0.125 if transform == "identity" else -0.0021
@@ -65,7 +66,25 @@ def made_up() -> dict[str, Rows]:
                 "verdict": verdict_word(low, high),
             }
             is_drawn = transform == "randomized-hadamard"
-            tables["judgements"].append(judged | ({"sign_draws": 8} if is_drawn else {}))
+            draws = {"sign_draws": 8} if is_drawn else {}
+            if transform == "hadamard":
+                draws = {"matrix_draws": 8, "draws_min": 0.9, "draws_max": 1.75}
+                judged["matrix"] = "Sylvester 4 x Paley II 12"
+            # fc2 at 4 bits is the only one that passes the rule of outputs.
+            at = 1.02 if (kind, bits) == ("fc2", 4) else 2.0 + bits / 100
+            output = {"error": at / 10, "ratio": at, "low": at - 0.01, "high": at + 0.01}
+            tables["output"].append(
+                key
+                | output
+                | {"bits": bits, "images": 16, "normal_error": 0.1, "error_low": at / 10 - 0.01}
+                | {"error_high": at / 10 + 0.01, "centring_gain": 1.75, "gain_low": 1.5}
+                | {"gain_high": 2.125}
+            )
+            judged |= {
+                "output_ratio": at,
+                "output_verdict": verdict_word(output["low"], output["high"]),
+            }
+            tables["judgements"].append(judged | draws)
         for block, timestep in product((0, 1), (250, 750)):
             ratio = 1.0 + block / 10 + (transform == "identity")
             tables["cells"].append(
@@ -78,11 +97,17 @@ def made_up() -> dict[str, Rows]:
                     "ratio_2_high": ratio + 0.04,
                 }
             )
+    for subject, (kind, width) in product(SUBJECTS, WIDTHS.items()):
+        share = {"share": 0.4375, "share_low": 0.42, "share_high": 0.45}
+        key = {"subject": subject, "layer": None, "layer_type": kind, "width": width}
+        tables["constant"].append(key | share)
     words = verdicts(tables["types"], tables["judgements"])
+    of_outputs = output_verdicts(tables["types"], tables["output"])
     controls = [("gaussian", 12, 0.0625), ("laplace", 12, 0.75), ("gaussian", 48, 0.03125)]
     tests = [f"{test}_rejected" for test in ("shapiro", "anderson", "lilliefors", "dagostino")]
     return tables | {
-        "verdicts": verdict_rows(words, "Holds below 1.05."),
+        "verdicts": verdict_rows(words, "Holds below 1.05.")
+        + verdict_rows(of_outputs, "Output below 1.05."),
         "controls": [
             {"control": name, "width": width, "transform": "identity", "shapiro_w_median": 0.987}
             | dict.fromkeys(tests, share)
@@ -228,6 +253,35 @@ def test_evidence_and_caveats_are_those_of_the_tables(page: Page) -> None:
     assert "the mean over 8 draws" in page.text
     assert "of the 10 in the first table, up to 0.25 can be expected" in page.text
     assert "Holds below 1.05." in page.text
+
+
+def test_both_rules_stand_side_by_side_and_their_disagreement_is_said(page: Page) -> None:
+    shown = page.table("Two rules side by side: teacher, random signs")
+    assert shown.cell("fc2 (48), 2 bits", "token rule").text == "holds"
+    cell = shown.cell("fc2 (48), 2 bits", "output rule")
+    assert (cell.text, cell.small) == ("does not hold", "2.02 [2.01 to 2.03]")
+    assert shown.cell("fc2 (48), 4 bits", "output rule").text == "holds"
+    assert shown.cell("qkv (12), 2 bits", "constant energy").text == "43.8 %"
+    assert shown.cell("qkv (12), 2 bits", "centring").text == "1.75×"
+    assert (
+        "The rules disagree for 8 of 10 of teacher, random signs. tokens “holds” but output “does "
+        "not hold”: qkv (12) and fc2 (48) at 1 bit; qkv (12) and fc2 (48) at 2 bits"
+    ) in page.text
+    assert (
+        "As good as normal in the layer’s output, where constant energy counts: 0 of 2 at 2 bits, "
+        "with output ratios from 2.02. The limit is 1.05 of both."
+    ) in page.text
+    models = page.table("Output ratio, random signs, 2 bits by model")
+    assert models.cell("fc2 (48)", "teacher").text == models.cell("fc2 (48)", LATE).text == "2.02"
+    assert "Holds below 1.05. For outputs: Output below 1.05." in page.text
+
+
+def test_the_matrix_and_the_range_over_others_are_named(page: Page) -> None:
+    assert (
+        "these are numbers of Sylvester 4 x Paley II 12. Error ratio at 2 bits of that matrix, and "
+        "over 8 with it that have permuted rows and another column constant: "
+    ) in page.text
+    assert "fc2 (48) 1.62, range 0.90 to 1.75" in page.text
 
 
 def test_exports_are_the_tables_of_the_run(report: Path) -> None:
