@@ -207,7 +207,7 @@ def test_networks_name_clothes_that_they_never_saw(
     assert {key: str(card[key]) for key in metadata} == metadata
     assert card["dataset_sha256"] == clothes.part_of
     assert (card["heldout"], card["heldout_images"]) == ("idx:t10k", 10_000)
-    assert card["heldout_accuracy"] >= 0.93
+    assert card["heldout_accuracy"] >= {"fashion28": 0.93, "fashion28b": 0.92}[name]
     guesses = torch.cat([network(part)[2].argmax(1) for part in torch.split(heldout.images, 250)])
     accuracy = (guesses == heldout.labels).double().mean().item()
     # A fifth of those that the card counts: within four standard errors of their share.
