@@ -93,6 +93,7 @@ def build(target: Path = LIBRARY, extra_flags: Sequence[str] = ()) -> Path:
 
 if __name__ == "__main__":
     target, *flags = sys.argv[1:] or [str(LIBRARY)]
+    print(f"compiling {len(SOURCES)} files, half a minute to a minute", file=sys.stderr, flush=True)
     try:
         print(build(Path(target), flags))
     except BuildError as error:

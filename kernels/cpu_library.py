@@ -17,6 +17,8 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512-vnni", "amx-int8")
 PATH_VARIABLE = "ROBUQ_CPU_KERNELS"
 """Environment variable: another library file, or "off", for everything to go without."""
 
+OFF = "off"
+
 SET_VARIABLE = "ROBUQ_CPU_INSTRUCTIONS"
 """Environment variable: one of `INSTRUCTION_SETS`, for tests and comparisons."""
 
@@ -32,16 +34,22 @@ def load() -> ctypes.CDLL:
         MissingKernels: it was not built, was built from other sources, cannot be loaded, or is
             switched off.
     """
-    found = _load(os.environ.get(PATH_VARIABLE, ""))
+    found = _load(_chosen())
     if isinstance(found, str):
         raise MissingKernels(found)
     return found
 
 
+def _chosen() -> str:
+    """What `PATH_VARIABLE` says; "off" in any case is one word."""
+    text = os.environ.get(PATH_VARIABLE, "")
+    return OFF if text.strip().lower() == OFF else text
+
+
 @functools.cache
 def _load(chosen: str) -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    if chosen == "off":
+    if chosen == OFF:
         return f"the CPU kernels are switched off by {PATH_VARIABLE}=off"
     if chosen:
         path = Path(chosen)
@@ -93,18 +101,18 @@ def is_usable() -> bool:
     Raises:
         MissingKernels: the file that `PATH_VARIABLE` names cannot be used.
     """
-    chosen = os.environ.get(PATH_VARIABLE, "")
+    chosen = _chosen()
     found = _load(chosen)
-    if isinstance(found, str) and chosen not in ("", "off"):
+    if isinstance(found, str) and chosen not in ("", OFF):
         raise MissingKernels(found)
     return not isinstance(found, str)
 
 
 def why_not() -> str | None:
     """Why there is no library; None where there is one, or where it was switched off."""
-    chosen = os.environ.get(PATH_VARIABLE, "")
+    chosen = _chosen()
     found = _load(chosen)
-    return found if isinstance(found, str) and chosen != "off" else None
+    return found if isinstance(found, str) and chosen != OFF else None
 
 
 def describe() -> str:

@@ -204,12 +204,16 @@ def _candidate_fold(run: RunData) -> Fold:
         ends = zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
         frame[f"{name} range"] = [spread(name, low, high) for low, high in ends]
     small = {name: f"{name} range" for name in metrics}
-    columns = ["candidate", "budget", "seeds", "mean_bits", *metrics, *small.values()]
+    gains = [name for name in frame if name == "headroom" or name.endswith("_regret")]
+    columns = ["candidate", "budget", "seeds", "mean_bits", *gains, *metrics, *small.values()]
     sheet = Sheet(
         frame.merge(bits, how="left")[columns],
         f"Trained networks of every candidate: {run.title}",
-        "Means over training seeds, least and greatest below.",
-        formats={name: of_metric(name) for name in metrics},
+        "Means over training seeds, least and greatest below. Headroom: what the candidate’s "
+        "sensitivities predict of uniform bits over what they predict of its own; regret: its mean "
+        "over the least of any candidate.",
+        formats={name: of_metric(name) for name in metrics} | dict.fromkeys(gains, times),
+        heads={name: name.replace("_", " ") for name in gains},
         small=small,
         kind="dense",
     )

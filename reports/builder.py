@@ -32,13 +32,14 @@ _CLAIM_COLUMNS = ("protocol", "claim", "verdict", "evidence", "subject")
 _NO_RESULTS = "No run among these is finished, so every result is “not run”."
 
 
-def build_report(run_paths: Sequence[Path], output: Path) -> Path:
+def build_report(run_paths: Sequence[Path], output: Path, *, first: Sequence[Section] = ()) -> Path:
     """Write the report of the given runs to `output`, its tables beside it; return `output`.
 
     Args:
         run_paths: run folders, or folders that hold runs at some depth. Finished runs are shown;
             unfinished ones are only listed as such.
         output: the HTML file. `<stem>-*.csv` and `<stem>-*.tex` are written beside it.
+        first: sections that are no study's, in front of the others.
 
     A run that is damaged, or whose records are not what its study writes, is left out: a warning
     and the report name it.
@@ -54,7 +55,7 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
     records = read_records()
     if runs:
         try:
-            return _write(_made(runs, left_out, records), output)
+            return _write(_made(runs, left_out, records, first), output)
         except _UNREADABLE:
             for record in records:
                 _check_record(record)
@@ -65,7 +66,7 @@ def build_report(run_paths: Sequence[Path], output: Path) -> Path:
         runs = [run for run in runs if all(run is not bad for bad, _ in unreadable)]
     if not runs:
         raise CheckpointError(f"no run is sound: {'; '.join(reason for _, reason in left_out)}")
-    return _write(_made(runs, left_out, records), output)
+    return _write(_made(runs, left_out, records, first), output)
 
 
 # What reading records of another kind than expected raises; CheckpointError is a damaged file.
@@ -150,18 +151,22 @@ class _Report(NamedTuple):
 
 
 def _made(
-    runs: Sequence[RunData], left_out: Sequence[LeftOut], records: Sequence[RecordedRun] = ()
+    runs: Sequence[RunData],
+    left_out: Sequence[LeftOut],
+    records: Sequence[RecordedRun] = (),
+    first: Sequence[Section] = (),
 ) -> _Report:
     """The report of these runs; nothing is written."""
     finished = [run for run in runs if run.finished]
-    sections = build_sections(finished)
+    of_studies = build_sections(finished)
+    sections = {section.anchor: section for section in first} | of_studies
     kept = record_sections(finished, records)
     machines = machines_of(finished)
     page = (
         _environment()
         .get_template("report.html")
         .render(
-            question=_question(sections),
+            question=_question(of_studies),
             sections=[*sections.values(), *kept.values()],
             no_results=[Phrase(_NO_RESULTS)],
             checklists=_checklists({**sections, **kept}),

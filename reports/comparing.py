@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from reports.page import Claim
 from reports.protocols import Group, Row, row_settings
 from reports.settings import Family, comparable, differing, section, weight_precision
-from reports.text import fixed, listing, number
+from reports.text import fixed, listing, number, significant
 from robuq_bench.errors import UsageError
 from robuq_bench.statistics import comparisons
 from robuq_bench.statistics.comparisons import CONFIDENCE, MARGIN, MIN_SEEDS
@@ -126,6 +126,9 @@ def _compared(group: Group, claim: str, pair: Pair, about: str) -> Verdict:
     a, b = pair
     values = _fids(group, pair)
     note = "; ".join(f"{row.label}: {group.text(row, group.fid or '')}" for row in pair)
+    gains = [r.first("allocation").get("headroom") for r in a.runs if a.family == Family.AMPN]
+    if known := [gain for gain in gains if gain is not None]:
+        note += f"; headroom by the metric {significant(sum(known) / len(known))}"
     if b is group.teacher:  # it is one model, whatever seed a plan has
         seeds = values.loc[values["plan"] == a.label, ["seed"]].drop_duplicates()
         is_teacher = values["plan"] == b.label

@@ -24,7 +24,19 @@ def exports(groups: Sequence[Group], runs: Sequence[RunData]) -> dict[str, pd.Da
         "sensitivity": _of_runs(runs, _sensitivity, "layer activation_bits mse"),
         "training": training(runs),
         "accounting": _of_runs(runs, _accounting, "quantity value"),
+        "real_images": _real_images(runs),
     }
+
+
+def _real_images(runs: Sequence[RunData]) -> pd.DataFrame:
+    """What real images scored in place of samples, as each run cites it."""
+    skipped = ("key", "kind")
+    lines = [
+        {"run": run.id, **{k: v for k, v in record.items() if k not in skipped}}
+        for run in runs
+        for record in run.of_kind("floor")
+    ]
+    return pd.DataFrame(lines, columns=None if lines else ["run", "draw", "images", "num_images"])
 
 
 def training(runs: Sequence[RunData]) -> pd.DataFrame:

@@ -35,6 +35,12 @@ def allocation_blocks(group: Group) -> list[Block]:
     return blocks
 
 
+def headroom_text(run: RunData) -> str:
+    """What the metric predicts that mixing bits can gain, "" in runs that do not say."""
+    found = run.first("allocation").get("headroom")
+    return "" if found is None else f"headroom {significant(found)} by the metric"
+
+
 def by_block(values: Mapping[str, float]) -> pd.DataFrame:
     """Layer types × blocks of values by layer name; layers outside the blocks are left out."""
     series = pd.Series(values, dtype=float, name="value").rename_axis("layer").reset_index()
@@ -64,7 +70,8 @@ def _allocation(row: Row, bits: Mapping[RunData, Mapping[str, float]]) -> Block:
     edges = [level - 0.5 for level in range(int(grid.min().min()), int(grid.max().max()) + 2)]
     texts, label = grid.map("{:g}".format), f"{of.lower()} bits"
     picture = heat_panel(f"bits-{run.anchor}", alt, "", grid, edges, label, texts, "block")
-    caption = f"{of} bits, training seed {run.seed}."
+    gain = headroom_text(run)
+    caption = f"{of} bits, training seed {run.seed}{gain and f': {gain}'}."
     if others:
         alike = np.mean([bits[o].get(name) == b for o in others for name, b in bits[run].items()])
         caption += (

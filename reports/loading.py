@@ -98,6 +98,17 @@ class RunData:
         return f"{self.plan_name} on {self.workload_name}, seed {self.seed}"
 
     @property
+    def outliers(self) -> str:
+        """Outliers that the workload's teacher was given, in words; "" of one as it is."""
+        found = section(section(self.workload, "teacher"), "outliers")
+        if not found:
+            return ""
+        layers = ", ".join(map(str, found["layers"]))
+        return (
+            f"{found['channels']} channels at the inputs of {layers} scaled by {found['scale']:g}"
+        )
+
+    @property
     def options(self) -> Mapping[str, Any]:
         """The study's own settings."""
         return section(self.config, self.study)

@@ -315,7 +315,9 @@ def _caveats(found: _Found) -> list[str]:
     """What the numbers cannot say."""
     signs = found.of(found.subjects[0], SIGNS)
     draws = int(signs["sign_draws"].max()) if "sign_draws" in signs else 1
+    given = found.run.outliers
     return [
+        *([f"The teacher was given outliers: {given}, its function unchanged."] if given else []),
         "Normal enough is not good enough: the rule of tokens misses energy that is one constant "
         "vector over all tokens, on which a quantizer spends its steps all the same. Nor is a "
         "ratio below 1 more normal: light tails and two-valued tokens are easier to quantize.",

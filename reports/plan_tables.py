@@ -21,6 +21,7 @@ _COSTS: Mapping[str, tuple[str, Format, str]] = {
         *("activation bits", lambda value: significant(value, 4)),
         "mean, weighted by MACs; with scales below",
     ),
+    "low_rank_rank": ("rank", significant, "of the low-rank branches in this model"),
     "bit_ops": ("BitOPs", count_text, "per image and step"),
     "effective_flops": ("effective FLOPs", count_text, "BitOPs / 64 + full-precision MACs"),
     "compute_reduction": ("less compute", times, "with the rotation’s additions below"),
@@ -32,10 +33,14 @@ _COSTS: Mapping[str, tuple[str, Format, str]] = {
 def plans_sheet(group: Group) -> Sheet:
     """What each plan does, read from its settings; parts that few have only where one does."""
     parts = pd.DataFrame(recipes([row.plan for row in group.rows]))
-    absent = {"scaling": "none", "other layers": FULL_PRECISION}
+    absent = {"centring": "none", "scaling": "none", "other layers": FULL_PRECISION}
     parts = parts.drop(columns=[name for name in absent if (parts[name] == absent[name]).all()])
     parts["QAT steps"] = [
-        "0 (PTQ)" if row.is_ptq else "not recorded" if row.qat_steps is None else str(row.qat_steps)
+        "0 (PTQ)"
+        if row.is_ptq
+        else "not recorded"
+        if row.qat_steps is None
+        else f"{row.qat_steps}{row.warmup_text}"
         for row in group.rows
     ]
     note = (
@@ -107,7 +112,9 @@ def timing_sheet(runs: Sequence[RunData]) -> Sheet | None:
     return Sheet(
         frame,
         "Time",
-        "Of a run that was continued after a stop, `total` covers its last session only.",
+        "Of a run that was continued after a stop, `total` covers its last session only, the parts "
+        "and CPU seconds all of them. What a warm-up and its sensitivities took is the price of "
+        "bits that a plan allocates.",
         formats=formats,
         links={"run": "href"},
         kind="dense",

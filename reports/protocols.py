@@ -24,8 +24,11 @@ from robuq_bench.errors import CheckpointError
 STUDY = "train-and-eval"
 TEACHER = "teacher"
 KID_UNBIASED_SINCE = 2  # version of the study
-STEMS = ("fid", "sfid", "is", "kid", "precision", "recall", "distillation", "denoising")
-HIGHER_IS_BETTER = frozenset({"is", "precision", "recall"})
+STEMS = (
+    *("fid", "sfid", "is", "kid", "precision", "recall", "accuracy", "nn"),
+    *("distillation", "denoising"),
+)
+AT_FLOOR = "_at_floor"  # ends the FID of samples that are judged as real images were
 VALUES = ("plan", "subject", "seed", "seed_range", "metric", "value", "is_rank_deficient", "run")
 """Columns of `Group.values`: one line per plan, training seed, seed range, metric and run.
 
@@ -95,6 +98,12 @@ class Row:
         return None if steps is None or not self.runs else int(steps)
 
     @property
+    def warmup_text(self) -> str:
+        """What follows the steps at the final bits: those of a warm-up before them, "" without."""
+        steps = max((run.first("timing").get("warmup_steps", 0) for run in self.runs), default=0)
+        return f" after {steps:,} of warm-up" if steps else ""
+
+    @property
     def is_ptq(self) -> bool:
         """Whether the plan quantizes and does not train."""
         return self.family != Family.FULL_PRECISION and self.qat_steps == 0
@@ -127,9 +136,9 @@ class Group:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """The metrics in reading order, under their full names."""
-        found = {str(name) for name in self.values["metric"]}
-        return sorted(found, key=lambda name: (STEMS.index(stem(name)), name))
+        """The metrics in reading order, under their full names; of several spaces, as measured."""
+        found = map(str, dict.fromkeys(self.values["metric"]))
+        return sorted(found, key=lambda name: STEMS.index(stem(name)))
 
     @property
     def fid(self) -> str | None:
@@ -226,9 +235,9 @@ def _protocol(run: RunData) -> dict[str, Any]:
     evaluation = _set_fields(section(workload, "evaluation"))
     for irrelevant in ("batch_size", "grid_images", "inception_weights", "sample_teacher"):
         evaluation.pop(irrelevant, None)
-    for name in ("features", "reference", "vae"):
+    for name in ("features", "reference", "second_features", "second_reference", "vae"):
         # Known by content where possible: the same path may have held something else.
-        digest = evaluation.pop(f"{name}_sha256", None) or _input(run, name)
+        digest = evaluation.pop(f"{name}_sha256", None) or _input(run, name.replace("_", " "))
         if digest:
             evaluation[name] = digest[:_SHOWN]
     teacher = section(workload, "teacher")

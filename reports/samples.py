@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 from PIL import Image as Pillow
 
+from reports.loading import RunData
 from reports.page import Image
 from reports.protocols import Group
 
@@ -24,9 +26,30 @@ def sample_grids(group: Group, budget: int) -> list[Image]:
     Raises:
         CheckpointError: a picture is damaged.
     """
-    runs = [*group.teacher.runs, *(run for row in group.rows for run in row.runs)]
-    wanted = [("teacher", runs, "samples/grid-teacher.png")]
+    wanted = [("teacher", _runs(group), "samples/grid-teacher.png")]
     wanted += [(row.label, list(row.runs), "samples/grid-student.png") for row in group.rows]
+    alt = "Grid of images sampled from {}; the same image seeds for every plan"
+    return _pictures(wanted, budget, alt)
+
+
+def nearest_training_images(group: Group, budget: int) -> list[Image]:
+    """The teacher's first samples over the training images that are nearest to them.
+
+    Raises:
+        CheckpointError: the picture is damaged.
+    """
+    alt = "Images sampled from {}, below each the nearest training images by pixels and features"
+    return _pictures([("teacher", _runs(group), "samples/neighbours-teacher.png")], budget, alt)
+
+
+def _runs(group: Group) -> list[RunData]:
+    return [*group.teacher.runs, *(run for row in group.rows for run in row.runs)]
+
+
+def _pictures(
+    wanted: Sequence[tuple[str, Sequence[RunData], str]], budget: int, alt: str
+) -> list[Image]:
+    """Of each label the first picture of this name that one of its runs holds."""
     found = {}
     for label, of, name in wanted:
         pictures = ((run, data) for run in of if (data := run.read_png(name)) is not None)
@@ -39,8 +62,8 @@ def sample_grids(group: Group, budget: int) -> list[Image]:
         note = f"training seed {run.seed}" if label != "teacher" else "full precision"
         note += f", shown at 1/{factor} of its size" if factor > 1 else ""
         uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
-        alt = f"Grid of images sampled from {label} ({note}); the same image seeds for every plan"
-        images.append(Image(label, note, uri, width, height, run.href, alt))
+        said = alt.format(f"{label} ({note})")
+        images.append(Image(label, note, uri, width, height, run.href, said))
     return images
 
 

@@ -218,13 +218,19 @@ def _regret_sheet(run: RunData) -> Sheet:
     frame = _ends(run, "regret").sort_values(["budget", "steps"], kind="stable")
     frame["place"] = frame["budget"].map("{:g} bits, ".format) + frame["when"]
     wide = frame.pivot_table("regret", "metric", "place", sort=False)
+    gains = pd.DataFrame()
+    if "headroom" in frame:  # since version 4
+        texts = frame.assign(text=frame["headroom"].map("headroom {:.3g}".format))
+        gains = texts.pivot(index="metric", columns="place", values="text").add_suffix(" headroom")
     return Sheet(
-        wide.reset_index(),
+        wide.join(gains).reset_index(),
         f"Regret of the bits that a metric chooses: {run.title}",
         "Sum of the truth over layers at the bits that the exact optimum for the metric chooses, "
         "minus the least sum of any bits at that mean: 0 is the best allocation. Noise of the "
-        "truth is part of it.",
+        "truth is part of it. Headroom: what the metric predicts of the same bits everywhere over "
+        "what it predicts of its choice; near 1, it sees nothing to gain.",
         formats=dict.fromkeys(map(str, wide), lambda value: significant(value, 2)),
+        small={name: f"{name} headroom" for name in map(str, wide) if f"{name} headroom" in gains},
     )
 
 
@@ -248,16 +254,16 @@ def _steps_fold(run: RunData) -> Fold:
 
 def _type_fold(run: RunData) -> Fold:
     """Truth over metric by layer type: which types training helps more than the metric says."""
-    paired = _paired(run)
-    sums = paired.groupby(["layer_type", "bits", "when"], sort=False)[["increase", "value"]].sum()
-    whole = paired.groupby(["bits", "when"])[["increase", "value"]].sum()
-    ratio = (sums["increase"] / sums["value"]) / (whole["increase"] / whole["value"])
+    sums = _paired(run).groupby(["layer_type", "bits", "when"], sort=False)
+    totals = sums[["increase", "value"]].sum()
+    ratio = totals["increase"] / totals["value"]
     return _sheet_fold(
         "Truth over metric, by layer type",
         ratio[np.isfinite(ratio)].unstack("when").reindex(columns=[*_WHEN]),
         f"Truth over metric by layer type: {run.title}",
-        "Sums over the layers of a type, relative to all layers at these bits: below 1, training "
-        "mends more than the metric says; below 0, the type lost nothing.",
+        "Sums over the layers of a type; both are mean squares of the noise prediction. Below 1, "
+        "training mends what the metric says is lost; below 0, the type lost nothing. A rank "
+        "correlation cannot show this.",
     )
 
 

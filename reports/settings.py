@@ -101,7 +101,9 @@ def _recipe(plan: Mapping[str, Any], uses: Mapping[Any, int]) -> dict[str, str]:
         table = {"method": FULL_PRECISION, **rule.get(slot, {})}
         name = str(table.pop("method"))
         always = {"weight": "bits", "branch": "rank"}.get(slot, "")
-        told = {"bits": f"{name}, {table.get('bits')} bits", "rank": f"rank {table.get('rank')}"}
+        width = table.pop("at_width", "none") if slot == "branch" else "none"
+        rank = f"rank {table.get('rank')}" + ("" if width == "none" else f" at width {width}")
+        told = {"bits": f"{name}, {table.get('bits')} bits", "rank": rank}
         first = told[always] if always in table else name
         rest = {key: value for key, value in table.items() if key not in (*told, "sha256")}
         texts = [f"{k} = {_plain(v)}" for k, v in rest.items() if uses[slot, name, k] > 1]
@@ -119,6 +121,7 @@ def _recipe(plan: Mapping[str, Any], uses: Mapping[Any, int]) -> dict[str, str]:
         "weights": ", ".join([of_blocks("weight"), *_weight_allocation(plan)]),
         "activations": of_blocks("activation"),
         "activation bits": _activation_bits(plan),
+        "centring": of_blocks("centring", "none"),
         "scaling": of_blocks("scaling", "none"),
         "rotation": of_blocks("rotation", "none"),
         "low-rank branch": of_blocks("branch", "rank 0"),
@@ -158,7 +161,11 @@ def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
         is_of_method = head.rpartition(".")[2] in (*SLOTS, "bits")
         if not is_of_method or last in ("method", "mean", "path"):
             return False
-        return len({_plain(settings[key]) for settings in flat if key in settings}) == 1
+        having = [settings for settings in flat if key in settings]
+        methods = {settings.get(f"{head}.method") for settings in having} - {None}
+        # An optional parameter can be left out of the same method.
+        is_optional = any(s.get(f"{head}.method") in methods for s in flat if key not in s)
+        return not is_optional and len({_plain(settings[key]) for settings in having}) == 1
 
     return [key for key in keys if not is_implied(key)]
 

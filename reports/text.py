@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from robuq_bench.statistics.metrics import stem as stem
+
 NOT_RUN = "not run"
 _TWO_DECIMALS = frozenset({"fid", "sfid", "is"})
-_THREE_DECIMALS = frozenset({"precision", "recall"})
+_THREE_DECIMALS = frozenset({"precision", "recall", "accuracy"})
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,6 @@ class Phrase:
 
     text: str
     href: str = ""
-
-
-def stem(metric: str) -> str:
-    """`fid_digits` -> `fid`: the metric without the name of its feature space."""
-    return metric.split("_", 1)[0]
 
 
 def number(metric: str, value: float) -> str:

@@ -15,15 +15,25 @@ from reports.exports import exports
 from reports.layer_bits import allocation_blocks
 from reports.loading import RunData
 from reports.plan_tables import cost_sheet, plans_sheet, timing_sheet
-from reports.protocols import HIGHER_IS_BETTER, KID_UNBIASED_SINCE, TEACHER, Group, Row, group_runs
+from reports.protocols import AT_FLOOR, KID_UNBIASED_SINCE, TEACHER, Group, Row, group_runs
 from reports.published import published_sheet, rivals_sheet
-from reports.samples import BUDGET_BYTES, sample_grids
+from reports.real_images import (
+    Real,
+    draws_sheet,
+    hints_of,
+    order_in,
+    over_real,
+    real_of,
+    spaces_of,
+)
+from reports.samples import BUDGET_BYTES, nearest_training_images, sample_grids
 from reports.settings import Family
 from reports.text import NOT_RUN, Phrase, listing, of_metric, plural, significant, spread, stem
 from reports.train_teacher import Curves, loss_blocks
 from robuq_bench.figure_cache import drawn_once
 from robuq_bench.figures import Picture, colour, log_axis, panel
 from robuq_bench.statistics.comparisons import MIN_SEEDS
+from robuq_bench.statistics.metrics import HIGHER_IS_BETTER
 
 ORDER = 0
 QUESTION = "How much of a Diffusion Transformer’s quality does each way of quantizing it keep?"
@@ -36,7 +46,7 @@ OPEN = (
 CITES = ("teacher-eval",)  # its numbers are the rows of the teacher
 EXPORTS = (
     *("metrics.csv", "summary.csv", "allocation.csv", "sensitivity.csv", "training.csv"),
-    *("accounting.csv", "summary.tex"),
+    *("accounting.csv", "real_images.csv", "summary.tex"),
 )
 MARKS = {
     Family.AMPN: ("rotated", "D", "◆ Hadamard, AMPN bits"),
@@ -152,17 +162,37 @@ def _some(labels: Sequence[str]) -> str:
 def _results(group: Group, budget: int) -> list[page.Block]:
     curves = [Curves(row.label, row.runs, MARKS[row.family][0]) for row in group.rows]
     losses = [name for name in group.metrics if name.endswith("_loss")]
-    metrics = [name for name in group.metrics if name not in losses]
-    means_of_losses = _summary(group, losses, "Losses", "Means over fixed validation batches.")
-    grids = sample_grids(group, budget)
+    metrics, further = spaces_of(group)
+    of = {
+        run.first("validation").get("validation_images") for row in group.rows for run in row.runs
+    }
+    images = "".join(f", of {name} images" for name in sorted(filter(None, of)))
+    batches = f"Means over fixed validation batches{images}."
+    means_of_losses = _summary(group, losses, "Losses", batches)
+    real = real_of(group)
+    grids = sample_grids(group, budget - budget // 8)
+    nearest = nearest_training_images(group, budget // 8)
+    near = "Samples of the teacher; below them the nearest training images by pixels and features."
     folds: dict[str, Sequence[page.Block | None]] = {
         "What each plan does": [plans_sheet(group) if group.rows else None],
-        "Every measured value": _values(group),
+        "Every measured value": [*_values(group), draws_sheet(group, real) if real else None],
+        "In a second feature space": [
+            block
+            for fid, names in further.items()
+            for block in (
+                _summary(group, names, f"In the space of {fid}", ""),
+                order_in(group, fid),
+            )
+        ],
+        "Nearest training images": [page.Prose([Phrase(near)]), page.Images(nearest)]
+        * bool(nearest),
         "Losses": [*loss_blocks(curves, group.teacher.anchor), means_of_losses if losses else None],
         "Bits and sensitivity of each layer": allocation_blocks(group),
         "Cost of each plan": [cost_sheet(group) if group.rows else None],
     }
-    blocks = [*_fid_figure(group), _summary(group, metrics, "Plans and metrics", _protocol(group))]
+    table = _summary(group, metrics, "Plans and metrics", _protocol(group), real)
+    blocks = [*_fid_figure(group, real), table]
+    blocks += [page.Prose(said)] if real and (said := real.about(group)) else []
     if grids:
         same = "Samples: the same image seeds and labels in every grid; the model differs."
         blocks += [page.Prose([Phrase(same)]), page.Images(grids)]
@@ -172,18 +202,21 @@ def _results(group: Group, budget: int) -> list[page.Block]:
     return blocks
 
 
-def _fid_figure(group: Group) -> list[page.Block]:
+def _fid_figure(group: Group, real: Real | None) -> list[page.Block]:
     metric = group.fid
     rows = [row for row in group.rows if group.found(row, metric)]
     if metric is None or not rows:
         return []
     pieces = [rows[i : i + _ROWS_OF_A_PANEL] for i in range(0, len(rows), _ROWS_OF_A_PANEL)]
     found = group.values[group.values["metric"] == metric]
-    pictures = [_fid_panel(group, piece, found, i) for i, piece in enumerate(pieces)]
+    floor = tuple(real.values(metric)) if real else ()
+    pictures = [_fid_panel(group, piece, found, i, floor) for i, piece in enumerate(pieces)]
     families = {row.family for row in rows}
     key = [(hue, words) for kind, (hue, _, words) in MARKS.items() if kind in families]
     if group.found(group.teacher, metric):
         key.append(("reference", "┃ teacher, its range shaded"))
+    if real and floor:
+        key.append(("neutral", f"┊ real images, their range shaded: {real.sides}"))
     caption = (
         f"{metric} by plan on {group.title}: the mark is the mean, dots are single values "
         "(training seed × seed range), the bar spans them."
@@ -191,18 +224,28 @@ def _fid_figure(group: Group) -> list[page.Block]:
     return [page.Figures(pictures, caption, key)]
 
 
-def _fid_panel(group: Group, rows: Sequence[Row], found: pd.DataFrame, place: int) -> Picture:
+def _fid_panel(
+    group: Group, rows: Sequence[Row], found: pd.DataFrame, place: int, floor: tuple[float, ...]
+) -> Picture:
     metric, kinds = str(group.fid), {row.label: row.family for row in rows}
     alt = f"{metric} by plan: " + "; ".join(f"{r.label} {group.text(r, metric)}" for r in rows)
     values = found[["plan", "value"]].reset_index(drop=True)
-    return _points(f"fid-{group.teacher.anchor}-{place}", alt, metric, values, kinds)
+    return _points(f"fid-{group.teacher.anchor}-{place}", alt, metric, values, kinds, floor)
 
 
 @drawn_once
 def _points(
-    name: str, alt: str, metric: str, found: pd.DataFrame, kinds: Mapping[str, Family]
+    name: str,
+    alt: str,
+    metric: str,
+    found: pd.DataFrame,
+    kinds: Mapping[str, Family],
+    floor: tuple[float, ...],
 ) -> Picture:
-    """Values of all plans and of the teacher (for limits), drawn for the plans in `kinds`."""
+    """Values of all plans and of the teacher (for limits), drawn for the plans in `kinds`.
+
+    `floor` are those of real images.
+    """
     labels = {label: textwrap.fill(label, 20) for label in kinds}
     shown = found[found["plan"].isin(labels)]
     data = shown.assign(label=shown["plan"].map(labels), kind=shown["plan"].map(kinds))
@@ -220,12 +263,16 @@ def _points(
             **look, ax=axes, linestyle="none", errorbar=("pi", 100), markersize=5.5,
             markers=[MARKS[kind][1] for kind in used], err_kws={"linewidth": 1.2},
         )  # fmt: skip
-        values = found["value"]
+        values = pd.concat([found["value"], pd.Series(floor, dtype=float)])
         teacher = found.loc[found["plan"] == TEACHER, "value"]
         if len(teacher):
             neutral = colour("reference")
             axes.axvspan(teacher.min(), teacher.max(), color=neutral, alpha=0.2, linewidth=0)
             axes.axvline(teacher.mean(), color=neutral, linewidth=1.2)
+        if floor:
+            grey = colour("neutral")
+            axes.axvspan(min(floor), max(floor), color=grey, alpha=0.2, linewidth=0)
+            axes.axvline(sum(floor) / len(floor), color=grey, linewidth=1.2, linestyle=":")
         if 0 < values.min() < values.max() / 5:
             axes.set(xlim=(values.min() / 1.15, values.max() * 1.15))
             log_axis(axes, "x")
@@ -233,7 +280,9 @@ def _points(
     return drawn.picture
 
 
-def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> page.Sheet:
+def _summary(
+    group: Group, metrics: Sequence[str], what: str, note: str, real: Real | None = None
+) -> page.Sheet:
     """Plans × metrics: mean and [min–max] over training seeds and seed ranges."""
     rows = group.all_rows
     means = group.summary["mean"].unstack("metric").reindex([row.label for row in rows])
@@ -244,6 +293,12 @@ def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> page
         place = list(frame).index(group.fid) + 1
         frame.insert(place, "÷ teacher", frame[group.fid] / teacher.mean)
         formats["÷ teacher"] = significant
+    ratios = [over_real(group, real, row) for row in rows] if real else []
+    if any(ratios):
+        frame.insert(list(frame).index(str(group.fid)) + 1, "÷ real", ratios)
+        formats["÷ real"] = significant
+    better = {m: f"{'↑' if stem(m) in HIGHER_IS_BETTER else '↓'} is better" for m in metrics}
+    better |= {name: hint for name, hint in hints_of(group, metrics).items() if hint}
     frame.insert(0, "plan", [row.name for row in rows])
     for metric in metrics:
         frame[f"{metric} range"] = [_range(group, row, metric) for row in rows]
@@ -254,7 +309,7 @@ def _summary(group: Group, metrics: Sequence[str], what: str, note: str) -> page
         f"{what} on {group.title}",
         note,
         formats=formats,
-        hints={m: f"{'↑' if stem(m) in HIGHER_IS_BETTER else '↓'} is better" for m in metrics},
+        hints=better,
         links=dict.fromkeys(formats, "href"),
         small={"plan": "about", **{name: f"{name} range" for name in metrics}},
     )
@@ -287,7 +342,7 @@ def _about(row: Row, is_teacher: bool) -> str:
     seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
     if len(row.seeds) > MIN_SEEDS:
         seeds = f"{len(row.seeds)} seeds"
-    steps = f"{row.qat_steps:,} QAT steps" if row.qat_steps else ""
+    steps = f"{row.qat_steps:,} QAT steps{row.warmup_text}" if row.qat_steps else ""
     return "; ".join(filter(None, [steps, seeds, row.notes]))
 
 
@@ -326,6 +381,6 @@ def _values(group: Group) -> list[page.Block]:
 
 def _summary_tex(group: Group) -> page.Sheet:
     frame = pd.DataFrame({"plan": [row.label for row in group.all_rows]})
-    for metric in group.metrics:
+    for metric in [name for name in group.metrics if not name.endswith(AT_FLOOR)]:
         frame[metric] = [group.text(row, metric) for row in group.all_rows]
     return page.Sheet(frame, f"{group.title}: mean [min–max]", f"{group.protocol}.")

@@ -245,6 +245,10 @@ class CheckpointStore:
         self._prune({self.path(known).name for known in kept})
         return path
 
+    def clear(self) -> None:
+        """Delete every checkpoint; RobuqError if one cannot be."""
+        self._prune(set())
+
     def _prune(self, kept: set[str]) -> None:
         for path in sorted(self.folder.glob("step-*.safetensors*")):
             if path.name.removesuffix(".sha256") not in kept:

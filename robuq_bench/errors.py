@@ -12,6 +12,10 @@ class RobuqError(Exception):
     exit_code = 1
 
 
+class DivergedError(RobuqError):
+    """A loss or a gradient stopped being finite; the message names the step."""
+
+
 class UsageError(RobuqError):
     """The request cannot be carried out as written (exit 2)."""
 

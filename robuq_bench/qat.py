@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robuq_bench.checkpointing import load_tensors, save_tensors
-from robuq_bench.config import Config
+from robuq_bench.config import Config, training_recipe
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData
 from robuq_bench.diffusion import Diffusion
@@ -122,8 +122,23 @@ def prepare_training(
     weight_bits_by_layer: Mapping[str, int] | None = None,
 ) -> tuple[Trainer, BatchSource, LossFunction]:
     """Convert a copy of the teacher (`trainer.model`) and set up its training at step 0."""
-    plan, recipe = config.plan, config.workload.training
     student = convert_teacher(config, context, teacher, data, states, weight_bits_by_layer)
+    return training_of(student, config, context, teacher, data)
+
+
+def training_of(
+    student: nn.Module,
+    config: Config,
+    context: Context,
+    teacher: nn.Module,
+    data: ImageData,
+    stream: str = "qat",
+) -> tuple[Trainer, BatchSource, LossFunction]:
+    """Set up the training of a student as it is, at step 0: its averages begin at its weights.
+
+    Batches are a function of (stream, seed, step), so all plans of a seed see the same ones.
+    """
+    plan, recipe = config.plan, training_recipe(config)
     diffusion = Diffusion.from_config(config.workload.diffusion)
     source = BatchSource(
         data.model_inputs(torch.arange(len(data))),
@@ -132,7 +147,7 @@ def prepare_training(
         student,
         batch_size=recipe.batch_size,
         seed=config.seed,
-        stream="qat",
+        stream=stream,
         device=context.device,
     )
     loss_function = qat_loss(

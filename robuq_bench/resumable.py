@@ -14,6 +14,7 @@ from robuq_bench.quantization.fast_paths import is_compiled
 from robuq_bench.quantization.linear import QuantizedLinear
 from robuq_bench.runs.interrupts import at_step_boundary
 from robuq_bench.runs.run import Run
+from robuq_bench.stopwatch import Stopwatch
 from robuq_bench.training import BatchSource, LossFunction, Trainer
 
 
@@ -29,6 +30,7 @@ def resume(trainer: Trainer, store: CheckpointStore, at_most: int | None = None)
         _check_kernels(trainer, metadata.get("kernels", "torch"), str(store.path(step)))
         trainer.load_state(step, tensors, str(store.path(step)))
         trainer.window = json.loads(metadata.get("window", "[]"))
+        trainer.unlogged_cost = json.loads(metadata.get("cost", "{}"))
 
 
 def kernels_of(model: nn.Module) -> str:
@@ -66,10 +68,14 @@ def train_with_checkpoints(
     *,
     phase: str,
     label: str = "QAT",
+    begins_at: int = 0,
 ) -> None:
     """Train to step `until`, logging window means and saving atomically every N steps.
 
-    Progress is of "`label` `phase`", records are of `phase`.
+    Progress is of "`label` `phase`"; records are of `phase`, and count steps from `begins_at`,
+    which lies below 0 for what comes before the training proper. They hold the seconds and CPU
+    seconds since the record before, of sessions before this one too; what a kill throws away is
+    not counted.
 
     The logging window restarts at each checkpoint, so a resumed run logs the same numbers. When the
     process is asked to end, the step under way is finished and saved, with its window.
@@ -82,16 +88,18 @@ def train_with_checkpoints(
         at_step_boundary() as asked_to_end,
         context.progress.task(f"{label} {phase}", until, trainer.step) as task,
     ):
+        watch = Stopwatch(**trainer.unlogged_cost)
         for values in trainer.train(source, loss_function, until):
             step, window = trainer.step, trainer.window
             window.append(values)
             task.update(f"loss {values['loss']:.4f}")
             task.reach(step)
             if step % recipe.log_every_steps == 0 or step == until:
-                key = f"train/{step:08d}"
+                counted, cost = begins_at + step, watch.lap()
+                key = f"train/{counted:08d}"
                 if not run.has(key):
                     means = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
-                    run.append(key, kind="train", step=step, phase=phase, **means)
+                    run.append(key, kind="train", step=counted, phase=phase, **means, **cost)
                 window.clear()
             is_regular = step % recipe.checkpoint_every_steps == 0 or step == until
             if is_regular:
@@ -102,6 +110,7 @@ def train_with_checkpoints(
                     "run": run.id,
                     "phase": phase,
                     "window": json.dumps(window),
+                    "cost": json.dumps(watch.pause()),
                     "kernels": kernels,
                 }
                 store.save(step, trainer.state(), facts)

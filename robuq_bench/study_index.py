@@ -10,10 +10,13 @@ dashes for underscores. A file outside works too, by its path or as `module.path
 and may have
 
     RULE: str               how its verdicts follow from its numbers
+    LEGEND: str             what the columns of its headline table mean; printed below it
     class Settings(Section) also in `settings.py` of a folder, where it is read without torch
     check(config) -> None   refuses what cannot be done, before a run folder is opened
+    outlook(config) -> str  how much there is to do, in a line of `--dry-run`
     USES_TEACHER, USES_DATA, USES_PLAN, USES_TRAINING = False
                             what of the config must not decide which run it is
+    USES_OVERRIDES = False  workload and plan are those of a run it is given; none can be set
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ RESERVED = frozenset(
      "training", "workload")
 )
 # fmt: on
-FLAGS = ("USES_TEACHER", "USES_DATA", "USES_PLAN", "USES_TRAINING")
+FLAGS = ("USES_TEACHER", "USES_DATA", "USES_PLAN", "USES_TRAINING", "USES_OVERRIDES")
 
 _outside: dict[str, StudyInfo] = {}
 
@@ -54,13 +57,16 @@ class StudyInfo:
     path: Path
     version: str
     summary: str
+    legend: str = ""
     settings: str | None = None
     has_check: bool = False
+    has_outlook: bool = False
     is_packaged: bool = True
     uses_teacher: bool = True
     uses_data: bool = True
     uses_plan: bool = True
     uses_training: bool = True
+    uses_overrides: bool = True
 
 
 def studies_folder() -> Path:
@@ -163,7 +169,8 @@ def read_study(path: Path, module: str, *, is_packaged: bool = True) -> StudyInf
     body = _body(path)
     assigned = _assigned(body)
     constants = {k: v.value for k, v in assigned.items() if isinstance(v, ast.Constant)}
-    version, summary = constants.get("VERSION"), constants.get("SUMMARY")
+    version = constants.get("VERSION")
+    summary, legend = constants.get("SUMMARY"), constants.get("LEGEND")
     flags: dict[str, bool] = {}
     for name in FLAGS:
         flag = constants.get(name) if name in assigned else True
@@ -192,13 +199,16 @@ def read_study(path: Path, module: str, *, is_packaged: bool = True) -> StudyInf
         path=path,
         version=version,
         summary=summary if isinstance(summary, str) else "",
+        legend=legend if isinstance(legend, str) else "",
         settings=settings,
         has_check="check" in functions,
+        has_outlook="outlook" in functions,
         is_packaged=is_packaged,
         uses_teacher=flags["USES_TEACHER"],
         uses_data=flags["USES_DATA"],
         uses_plan=flags["USES_PLAN"],
         uses_training=flags["USES_TRAINING"],
+        uses_overrides=flags["USES_OVERRIDES"],
     )
 
 

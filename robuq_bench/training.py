@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robuq_bench import seeds
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.errors import CheckpointError, RobuqError
+from robuq_bench.errors import CheckpointError, DivergedError
 from robuq_bench.quantization.linear import OLD_NAMES
 
 logger = logging.getLogger(__name__)
@@ -203,6 +203,7 @@ class Trainer:
         self.model, self.recipe, self.device = model, recipe, torch.device(device)
         self.step = 0
         self.window: list[dict[str, float]] = []  # losses since the last logged line or checkpoint
+        self.unlogged_cost: dict[str, float] = {}  # of earlier sessions since their last line
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
@@ -239,7 +240,7 @@ class Trainer:
     ) -> Iterator[dict[str, float]]:
         """Run steps `self.step .. until - 1`, yielding each step's losses and gradient norm.
 
-        Raises RobuqError naming the step when the loss stops being finite.
+        Raises DivergedError naming the step when the loss stops being finite.
         """
         self.model.train()
         while self.step < until:
@@ -254,7 +255,7 @@ class Trainer:
             )
             values = {name: float(value.detach()) for name, value in losses.items()}
             if not math.isfinite(values["loss"]) or not math.isfinite(float(norm)):
-                raise RobuqError(
+                raise DivergedError(
                     f"training diverged at step {self.step}: loss {values['loss']}, gradient norm "
                     f"{float(norm)}; lower training.learning_rate or raise training.warmup_steps"
                 )

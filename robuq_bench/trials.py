@@ -16,7 +16,7 @@ from torch import nn
 
 from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
-from robuq_bench.data.datasets import ImageData, load_dataset, to_uint8
+from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout, to_uint8
 from robuq_bench.errors import ConfigError, RobuqError, UsageError
 from robuq_bench.judging.evaluation import load_reference, record_inputs, validation_losses
 from robuq_bench.judging.feature_networks import FeatureNetwork, load_feature_network
@@ -29,6 +29,7 @@ from robuq_bench.quantization.bits import check_bits
 from robuq_bench.quantization.convert import set_activation_bits
 from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.runs.run_files import run_folders
+from robuq_bench.stopwatch import Stopwatch
 
 _LOG = logging.getLogger(__name__)
 #: What can be worse in a trained network; every one is "lower is better".
@@ -38,7 +39,8 @@ TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
 class Judge(NamedTuple):
     """What every trial is judged with; `workload` has the short sampling protocol.
 
-    `teacher_values` [samples, C, H, W]: what the teacher draws from the same noise.
+    `teacher_values` [samples, C, H, W]: what the teacher draws from the same noise; `heldout`:
+    images for the validation losses, the training images where None.
     """
 
     teacher: nn.Module
@@ -47,6 +49,7 @@ class Judge(NamedTuple):
     reference: Features | Reference
     workload: Workload
     teacher_values: torch.Tensor
+    heldout: ImageData | None = None
 
 
 def check_choices(config: Config, choices: Sequence[int], setting: str) -> None:
@@ -100,26 +103,31 @@ def make_judge(
     network = load_feature_network(workload.evaluation, device=context.device)
     teacher, digest = load_teacher(workload, context.device)
     run.add_input_digest("teacher", digest)
-    record_inputs(run, workload, data, network)
+    heldout = load_heldout(workload.data, name=workload.name)
+    record_inputs(run, workload, data, network, heldout=heldout)
     evaluation = workload.evaluation.model_copy(update={"sampling_steps": sampling_steps})
     short = workload.model_copy(update={"evaluation": evaluation})
     values = torch.empty(0)
     if samples:
         values = sample_values(teacher, short, seeds=range(samples), device=context.device)
     reference = load_reference(workload, data, network)
-    return Judge(teacher, data, network, reference, short, values)
+    return Judge(teacher, data, network, reference, short, values, heldout)
 
 
 def train_trial(
     config: Config,
     context: Context,
     judge: Judge,
-    bits_by_layer: Mapping[str, int],
+    bits_by_layer: Mapping[str, int | None],
     *,
     seed: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Train `steps` steps with the named layers at these bits (others as the plan says); judge."""
+    """Train `steps` steps with the named layers at these bits (others as the plan says); judge.
+
+    Bits of None are unquantized activations. Its record has `seconds` and `cpu_seconds`.
+    """
+    watch = Stopwatch()
     recipe = config.workload.training.model_copy(update={"steps": steps})
     workload = config.workload.model_copy(update={"training": recipe})
     own = config.model_copy(update={"seed": seed, "workload": workload})
@@ -129,14 +137,14 @@ def train_trial(
     for _ in trainer.train(source, loss_function, steps):
         pass
     trainer.copy_ema_to(student)
-    return judge_student(student, judge, context)
+    return judge_student(student, judge, context) | watch.lap()
 
 
 def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[str, Any]:
     """Validation losses; with samples also their MSE to the teacher's, and FID."""
     student.eval()
     result: dict[str, Any] = validation_losses(
-        student, judge.teacher, judge.data, judge.workload, context.device
+        student, judge.teacher, judge.data, judge.workload, context.device, judge.heldout
     )
     count = len(judge.teacher_values)
     if count:

@@ -24,16 +24,24 @@ from robuq_bench.study_index import find_study
 ROOT = Path(cli.__file__).resolve().parents[2]
 COMMON = ["--device", "--dry-run", "--force", "--json", "--on", "--output", "--quiet", "--seed",
           "--set", "--threads", "--workload", "-o"]  # fmt: skip
+CHOSEN = ["--file", "--on", "--only", "--workload"]  # of claims
 # A flag is a promise: changing this table needs a line in the changelog.
 FLAGS = {
     "": ["--version"],
     "account": ["--json", "--on", "--plan", "--set", "--workload"],
+    "claims export": sorted([*CHOSEN, "--json", "--output", "-o"]),
+    "claims judge": sorted([*CHOSEN, "--csv", "--json", "--output", "-o"]),
+    "claims list": sorted([*CHOSEN, "--json", "--output", "-o"]),
+    "claims run": sorted(
+        {*COMMON, *CHOSEN, "--budget", "--seeds", "--shard"} - {"--force", "--seed", "--set"}
+    ),
+    "claims tune": sorted({*COMMON, *CHOSEN, "--shard"} - {"--force", "--seed", "--set"}),
     "env": ["--json"],
     "export": sorted({*COMMON, "--random-weights", "--runs", "--storage"}),
     "methods": ["--json"],
     "packed": ["--json"],
     "plans": ["--json", "--layers", "--on", "--workload"],
-    "report": ["--dry-run", "--html", "--json", "--output", "--quiet", "-o"],
+    "report": ["--claims", "--dry-run", "--html", "--json", "--output", "--quiet", "-o"],
     "runs list": ["--json", "--output", "-o"],
     "runs show": ["--json", "--output", "-o"],
     "runs verify": ["--json", "--output", "-o"],

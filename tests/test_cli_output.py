@@ -46,12 +46,16 @@ def test_plans_and_workloads_can_be_shown_and_used_as_files(bench: Any, tmp_path
     assert rows["a2"]["activation bits"] == "mean 2"
     assert rows["a8"]["activation bits"] == "8"
     assert rows["fp"]["activation bits"] == rows["fp"]["weight bits"] == "full"
-    assert [rows[name]["rank"] for name in ("a2", "bitnetv2-a3", "fp")] == [8, 0, 0]
+    assert [rows[name]["rank on digits"] for name in ("a2", "bitnetv2-a3", "fp")] == [2, 0, 0]
+    rows = bench("plans", "--on", "imagenet256", "--json").document["plans"]
+    assert {row["plan"]: row["rank on imagenet256"] for row in rows}["a2"] == 16
 
 
 def test_account_gives_the_published_size_of_dit_xl_2(bench: Any) -> None:
     flags = ["account", "--on", "imagenet256", "--plan", "a2"]
-    other = bench(*flags)
+    assert "the published figures are read at" not in bench(*flags).out
+    ranks = [f"layers.{rule}.branch.rank=8" for rule in ("adaln", "block")]
+    other = bench(*flags, "--set", ranks[0], "--set", ranks[1])
     assert other.code == 0
     assert "branches of this plan have rank 8; the published figures are read at 16" in other.out
     advice = other.out.splitlines()[-1].partition("at that rank: ")[2].split()

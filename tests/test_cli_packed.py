@@ -33,9 +33,11 @@ def test_a_plan_is_exported_and_sampled_on_every_backend(bench: Bench, tiny_work
         chosen = () if backend is None else ("--backend", backend)
         code, _, err = bench(
             "sample", *on, "--packed", "m.safetensors", *chosen,
-            "--num", "4", "--png", f"{backend}.png", "--quiet",
+            "--num", "4", "--png", f"{backend}.png",
         )  # fmt: skip
         assert code == 0, err
+        assert "m.safetensors: plan a4 of " in err
+        assert f"MB; backend {backend or 'cpu'}" in err
         assert Path(f"{backend}.png").read_bytes().startswith(b"\x89PNG")
     assert Path("None.png").read_bytes() == Path("cpu.png").read_bytes()
 

@@ -50,7 +50,8 @@ def test_plans_show_prints_the_resolved_rules(bench: Any) -> None:
     plan = tomllib.loads(outcome.out)
     assert [rule["name"] for rule in plan["layers"]] == ["adaln", "block"]
     # what the plan's file does not say: a2 extends a4
-    assert plan["layers"][1]["branch"]["rank"] == 8
+    assert plan["layers"][1]["branch"]["rank"] == 16
+    assert plan["layers"][1]["branch"]["at_width"] == 1152
     assert plan["bits"]["solver"] == "exact"
     assert (
         bench("plans", "show", "a2", "--json").document == bench("plans", "a2", "--json").document
@@ -75,6 +76,8 @@ def test_layers_are_those_of_the_converted_model(bench: Any, name: str) -> None:
         else:
             assert rows[layer_name]["activation_bits"] == layer.activation_bits
             assert rows[layer_name]["choices"] is None
+        rank = 0 if layer.branch is None else layer.branch.up.shape[1]
+        assert rows[layer_name]["branch_rank"] == rank == (2 if name == "a2" else 0)
     assert len(rows) == 24
     assert rows["final_layer.linear"]["kept"] == "is outside the blocks (blocks)"
 

@@ -23,7 +23,7 @@ PLANS = [
     "a2", "a2-uniform", "a3", "a3-uniform", "a4", "a8", "baseline-a2", "baseline-a3",
     "baseline-a4", "bitnetv2-a3", "bitnetv2-a4", "fp", "quarot-w4a4", "rtn-w4a4",
 ]  # fmt: skip
-WORKLOADS = ["digits", "imagenet256", "mnist32"]
+WORKLOADS = ["digits", "digits-outliers", "fashion28", "imagenet256", "mnist32"]
 
 
 def make(overrides: list[str] | None = None, **kwargs: Any) -> Config:
@@ -63,7 +63,7 @@ def test_every_packaged_workload_loads(name: str) -> None:
     assert "# expected:" in (PACKAGE / "workloads" / f"{name}.toml").read_text()
 
 
-SVD = {"method": "svd", "sha256": "", "rank": 8}
+SVD = {"method": "svd", "sha256": "", "rank": 16, "at_width": 1152}
 TWN = {"method": "ternary-twn", "sha256": ""}
 ABSMEAN = {"method": "ternary-absmean", "sha256": ""}
 RANDOMIZED = {"method": "randomized-hadamard", "sha256": ""}

@@ -41,6 +41,7 @@ from robuq_bench.study_index import list_studies
 
 ROOT = PACKAGE.parent
 WITH_SETTINGS = [study.name for study in list_studies() if study.settings]
+WITH_PLANS = [study.name for study in list_studies() if study.settings and study.uses_plan]
 
 
 # frozen, and addressed by content
@@ -147,7 +148,7 @@ def _replace_by(section: Any, path: Place, new: Any) -> Any:
     return section.model_copy(update={key: _replace_by(getattr(section, key), path[1:], new)})
 
 
-@pytest.mark.parametrize("study", ["toy", *WITH_SETTINGS])
+@pytest.mark.parametrize("study", ["toy", *WITH_PLANS])
 def test_every_field_decides_the_hash_but_what_decides_no_result(study: str) -> None:
     # A method that is fitted to calibration inputs, so that [calibration] is read.
     overrides = ["teacher.checkpoint=''", "layers.block.weight=gptq"]
@@ -158,6 +159,17 @@ def test_every_field_decides_the_hash_but_what_decides_no_result(study: str) -> 
     assert len(paths) > 90
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the changed values need not be valid
+        hashes = {config_hash(_replace(config, path)) for path in paths}
+    assert len(hashes | {config_hash(config)}) == len(paths) + 1
+
+
+@pytest.mark.parametrize("study", sorted({*WITH_SETTINGS} - {*WITH_PLANS}))
+def test_every_setting_of_a_study_without_a_plan_decides_the_hash(study: str) -> None:
+    config = make(study=study)
+    paths = [path for path in _leaves(config.model_dump()) if path[0] == study]
+    assert len(paths) == len(type(config.settings).model_fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         hashes = {config_hash(_replace(config, path)) for path in paths}
     assert len(hashes | {config_hash(config)}) == len(paths) + 1
 

@@ -25,6 +25,7 @@ from robuq_bench.config import (
     quoted,
     resolve,
     sensitivity_steps,
+    training_recipe,
     training_steps,
 )
 from robuq_bench.config.files import keys_of, validate
@@ -196,8 +197,8 @@ def test_arrays_of_tables_are_read_back_as_written(rules: Rules) -> None:
 # the training budget
 
 
-@pytest.mark.parametrize("steps", [1, 99, 100])
-def test_a_training_that_ends_before_the_bits_are_allocated_is_refused(steps: int) -> None:
+@pytest.mark.parametrize("steps", [1, 99])
+def test_a_warm_up_longer_than_the_training_is_refused(steps: int) -> None:
     with pytest.raises(ConfigError) as caught:
         make(f"training.steps={steps}")
     message = str(caught.value)
@@ -212,9 +213,9 @@ def test_the_steps_of_a_plan_come_first_and_are_named() -> None:
     assert sensitivity_steps(make()) == 100
     assert sensitivity_steps(make("bits.steps=7")) == 7
     assert sensitivity_steps(make("bits.steps=0")) == 0
-    with pytest.raises(ConfigError, match=r"after bits\.steps = 500 steps"):
-        make("bits.steps=500")
-    assert sensitivity_steps(make("training.steps=101")) == 100
+    with pytest.raises(ConfigError, match=r"after bits\.steps = 501 steps"):
+        make("bits.steps=501")
+    assert sensitivity_steps(make("training.steps=100")) == 100  # on top of these
 
 
 def test_plans_and_studies_without_a_warm_up_have_any_budget() -> None:
@@ -232,8 +233,21 @@ def test_the_training_steps_of_a_plan_go_before_those_of_the_workload() -> None:
     assert training_steps(make("train.steps=333", "training.steps=0")) == 333
     with pytest.raises(ConfigError, match=r"^train\.steps is 70, .*\.sensitivity_steps = 100"):
         make("train.steps=70")
-    with pytest.raises(ConfigError, match=r"^train\.steps is 70, but bits .* bits\.steps = 70 "):
-        make("train.steps=70", "bits.steps=70")
+    with pytest.raises(ConfigError, match=r"^train\.steps is 70, but bits .* bits\.steps = 71 "):
+        make("train.steps=70", "bits.steps=71")
+
+
+def test_a_plan_may_have_a_learning_rate_that_set_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "slow.toml"
+    path.write_text('extends = "a4"\n[train]\nlearning_rate = 1e-4\n')
+    own = training_recipe(make(plan=str(path)))
+    assert own == make().workload.training.model_copy(update={"learning_rate": 1e-4})
+    for key in ("training", "workload.training", "train", "plan.train"):
+        config = make(f"{key}.learning_rate=3e-4", plan=str(path))
+        assert training_recipe(config).learning_rate == 3e-4
+        assert training_recipe(make(f"{key}.learning_rate=3e-4")).learning_rate == 3e-4
+    with pytest.raises(ConfigError, match="two learning rates of one training"):
+        make("training.learning_rate=3e-4", "train.learning_rate=1e-4", plan=str(path))
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,9 @@ def test_short_and_full_keys_mean_the_same() -> None:
                  "workload.teacher.training.steps=9"])  # fmt: skip
     assert short == full
     assert short.workload.training.steps == 7
-    assert slot(short, "block", "branch") == {"method": "svd", "sha256": "", "rank": 3}
-    assert slot(short, "adaln", "branch") == {"method": "svd", "sha256": "", "rank": 8}
+    branch = {"method": "svd", "sha256": ""}
+    assert slot(short, "block", "branch") == {**branch, "rank": 3, "at_width": None}
+    assert slot(short, "adaln", "branch") == {**branch, "rank": 16, "at_width": 1152}
     assert short.workload.teacher.training.steps == 9
 
 

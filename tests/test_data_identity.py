@@ -228,6 +228,8 @@ def tensor_file(path: Path, content: int) -> Path:
         ("toy", "bits.path", "bits.sha256"),
         ("toy", "evaluation.features", "evaluation.features_sha256"),
         ("toy", "evaluation.reference", "evaluation.reference_sha256"),
+        ("toy", "evaluation.second_features", "evaluation.second_features_sha256"),
+        ("toy", "evaluation.second_reference", "evaluation.second_reference_sha256"),
         ("toy", "evaluation.vae", "evaluation.vae_sha256"),
         ("normality", "normality.captured", "normality.captured_sha256"),
         ("normality", "normality.student", "normality.student_sha256"),
@@ -241,6 +243,7 @@ def test_a_digest_that_is_said_to_be_none_is_found_out(
     extra = {
         "data.path": ["data.source=latents"],
         "bits.path": ["bits.mean=none"],
+        "evaluation.second_reference": ["evaluation.second_features=inception"],
     }.get(key, [])
     file = tensor_file(tmp_path / "a.safetensors", 0)
     path = tmp_path if key in ("data.path", "normality.captured") else file

@@ -14,10 +14,11 @@ from kernels import cpu_library
 from robuq_bench.cli import app as cli
 from robuq_bench.config import Config, load_plan, load_workload, resolve
 from robuq_bench.context import Context
-from robuq_bench.errors import CheckError, ConfigError, MissingResourceError
+from robuq_bench.errors import CheckError, ConfigError, MissingResourceError, UsageError
 from robuq_bench.measuring.cpu import available_instructions
 from robuq_bench.measuring.memory import weight_bytes
 from robuq_bench.progress import Progress
+from robuq_bench.runs.provenance import cpu_label
 from robuq_bench.runs.run import Run
 from studies.efficiency import cpu, cpu_variants
 from studies.efficiency import study as efficiency
@@ -163,6 +164,8 @@ def test_the_command_names_the_machine_and_prints_factors(
     said = capsys.readouterr()
     assert "w1.58a8" in said.out
     assert "own" in said.out
+    assert "factor: how many times smaller or faster" in said.out
+    assert "of DiT-XL/2 (width 1152, depth 28)" in said.err
     (folder,) = (tmp_path / "efficiency").glob("*/")
     config = (folder / "config.toml").read_text()
     assert f"{os.cpu_count()} cores" in config
@@ -189,6 +192,9 @@ def test_settings_are_checked(tiny_workload: Path) -> None:
         configure(tiny_workload, 'efficiency.cpu.instructions=["sse2"]')
     with pytest.raises(ConfigError, match=r"cpu\.threads must ascend"):
         configure(tiny_workload, "efficiency.cpu.threads=[2,1]")
+    named = f'efficiency.hardware="{cpu_label()}"'
+    with pytest.raises(UsageError, match=r"efficiency\.cpu\.threads asks for 4096 threads"):
+        efficiency.check(configure(tiny_workload, "efficiency.cpu.threads=[4096]", named))
 
 
 def test_models_are_those_of_the_paper_and_the_plan_is_the_evaluated_one(

@@ -28,17 +28,18 @@ from robuq_bench.judging.feature_networks import (
     load_classifier,
     load_feature_network,
 )
+from robuq_bench.judging.feature_recipe import FeatureRecipe
 from robuq_bench.judging.features import (
     ARCHITECTURE,
     ASSET,
     load_features,
     save_features,
-    train_digits_features,
+    train_feature_network,
 )
 from robuq_bench.judging.fidelity import compute_metrics
 from robuq_bench.progress import Progress
 from robuq_bench.runs.study import run_study
-from studies import train_features
+from studies.train_features import study as train_features
 
 
 def evaluation_section(**fields: object) -> EvaluationConfig:
@@ -167,8 +168,8 @@ def test_features_can_be_trained_for_any_images(
         f"data.{key}={value}" for key, value in (("image_size", size), ("channels", channels))
     ]
     fields += [f"model.input_size={size}", f"model.in_channels={channels}"]
+    fields += ["train-features.images_seen=100"]
     config = resolve("train-features", train_features.VERSION, "fp", "digits", 0, fields)
-    monkeypatch.setattr("robuq_bench.judging.features.IMAGES_SEEN", 100)
     monkeypatch.setattr(train_features, "load_dataset", lambda *_, **__: data)
     context = Context.create(device="cpu", progress=Progress(quiet=True))
     result = run_study(config, tmp_path, context)
@@ -191,14 +192,14 @@ def test_features_can_be_trained_for_any_images(
 
 def test_a_network_for_colour_sees_colour() -> None:
     data = pictures(3, 8)
-    network = train_digits_features(data, epochs=1).network.eval()
+    network = train_feature_network(data, FeatureRecipe(epochs=1)).network.eval()
     swapped = data.images.flip(1)  # the same mean over the channels
     assert not torch.allclose(network(data.images)[0], network(swapped)[0])
     grey = data.images[:, :1]
     same = network(grey)[0], network(grey.expand(-1, 3, -1, -1))[0]
     assert torch.equal(*same)
     with pytest.raises(UsageError, match="1 or 3 channels, not 2"):
-        train_digits_features(pictures(2, 8))
+        train_feature_network(pictures(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -212,12 +213,18 @@ def test_a_network_for_colour_sees_colour() -> None:
         ({"num_classes": "0"}, "size of 0"),
         ({"channels": "2"}, "1 or 3 channels"),
         ({"image_size": "x"}, "'x'"),
+        ({"widths": "32,32,64,64,65"}, "weights"),
+        ({"widths": "32,32,6"}, "third at least 7"),
+        ({"widths": "32,32,9999999"}, "size of 9999999"),
+        ({"widths": "32,32,64,64,60000"}, "1 to 1024"),
+        ({"halvings": "4,2"}, "ascend"),
+        ({"halvings": "2,5"}, "ascend"),
     ],
 )
 def test_feature_files_that_say_nonsense_are_named(
     tmp_path: Path, change: dict[str, str | None], message: str
 ) -> None:
-    trained = train_digits_features(pictures(1, 8), epochs=1)
+    trained = train_feature_network(pictures(1, 8), FeatureRecipe(epochs=1))
     path = tmp_path / "f.safetensors"
     save_features(path, trained, name="f", command="none")
     network, metadata, _ = load_features(path)

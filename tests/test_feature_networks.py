@@ -16,13 +16,14 @@ from robuq_bench import _compat
 from robuq_bench.config import load_workload
 from robuq_bench.config.workload import EvaluationConfig
 from robuq_bench.errors import CheckpointError, MissingResourceError
+from robuq_bench.files import sha256_file
 from robuq_bench.judging import feature_networks
 from robuq_bench.judging.feature_networks import (
     load_classifier,
     load_feature_network,
     load_inception,
 )
-from robuq_bench.judging.features import ASSET, ASSET_SHA256
+from robuq_bench.judging.features import ASSET
 
 
 def evaluation_section(**fields: object) -> EvaluationConfig:
@@ -32,9 +33,10 @@ def evaluation_section(**fields: object) -> EvaluationConfig:
 def test_a_file_of_ones_own_gives_its_name_to_the_metrics(tmp_path: Path) -> None:
     path = tmp_path / "copy.safetensors"
     path.write_bytes(ASSET.read_bytes())
-    path.with_name("copy.safetensors.sha256").write_text(f"{ASSET_SHA256}  copy.safetensors\n")
+    digest = sha256_file(ASSET)
+    path.with_name("copy.safetensors.sha256").write_text(f"{digest}  copy.safetensors\n")
     loaded = load_feature_network(evaluation_section(features=str(path)))
-    assert (loaded.name, loaded.suffix, loaded.sha256) == ("digits", "_digits", ASSET_SHA256)
+    assert (loaded.name, loaded.suffix, loaded.sha256) == ("digits", "_digits", digest)
 
 
 class _Payload:

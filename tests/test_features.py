@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -17,19 +16,21 @@ from robuq_bench.config import load_workload, resolve
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
 from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.judging.feature_recipe import FeatureRecipe
 from robuq_bench.judging.features import (
     ASSET,
-    ASSET_SHA256,
-    DigitsCNN,
+    FeatureCNN,
     _random_shift,
     _stratified_rows,
     load_features,
     save_features,
-    train_digits_features,
+    train_feature_network,
 )
 from robuq_bench.progress import Progress
 from robuq_bench.runs.study import run_study
-from studies import train_features
+from studies.train_features import study as train_features
+
+ASSET_SHA256 = "b2aaef0a1f1b76cc4054549f0a4e8d4c27b08d43a662e32c525296e9cf4ee31a"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def digits() -> ImageData:
 
 
 @pytest.fixture(scope="module")
-def network() -> DigitsCNN:
+def network() -> FeatureCNN:
     return load_features()[0]
 
 
@@ -58,7 +59,7 @@ def test_packaged_file_is_the_pinned_one() -> None:
     assert card["command"].startswith("python bench.py train-features")
 
 
-def test_heldout_accuracy_is_the_cards(digits: ImageData, network: DigitsCNN) -> None:
+def test_heldout_accuracy_is_the_cards(digits: ImageData, network: FeatureCNN) -> None:
     card = json.loads(ASSET.with_suffix(".json").read_text())
     assert digits.sha256 == card["dataset_sha256"]
     heldout = _stratified_rows(
@@ -71,7 +72,7 @@ def test_heldout_accuracy_is_the_cards(digits: ImageData, network: DigitsCNN) ->
     assert accuracy >= 0.985
 
 
-def test_feature_shapes_and_scale(digits: ImageData, network: DigitsCNN) -> None:
+def test_feature_shapes_and_scale(digits: ImageData, network: FeatureCNN) -> None:
     pool, spatial, logits = network(digits.images)
     assert pool.shape == (1797, 64)
     assert spatial.shape == (1797, 112)
@@ -82,13 +83,15 @@ def test_feature_shapes_and_scale(digits: ImageData, network: DigitsCNN) -> None
     assert pool.var(0).min() > 0.1  # no dead feature
 
 
-def test_logits_follow_from_the_pooled_features(digits: ImageData, network: DigitsCNN) -> None:
+def test_logits_follow_from_the_pooled_features(digits: ImageData, network: FeatureCNN) -> None:
     pool, _, logits = network(digits.images[:9])
     assert torch.allclose(network.classifier(pool / network.pool_scale), logits, rtol=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_batch_size_does_not_matter(digits: ImageData, network: DigitsCNN, batch_size: int) -> None:
+def test_batch_size_does_not_matter(
+    digits: ImageData, network: FeatureCNN, batch_size: int
+) -> None:
     images = digits.images[:29]
     whole = network(images)
     parts = [network(part) for part in torch.split(images, batch_size)]
@@ -96,7 +99,7 @@ def test_batch_size_does_not_matter(digits: ImageData, network: DigitsCNN, batch
         assert torch.allclose(torch.cat(column), all_at_once, rtol=1e-10, atol=1e-10)
 
 
-def test_colour_and_size_are_normalised(digits: ImageData, network: DigitsCNN) -> None:
+def test_colour_and_size_are_normalised(digits: ImageData, network: FeatureCNN) -> None:
     images, labels = digits.images[:300], digits.labels[:300]
     grey = network(images)
     colour = network(images.expand(-1, 3, -1, -1))
@@ -109,7 +112,7 @@ def test_colour_and_size_are_normalised(digits: ImageData, network: DigitsCNN) -
     assert torch.allclose(shrunk, torch.ones(1, 1, 8, 8, dtype=torch.float64))
 
 
-def test_only_uint8_images_are_accepted(network: DigitsCNN) -> None:
+def test_only_uint8_images_are_accepted(network: FeatureCNN) -> None:
     for bad in (torch.zeros(2, 1, 8, 8), torch.zeros(2, 2, 8, 8).byte(), torch.zeros(8, 8).byte()):
         with pytest.raises(UsageError, match="uint8"):
             network(bad)
@@ -153,7 +156,7 @@ def test_other_files_need_a_checksum_and_the_right_content(tmp_path: Path) -> No
     save_tensors(other, {"x": torch.zeros(1)}, metadata)
     with pytest.raises(CheckpointError, match="does not fit"):
         load_features(other)
-    state = DigitsCNN().state_dict()
+    state = FeatureCNN().state_dict()
     state["classifier.bias"][0] = float("nan")
     save_tensors(other, state, metadata)
     with pytest.raises(CheckpointError, match=r"1 not finite: classifier\.bias"):
@@ -167,8 +170,13 @@ def small(digits: ImageData, count: int = 400) -> ImageData:
     return make_image_data(digits.images[:count], digits.labels[:count], "digits")
 
 
-def weights(data: ImageData, **settings: int) -> dict[str, torch.Tensor]:
-    return train_digits_features(data, epochs=1, **settings).network.state_dict()
+ONCE = FeatureRecipe(epochs=1)
+
+
+def weights(
+    data: ImageData, recipe: FeatureRecipe = ONCE, **settings: int
+) -> dict[str, torch.Tensor]:
+    return train_feature_network(data, recipe, **settings).network.state_dict()
 
 
 def test_training_is_reproducible_and_never_sees_the_heldout_images(digits: ImageData) -> None:
@@ -187,8 +195,9 @@ def test_training_is_reproducible_and_never_sees_the_heldout_images(digits: Imag
 def test_training_learns_and_round_trips_through_a_file(digits: ImageData, tmp_path: Path) -> None:
     data = small(digits)
     epochs: list[int] = []
-    trained = train_digits_features(
-        data, epochs=6, batch_size=16, progress=lambda epoch, total, values: epochs.append(epoch)
+    recipe = FeatureRecipe(epochs=6, batch_size=16)
+    trained = train_feature_network(
+        data, recipe, progress=lambda epoch, total, values: epochs.append(epoch)
     )
     assert epochs == [1, 2, 3, 4, 5, 6]
     assert trained.heldout_accuracy > 0.6
@@ -205,20 +214,20 @@ def test_training_learns_and_round_trips_through_a_file(digits: ImageData, tmp_p
 def test_training_accepts_larger_images(digits: ImageData) -> None:
     images = F.interpolate(digits.images[:100].float(), (28, 28)).to(torch.uint8)
     data = make_image_data(images, digits.labels[:100], "large")
-    network = train_digits_features(data, epochs=1, input_size=16).network
+    network = train_feature_network(data, FeatureRecipe(epochs=1, input_size=16)).network
     pool, spatial, _ = network(images)
     assert pool.shape == (100, 64)
     assert spatial.shape == (100, 112)
     with pytest.raises(UsageError, match="input size"):
-        DigitsCNN(input_size=12)
+        FeatureCNN(input_size=10)
 
 
 def test_training_refuses_latents_and_too_few_images(digits: ImageData) -> None:
     latents = make_image_data(torch.zeros(10, 4, 8, 8), torch.arange(10), "latents")
     with pytest.raises(UsageError, match="latents"):
-        train_digits_features(latents)
+        train_feature_network(latents)
     with pytest.raises(UsageError, match="too few"):
-        train_digits_features(small(digits, 10))
+        train_feature_network(small(digits, 10))
 
 
 def test_shifts_fill_with_background_and_cover_every_offset() -> None:
@@ -234,9 +243,8 @@ def test_shifts_fill_with_background_and_cover_every_offset() -> None:
 def test_the_command_keeps_weights_and_card_in_its_run(
     digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = resolve("train-features", train_features.VERSION, "fp", "digits", 0, [])
-    short = functools.partial(train_digits_features, epochs=1)
-    monkeypatch.setattr(train_features, "train_digits_features", short)
+    once = ["train-features.epochs=1"]
+    config = resolve("train-features", train_features.VERSION, "fp", "digits", 0, once)
     monkeypatch.setattr(train_features, "load_dataset", lambda data, name: small(digits, 100))
     context = Context.create(device="cpu", progress=Progress(quiet=True))
     result = run_study(config, tmp_path, context)

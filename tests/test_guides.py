@@ -54,7 +54,7 @@ def test_the_plan_of_the_guide_to_plans_is_one(tmp_path: Path) -> None:
     (tmp_path / "guide.toml").write_text(text, encoding="utf-8")
     plan = load_plan(tmp_path / "guide.toml")
     assert [rule.name for rule in plan.layers] == ["attention", "adaln", "block"]
-    assert plan.needs == {"absmax", "gram", "tokens"}
+    assert plan.needs == {"absmax", "gram", "mean", "tokens"}
 
 
 def test_the_guide_to_studies_runs(bench: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from kernels import cpu_library
 from robuq_bench.config import Config, resolve
 from robuq_bench.context import Context
-from robuq_bench.errors import CheckError, ConfigError
+from robuq_bench.errors import CheckError, ConfigError, UsageError
 from robuq_bench.measuring import cpu as measuring
 from robuq_bench.measuring.cpu import (
     CpuPeaks,
@@ -26,6 +26,7 @@ from robuq_bench.measuring.cpu import (
 )
 from robuq_bench.measuring.statistics import Timing
 from robuq_bench.progress import Progress
+from robuq_bench.runs.provenance import cpu_label
 from robuq_bench.runs.run import Run
 from studies.kernels import cpu as kernels_cpu
 from studies.kernels import study as kernels
@@ -42,9 +43,9 @@ from studies.kernels.cases import (
 )
 from studies.kernels.checks import Check
 from studies.kernels.cpu import ADALN, ADALN_INPUT, NOT_BUILT, cpu_cases
-from studies.kernels.cpu_tables import cpu_rows, moved_bytes
+from studies.kernels.cpu_tables import cpu_rows, cpu_summary, moved_bytes
 from studies.kernels.cpu_verdicts import TARGETS, cpu_verdicts, of_cpu_target
-from studies.kernels.settings import Settings
+from studies.kernels.settings import CpuSettings, Settings, sizes_on_cpu
 
 SMALL = (
     'kernels.models=["S"]',
@@ -173,6 +174,31 @@ def test_settings_are_checked() -> None:
         configure('kernels.cpu.instructions=["sse2"]')
     with pytest.raises(ConfigError, match=r"cpu\.batches must ascend"):
         configure("kernels.cpu.batches=[8,1]")
+    with pytest.raises(ConfigError, match=r"cpu.models \['L'\] and models \['S'\] have no size"):
+        configure('kernels.models=["S"]', 'kernels.cpu.models=["L"]')
+    too_many = "kernels.cpu.threads=[1,4096]"
+    named = f'kernels.hardware="{cpu_label()}"'
+    with pytest.raises(UsageError, match=r"kernels.cpu.threads asks for 4096 .* '.*=\[1\]'"):
+        kernels.check(configure(too_many, named))
+    kernels.check(configure(too_many))  # on a GPU no CPU is timed
+
+
+def test_a_cpu_checks_and_times_the_sizes_that_both_settings_name() -> None:
+    def sizes(models: tuple[str, ...], cpu: tuple[str, ...]) -> tuple[list[str], set[str]]:
+        options = Settings(models=models, cpu=CpuSettings(models=cpu))
+        return sizes_on_cpu(options), {case.model for case in cpu_cases(options)}
+
+    assert sizes(("XL", "S"), ("S", "B")) == (["S"], {"S"})
+    assert sizes(("XL", "S"), ()) == (["XL", "S"], set())
+    assert sizes(("B",), ("XL", "L", "B", "S")) == (["B"], {"B"})
+
+
+def test_what_is_printed_has_one_rate_with_its_unit_and_names_the_baseline() -> None:
+    product = {"gop_s": 5.0, "speedup": 2.0, "baseline": FP32}
+    assert cpu_summary(product)["rate"] == 5.0
+    assert (cpu_summary(product)["unit"], cpu_summary(product)["over"]) == ("Gop/s", FP32)
+    assert cpu_summary({"gb_s": 3.0})["unit"] == "GB/s"
+    assert cpu_summary({"status": "not run"})["rate"] is None
 
 
 def test_shapes_are_those_of_a_step() -> None:

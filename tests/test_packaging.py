@@ -178,6 +178,19 @@ def test_the_library_needs_no_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_loading_a_teacher_needs_no_compiler() -> None:
+    """Building it on "meta" imported torch._dynamo: a second in every process that loads one."""
+    code = (
+        "import sys, torch\n"
+        "from robuq_bench.config import load_workload\n"
+        "from robuq_bench.models.checkpoints import load_teacher\n"
+        "load_teacher(load_workload('digits'), torch.device('cpu'))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = python("-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_version_everywhere() -> None:
     version = re.escape(robuq_bench.__version__)
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")

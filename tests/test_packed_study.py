@@ -13,6 +13,7 @@ from scipy import stats
 
 from robuq_bench.cli.app import main
 from robuq_bench.data.datasets import ImageData, load_dataset, make_image_data
+from robuq_bench.judging import teacher
 from robuq_bench.statistics.verdicts import read_verdicts
 from studies.packed import settings
 from studies.packed import study as packed
@@ -136,6 +137,8 @@ def test_what_it_needs_is_said(
         ((), "needs a finished train-and-eval run: --checkpoint RUN"),
         (("--checkpoint", "nothing"), "unknown run 'nothing'"),
         (("--set", 'packed.variants=["int4"]'), "unknown 'int4'"),
+        (("--set", "evaluation.num_samples=8"), "evaluation.num_samples: has no effect on study"),
+        (("--set", "attention.matmul_bits=4"), "judges a run by its own plan"),
     ):
         capsys.readouterr()
         assert main(study(trained, tiny_workload, *more)) == 2
@@ -159,7 +162,7 @@ def test_a_student_is_not_judged_beside_other_data(
         data = load_dataset(*args, **kwargs)
         return make_image_data(data.images.flip(0), data.labels, data.source)
 
-    monkeypatch.setattr(packed, "load_dataset", other)
+    monkeypatch.setattr(teacher, "load_dataset", other)
     fresh = ("--checkpoint", run_of(trained), "--set", 'packed.variants=["int8"]')
     assert main(study(trained, tiny_workload, *fresh)) == 4
     assert "was measured with other data" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_sensitivity_in_shards_equals_sensitivity_alone(
         shard = perform(sensitivity, config, tmp_path / "shards")
         kinds = [record["kind"] for record in shard.results()]
         assert set(kinds) == {"truth"}
-        assert len(kinds) == 17  # of 2 seeds x (8 layers x 2 widths + baseline)
+        assert len(kinds) == 25  # of 2 seeds x (8 layers x (unquantized + 2 widths) + baseline)
     trained = []
     real = trials.train_trial
 
@@ -322,11 +322,31 @@ def made_trials(levels: dict[str, float], spread: float, seeds: int = 6) -> list
     ]
 
 
+def judged(trials: list[dict[str, Any]]) -> list[Any]:
+    """Verdicts on trials whose candidate `qat` has a headroom of 1.25."""
+    summary = allocation_tables.candidate_rows(trials, {("qat", 2.0): 1.25})
+    return allocation_tables.judge(trials, summary)
+
+
+def test_headroom_and_regret_stand_beside_every_verdict() -> None:
+    trials = made_trials({"uniform": 1.0, "ptq": 0.8, "qat": 1.2}, 0.0)
+    rows = {
+        r["candidate"]: r for r in allocation_tables.candidate_rows(trials, {("qat", 2.0): 1.25})
+    }
+    assert [rows[name]["distillation_loss_regret"] for name in ("uniform", "ptq", "qat")] == (
+        pytest.approx([1.25, 1.0, 1.5])
+    )
+    assert (rows["qat"]["headroom"], rows["ptq"]["headroom"]) == (1.25, None)
+    notes = {v.subject.partition(",")[0]: v.note for v in judged(trials)}
+    assert notes["qat over uniform"].endswith("headroom 1.25, regret 1.5")
+    assert notes["ptq over uniform"].endswith("regret 1")
+
+
 def test_allocations_are_judged_paired_by_seed_and_as_a_family() -> None:
     """Against SciPy's paired t test of logarithms, and Holm's steps by hand."""
     levels = {"uniform": 1.0, "random": 1.3, "ptq": 1.0, "qat": 0.9, "fisher": 0.97}
     trials = made_trials(levels, 0.01)
-    found = {v.subject.partition(",")[0]: v for v in allocation_tables.judge(trials)}
+    found = {v.subject.partition(",")[0]: v for v in judged(trials)}
     assert next(iter(found)) == "qat over uniform"
     frame = pd.DataFrame(trials).pivot(
         index="seed", columns="candidate", values="distillation_loss"
@@ -354,13 +374,13 @@ def test_allocations_are_judged_paired_by_seed_and_as_a_family() -> None:
 
 
 def test_few_seeds_and_diverged_training_are_not_judged() -> None:
-    four = allocation_tables.judge(made_trials({"uniform": 1.0, "qat": 0.5}, 0.01, seeds=4))
+    four = judged(made_trials({"uniform": 1.0, "qat": 0.5}, 0.01, seeds=4))
     assert [v.verdict for v in four] == ["not judged"]
     trials = made_trials({"uniform": 1.0, "qat": 0.5, "random": 0.5}, 0.01)
     trials[7]["distillation_loss"] = math.nan
-    bad, good = allocation_tables.judge(trials)
+    bad, good = judged(trials)
     assert (bad.verdict, good.verdict) == ("not judged", "better")
-    assert bad.note == "not a number above 0: qat seed 1"
+    assert bad.note == "not a number above 0: qat seed 1; headroom 1.25"
 
 
 def gain_row(bits: Any, gain: float, low: float, high: float, **other: Any) -> dict[str, Any]:
@@ -432,14 +452,47 @@ def test_regret_is_what_brute_force_says(alone: Run) -> None:
         )
         return min(allowed, key=lambda bits: sum(values[p] for p in zip(layers, bits, strict=True)))
 
-    whole = {**truth, **{(layer, 4): 0.0 for layer in layers}}
+    assert {bits for _, bits in truth} == {1, 2, 4}
     metric = sensitivity_tables.metric_table(alone, 0, "epsilon_mse")
-    chosen = cheapest({(layer, b): metric[layer][b] for layer, b in whole})
+    predicted = {(layer, b): metric[layer][b] for layer, b in truth}
+    chosen = cheapest(predicted)
     sums = [
-        sum(whole[pair] for pair in zip(layers, bits, strict=True))
-        for bits in (chosen, cheapest(whole))
+        sum(truth[pair] for pair in zip(layers, bits, strict=True))
+        for bits in (chosen, cheapest(truth))
     ]
     assert rows["epsilon_mse", "0"] == pytest.approx(sums[0] - sums[1])
+    (row,) = (
+        r
+        for r in table(alone, "regret")
+        if (r["metric"], r["steps"], r["budget"]) == ("epsilon_mse", "0", "2")
+    )
+    uniform = sum(predicted[layer, 2] for layer in layers)
+    least = sum(predicted[pair] for pair in zip(layers, chosen, strict=True))
+    assert float(row["headroom"]) == pytest.approx(uniform / least)
+    if sums[1] > 0:
+        assert float(row["regret_ratio"]) == pytest.approx(sums[0] / sums[1])
+
+
+def test_truth_and_metric_are_of_the_layer_unquantized(alone: Run) -> None:
+    records = {
+        (r["layer"], r["bits"], r["seed"]): r for r in alone.results() if r["kind"] == "truth"
+    }
+    differences = ground_truth.truth_differences(alone)["distillation_loss"]
+    for layer, by_bits in differences.items():
+        for bits, found in by_bits.items():
+            own = "none" if bits == 4 else layer
+            assert found == [
+                records[own, bits, seed]["distillation_loss"]
+                - records[layer, None, seed]["distillation_loss"]
+                for seed in (0, 1)
+            ]
+    recovery = [r for r in table(alone, "recovery") if r["steps"] == "2" and r["bits"] == "2"]
+    assert [r["layer_type"] for r in recovery] == ["qkv", "proj", "fc1", "fc2"]
+    metric = sensitivity_tables.metric_table(alone, 2, "epsilon_mse")
+    for row in recovery:
+        layers = [layer for layer in differences if layer.endswith(row["layer_type"])]
+        truth = sum(np.mean(differences[layer][2]) for layer in layers)
+        assert float(row["ratio"]) == pytest.approx(truth / sum(metric[n][2] for n in layers))
 
 
 @pytest.mark.parametrize("suffix", ["", "_digits", "_rank_deficient", "_digits_adapted"])

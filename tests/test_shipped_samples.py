@@ -153,10 +153,10 @@ def test_a_run_goes_on_as_it_began(
     given: Any = shipped_samples.ShippedSamples(images, "asset:it", "0" * 64, "here")
     offered = [None if first == "drawn" else given]
     monkeypatch.setattr(teacher, "shipped_samples", lambda *_: offered[0])
-    measured = evaluation.compute_metrics
+    measured = evaluation._measure
 
-    def interrupted(*arguments: Any) -> dict[str, float]:
-        monkeypatch.setattr(evaluation, "compute_metrics", fail)
+    def interrupted(*arguments: Any) -> Any:
+        monkeypatch.setattr(evaluation, "_measure", fail)
         return measured(*arguments)
 
     def fail(*arguments: Any) -> dict[str, float]:
@@ -164,10 +164,10 @@ def test_a_run_goes_on_as_it_began(
 
     judged = load_judged(workload, "cpu")
     with Run.open(tmp_path, config_of(*SHORT), []) as run:
-        monkeypatch.setattr(evaluation, "compute_metrics", interrupted)
+        monkeypatch.setattr(evaluation, "_measure", interrupted)
         with pytest.raises(InterruptedRunError):
             judge_teacher(workload, run, context(), judged)
-        monkeypatch.setattr(evaluation, "compute_metrics", measured)
+        monkeypatch.setattr(evaluation, "_measure", measured)
         offered[0] = given if first == "drawn" else None
         if first == "shipped":
             with pytest.raises(CheckpointError, match="began with asset:it, which no longer comes"):
@@ -182,13 +182,14 @@ def test_a_run_goes_on_as_it_began(
 
 def test_a_gpu_samples_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(teacher, "record_inputs", lambda *args: None)
+    monkeypatch.setattr(teacher, "record_inputs", lambda *args, **named: None)
+    monkeypatch.setattr(teacher, "judge_real_images", lambda *args: None)
     monkeypatch.setattr(
         teacher, "evaluate_samples", lambda *_, shipped, **__: given.append(shipped)
     )
     workload = config_of().workload
     nothing: Any = None
     new: Any = SimpleNamespace(get=lambda key: None)
-    judged = Judged(nothing, nothing, nothing, nothing, workload.teacher.sha256)
+    judged = Judged(nothing, None, (), None, nothing, workload.teacher.sha256)
     judge_teacher(workload, new, Context("cuda:0", 1, Progress(quiet=True), []), judged)
     assert given == [None]

@@ -24,6 +24,7 @@ STUDY = 'VERSION = "1"\ndef measure(config, run, context):\n    return []\n'
 def test_names_versions_and_summaries_are_read_without_running(tmp_path: Path) -> None:
     (tmp_path / "step_time.py").write_text(
         f'raise SystemExit\n{STUDY}VERSION: str = "3"\nSUMMARY = "How long?"\nUSES_DATA = False\n'
+        'LEGEND = (\n    "a: "\n    "b"\n)\nUSES_OVERRIDES = False\n'
     )
     (tmp_path / "alpha.py").write_text(f"{STUDY}def check(config): pass\nclass Settings: pass\n")
     (tmp_path / "figures.py").write_text("import matplotlib\n")
@@ -38,6 +39,8 @@ def test_names_versions_and_summaries_are_read_without_running(tmp_path: Path) -
     assert folder.settings == "studies.in_a_folder.settings"
     assert step_time == find_study("step_time", tmp_path)
     assert (step_time.version, step_time.summary, step_time.uses_data) == ("3", "How long?", False)
+    assert (step_time.legend, step_time.uses_overrides) == ("a: b", False)
+    assert (alpha.legend, alpha.uses_overrides) == ("", True)
     with pytest.raises(UsageError, match="unknown study 'step-tiem'; did you mean 'step-time'"):
         find_study("step-tiem", tmp_path)
 
@@ -155,5 +158,8 @@ def test_settings_say_which_inputs_are_known_by_content() -> None:
     found = {name: inputs_of(kind) for name, kind in kinds.items() if kind is not None}
     assert found.pop("normality") == ["captured", "student"]
     assert found.pop("packed") == ["run"]
-    assert set(found) == {"sensitivity", "allocation", "kernels", "efficiency"}
+    assert set(found) == {
+        *("sensitivity", "allocation", "kernels", "efficiency", "incoherence", "train-features"),
+        "survival",
+    }
     assert not any(found.values())

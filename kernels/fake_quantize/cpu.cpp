@@ -62,7 +62,8 @@ struct Factors {
   int64_t padded_rank;
 };
 
-constexpr int RANKS = 16;  // to which the rank is padded
+// Of the branch that are handled at once, and to which its rank is padded.
+constexpr int FEW_RANKS = 4, RANKS = 16;
 
 // Rows of `from` times `columns`, where there are any, into the lanes of `to` [width, LANES]; lanes
 // without a row repeat the last.
@@ -208,10 +209,9 @@ struct Codes {
 };
 
 // z @ down.T of the tokens that exist.
-template <class V>
+template <class V, int AT_ONCE>
 INLINE void project(const FakeQuantize& q, const Factors& factors, int count,
                     const typename V::Floats* z, float* out) {
-  constexpr int AT_ONCE = V::LANES;  // as many as there are registers for
   using Floats = typename V::Floats;
   for (int64_t r = 0; r < q.rank; r += AT_ONCE) {
     Floats total[AT_ONCE] = {};
@@ -246,7 +246,10 @@ INLINE void forward(const FakeQuantize& q, const Factors& factors, int64_t first
   Floats* z = reinterpret_cast<Floats*>(scratch.z);
   float* out = q.out + first * (q.width + q.rank);
   load_rotated<V>(q, factors, first, count, z, scratch.shared);
-  project<V>(q, factors, count, z, out);
+  if (q.rank <= FEW_RANKS)
+    project<V, FEW_RANKS>(q, factors, count, z, out);
+  else
+    project<V, V::LANES>(q, factors, count, z, out);  // as many as there are registers for
   if (q.statistic != UNQUANTIZED) {
     const TokenGrid<V> grid = token_grid<V>(q, z);
     const Codes<V> code(q);
@@ -298,6 +301,25 @@ INLINE void through_statistics(const FakeQuantize& q, const typename V::Floats* 
   }
 }
 
+// The gradient at the branch times `down` is added to that at z.
+template <class V, int AT_ONCE>
+INLINE void add_branch(const FakeQuantize& q, const Factors& factors, int count, const float* grad,
+                       typename V::Floats* g) {
+  using Floats = typename V::Floats;
+  for (int64_t r = 0; r < q.rank; r += AT_ONCE) {
+    Floats branch[AT_ONCE] = {};
+    for (int i = 0; i < AT_ONCE && r + i < q.rank; i++)
+      for (int t = 0; t < count; t++) branch[i][t] = grad[t * q.grad_stride + q.width + r + i];
+    for (int64_t k = 0; k < q.width; k++) {
+      const float* down = factors.down + k * factors.padded_rank + r;
+      Floats y = g[k];
+#pragma GCC unroll 16
+      for (int i = 0; i < AT_ONCE; i++) y = V::multiply_add(branch[i], V::floats(down[i]), y);
+      g[k] = y;
+    }
+  }
+}
+
 template <class V>
 INLINE void backward(const FakeQuantize& q, const Factors& factors, int64_t first, int count,
                      const Scratch& scratch) {
@@ -310,18 +332,10 @@ INLINE void backward(const FakeQuantize& q, const Factors& factors, int64_t firs
     load_rotated<V>(q, factors, first, count, z, scratch.shared);
     through_statistics<V>(q, z, g);
   }
-  for (int64_t r = 0; r < q.rank; r += RANKS) {
-    Floats branch[RANKS] = {};
-    for (int i = 0; i < RANKS && r + i < q.rank; i++)
-      for (int t = 0; t < count; t++) branch[i][t] = grad[t * q.grad_stride + q.width + r + i];
-    for (int64_t k = 0; k < q.width; k++) {
-      const float* down = factors.down + k * factors.padded_rank + r;
-      Floats y = g[k];
-#pragma GCC unroll 16
-      for (int i = 0; i < RANKS; i++) y = V::multiply_add(branch[i], V::floats(down[i]), y);
-      g[k] = y;
-    }
-  }
+  if (q.rank <= FEW_RANKS)
+    add_branch<V, FEW_RANKS>(q, factors, count, grad, g);
+  else
+    add_branch<V, RANKS>(q, factors, count, grad, g);
   if (factors.transposed)
     transform<V>(q, factors.transposed, g, reinterpret_cast<Floats*>(scratch.shared));
   store_tokens<V>(g, q.width, count, q.width, factors.columns, q.out + first * q.width);
@@ -380,7 +394,7 @@ INLINE void absmax(const Absmax& q, int64_t index, float* scratch) {
     const auto load = [&](int64_t i) __attribute__((always_inline)) {
       if (columns == LANES) return V::load(x + i * q.row_stride + j);
       Floats some{};
-      for (int64_t c = 0; c < columns; c++) some[c] = x[i * q.row_stride + j + c];
+      memcpy(&some, x + i * q.row_stride + j, columns * sizeof(float));
       return some;
     };
     Largest<V> largest;
@@ -388,7 +402,8 @@ INLINE void absmax(const Absmax& q, int64_t index, float* scratch) {
     const Rounding<V> rounding(largest, q.limit);
     for (int64_t i = 0; i < q.n; i++) {
       const Floats y = rounding(load(i));
-      memcpy(out + i * q.m + j, &y, columns * sizeof(float));
+      float* to = out + i * q.m + j;
+      memcpy(to, &y, columns == LANES ? sizeof y : columns * sizeof(float));
     }
   }
 }
@@ -438,7 +453,7 @@ int32_t robuq_fake_quantize(const FakeQuantize* arguments) {
   const int64_t token_size = q.width * TOKENS;
   const int64_t quads = (q.order + QUAD - 1) / QUAD;
   const int64_t shared_size = std::max(quads * SUMS, q.outer) * TOKENS;
-  const int64_t padded_rank = round_up(q.rank, RANKS);
+  const int64_t padded_rank = round_up(q.rank, q.rank <= FEW_RANKS ? FEW_RANKS : RANKS);
   const auto z = allocate<float>(threads * token_size);
   const auto gradient = allocate<float>(q.grad ? threads * token_size : 0);
   const auto shared = allocate<float>(threads * shared_size);

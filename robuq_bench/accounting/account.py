@@ -13,8 +13,8 @@ Formulas (one multiply-accumulate, MAC, counts as one FLOP, as in the "119 Gflop
 A 64-bit word does 64 binary multiplications at once, hence the 64 (the convention of binary
 networks). It counts an 8-bit x 8-bit product as one full-precision FLOP. Elementwise work
 (norms, softmax, GELU, quantization) is left out on both sides. The additions of the online
-Hadamard rotation, as the small products that this suite runs, stand beside the effective FLOPs:
-`compute_reduction` leaves them out, `compute_reduction_with_rotation` includes them.
+Hadamard rotation, as the small products that this suite runs, and those of a centring stand beside
+the effective FLOPs; `compute_reduction_with_rotation` includes them, `compute_reduction` does not.
 
 Nominal bits are those of a code. Effective bits share out the scales and zero points, 16 bits each:
 
@@ -95,8 +95,8 @@ def packing_table(
     `reading` says how a row stores ternary codes, scales, the low-rank branch and everything else;
     other codes take the bits that their method says, without gaps. Scales and zero points are as
     many as the methods say, such as one per output channel (`ternary-twn`) or per tensor
-    (`ternary-absmean`); scales of inputs are among them. `signs_bytes` is what rotations store. The
-    int8 rows are there where every branch is one of two factors.
+    (`ternary-absmean`); scales and centres of inputs are among them. `signs_bytes` is what
+    rotations store. The int8 rows are there where every branch is one of two factors.
     `size_reduction` is against every parameter in FP32 (position table included). For a plan with
     no other codes than ternary ones the last rows are readings that on DiT-XL/2 at rank 16
     reproduce or bound the published 13.2x and 15.2x; their `published` is set for DiT-XL/2 only.
@@ -220,7 +220,7 @@ def account(
         "effective_flops": effective,
         "compute_reduction": structure.macs / effective,
         "compute_reduction_with_rotation": structure.macs
-        / (effective + compute["rotation_additions"]),
+        / (effective + compute["rotation_additions"] + compute["centring_additions"]),
         "packing": chosen["packing"],
         "packed_bytes": chosen["total_bytes"],
         "full_precision_bytes": 4 * structure.parameters,
@@ -237,7 +237,7 @@ def with_branch_rank(plan: Plan, rank: int) -> Plan:
 
     Rank 0 takes them away. Branches of other methods stay as they are.
     """
-    branch = read_method("branch", {"method": "svd", "rank": rank} if rank else "none")
+    branch = read_method("branch", {"method": "svd", "rank": rank})
     has_some = any(rule.branch is not None for rule in plan.layers)
 
     def changed(rule: Rule) -> Rule:
@@ -268,7 +268,7 @@ def _at_published_rank(
 
 
 def _compute(structure: Structure, plan: Plan, costs: PlanCosts) -> dict[str, Any]:
-    """MACs, BitOPs and effective FLOPs by part, and the additions of the online rotation."""
+    """MACs, BitOPs and effective FLOPs by part, and the additions before quantization."""
     by_name = {cost.layer.name: cost for cost in costs.layers}
     linears = {"block_linears": structure.block_linears, "adaln_linears": structure.adaln_linears}
     if structure.other_linears:
@@ -301,6 +301,9 @@ def _compute(structure: Structure, plan: Plan, costs: PlanCosts) -> dict[str, An
         "effective_flops_by_part": flops,
         "rotation_additions": sum(
             cost.layer.tokens * cost.rotation_additions for cost in costs.layers
+        ),
+        "centring_additions": sum(
+            cost.layer.tokens * cost.centring_additions for cost in costs.layers
         ),
     }
 

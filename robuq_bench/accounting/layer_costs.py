@@ -61,7 +61,8 @@ class LayerCost:
         branch_rank: of a branch of two factors, 0 without a branch; None for any other branch.
         rotation_bits: what its rotation stores.
         rotation_additions, rotation_macs: of rotating one token.
-        scaling_bits: what its scaling stores.
+        scaling_bits, centring_bits: what its scaling and its centring store.
+        centring_additions: of centring one token.
     """
 
     layer: LinearLayer
@@ -73,6 +74,8 @@ class LayerCost:
     rotation_additions: int
     rotation_macs: int
     scaling_bits: float
+    centring_bits: float
+    centring_additions: int
 
     @property
     def is_ternary(self) -> bool:
@@ -112,13 +115,13 @@ class LayerCost:
 
     @property
     def stored_scales(self) -> float:
-        """How many scales and zero points the layer stores, those of its scaling among them."""
-        scaling = self.scaling_bits / SCALE_BITS
+        """How many scales and zero points the layer stores, with those of its inputs' channels."""
+        of_inputs = (self.scaling_bits + self.centring_bits) / SCALE_BITS
         if self.weight is None:
-            return scaling
+            return of_inputs
         scales = (self.weight.stored - self.weight.bits * self.layer.weights) / SCALE_BITS
         nearest = round(scales)  # log2(3) bits a code leave a rounding error
-        return scaling + (nearest if abs(scales - nearest) < 1e-3 else scales)
+        return of_inputs + (nearest if abs(scales - nearest) < 1e-3 else scales)
 
 
 @dataclass(frozen=True)
@@ -200,15 +203,14 @@ def _cost(layer: LinearLayer, bits_by_layer: Mapping[str, int], of: Of) -> Layer
             weight = weight.with_bits(bits)
         if activation is not None and bits is not None and of == "activation":
             activation.check_bits(bits)
-        values = 0 if rule.branch is None else rule.branch.values(*size)
         return LayerCost(
             layer,
             None if weight is None else weight_cost(weight, *size),
             None
             if activation is None
             else input_cost(activation, layer.in_features, bits if of == "activation" else None),
-            branch_values=values,
-            branch_rank=_rank(rule, values, sum(size)),
+            branch_values=0 if rule.branch is None else rule.branch.values(*size),
+            branch_rank=0 if rule.branch is None else rule.branch.rank_of(*size),
             rotation_bits=(
                 0.0 if rule.rotation is None else rule.rotation.stored_bits(layer.in_features)
             ),
@@ -216,9 +218,15 @@ def _cost(layer: LinearLayer, bits_by_layer: Mapping[str, int], of: Of) -> Layer
                 0 if rule.rotation is None else rule.rotation.additions(layer.in_features)
             ),
             rotation_macs=0 if rule.rotation is None else rule.rotation.macs(layer.in_features),
-            scaling_bits=0.0
-            if rule.scaling is None
-            else rule.scaling.stored_bits(layer.in_features),
+            scaling_bits=(
+                0.0 if rule.scaling is None else rule.scaling.stored_bits(layer.in_features)
+            ),
+            centring_bits=(
+                0.0 if rule.centring is None else rule.centring.stored_bits(layer.in_features)
+            ),
+            centring_additions=(
+                0 if rule.centring is None else rule.centring.additions(layer.in_features)
+            ),
         )
     except UsageError as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from None
@@ -254,13 +262,6 @@ def input_cost(method: ActivationMethod, in_features: int, bits: int | None = No
             "none or more"
         )
     return InputCost(method.bits if bits is None else bits, scales)
-
-
-def _rank(rule: Rule, values: int, sides: int) -> int | None:
-    if rule.branch is None:
-        return 0
-    rank = getattr(rule.branch, "rank", None)
-    return rank if isinstance(rank, int) and rank * sides == values else None
 
 
 def _at_mean(costs: list[LayerCost], bits: BitsConfig, names: set[str]) -> list[LayerCost]:

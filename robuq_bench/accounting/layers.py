@@ -81,6 +81,7 @@ def _row(selected: Selected, cost: LayerCost | None) -> dict[str, Any]:
         "fixed_bits": selected.rule.fixed_bits,
         "kept": None,
         "slots": {slot: method.model_dump(mode="json") for slot, method in methods.items()},
+        "branch_rank": cost.branch_rank,
         "weight_bits": cost.weight_bits,
         "effective_weight_bits": cost.stored_weight_bits,
         "activation_bits": cost.input_bits,

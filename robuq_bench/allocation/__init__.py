@@ -20,7 +20,7 @@ from robuq_bench.allocation.problem import (
 from robuq_bench.allocation.programming import lagrangian, mixed_integer
 from robuq_bench.allocation.saving import save_allocation, sensitivities_sha256
 from robuq_bench.allocation.search import evolutionary_search, random_search
-from robuq_bench.allocation.solvers import SOLVERS, optimal_bits, solve
+from robuq_bench.allocation.solvers import SOLVERS, headroom, optimal_bits, solve
 from robuq_bench.allocation.table import (
     AllocationTable,
     Knapsack,
@@ -48,6 +48,7 @@ __all__ = [
     "exact",
     "expand_over_buckets",
     "greedy",
+    "headroom",
     "knapsack",
     "lagrangian",
     "latency_cost",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -56,6 +57,17 @@ def _exact(problem: Problem) -> Allocation:
         found = mixed_integer(core(problem), time_limit_s=FALLBACK_TIME_LIMIT_S)
         logger.warning("%s. Solved by milp, at most %.1e above the optimum", error, found.gap)
         return replace(found, solver="milp")
+
+
+def headroom(values: Sensitivities, found: Allocation, mean: float) -> float | None:
+    """What mixing bits can gain by the metric: the predicted loss of uniform bits over `found`'s.
+
+    1 says that the metric sees no gain, so that no allocation by it can show one. None where `mean`
+    is no width that all layers have, or nothing is predicted to be lost.
+    """
+    if not found.objective or any(mean not in by_bits for by_bits in values.values()):
+        return None
+    return math.fsum(by_bits[int(mean)] for by_bits in values.values()) / found.objective
 
 
 def optimal_bits(values: Sensitivities, macs: Mapping[str, int], budget: float) -> dict[str, int]:

@@ -20,6 +20,7 @@ import typer
 from kernels.cpu_library import MissingKernels
 from robuq_bench import __version__
 from robuq_bench.cli import console
+from robuq_bench.cli.claims import ClaimsFlag, claims_app, claims_section
 from robuq_bench.cli.flags import (
     RUNS,
     ActivationsFlag,
@@ -233,6 +234,7 @@ def report(
             "--html", metavar="FILE", help="The report (FOLDER/report.html if not given)."
         ),
     ] = None,
+    claims: ClaimsFlag = None,
     output: OutputFlag = RUNS,
     dry_run: DryRunFlag = False,
     as_json: JsonFlag = False,
@@ -253,7 +255,8 @@ def report(
         console.set_up_logging(quiet=quiet)
         from reports import build_report
 
-        build_report(paths, target)
+        declared = claims_section(paths, claims)
+        build_report(paths, target, first=[declared] if declared else [])
     if as_json:
         console.print_json({"command": "report", "dry_run": dry_run, "path": target, "runs": paths})
     else:
@@ -265,6 +268,7 @@ app.add_typer(packed_app)
 app.add_typer(inspect_app)
 app.add_typer(methods_app)
 app.add_typer(runs_app, name="runs")
+app.add_typer(claims_app, name="claims")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,7 +60,9 @@ StudentFlag = Annotated[
 ShardFlag = Annotated[
     str | None,
     typer.Option(
-        "--shard", metavar="I/N", help="Do this part of the trainings (sensitivity, allocation)."
+        "--shard",
+        metavar="I/N",
+        help="Do this part of the trainings (sensitivity, allocation, survival).",
     ),
 ]
 NameArgument = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)]

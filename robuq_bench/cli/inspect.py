@@ -21,7 +21,7 @@ from robuq_bench.cli.plan_layers import bits_from_file, show_layers
 from robuq_bench.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from robuq_bench.config import Config, Plan, Rule
+    from robuq_bench.config import Config, ModelConfig, Plan, Rule
 
 inspect_app = typer.Typer()
 runs_app = typer.Typer(no_args_is_help=True, help="List, show and verify run folders.")
@@ -36,7 +36,7 @@ def plans(
     on: Annotated[
         str | None,
         typer.Option(
-            "--on", "--workload", metavar="NAME|FILE", help="--layers: of this one's model; digits."
+            "--on", "--workload", metavar="NAME|FILE", help="Whose model ranks and --layers are of."
         ),
     ] = None,
     layers: Annotated[
@@ -48,7 +48,7 @@ def plans(
     from robuq_bench.config import load_plan, load_workload, plan_names, to_toml
 
     name = _plan_name(words or [])
-    if on is not None and not layers:
+    if on is not None and name is not None and not layers:
         raise UsageError("--on names the model whose --layers are shown; add --layers")
     if name is None and layers:
         raise UsageError("--layers shows one plan; name it, as in `plans a2 --on digits --layers`")
@@ -61,14 +61,14 @@ def plans(
         else:
             print(to_toml(plan), end="")
         return
-    rows = []
+    workload, rows = load_workload(on or "digits"), []
     for plan in map(load_plan, plan_names()):
         rows.append(
             {
                 "plan": plan.name,
                 "weight bits": _bits_text(plan, "weight"),
                 "activation bits": _bits_text(plan, "activation"),
-                "rank": _rank_text(plan),
+                f"rank on {workload.name}": _rank_text(plan, workload.model),
                 "about": plan.description,
             }
         )
@@ -100,9 +100,12 @@ def _bits_text(plan: Plan, of: str) -> str:
     return ", ".join(dict.fromkeys("full" if b is None else f"{b:.3g}" for b in bits))
 
 
-def _rank_text(plan: Plan) -> str | int:
-    """Ranks of the low-rank branches of block layers, 0 for none."""
-    ranks = {getattr(rule.branch, "rank", None) if rule.branch else 0 for rule in _of_blocks(plan)}
+def _rank_text(plan: Plan, model: ModelConfig) -> str | int:
+    """Ranks of the low-rank branches of a model's block layers, 0 for none."""
+    from robuq_bench.accounting.layers import layer_rows
+
+    rows = layer_rows(model, plan, bits_from_file(plan, model))
+    ranks = {row["branch_rank"] for row in rows if row["kept"] is None and row["kind"] == "block"}
     texts = sorted("?" if rank is None else str(rank) for rank in ranks or {0})
     return int(texts[0]) if len(texts) == 1 and texts != ["?"] else ", ".join(texts)
 

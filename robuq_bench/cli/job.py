@@ -78,14 +78,14 @@ def execute(job: Job) -> RunResult | None:
     """Resolve; show (`--dry-run`), look up (finished) or run the study; None after a dry run."""
     from robuq_bench.runs.run import open_existing, run_folder
     from robuq_bench.runs.run_files import DONE
-    from robuq_bench.runs.study import check_study, run_study, stored_result
+    from robuq_bench.runs.study import check_study, outlook_of, run_study, stored_result
 
     config = job.resolve()
     folder = run_folder(job.flags.output, config)
     is_complete = (folder / DONE).exists()
     if job.flags.dry_run:
         check_study(config)
-        show_dry_run(job, config, folder, is_complete)
+        show_dry_run(job, config, folder, is_complete, outlook_of(config))
         return None
     if is_complete and not job.flags.force:
         if job.flags.device.startswith("cuda"):
@@ -100,17 +100,22 @@ def execute(job: Job) -> RunResult | None:
     return run_study(config, job.flags.output, context)
 
 
-def show_dry_run(job: Job, config: Config, folder: Path, is_complete: bool) -> None:
-    """Print the resolved config and where its run would be."""
+def show_dry_run(
+    job: Job, config: Config, folder: Path, is_complete: bool, outlook: str = ""
+) -> None:
+    """Print the resolved config, how much there is to do, and where its run would be."""
     from robuq_bench.config import config_hash, to_toml
 
     if job.flags.as_json:
         facts = {"command": job.study, "dry_run": True, "path": folder, "complete": is_complete}
         values = config.model_dump(mode="json")
+        facts |= {"outlook": outlook} if outlook else {}
         console.print_json({**facts, "config_sha256": config_hash(config), "config": values})
         return
     state = "finished" if is_complete else "unfinished" if folder.exists() else "new"
     print(to_toml(config))
+    if outlook:
+        print(f"# {outlook}")
     print(f"# output: {folder} ({state}); --dry-run: nothing was written", flush=True)
 
 
@@ -127,7 +132,12 @@ def show(job: Job, result: RunResult | None) -> None:
         }
         console.print_json({**result.json, **facts, "table": result.table})
         return
+    from robuq_bench.study_index import find_study
+
     console.print_table(result.table)
+    legend = find_study(job.study).legend
+    if legend:
+        print(f"\n{legend}\n")
     print(f"{'already complete' if result.was_complete else 'done'}: {result.path}", flush=True)
 
 

@@ -17,7 +17,8 @@ methods_app = typer.Typer()
 @methods_app.command()
 def methods(
     slot: Annotated[
-        str | None, typer.Argument(help="scaling, rotation, branch, weight or activation.")
+        str | None,
+        typer.Argument(help="centring, scaling, rotation, branch, weight or activation."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

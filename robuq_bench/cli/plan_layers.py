@@ -64,6 +64,8 @@ def _cells(row: dict[str, Any], methods: dict[str, Method]) -> dict[str, Any]:
         cells[slot] = method_text(methods[slot]) if slot in methods else None
         if slot in ("weight", "activation"):
             cells[f"{slot} bits (effective)"] = _bits_text(row, slot)
+        if slot == "branch":
+            cells["branch rank"] = row.get("branch_rank") or None
     return cells | {"kept because it": row["kept"]}
 
 

@@ -32,6 +32,7 @@ from robuq_bench.config.resolve import (
     resolve,
     sensitivity_steps,
     to_toml,
+    training_recipe,
     training_steps,
 )
 from robuq_bench.config.workload import (
@@ -75,6 +76,7 @@ __all__ = [
     "resolve",
     "sensitivity_steps",
     "to_toml",
+    "training_recipe",
     "training_steps",
     "workload_names",
 ]

@@ -255,13 +255,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     """Return `base` updated by `over`, section by section and key by key.
 
     Rules of `layers` are merged by their names; new ones go in front, where they come first. A
-    digest belongs to the file it was given for, and parameters to their method: where `over` names
-    another, `base`'s are dropped.
+    digest belongs to the file it was given for, `at_width` to the rank it was given for, and
+    parameters to their method: where `over` names another, `base`'s are dropped.
     """
     if isinstance(over.get("method"), str) and over["method"] != base.get("method"):
         return dict(over)
     stale = {f"{key}_sha256" for key in over}
     stale |= {"sha256"} if over.keys() & {"path", "checkpoint", "source"} else set()
+    stale |= {"at_width"} if "rank" in over else set()
     merged = {key: value for key, value in base.items() if key not in stale or key in over}
     for key, value in over.items():
         below = merged.get(key)

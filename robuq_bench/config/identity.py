@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from robuq_bench.config.files import asset_path
-from robuq_bench.config.workload import FEATURES
+from robuq_bench.config.workload import feature_names
 from robuq_bench.data.files import SOURCES, data_digest, data_path, data_variable
 from robuq_bench.errors import CheckpointError, ConfigError, RobuqError
 from robuq_bench.files import read_checksums, sha256_bytes
@@ -16,7 +16,7 @@ from robuq_bench.sections import none_word
 from robuq_bench.weight_files import checkpoint_digest
 
 # Fields of `workload.evaluation` that name an input; `<field>_sha256` identifies it.
-INPUTS_OF_EVALUATION = ("features", "reference", "vae")
+INPUTS_OF_EVALUATION = ("features", "reference", "second_features", "second_reference", "vae")
 
 
 def identify(section: dict[str, Any], path_key: str) -> None:
@@ -60,7 +60,7 @@ def identify_evaluation(evaluation: dict[str, Any]) -> None:
     for path_key in INPUTS_OF_EVALUATION:
         spec, digest_key = none_word(evaluation[path_key]), f"{path_key}_sha256"
         known = none_word(evaluation[digest_key])
-        if not spec or not isinstance(spec, str) or known or spec in FEATURES:
+        if not spec or not isinstance(spec, str) or known or spec in feature_names():
             continue
         try:
             path = asset_path(spec)

@@ -41,14 +41,25 @@ def refuse_unknown(study: str, overrides: Sequence[str]) -> None:
             _parse_override(text, study, {"name": "", "layers": []})
 
 
+def refuse_foreign(parts: dict[str, dict[str, Any]], study: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key of the workload or the plan: the study takes those of a run."""
+    for text in overrides:
+        part, keys, _ = _parse_override(text, study, parts["plan"])
+        if part != study:
+            raise ConfigError(
+                f"--set {'.'.join(keys)}: has no effect on study {study}, which judges a run by "
+                f"its own {part}; set it where that run is made. Only {study}.KEY can be set"
+            )
+
+
 def _turn(text: str) -> int:
     """When an override comes, whatever the order they are given in.
 
     Methods first, since other methods have other parameters; digests last, since other files have
-    other digests.
+    other digests, and the width that a rank is for, since a rank alone is of any.
     """
     key = text.partition("=")[0].strip().removeprefix("plan.")
-    if key.endswith("sha256"):
+    if key.endswith(("sha256", ".at_width")):
         return 2
     is_method = key.startswith("layers.") and key.removesuffix(".method").endswith(
         tuple(f".{slot}" for slot in SLOTS)
@@ -76,6 +87,8 @@ def _override(parts: dict[str, dict[str, Any]], override: Override) -> None:
     if part == "plan" and keys[-1] == "method" and len(keys) == 4 and target.get("method") != value:
         target.clear()
     target[keys[-1]] = value
+    if keys[-1] == "rank" and "at_width" in target:
+        target["at_width"] = None  # as in `merge`: a rank alone is that rank at any width
     # A digest belongs to the file it was given for.
     if keys[-1] in ("path", "checkpoint", "source") and "sha256" in target:
         target["sha256"] = None if keys[:-1] == ["data"] else ""

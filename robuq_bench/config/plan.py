@@ -20,6 +20,7 @@ from robuq_bench.methods import (
     SLOTS,
     ActivationMethod,
     BranchMethod,
+    CentringMethod,
     Method,
     RotationMethod,
     ScalingMethod,
@@ -99,6 +100,7 @@ class Rule(Section):
     match: Strings = ("*",)
     kind: tuple[Kind, ...] = ("block",)
     fixed_bits: bool = False
+    centring: SerializeAsAny[CentringMethod] | None = None
     scaling: SerializeAsAny[ScalingMethod] | None = None
     rotation: SerializeAsAny[RotationMethod] | None = None
     branch: SerializeAsAny[BranchMethod] | None = None
@@ -174,7 +176,8 @@ class BitsConfig(Section):
 
     Without this section every layer has the bits that its rule says. `of` says whose bits; `mean`
     is over MACs for "macs", over weights for "weights" and over input elements for "inputs".
-    `steps` are the QAT steps before the metric is measured; None takes the workload's.
+    `steps` are the QAT steps before the metric is measured, on top of those at the allocated bits;
+    None takes the workload's, 0 measures the untrained student.
     `sha256` is filled in from `path` when a config is resolved, so that a changed file is a
     different run.
     """
@@ -243,10 +246,12 @@ class CalibrationConfig(Section):
 class TrainConfig(Section):
     """QAT: loss = distillation_weight·||eps_student − eps_teacher||² + denoising_weight·eps-loss.
 
-    `steps` None takes the workload's; 0 is post-training quantization.
+    `steps` None takes the workload's; 0 is post-training quantization. So does `learning_rate`, the
+    peak of the schedule; `--set training.learning_rate` overrides a plan's own.
     """
 
     steps: OptionalInt = Field(default=None, ge=0)
+    learning_rate: OptionalFloat = Field(default=None, gt=0)
     distillation_weight: float = Field(default=1.0, ge=0)
     denoising_weight: float = Field(default=0.1, ge=0)
 

@@ -25,7 +25,7 @@ from robuq_bench.config.identity import (
     identify_input,
 )
 from robuq_bench.config.older import NAMED_STUDIES, modern_plan
-from robuq_bench.config.overrides import apply_overrides, refuse_unknown
+from robuq_bench.config.overrides import apply_overrides, refuse_foreign, refuse_unknown
 from robuq_bench.config.plan import Plan
 from robuq_bench.config.workload import TrainingConfig, Workload
 from robuq_bench.errors import ConfigError, UsageError
@@ -108,7 +108,10 @@ def resolve(
     info, kind = look_up(study), settings_class(study)
     if kind is not None:
         parts[study] = _defaults(study, kind)
+    if info is not None and not info.uses_overrides:
+        refuse_foreign(parts, study, overrides)
     apply_overrides(parts, study, overrides)
+    _override_rate(parts["plan"], overrides)
     if kind is not None:
         _refuse_missing(study, kind, parts[study])
     origin = "--set" if overrides else "config"
@@ -119,7 +122,7 @@ def resolve(
         uses_data = info is None or info.uses_data
     if info is not None and not info.uses_teacher:
         # What such a run makes must not decide which run it is.
-        parts["workload"]["teacher"].update(checkpoint="", sha256="")
+        parts["workload"]["teacher"].update(checkpoint="", sha256="", outliers=None)
     elif uses_data:
         identify_evaluation(parts["workload"]["evaluation"])
     if uses_data:
@@ -149,6 +152,23 @@ def resolve(
         sensitivity_steps(config)  # refuses here what would show only after the training
     _check_steps(config)
     return config
+
+
+def _override_rate(plan: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Let `--set training.learning_rate` win over the rate in a plan's file; refuse both by --set.
+
+    Raises:
+        ConfigError: two rates are set.
+    """
+    keys = {text.partition("=")[0].strip() for text in overrides}
+    if not keys & {"training.learning_rate", "workload.training.learning_rate"}:
+        return
+    if keys & {"train.learning_rate", "plan.train.learning_rate"}:
+        raise ConfigError(
+            "--set training.learning_rate and --set train.learning_rate give two learning rates of "
+            "one training; leave one out"
+        )
+    plan["train"]["learning_rate"] = None
 
 
 def config_for(study: str, config: Config) -> Config:
@@ -238,11 +258,20 @@ def training_steps(config: Config) -> int:
     return config.workload.training.steps if own is None else own
 
 
+def training_recipe(config: Config) -> TrainingConfig:
+    """How the student trains: the workload's `training`, with the learning rate of a plan's own."""
+    recipe, own = config.workload.training, config.plan.train.learning_rate
+    return recipe if own is None else recipe.model_copy(update={"learning_rate": own})
+
+
 def sensitivity_steps(config: Config) -> int:
     """Training steps at the bits of the rules, before an allocated plan measures sensitivity.
 
+    They come on top of `training_steps`, which all plans spend at their final bits, and take the
+    learning rates of the first of these.
+
     Raises:
-        ConfigError: they leave no step of the training for the allocated bits.
+        ConfigError: they are more than the training has, whose learning rate runs out there.
     """
     bits, training = config.plan.bits, config.workload.training
     steps_in_all = training_steps(config)
@@ -252,12 +281,12 @@ def sensitivity_steps(config: Config) -> int:
     steps = bits.steps or 0 if own else training.sensitivity_steps
     key = "bits.steps" if own else "training.sensitivity_steps"
     total = "training.steps" if config.plan.train.steps is None else "train.steps"
-    if steps >= steps_in_all and steps > 0:
+    if steps > steps_in_all:
         # A quarter is what the packaged workloads spend at most.
         raise ConfigError(
             f"{total} is {steps_in_all}, but bits are allocated after {key} = {steps} "
-            "steps, so nothing would be trained at the allocated bits; lower the latter, e.g. "
-            f"--set {key}={steps_in_all // 4}, or raise {total} above {steps}"
+            "steps, which take the learning rates of as many steps of the training; lower the "
+            f"latter, e.g. --set {key}={steps_in_all // 4}, or raise {total} to {steps}"
         )
     return steps
 

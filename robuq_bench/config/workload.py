@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from robuq_bench.errors import suggest
 from robuq_bench.sections import (
@@ -13,16 +14,27 @@ from robuq_bench.sections import (
     OptionalFloat,
     OptionalText,
     Section,
+    Strings,
     TextDigest,
+    check_choices,
     none_word,
 )
 
-FEATURES = ("digits", "inception")
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+FEATURES_SUFFIX = "_features.safetensors"
+#: Layers whose inputs can have outliers without a change of what the teacher computes.
+OUTLIER_LAYERS = ("qkv", "proj", "fc1")
 # A setting that is off is not written down, so that it changes no older run's name.
 OnOrNothing = Annotated[
     bool | None,
     BeforeValidator(lambda value: None if value is False else none_word(value)),
 ]
+
+
+def feature_names() -> list[str]:
+    """Names that `evaluation.features` may have: the packaged networks, and Inception."""
+    packaged = sorted(path.name for path in ASSETS.glob(f"*{FEATURES_SUFFIX}"))
+    return [*(name.removesuffix(FEATURES_SUFFIX) for name in packaged), "inception"]
 
 
 class ModelConfig(Section):
@@ -75,11 +87,36 @@ class TeacherTraining(Section):
     compile: bool = False
 
 
+class OutliersConfig(Section):
+    """Outliers put into a teacher that leave its function as it is, see `models/outliers.py`.
+
+    At the input of every one of `layers`, `channels` channels drawn by `seed` are multiplied by
+    `scale`, and their weights divided by it.
+    """
+
+    scale: float = Field(gt=0)
+    channels: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0)
+    layers: Strings = OUTLIER_LAYERS
+
+    @field_validator("layers")
+    @classmethod
+    def _possible(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "fc2" in value:
+            raise ValueError(
+                "fc2 cannot have outliers that leave the function as it is: GELU stands between "
+                f"fc1 and fc2; choose among {', '.join(OUTLIER_LAYERS)}"
+            )
+        check_choices("layers", value, OUTLIER_LAYERS)
+        return tuple(name for name in OUTLIER_LAYERS if name in value)  # one order, one identity
+
+
 class TeacherConfig(Section):
     """Where the full-precision weights are; an empty checkpoint must be trained or given."""
 
     checkpoint: str = ""
     sha256: TextDigest = ""
+    outliers: Annotated[OutliersConfig | None, BeforeValidator(none_word)] = None
     training: TeacherTraining
 
 
@@ -89,7 +126,9 @@ class DataConfig(Section):
     `sha256` is the digest of their files (`data_files.data_digest`); nobody needs to state it.
     """
 
-    source: Literal["digits", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"]
+    source: Literal[
+        "digits", "fashion28", "idx", "mnist-torchvision", "imagefolder", "latents", "synthetic"
+    ]
     path: OptionalText = None
     sha256: Digest = None
     image_size: int = Field(ge=1)
@@ -145,8 +184,13 @@ class EvaluationConfig(Section):
     or spreads them from 0 to T - 1 ("fractional", its "50": 0, 20, 41, ...). None is integer for
     ddim, where the steps must divide T, and fractional for ddpm.
 
-    `features` is 'digits', 'inception', or a .safetensors file made by `train-features`. With
-    `adapt_images` it may be a network for images of another size or number of channels.
+    `features` is the name of a packaged network ('digits'), 'inception', or a .safetensors file of
+    `train-features`. With `adapt_images` it may be one for images of another size or number of
+    channels. `reference` is a file of ADM's format (.npz) or of `judging.reference_statistics`.
+
+    `second_features`, likewise, measure everything once more in a feature space of their own, to
+    see whether plans keep their order there; they are compared with `second_reference`, or with the
+    training images. Their images are never adapted.
 
     With `sample_teacher` a teacher is sampled although samples of it come with the suite.
     """
@@ -162,22 +206,34 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=100, ge=1)
     features: str
     features_sha256: Digest = None
+    second_features: OptionalText = None
+    second_features_sha256: Digest = None
     adapt_images: OnOrNothing = None
     sample_teacher: OnOrNothing = None
     inception_weights: OptionalText = None
     reference: OptionalText = None
     reference_sha256: Digest = None
+    second_reference: OptionalText = None
+    second_reference_sha256: Digest = None
     vae: OptionalText = None
     vae_sha256: Digest = None
     grid_images: int = Field(default=40, ge=0)
 
     @model_validator(mode="after")
     def _known_features(self) -> EvaluationConfig:
-        if self.features not in FEATURES and not self.features.endswith(".safetensors"):
+        names = feature_names()
+        for key in ("features", "second_features"):
+            name = getattr(self, key)
+            if name is None or name in names or name.endswith(".safetensors"):
+                continue
             raise ValueError(
-                f"features {self.features!r} is neither a .safetensors file of `train-features` "
-                f"nor a known name{suggest(self.features, FEATURES)}"
+                f"{key} {name!r} is neither a .safetensors file of `train-features` "
+                f"nor a known name{suggest(name, names)}"
             )
+        if self.second_features == self.features:
+            raise ValueError("second_features are the features themselves; name another network")
+        if self.second_reference is not None and self.second_features is None:
+            raise ValueError("second_reference needs second_features, which it is compared in")
         return self
 
 

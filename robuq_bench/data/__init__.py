@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robuq_bench.data.datasets import ImageData, load_dataset
+    from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout
 
-__all__ = ["ImageData", "load_dataset"]
+__all__ = ["ImageData", "load_dataset", "load_heldout"]
 
 
 def __getattr__(name: str) -> Any:

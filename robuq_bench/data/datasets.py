@@ -7,40 +7,48 @@ request that does not fit the data UsageError. Nothing is ever downloaded.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import logging
 import math
 import os
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from robuq_bench.data import fashion28
+from robuq_bench.data.content import content_sha256
 from robuq_bench.data.files import (
     EMBEDDED,
     data_digest,
     data_path,
+    find_heldout_pair,
     find_idx_pair,
     find_images,
     find_shards,
     listing,
     mnist_folder,
 )
+from robuq_bench.data.idx import pad_to, read_idx_pair
 from robuq_bench.data.images import center_crop, read_image
 from robuq_bench.errors import CheckpointError, UsageError, suggest
 from robuq_bench.runs.digests import refuse_change
 
-__all__ = ["ImageData", "center_crop", "load_dataset", "make_image_data", "to_model_range"]
+__all__ = [
+    "ImageData",
+    "center_crop",
+    "content_sha256",
+    "load_dataset",
+    "load_heldout",
+    "make_image_data",
+    "pad_to",
+    "to_model_range",
+]
 
 logger = logging.getLogger(__name__)
 
-IDX_MAGIC_IMAGES, IDX_MAGIC_LABELS = 0x0803, 0x0801
 DIGITS_SHA256 = "4318f5a27219c590b940ba973e958df4400d5d29c511695d051ee1f513e87fd9"
 SYNTHETIC_IMAGES, SYNTHETIC_SEED = 2048, 20240
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -74,12 +82,14 @@ class ImageData:
         labels: int64 [N], 0..num_classes-1.
         source: what was read, for provenance ("digits", "idx:train", ...); never a local path.
         sha256: content hash of images and labels with their shapes and dtypes (64 hex digits).
+        part_of: the same of the larger set that these images were chosen from; "" if there is none.
     """
 
     images: Tensor
     labels: Tensor
     source: str
     sha256: str
+    part_of: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -124,6 +134,39 @@ def load_dataset(data: DataSection, *, name: str | None = None) -> ImageData:
     if loader is None:
         raise UsageError(f"unknown data source {data.source!r}{suggest(data.source, _LOADERS)}")
     images, labels, source = loader(data, name)
+    _check_shape(images, labels, source, data)
+    _check_identity(data, name)
+    loaded = make_image_data(images, labels, source)
+    is_part = data.source == "fashion28"
+    return replace(loaded, part_of=fashion28.WHOLE_SHA256) if is_part else loaded
+
+
+def load_heldout(data: DataSection, *, name: str | None = None) -> ImageData | None:
+    """Load the images that came with a data set to be tested on; None where it has none.
+
+    They are embedded for `fashion28` and the t10k files of an IDX folder, torchvision's included,
+    that holds the training set too. `digits`, `synthetic`, image folders and latents have none.
+
+    Raises:
+        As `load_dataset`, of which they have the classes and the shape.
+    """
+    if data.source == "fashion28":
+        images, labels = fashion28.read("t10k")
+    elif data.source in ("idx", "mnist-torchvision"):
+        path = data_path(data.source, data.path, name)
+        pair = find_heldout_pair(path if data.source == "idx" else mnist_folder(path))
+        if pair is None:
+            return None
+        images, labels = read_idx_pair(*pair, data.image_size)
+    else:
+        return None
+    source = f"{data.source}:t10k"
+    _check_shape(images, labels, source, data)
+    return make_image_data(images, labels, source)
+
+
+def _check_shape(images: Tensor, labels: Tensor, source: str, data: DataSection) -> None:
+    """Refuse images and labels that are not as many, or not those that the section describes."""
     if len(labels) != len(images) or len(labels) == 0:
         raise CheckpointError(f"{source}: {len(images)} images but {len(labels)} labels")
     if labels.min() < 0 or labels.max() >= max(data.num_classes, 1):
@@ -141,8 +184,6 @@ def load_dataset(data: DataSection, *, name: str | None = None) -> ImageData:
             f"{source} gives {images.shape[2]}x{images.shape[3]} images, but data.image_size is "
             f"{data.image_size}"
         )
-    _check_identity(data, name)
-    return make_image_data(images, labels, source)
 
 
 def _check_identity(data: DataSection, name: str | None) -> None:
@@ -173,16 +214,6 @@ def make_image_data(images: Tensor, labels: Tensor, source: str) -> ImageData:
     return ImageData(images, labels, source, content_sha256(images, labels))
 
 
-def content_sha256(*tensors: Tensor) -> str:
-    """Return the SHA-256 (64 hex) of tensors' dtypes, shapes and row-major little-endian bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{array.dtype}{tuple(array.shape)};".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _load_digits(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
     """scikit-learn's 1,797 8x8 digits; grey v in 0..16 becomes (255 v + 8) // 16 (halves up)."""
     from sklearn.datasets import load_digits
@@ -200,54 +231,19 @@ def _load_digits(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, s
     return images, labels, "digits"
 
 
+def _load_fashion28(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
+    """10,000 of the 60,000 training images of Fashion-MNIST; `fashion28.py` says which."""
+    return *fashion28.read("train"), "fashion28:train"
+
+
 def _load_idx(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
     """IDX files (raw or .gz), by folder or by images file; zero-padded to data.image_size."""
     path = data_path(data.source, data.path, name)
     images_file, labels_file, split = find_idx_pair(path)
     if split == "t10k" and path.is_dir():
         logger.warning("%s has no training set; using the t10k test set", path)
-    images, labels = _read_idx_pair(images_file, labels_file, data.image_size)
+    images, labels = read_idx_pair(images_file, labels_file, data.image_size)
     return images, labels, f"idx:{split}"
-
-
-def _read_idx_pair(images_file: Path, labels_file: Path, size: int) -> tuple[Tensor, Tensor]:
-    images = _read_idx(images_file, IDX_MAGIC_IMAGES)
-    labels = _read_idx(labels_file, IDX_MAGIC_LABELS)
-    padded = pad_to(torch.from_numpy(images)[:, None], size)
-    return padded, torch.from_numpy(labels.astype(np.int64))
-
-
-def _read_idx(path: Path, magic: int) -> npt.NDArray[np.uint8]:
-    """Read an IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist), checking its size."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise CheckpointError(
-            f"{path} is unreadable or cut short ({error}); copy it anew"
-        ) from error
-    dims = magic & 0xFF
-    header = 4 + 4 * dims
-    if len(raw) < header or int.from_bytes(raw[:4], "big") != magic:
-        raise CheckpointError(f"{path} is not a {dims}-dimensional IDX file of unsigned bytes")
-    shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
-    if len(raw) - header != int(np.prod(shape, dtype=np.int64)):
-        raise CheckpointError(
-            f"{path} announces {shape} but holds {len(raw) - header} bytes; copy it anew"
-        )
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
-
-
-def pad_to(images: Tensor, size: int) -> Tensor:
-    """Zero-pad uint8 [N, C, h, w] evenly to [N, C, size, size]; never crops or resizes."""
-    height, width = images.shape[-2:]
-    extra_h, extra_w = size - height, size - width
-    if extra_h < 0 or extra_w < 0 or extra_h % 2 or extra_w % 2:
-        raise UsageError(
-            f"cannot pad {height}x{width} images evenly to data.image_size={size}; "
-            f"use {height}, {height + 2}, {height + 4}, ..."
-        )
-    border = (extra_w // 2, extra_w // 2, extra_h // 2, extra_h // 2)
-    return torch.nn.functional.pad(images, border)
 
 
 def _load_torchvision_mnist(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
@@ -257,7 +253,7 @@ def _load_torchvision_mnist(data: DataSection, name: str | None) -> tuple[Tensor
     """
     path = data_path(data.source, data.path, name)
     images_file, labels_file, _ = find_idx_pair(mnist_folder(path))
-    return *_read_idx_pair(images_file, labels_file, data.image_size), "mnist-torchvision:train"
+    return *read_idx_pair(images_file, labels_file, data.image_size), "mnist-torchvision:train"
 
 
 def _load_imagefolder(data: DataSection, name: str | None) -> tuple[Tensor, Tensor, str]:
@@ -381,6 +377,7 @@ def _load_synthetic(data: DataSection, name: str | None) -> tuple[Tensor, Tensor
 
 _LOADERS = {
     "digits": _load_digits,
+    "fashion28": _load_fashion28,
     "idx": _load_idx,
     "mnist-torchvision": _load_torchvision_mnist,
     "imagefolder": _load_imagefolder,

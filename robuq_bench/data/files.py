@@ -14,18 +14,19 @@ from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.files import expand_user
 from robuq_bench.runs.digests import NamedFile, files_digest, is_dangling, walk
 
-EMBEDDED = ("digits", "synthetic")  # made by the code, which pins their content
+EMBEDDED = ("digits", "fashion28", "synthetic")  # made by the code, which pins their content
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 )
-IDX_FOLDERS = ("", "raw", "MNIST/raw")
+IDX_FOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw")
+IDX_SUFFIXES = ("", ".gz", ".xz")
 SILENT = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # file managers leave them anywhere
 NO_CLASSES = frozenset({"__MACOSX", "lost+found"})  # unpacking and formatting leave them
 NAMED = 5
 
 #: Source -> what its path should be.
 SOURCES = {
-    "idx": "the folder with train-images-idx3-ubyte(.gz) and its labels",
+    "idx": "the folder with train-images-idx3-ubyte(.gz or .xz) and its labels",
     "mnist-torchvision": "the root folder of torchvision.datasets.MNIST",
     "imagefolder": "a folder with one subfolder of images per class",
     "latents": "a folder of *.safetensors latent shards",
@@ -200,27 +201,49 @@ def find_idx_pair(path: Path) -> tuple[Path, Path, str]:
     if path.is_file():
         split = path.name.split("-images")[0]
         if "-images" not in path.name:
-            raise UsageError(f"{path}: an IDX images file is named <split>-images-idx3-ubyte[.gz]")
+            raise UsageError(
+                f"{path}: an IDX images file is named <split>-images-idx3-ubyte, with .gz or .xz "
+                "if it is compressed"
+            )
         return path, _idx_file(path.parent, split, "labels-idx1-ubyte"), split
-    folders = [path / sub for sub in IDX_FOLDERS if os.path.isdir(path / sub)]
     for split in ("train", "t10k"):
-        for folder in folders:
-            for suffix in ("", ".gz"):
-                images = folder / f"{split}-images-idx3-ubyte{suffix}"
-                if os.path.isfile(images):
-                    return images, _idx_file(folder, split, "labels-idx1-ubyte"), split
+        pair = _idx_pair_of(path, split)
+        if pair is not None:
+            return *pair, split
     raise MissingResourceError(
-        f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz or not) in {path}; "
+        f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz, .xz or neither) in {path}; "
         "put MNIST-style IDX files there or point data.path at their folder"
     )
 
 
+def find_heldout_pair(path: Path) -> tuple[Path, Path] | None:
+    """Images and labels of the test set in a folder that holds the training set too; or None.
+
+    Raises:
+        MissingResourceError: its labels are missing.
+    """
+    if path.is_file() or _idx_pair_of(path, "train") is None:
+        return None
+    return _idx_pair_of(path, "t10k")
+
+
+def _idx_pair_of(folder: Path, split: str) -> tuple[Path, Path] | None:
+    for below in IDX_FOLDERS:
+        for suffix in IDX_SUFFIXES:
+            images = folder / below / f"{split}-images-idx3-ubyte{suffix}"
+            if os.path.isfile(images):
+                return images, _idx_file(images.parent, split, "labels-idx1-ubyte")
+    return None
+
+
 def _idx_file(folder: Path, split: str, kind: str) -> Path:
-    for suffix in ("", ".gz"):
+    for suffix in IDX_SUFFIXES:
         candidate = folder / f"{split}-{kind}{suffix}"
         if os.path.isfile(candidate):
             return candidate
-    raise MissingResourceError(f"{folder / f'{split}-{kind}'}(.gz) is missing beside its images")
+    raise MissingResourceError(
+        f"{folder / f'{split}-{kind}'}(.gz, .xz) is missing beside its images"
+    )
 
 
 def mnist_folder(root: Path) -> Path:

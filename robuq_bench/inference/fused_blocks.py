@@ -116,8 +116,8 @@ class GroupedModulation(nn.Module):
 
     @staticmethod
     def applies(layers: list[Any]) -> bool:
-        """Whether all layers are packed and alike."""
-        if not all(isinstance(layer, PackedLinear) for layer in layers):
+        """Whether all layers are packed and alike; a centre of its own gives each other inputs."""
+        if not all(isinstance(layer, PackedLinear) and layer.centring is None for layer in layers):
             return False
         alike = {
             (

@@ -13,6 +13,7 @@ from robuq_bench.errors import UsageError
 from robuq_bench.methods import Method
 from robuq_bench.methods.activations._token_grid import GridQuantizer
 from robuq_bench.methods.branches.svd import LowRankBranch
+from robuq_bench.methods.centrings.mean import Centre
 from robuq_bench.methods.rotations._hadamard import HadamardRotation
 from robuq_bench.quantization import fast_paths
 from robuq_bench.quantization.bits import QuantizedInput
@@ -26,6 +27,8 @@ besides · triton: the kernels."""
 
 _LIKE = "like"
 _KNOWN = {"rotation": HadamardRotation, "branch": LowRankBranch, "activation": GridQuantizer}
+_COMPUTED = {**_KNOWN, "centring": Centre}
+"""Slots that the integer backends compute: a centre is subtracted before the kernels."""
 
 
 class Rest(TypedDict, total=False):
@@ -114,6 +117,7 @@ class PackedLayer(QuantizedInput, ABC):
     def slots(self) -> dict[str, nn.Module]:
         """The modules of the slots that are filled, but the weight's."""
         found = {
+            "centring": self.centring,
             "scaling": self.scaling,
             "rotation": self.rotation,
             "branch": self.branch,
@@ -122,7 +126,7 @@ class PackedLayer(QuantizedInput, ABC):
         return {slot: module for slot, module in found.items() if module is not None}
 
     def other_slots(self) -> dict[str, nn.Module]:
-        """Those of them that neither the kernels nor files of format 1 and 2 know."""
+        """Those of them that files of format 1 and 2 do not know."""
         return {slot: m for slot, m in self.slots().items() if type(m) is not _KNOWN.get(slot)}
 
     @property
@@ -169,7 +173,9 @@ class PackedLayer(QuantizedInput, ABC):
                 f'the model is on {self.like.device}; move it with .cpu() for backend "cpu"'
             )
         try:
-            for slot in self.other_slots():
+            for slot, module in self.slots().items():
+                if type(module) is _COMPUTED.get(slot):
+                    continue
                 raise UsageError(
                     f"{slot} method {self.methods[slot].method!r} is not computed by the kernels; "
                     'run this model on backend "reference"'
@@ -188,6 +194,7 @@ class PackedLayer(QuantizedInput, ABC):
         Exactly what `QuantizedLinear` computes in eval mode; unpacks the weight every time.
         """
         self._check_width(x)
+        x = self.centre_input(x)
         path = fast_paths.path_for(self, x)
         result: Tensor = path.product(self, x, path.weight(self))
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Unpack
@@ -94,7 +95,16 @@ class PackedLinear(PackedLayer):
         return kernel_rotation(self.in_features, self.planes.device) if self.rotated else None
 
     def quantize(self, x: Tensor, **prologue: Any) -> Quantized:
-        """Integer codes of tokens [M, in]; `prologue` as in `hadamard_quantize`."""
+        """Integer codes of tokens [M, in]; `prologue` as in `hadamard_quantize`.
+
+        A centre is subtracted from x, or from the shift of a modulation, which comes after.
+        """
+        modulation = prologue.pop("modulation", None)
+        if modulation is None:
+            x = self.centre_input(x)
+        else:
+            shift = self.centre_input(modulation.shift)
+            prologue["modulation"] = dataclasses.replace(modulation, shift=shift)
         module = kernel_module("hadamard_quantize", self.arithmetic)
         result: Quantized = module.hadamard_quantize(
             x,
@@ -175,6 +185,7 @@ def packed_layer(layer: QuantizedLinear) -> PackedLayer:
             )
     quantizer: Any = layer.weight_quantizer
     slots = {
+        "centring": layer.centring,
         "scaling": layer.scaling,
         "rotation": layer.rotation,
         "branch": layer.branch,

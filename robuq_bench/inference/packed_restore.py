@@ -48,8 +48,7 @@ def new_model(header: Header, tensors: int) -> nn.Module:
     if config.depth > tensors:  # before so many blocks are built
         raise ValueError(f"model.depth is {config.depth}, but there are {tensors} tensors")
     try:
-        with torch.device("meta"):
-            return DiT.from_config(config)
+        return DiT.without_values(config)
     except (RuntimeError, TypeError, OverflowError, UsageError) as error:
         raise ValueError("its model section describes no DiT") from error
 
@@ -156,7 +155,7 @@ def _known_slots(
         grid = activation.method if isinstance(activation, GridMethod) else "none"
         rotated = isinstance(rotation, HadamardMethod)
         has_signs = isinstance(rotation, HadamardMethod) and rotation.stored_bits(in_features) > 0
-        rank = branch.rank if isinstance(branch, SVD) else 0
+        rank = branch.rank_of(out_features, in_features) if isinstance(branch, SVD) else 0
         if has_signs != (signs is not None) or rank != (0 if down is None else len(down)):
             raise ValueError(f"{name} has other signs or another rank than rule {facts.rule!r}")
     if (up is None) != (down is None) or (signs is not None and not rotated):
@@ -197,7 +196,9 @@ def _other_slot(
     """The module of any other slot: fitted to nothing, with the state of the file."""
     n = shape[1]
     gram = torch.eye(n, dtype=torch.float64) if "gram" in method.needs else None
-    site = Site(name, tokens=torch.ones(1, n), absmax=torch.ones(n), gram=gram, count=1)
+    site = Site(
+        name, tokens=torch.ones(1, n), absmax=torch.ones(n), gram=gram, count=1, mean=torch.zeros(n)
+    )
     # As `fit` takes it, without its memory.
     module: Any = method.fit(torch.ones((1, 1), dtype=torch.float64).expand(shape), site)
     state = {}

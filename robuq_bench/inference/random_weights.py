@@ -77,7 +77,8 @@ def pack_random_(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
         count = out_features if weight.scale_per_row else 1
         scale = 1 + 0.1 * torch.rand(count, generator=generator, device=device)
         scale /= math.sqrt(in_features)
-        rank = getattr(methods.get("branch"), "rank", 0)
+        branch = methods.get("branch")
+        rank = branch.rank_of(out_features, in_features) if isinstance(branch, SVD) else 0
         slots: dict[str, nn.Module] = {}
         if rank:
             up = normal(out_features, rank) / math.sqrt(rank)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +20,13 @@ from robuq_bench.data.datasets import ImageData
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
 from robuq_bench.judging.feature_networks import FeatureNetwork
-from robuq_bench.judging.features import Features
 from robuq_bench.judging.fidelity import (
     Reference,
     as_reference,
-    compute_metrics,
     load_adm_reference,
     reference_features,
 )
+from robuq_bench.judging.reference_statistics import load_statistics
 from robuq_bench.judging.sampling import (
     decode_latents,
     default_labels,
@@ -37,12 +35,14 @@ from robuq_bench.judging.sampling import (
     sample_images,
 )
 from robuq_bench.runs.digests import require_digest
+from robuq_bench.stopwatch import Stopwatch
 from robuq_bench.training import BatchSource
 
 if TYPE_CHECKING:
     from robuq_bench.config import Workload
     from robuq_bench.context import Context
     from robuq_bench.judging.shipped_samples import ShippedSamples
+    from robuq_bench.judging.teacher import Judged
     from robuq_bench.runs.run import Run
 
 logger = logging.getLogger(__name__)
@@ -66,12 +66,12 @@ def seed_ranges(workload: Workload) -> list[range]:
 def load_reference(workload: Workload, data: ImageData, network: FeatureNetwork) -> Reference:
     """Load what samples are compared with, and check that latents can become images.
 
-    An ADM `.npz` when `evaluation.reference` names one, else features and labels of the training
-    images.
+    An ADM `.npz` or a file of `reference_statistics` when `evaluation.reference` names one, else
+    features and labels of the training images.
 
     Raises:
         MissingResourceError: a latent workload without reference statistics or VAE.
-        UsageError: features for images of another shape.
+        UsageError: features for images of another shape, or a reference of others or in others.
         CheckpointError: a damaged reference or VAE, or one that changed since the run was planned.
     """
     evaluation = workload.evaluation
@@ -91,10 +91,11 @@ def load_reference(workload: Workload, data: ImageData, network: FeatureNetwork)
     if evaluation.reference is None:
         features = reference_features(network, data, evaluation.batch_size)
         return replace(as_reference(features), labels=data.labels)
-    reference = load_adm_reference(
-        evaluation.reference, network, evaluation.batch_size, image_size=shape[-1]
-    )
     path = asset_path(evaluation.reference)
+    if path.suffix == ".safetensors":
+        reference = load_statistics(path, network, data, evaluation.batch_size)
+    else:
+        reference = load_adm_reference(path, network, evaluation.batch_size, image_size=shape[-1])
     require_digest(path, evaluation.reference_sha256, "evaluation.reference")
     return reference
 
@@ -123,7 +124,7 @@ def check_features(network: FeatureNetwork, shape: tuple[int, ...], data: ImageD
             network.size,
             network.suffix,
         )
-    if not data.is_latent and network.trained_on not in ("", data.sha256):
+    if not data.is_latent and network.trained_on not in ("", data.sha256, data.part_of):
         logger.warning(
             "feature network %r was trained on other images (SHA-256 %.12s) than those judged "
             "(%s, %.12s); fid%s means something only if they show the same kind of thing",
@@ -135,8 +136,16 @@ def check_features(network: FeatureNetwork, shape: tuple[int, ...], data: ImageD
         )
 
 
-def record_inputs(run: Run, workload: Workload, data: ImageData, network: FeatureNetwork) -> None:
+def record_inputs(
+    run: Run,
+    workload: Workload,
+    data: ImageData,
+    *networks: FeatureNetwork,
+    heldout: ImageData | None = None,
+) -> None:
     """Record by SHA-256 what a run is measured on, or check it in a finished run.
+
+    `networks` are the feature network and, where there is one, the second.
 
     Raises:
         CheckpointError: an earlier session, or the finished run, was measured on something else.
@@ -144,10 +153,13 @@ def record_inputs(run: Run, workload: Workload, data: ImageData, network: Featur
     evaluation = workload.evaluation
     digests = {
         "data": (data.sha256, {"source": data.source}),
-        "features": (network.sha256, {"network": network.name}),
+        "held-out data": (heldout.sha256 if heldout else None, {}),
         "reference": (evaluation.reference_sha256, {}),
+        "second reference": (evaluation.second_reference_sha256, {}),
         "vae": (evaluation.vae_sha256, {}),
     }
+    for name, network in zip(("features", "second features"), networks, strict=False):
+        digests[name] = (network.sha256, {"network": network.name})
     for name, (digest, fields) in digests.items():
         if not digest:
             continue
@@ -169,14 +181,14 @@ def evaluate_samples(
     context: Context,
     *,
     subject: str,
-    network: FeatureNetwork,
-    reference: Features | Reference,
+    judged: Judged,
     shipped: ShippedSamples | None = None,
 ) -> list[dict[str, Any]]:
     """Sample and measure `model` in every seed range; finished ranges are taken from the run.
 
     Appends one `metrics/<subject>/<range>` record per range, and writes the first range's grid
-    to samples/grid-<subject>.png and all images as uint8 NHWC `arr_0` (the ADM evaluator's
+    to samples/grid-<subject>.png, some of it with the nearest training images to
+    samples/neighbours-<subject>.png, and all images as uint8 NHWC `arr_0` (the ADM evaluator's
     layout) to samples/<subject>-<range>.npz. `shipped` samples are measured in place of new ones;
     their records name them as `samples` and have no `sample_seconds`.
     """
@@ -197,12 +209,13 @@ def evaluate_samples(
                     images[: workload.evaluation.grid_images], GRID_COLUMNS, GRID_SCALE
                 )
                 run.write_bytes(f"samples/grid-{subject}.png", grid)
-            metrics = compute_metrics(
-                network.extract(images, workload.evaluation.batch_size),
-                reference,
-                network.suffix,
-                default_labels(seeds, workload.model.num_classes),
-            )
+            metrics, pool = _measure(images, seeds, workload, judged)
+            if index == 0 and workload.evaluation.grid_images and judged.training is not None:
+                shown = slice(workload.evaluation.grid_images)
+                picture = judged.training.picture(
+                    images[shown], pool[shown], GRID_COLUMNS, GRID_SCALE
+                )
+                run.write_bytes(f"samples/neighbours-{subject}.png", picture)
             run.append(
                 key,
                 kind="metrics",
@@ -217,11 +230,31 @@ def evaluate_samples(
     return rows
 
 
+def _measure(
+    images: Tensor, seeds: range, workload: Workload, judged: Judged
+) -> tuple[dict[str, float], Tensor]:
+    """All metrics of images uint8 [N, C, H, W] in all spaces, and features [N, d] of the first."""
+    classes = workload.model.num_classes
+    labels = default_labels(seeds, classes)
+    metrics: dict[str, float] = {}
+    pools = []
+    for space in judged.spaces:
+        features = space.network.extract(images, space.batch_size)
+        metrics |= space.measure(features, labels, classes, space.reference)
+        pools.append(features.pool)
+        floor = judged.floors.get(space.network.suffix)
+        if floor is not None and (fid := floor.fid_of(features)) is not None:
+            metrics[space.named("fid_at_floor")] = fid
+    if judged.training is not None:
+        metrics |= judged.training.ratios(images, pools[0])
+    return metrics, pools[0]
+
+
 def _sample(
     model: nn.Module, workload: Workload, context: Context, subject: str, index: int, seeds: range
 ) -> tuple[Tensor, dict[str, Any]]:
     """Images uint8 [N, C, H, W] of one seed range, and the time that they took."""
-    start = time.perf_counter()
+    watch = Stopwatch()
     label = f"sample {subject} {index + 1}/{workload.evaluation.seed_ranges}"
     with context.progress.task(label, len(seeds)) as task:
         images = sample_images(
@@ -235,7 +268,7 @@ def _sample(
         )
     if workload.data.source == "latents":
         images = decode_latents(images, workload.evaluation.vae, device=context.device)
-    return images, {"sample_seconds": round(time.perf_counter() - start, 3)}
+    return images, {f"sample_{name}": value for name, value in watch.lap().items()}
 
 
 def batches_side_by_side(workload: Workload, threads: int) -> int:
@@ -251,26 +284,54 @@ def batches_side_by_side(workload: Workload, threads: int) -> int:
     return max(1, min(threads, SIDE_BY_SIDE_BYTES // batch_bytes))
 
 
-@torch.no_grad()
-def validation_losses(
-    model: nn.Module, teacher: nn.Module, data: ImageData, workload: Workload, device: str
-) -> dict[str, float]:
-    """Return mean distillation and denoising loss on fixed batches, the same for every plan.
-
-    The batches come from the training images with noise, timesteps and labels of their own
-    stream; they measure fit to the teacher, not generalisation to unseen digits.
-    """
-    diffusion = Diffusion.from_config(workload.diffusion)
-    source = BatchSource(
+def _validation_source(
+    teacher: nn.Module, data: ImageData, workload: Workload, device: str
+) -> BatchSource:
+    """Batches 0 to `VALIDATION_BATCHES` - 1 of it are those of every validation."""
+    return BatchSource(
         data.model_inputs(torch.arange(len(data))),
         data.labels,
-        diffusion,
+        Diffusion.from_config(workload.diffusion),
         teacher,
         batch_size=VALIDATION_BATCH_SIZE,
         seed=0,
         stream="validation",
         device=device,
     )
+
+
+@torch.no_grad()
+def validation_energy(
+    teacher: nn.Module, data: ImageData, workload: Workload, device: str
+) -> float:
+    """Mean square of the teacher's output on the validation batches: the unit of its distance."""
+    source, energy = _validation_source(teacher, data, workload, device), 0.0
+    with evaluation_mode(teacher):
+        for step in range(VALIDATION_BATCHES):
+            batch = source.batch(step)
+            output = teacher(batch.x_t, batch.t, batch.y).float()
+            energy += float(output.square().mean()) / VALIDATION_BATCHES
+    return energy
+
+
+@torch.no_grad()
+def validation_losses(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: ImageData,
+    workload: Workload,
+    device: str,
+    heldout: ImageData | None = None,
+) -> dict[str, Any]:
+    """Return mean distillation and denoising loss on fixed batches, the same for every plan.
+
+    The batches come from the held-out images, or where a workload has none from the training
+    images, as `validation_images` says ("held-out" or "training"), with noise, timesteps and labels
+    of their own stream. On training images they measure fit to the teacher, not generalisation.
+    """
+    data, images = (data, "training") if heldout is None else (heldout, "held-out")
+    diffusion = Diffusion.from_config(workload.diffusion)
+    source = _validation_source(teacher, data, workload, device)
     distillation = denoising = 0.0
     with evaluation_mode(model):
         for step in range(VALIDATION_BATCHES):
@@ -280,4 +341,8 @@ def validation_losses(
             losses = diffusion.training_loss(output, batch.x0, batch.x_t, batch.t, batch.noise)
             distillation += float((output - target).square().mean()) / VALIDATION_BATCHES
             denoising += float(losses.mean()) / VALIDATION_BATCHES
-    return {"distillation_loss": distillation, "denoising_loss": denoising}
+    return {
+        "distillation_loss": distillation,
+        "denoising_loss": denoising,
+        "validation_images": images,
+    }

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from robuq_bench._compat import import_torch_fidelity
-from robuq_bench.checkpointing import load_untrusted_checkpoint
+from robuq_bench.checkpointing import load_untrusted_checkpoint, sidecar_path
 from robuq_bench.config import asset_path
+from robuq_bench.config.workload import feature_names
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError
-from robuq_bench.files import make_folder, sha256_file
+from robuq_bench.files import make_folder, read_checksums, sha256_file
 from robuq_bench.judging.features import (
     ASSET,
-    ASSET_SHA256,
     SPATIAL_CHANNELS,
     SPATIAL_SIDE,
     Features,
+    features_asset,
     load_features,
 )
 from robuq_bench.runs.digests import refuse_change
@@ -61,6 +62,7 @@ class FeatureNetwork:
         channels, size: the images it is for; a size of None takes any.
         dimensions: of its pooled and of its spatial features.
         trained_on: `ImageData.sha256` of its training images; "" where that says nothing.
+        heldout_accuracy: share of its own held-out images that it names; None where not known.
         adapts: whether other channels and sizes may be brought into its shape.
     """
 
@@ -73,6 +75,7 @@ class FeatureNetwork:
     size: int | None = None
     dimensions: tuple[int, int] | None = None
     trained_on: str = ""
+    heldout_accuracy: float | None = None
     adapts: bool = False
 
     def fits(self, channels: int, height: int, width: int) -> bool:
@@ -123,7 +126,8 @@ def load_feature_network(
 ) -> FeatureNetwork:
     """Load the features that a workload's `evaluation` section names.
 
-    `evaluation.features` is "digits", "inception", or a `.safetensors` file of `train-features`.
+    `evaluation.features` is the name of a packaged network ("digits"), "inception", or a
+    `.safetensors` file of `train-features`.
     With `evaluation.adapt_images` the network takes images of any shape, and its metrics another
     name ("_digits_adapted").
 
@@ -139,16 +143,16 @@ def load_feature_network(
                 "inception takes images of any size; pass --set evaluation.adapt_images=false"
             )
         return load_inception(evaluation.inception_weights, device=device)
-    if evaluation.features == "digits":
-        return load_classifier(ASSET, device=device, adapts=adapts)
-    if evaluation.features.endswith(".safetensors"):
-        path = asset_path(evaluation.features)
+    names = feature_names()
+    if evaluation.features in names or evaluation.features.endswith(".safetensors"):
+        is_named = evaluation.features in names
+        path = features_asset(evaluation.features) if is_named else asset_path(evaluation.features)
         network = load_classifier(path, device=device, adapts=adapts)
         if evaluation.features_sha256 is not None:
             refuse_change(network.sha256, evaluation.features_sha256, f"evaluation.features {path}")
         return network
     raise UsageError(
-        f"unknown evaluation.features {evaluation.features!r}; known: digits, inception, FILE"
+        f"unknown evaluation.features {evaluation.features!r}; known: {', '.join(names)}, FILE"
     )
 
 
@@ -157,12 +161,14 @@ def load_classifier(
 ) -> FeatureNetwork:
     """Load a classifier made by `train-features`; see `features.load_features`.
 
-    Only the packaged one is called by its bare name: training with other images or another seed
-    makes another feature space, whose metrics carry the start of its SHA-256 too.
+    Only the packaged ones are called by their bare names: training with other images or another
+    seed makes another feature space, whose metrics carry the start of its SHA-256 too.
     """
     network, metadata, digest = load_features(path)
     network.to(device)
-    name = metadata["name"] if digest == ASSET_SHA256 else f"{metadata['name']}-{digest[:8]}"
+    packaged = sidecar_path(features_asset(metadata["name"]))
+    is_packaged = packaged.exists() and digest in read_checksums(packaged)
+    name = metadata["name"] if is_packaged else f"{metadata['name']}-{digest[:8]}"
     return FeatureNetwork(
         name,
         f"_{name}_adapted" if adapts else f"_{name}",
@@ -173,6 +179,7 @@ def load_classifier(
         size=int(metadata.get("image_size", network.input_size)),
         dimensions=(network.classifier.in_features, SPATIAL_CHANNELS * SPATIAL_SIDE**2),
         trained_on=metadata.get("dataset_sha256", ""),
+        heldout_accuracy=float(known) if (known := metadata.get("heldout_accuracy")) else None,
         adapts=adapts,
     )
 

@@ -42,6 +42,7 @@ __all__ = [
     "load_adm_reference",
     "load_feature_network",
     "reference_features",
+    "with_suffix",
 ]
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def compute_fid(
     metrics = {"fid": frechet_distance(feature_statistics(samples.pool), known.pool)}
     smaller = min(len(samples), known.num_images or len(samples))
     metrics["fid_is_rank_deficient"] = _rank_flag("FID", smaller, samples.pool)
-    return {_with_suffix(key, suffix): value for key, value in metrics.items()}
+    return {with_suffix(key, suffix): value for key, value in metrics.items()}
 
 
 def compute_metrics(
@@ -152,7 +153,7 @@ def compute_metrics(
             verbose=False,
         )
         metrics["precision"], metrics["recall"] = manifold["precision"], manifold["recall"]
-    return {_with_suffix(key, suffix): value for key, value in metrics.items()}
+    return {with_suffix(key, suffix): value for key, value in metrics.items()}
 
 
 def _kid(
@@ -200,7 +201,7 @@ def _kid(
     }
 
 
-def _with_suffix(key: str, suffix: str) -> str:
+def with_suffix(key: str, suffix: str) -> str:
     """ "fid_is_rank_deficient", "_digits" -> "fid_digits_is_rank_deficient"."""
     metric, _, detail = key.partition("_")
     parts = (metric, suffix.strip("_"), detail)

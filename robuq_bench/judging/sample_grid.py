@@ -12,6 +12,7 @@ from robuq_bench.context import Context
 from robuq_bench.errors import UsageError
 from robuq_bench.files import atomic_write_bytes
 from robuq_bench.inference import load_packed, prepare_for_inference
+from robuq_bench.inference.packed_layer import PackedLayer
 from robuq_bench.judging.sampling import image_grid, sample_images
 from robuq_bench.models.checkpoints import load_teacher
 from robuq_bench.students import load_student
@@ -51,9 +52,14 @@ def run_sample(
         raise UsageError("sample needs a pixel workload; latents need a VAE to become images")
     model: nn.Module
     if packed is not None:
-        model, _ = load_packed(packed)
+        model, facts = load_packed(packed)
         _check_model(packed, model, workload)
         model = prepare_for_inference(model.to(context.device), backend, torch.float32)
+        chosen = {layer.backend for layer in model.modules() if isinstance(layer, PackedLayer)}
+        context.progress.log(
+            f"{packed}: plan {facts['plan'].name} of {facts['source']}, {facts['storage']}, "
+            f"{packed.stat().st_size / 1e6:.2f} MB; backend {', '.join(sorted(chosen))}"
+        )
     elif checkpoint is not None:
         model = load_student(checkpoint, workload)
     else:

@@ -2,8 +2,8 @@
 
 They are images, not metrics: what they are judged by, features and data included, is computed in
 every run. They serve a workload only where everything that decides a pixel is equal; its digest
-names the teacher's weights. Other CPUs than theirs round differently, which moves a pixel of a
-full-precision model by one level at most.
+names the teacher's weights, and one with outliers, which rounds otherwise, has none. Other CPUs
+than theirs round differently, which moves a pixel of a full-precision model by one level at most.
 
     python -m robuq_bench.judging.shipped_samples runs/teacher-eval/fp-digits-...
 
@@ -69,9 +69,13 @@ def protocol(workload: Workload, teacher_sha256: str) -> str:
 
 
 def samples_asset(workload: Workload) -> str | None:
-    """Name of the samples that would come with the workload's teacher; None for one of a path."""
+    """Name of the samples that would come with the workload's teacher.
+
+    None for a teacher of a path, or one with outliers.
+    """
     checkpoint = workload.teacher.checkpoint
     is_packaged = checkpoint.startswith("asset:") and checkpoint.endswith(".safetensors")
+    is_packaged = is_packaged and workload.teacher.outliers is None
     return f"{checkpoint.removesuffix('.safetensors')}_samples.safetensors" if is_packaged else None
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 def metric_names(records: list[dict[str, Any]]) -> list[str]:
     """Return the metric columns of `metrics` records, in the order they were measured."""
-    prefixes = ("fid", "sfid", "is", "kid", "precision", "recall")
+    prefixes = ("fid", "sfid", "is", "kid", "precision", "recall", "accuracy", "nn")
     return [
         name
         for name, value in records[0].items()
         if isinstance(value, float)
         and name.split("_")[0] in prefixes
-        and not name.endswith(("_std", "_torch_fidelity"))  # details of a metric
+        and not name.endswith(("_std", "_torch_fidelity", "_at_floor"))  # details of a metric
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kernels import build, cpu_library
+from robuq_bench.errors import UsageError
 from robuq_bench.measuring.statistics import Timing
 from robuq_bench.runs.provenance import cpu_label
 
@@ -72,6 +73,16 @@ def _sample(call: Callable[[], object], count: int) -> tuple[float, float]:
     for _ in range(count):
         call()
     return (time.perf_counter() - wall) / count, (time.process_time() - processor) / count
+
+
+def check_threads(key: str, counts: Sequence[int]) -> None:
+    """Raise UsageError if the setting `key` asks for more threads than this process has cores."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if usable is not None and max(counts) > usable:
+        raise UsageError(
+            f"{key} asks for {max(counts)} threads, and this machine runs {usable} at once; "
+            f"--set '{key}=[{', '.join(str(count) for count in counts if count <= usable) or 1}]'"
+        )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from robuq_bench.methods.base import (
     SLOTS,
     ActivationMethod,
     BranchMethod,
+    CentringMethod,
     Method,
     RotationMethod,
     ScalingMethod,
@@ -33,6 +34,7 @@ __all__ = [
     "SLOTS",
     "ActivationMethod",
     "BranchMethod",
+    "CentringMethod",
     "Method",
     "RotationMethod",
     "ScalingMethod",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 BASES: dict[Slot, type[Method]] = {
+    "centring": CentringMethod,
     "scaling": ScalingMethod,
     "rotation": RotationMethod,
     "branch": BranchMethod,
@@ -118,7 +121,7 @@ def _packaged_class(slot: Slot, name: str) -> type[Method]:
 
 
 def read_method(slot: Slot, values: Any) -> Method | None:
-    """The method that a plan's table, name or "none" means; None for "none".
+    """The method that a plan's table, name or "none" means; None for "none" or one that is empty.
 
     Raises:
         ConfigError: unknown method, or not a table; parameters are checked by its class
@@ -144,7 +147,8 @@ def read_method(slot: Slot, values: Any) -> Method | None:
     found = method_class(slot, values["method"])
     if values["method"] not in _packaged(slot):
         values = {**values, "sha256": _source_digest(found, values)}
-    return found.model_validate(dict(values))
+    method = found.model_validate(dict(values))
+    return None if method.is_empty else method
 
 
 def _source_digest(method: type[Method], values: Mapping[str, Any]) -> Any:

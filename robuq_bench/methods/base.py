@@ -2,11 +2,11 @@
 
 A layer computes, for input x [..., in] and weight W [out, in],
 
-    y = Q_a(x') Q_w(W' - L)^T + x' L^T + b,    x' = R(x / s),    W' = R(W s)
+    y = Q_a(x') Q_w(W' - L)^T + x' L^T + (b + W c),    x' = R((x - c) / s),    W' = R(W s)
 
-Scaling (s), rotation (R), branch (L), weight (Q_w) and activation (Q_a) are its slots, fitted in
-this order; every slot may be empty. A method is a frozen section of a plan, its fields are its TOML
-keys, and `fit` makes the module that fills the slot. This file imports no torch.
+Centring (c), scaling (s), rotation (R), branch (L), weight (Q_w) and activation (Q_a) are its
+slots, fitted in this order; every slot may be empty. A method is a frozen section of a plan, its
+fields are its TOML keys, and `fit` makes the module that fills the slot. Free of torch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from robuq_bench.methods.site import Site
 
-Slot = Literal["scaling", "rotation", "branch", "weight", "activation"]
+Slot = Literal["centring", "scaling", "rotation", "branch", "weight", "activation"]
 SLOTS: tuple[Slot, ...] = get_args(Slot)
 """In the order in which they are fitted."""
 
-Need = Literal["tokens", "absmax", "gram"]
+Need = Literal["tokens", "absmax", "mean", "gram"]
 """What `fit` reads of the inputs that a layer saw in calibration; see `Site`."""
 
 FULL_PRECISION_BITS = 32.0
@@ -50,6 +50,11 @@ class Method(Section):
     method: str
     sha256: TextDigest = ""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it does nothing, so that a plan leaves the slot empty."""
+        return False
+
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ConfigError when the method cannot serve a weight [out, in]. Reads no tensor."""
 
@@ -69,6 +74,25 @@ class Method(Section):
             f"{self.slot} method {self.method!r} does not say its {what}; define "
             f"{type(self).__name__}.{what}"
         )
+
+
+class CentringMethod(Method):
+    """c: a module with the buffer `centre` [in] and `forward(x)` = x - c.
+
+    W c, of the weight in full precision, is added to the layer's bias once, when it is fitted:
+    exact before training, without the rounding of the codes. A bias that trains then goes its own
+    way, so W c need not follow W, and c stays. Needs a layer with a bias.
+    """
+
+    slot = "centring"
+
+    def stored_bits(self, in_features: int) -> float:
+        """Bits that a layer stores for it."""
+        return 16.0 * in_features
+
+    def additions(self, in_features: int) -> int:
+        """Additions of centring one token."""
+        return in_features
 
 
 class ScalingMethod(Method):
@@ -110,6 +134,10 @@ class BranchMethod(Method):
     def values(self, out_features: int, in_features: int) -> int:
         """Full-precision numbers of the branch; as many multiply-adds a token."""
         raise self.unknown("values")
+
+    def rank_of(self, out_features: int, in_features: int) -> int | None:
+        """Rank of a branch of two factors, [out, rank] and [rank, in]; None for any other."""
+        return None
 
 
 class WeightMethod(Method):

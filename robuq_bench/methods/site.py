@@ -24,11 +24,12 @@ class Site:
         tokens: [T, in] float32, a sample of the inputs; None when calibration saw none.
         absmax: [in] float32, largest magnitude of each channel over all inputs seen.
         gram: [in, in] float64, sum of x^T x over all inputs seen, and `count` their number.
+        mean: [in] float64, of each channel over all inputs seen.
 
     `is_blank` says that values are loaded afterwards, so that only shapes count: a search for
     good ones may be left out. All statistics are in the basis of the slots that were fitted
-    before: divided by the scaling, rotated by the rotation. After a rotation `absmax` is that of
-    the sample, because the one of all inputs cannot be had from it.
+    before: less the centre, divided by the scaling, rotated by the rotation. After a centring or a
+    rotation `absmax` is that of the sample, because the one of all inputs cannot be had from it.
     """
 
     name: str = ""
@@ -37,6 +38,7 @@ class Site:
     absmax: Tensor | None = None
     gram: Tensor | None = None
     count: int = 0
+    mean: Tensor | None = None
     is_blank: bool = False
 
     @classmethod
@@ -50,11 +52,15 @@ class Site:
         """A site that saw a few normal inputs: for layers whose values are loaded afterwards."""
         tokens = torch.randn(64, in_features, generator=torch.Generator().manual_seed(0))
         eye = torch.eye(in_features, dtype=torch.float64, device=device)
-        absmax = torch.ones(in_features, device=device)
-        return cls(name, seed, tokens.to(device), absmax, eye, in_features, is_blank=True)
+        absmax, mean = torch.ones(in_features, device=device), eye.new_zeros(in_features)
+        return cls(name, seed, tokens.to(device), absmax, eye, in_features, mean, is_blank=True)
 
     def need(self, what: Need) -> Tensor:
-        """`tokens`, `absmax` or `gram`; UsageError naming the layer if calibration saw none."""
+        """`tokens`, `absmax`, `mean` or `gram`.
+
+        Raises:
+            UsageError: calibration saw none; names the layer.
+        """
         value = getattr(self, what)
         if value is None:
             raise UsageError(
@@ -73,5 +79,22 @@ class Site:
                 absmax = module(absmax).abs()
             elif absmax is not None:
                 absmax = None if tokens is None else tokens.abs().amax(0)
+            mean = None if self.mean is None else module(self.mean)
             gram = None if self.gram is None else module(module(self.gram).T)
-        return replace(self, tokens=tokens, absmax=absmax, gram=gram)
+        return replace(self, tokens=tokens, absmax=absmax, mean=mean, gram=gram)
+
+    def less(self, centre: Tensor) -> Site:
+        """The same inputs after `centre` [in] was subtracted.
+
+        Raises:
+            UsageError: there is a Gram matrix without the mean, which tells how it changes.
+        """
+        tokens = None if self.tokens is None else self.tokens - centre.to(self.tokens)
+        absmax = None if self.absmax is None or tokens is None else tokens.abs().amax(0)
+        mean = None if self.mean is None else self.mean - centre.to(self.mean)
+        gram = self.gram
+        if gram is not None:
+            old, c = self.need("mean").to(gram), centre.to(gram)
+            # sum (x - c)(x - c)^T, with m the mean: sum x x^T - n (m c^T + c m^T - c c^T)
+            gram = gram - self.count * (old.outer(c) + c.outer(old) - c.outer(c))
+        return replace(self, tokens=tokens, absmax=absmax, mean=mean, gram=gram)

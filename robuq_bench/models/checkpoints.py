@@ -18,6 +18,7 @@ from robuq_bench.checkpointing import load_untrusted_checkpoint
 from robuq_bench.config import asset_path
 from robuq_bench.errors import CheckpointError, MissingResourceError, UsageError, suggest
 from robuq_bench.models.dit import DiT, sincos_position_embedding
+from robuq_bench.models.outliers import add_outliers_
 from robuq_bench.weight_files import checkpoint_digest
 
 ASSET_PREFIX = "asset:"
@@ -62,12 +63,14 @@ def load_teacher(workload: Any, device: str | torch.device) -> tuple[DiT, str]:
     `teacher.checkpoint` is 'asset:NAME' (shipped with the package), the path of a safetensors or
     PyTorch file, or a folder of diffusers' `save_pretrained`, sharded or not: a bare state dict,
     DiT's train.py checkpoint (its moving average is taken), or diffusers' layout; a prefix that
-    all names have is left out. A pickle cannot run code.
+    all names have is left out. A pickle cannot run code. Outliers of `teacher.outliers` are put in.
 
     Returns:
-        The model, and the `checkpoint_digest` of its file or files (64 hex digits).
+        The model, and the `checkpoint_digest` of its file or files (64 hex digits), which knows
+        nothing of outliers.
 
     Raises:
+        UsageError: the outliers change what the model computes.
         MissingResourceError: no checkpoint is named, or no asset has that name.
         CheckpointError: the file is missing, damaged, refused, or does not fit `workload.model`.
     """
@@ -76,14 +79,16 @@ def load_teacher(workload: Any, device: str | torch.device) -> tuple[DiT, str]:
     try:
         state = without_prefixes(state)
         if any(name.startswith("transformer_blocks.") for name in state):
-            with torch.device("meta"):
-                expected = DiT.from_config(workload.model).state_dict()
+            expected = DiT.without_values(workload.model).state_dict()
             check_weights(to_diffusers(expected), state)
             state = from_diffusers(state, workload.model.input_size)
         model = build_model(workload.model, state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return model.to(device), workload.teacher.sha256 or checkpoint_digest(path)
+    model = model.to(device)
+    if workload.teacher.outliers is not None:
+        add_outliers_(model, workload.teacher.outliers)
+    return model, workload.teacher.sha256 or checkpoint_digest(path)
 
 
 def resolve_checkpoint(workload: Any) -> Path:
@@ -187,8 +192,7 @@ def build_model(model_config: Any, state: Mapping[str, Tensor]) -> DiT:
 
     Raises CheckpointError as `check_weights`. No random number is drawn.
     """
-    with torch.device("meta"):
-        model = DiT.from_config(model_config)
+    model = DiT.without_values(model_config)
     expected = model.state_dict()
     check_weights(expected, state)
     copies = {name: state[name].to(torch.float32, copy=True) for name in expected}

@@ -7,12 +7,13 @@ key names of its released checkpoints; written from the published description.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from robuq_bench.errors import UsageError
 
@@ -50,6 +51,8 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     """
     if hidden_size % 4:
         raise UsageError(f"model.hidden_size must be divisible by 4, got {hidden_size}")
+    if torch.get_default_device().type == "meta":  # `arange` there imports torch's compiler
+        return torch.empty(grid_size**2, hidden_size)
     frequencies = 10000.0 ** (
         -torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4)
     )
@@ -201,6 +204,22 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Functions of `torch.nn.init` do nothing: `normal_` on "meta" imports torch's compiler."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"]
+        return func(*args, **given)
+
+
 class DiT(nn.Module):
     """Class-conditional Diffusion Transformer predicting epsilon (and optionally sigma).
 
@@ -250,6 +269,12 @@ class DiT(nn.Module):
     def from_config(cls, model_config: Any) -> DiT:
         """Build from a workload's `model` section (any object with the constructor's fields)."""
         return cls(**{field: getattr(model_config, field) for field in CONFIG_FIELDS})
+
+    @classmethod
+    def without_values(cls, model_config: Any) -> DiT:
+        """As `from_config`, on the meta device: names and shapes, nothing drawn or computed."""
+        with torch.device("meta"), _NoInitialisation():
+            return cls.from_config(model_config)
 
     @property
     def null_label(self) -> int:

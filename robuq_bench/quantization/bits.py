@@ -34,6 +34,7 @@ class QuantizedInput(nn.Module):
     """Base of layers with slots for their input, and `activation_bits` to change at any time."""
 
     name: str
+    centring: nn.Module | None
     scaling: nn.Module | None
     rotation: nn.Module | None
     branch: nn.Module | None
@@ -42,7 +43,8 @@ class QuantizedInput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scaling = self.rotation = self.branch = self.activation_quantizer = None
+        self.centring = self.scaling = self.rotation = self.branch = None
+        self.activation_quantizer = None
         self._bits: int | None = None
         self._bits_tensor: Tensor | None = None
 
@@ -77,8 +79,12 @@ class QuantizedInput(nn.Module):
             return self._bits_tensor
         return self._bits
 
+    def centre_input(self, x: Tensor) -> Tensor:
+        """x - c [..., in], which paths take for the layer's input."""
+        return x if self.centring is None else self.centring(x)
+
     def rotate_input(self, x: Tensor) -> Tensor:
-        """x' = R(x / s) [..., in]: what the branch and the activation quantizer read."""
+        """R(x / s) of centred x [..., in]: what the branch and the activation quantizer read."""
         if self.scaling is not None:
             x = self.scaling(x)
         return x if self.rotation is None else self.rotation(x)

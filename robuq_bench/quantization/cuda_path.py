@@ -36,6 +36,7 @@ SWITCHED_OFF = os.environ.get(VARIABLE, "").lower() == "off"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of activations and products; float64 keeps the plain lines."""
 KNOWN_METHODS = {
+    "centring": ("mean",),
     "scaling": (),
     "rotation": ("hadamard", "randomized-hadamard"),
     "branch": ("svd",),

@@ -51,10 +51,14 @@ def needs_of(rule: Rule) -> frozenset[Need]:
     """What the methods of a layer read of its inputs."""
     slots = rule.slots()
     needs = frozenset[Need]().union(*(method.needs for method in slots.values()))
-    # After a rotation the largest magnitudes are those of the sample, see `Site.through`.
-    after = (m.needs for slot, m in slots.items() if slot not in ("scaling", "rotation"))
-    if rule.rotation is not None and any("absmax" in found for found in after):
-        needs |= {"tokens"}
+    if "centring" in slots and "gram" in needs:
+        needs |= {"mean"}  # see `Site.less`
+    # After a centring or a rotation the largest magnitudes are those of the sample, see `Site`.
+    moved = False
+    for slot, method in slots.items():
+        if moved and "absmax" in method.needs:
+            needs |= {"tokens"}
+        moved = moved or slot in ("centring", "rotation")
     return needs
 
 

@@ -28,7 +28,12 @@ OLD_NAMES = {
 
 
 def check_methods(methods: Mapping[str, Method], linear: nn.Linear, name: str) -> None:
-    """Raise the error of a method that cannot serve the shape of layer `name`, with that name."""
+    """Raise the error of a method that cannot serve layer `name`, with that name."""
+    if "centring" in methods and linear.bias is None:
+        raise UsageError(
+            f"layer {name!r}: centring: it has no bias, which the product of the centre would be "
+            'added to; give the layer a rule of its own in [[layers]], with centring = "none"'
+        )
     for slot, method in methods.items():
         try:
             method.check(linear.out_features, linear.in_features)
@@ -44,9 +49,10 @@ def rename_old_state(state: dict[str, Any], prefix: str) -> None:
 
 
 class QuantizedLinear(QuantizedInput):
-    """y = Q_a(x') Q_w(W)^T + branch(x') + bias, x' = R(x / s).
+    """y = Q_a(x') Q_w(W)^T + branch(x') + bias, x' = R((x - c) / s).
 
-    W, the parameter `master_weight` [out, in], is scaled, rotated and without the branch. The
+    W, the parameter `master_weight` [out, in], is scaled, rotated and without the branch; `bias`
+    begins with the product of c by the weight before all that. The
     attribute `weight` tells shape, dtype and device and refuses arithmetic. Q_w(W) is computed in
     every forward pass, but for a `cached_weights` block.
 
@@ -54,8 +60,8 @@ class QuantizedLinear(QuantizedInput):
         name: layer name in its model, which with a seed decides what is drawn.
         methods: by slot, what the plan chose.
         chooses: of what an allocation may choose bits, "activation" or "weight".
-        scaling, rotation, branch, weight_quantizer, activation_quantizer: the modules in the
-            slots; None where a slot is empty.
+        centring, scaling, rotation, branch, weight_quantizer, activation_quantizer: the modules in
+            the slots; None where a slot is empty.
         activation_bits: bits per activation, None = not quantized; may be changed at any time,
             and kept in the state dict.
     """
@@ -95,6 +101,7 @@ class QuantizedLinear(QuantizedInput):
         check_methods(methods, linear, site.name)
         dtype, device = linear.weight.dtype, linear.weight.device
         weight = linear.weight.detach().double()
+        bias = None if linear.bias is None else linear.bias.detach().clone()
         modules: dict[str, nn.Module] = {}
         for slot in SLOTS:
             if slot not in methods:
@@ -109,12 +116,16 @@ class QuantizedLinear(QuantizedInput):
                 continue
             # Float32 at least: what rounds here would no longer cancel, or move every point.
             _cast(module, torch.promote_types(dtype, torch.float32))
+            if slot == "centring":
+                assert bias is not None  # as checked above
+                bias = (bias.double() + weight @ module.centre.double()).to(bias.dtype)
+                site = site.less(module.centre)
             if slot in ("scaling", "rotation"):
                 weight = module.weight(weight)
                 site = site.through(module, diagonal=slot == "scaling")
-        bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(weight.to(dtype), bias, site.name)
         layer.methods = dict(methods)
+        layer.centring = modules.get("centring")
         layer.scaling, layer.rotation = modules.get("scaling"), modules.get("rotation")
         layer.branch, layer.weight_quantizer = modules.get("branch"), modules.get("weight")
         layer.activation_quantizer = modules.get("activation")
@@ -159,6 +170,7 @@ class QuantizedLinear(QuantizedInput):
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and clamps_gradient(self):
             check_gradients(self, x)
+        x = self.centre_input(x)
         path = fast_paths.path_for(self, x)
         return path.product(self, x, self._cached(path))
 

@@ -1,7 +1,8 @@
 """What linear layers see in calibration: one observer, for any `nn.Module`.
 
 A layer's inputs [..., in] are taken as tokens, one a row. Kept of them is only what is asked for: a
-bounded uniform sample, the largest magnitude of each channel, the sum of x^T x, always the count.
+bounded uniform sample, the largest magnitude and the mean of each channel, the sum of x^T x, always
+the count.
 The model runs as it is (whether with quantized predecessors is decided by what it holds by then),
 in eval mode, without gradients, and is left as it was.
 """
@@ -150,14 +151,16 @@ def memory_bytes(
     """At most this much is held while observing layers of these input `widths`, in bytes.
 
     Of each layer 4 * tokens_per_layer * in (sample) + 8 * tokens_per_layer (its order), 4 * in
-    (absmax) and 8 * in^2 (gram), for every one of `groups` and once for all of them; for the widest
-    layer, working copies of three samples and `GRAM_ROWS` rows. What the model's forward holds, and
-    copies of one input, come on top.
+    (absmax), 8 * in (mean) and 8 * in^2 (gram), for every one of `groups` and once for all of them;
+    for the widest layer, working copies of three samples and `GRAM_ROWS` rows. What the model's
+    forward holds, and copies of one input, come on top.
     """
     widths = list(widths)
     sampled, gram = "tokens" in needs, "gram" in needs
     held = sum(
-        (4 * n + 8) * tokens_per_layer * sampled + 4 * n * ("absmax" in needs) + 8 * n * n * gram
+        (4 * n + 8) * tokens_per_layer * sampled
+        + (4 * ("absmax" in needs) + 8 * ("mean" in needs)) * n
+        + 8 * n * n * gram
         for n in widths
     )
     working = (12 * tokens_per_layer * sampled + 8 * GRAM_ROWS * gram) * max(widths, default=0)
@@ -177,6 +180,7 @@ class _Statistics:
         self.count = 0
         self.width: int | None = None
         self.absmax: Tensor | None = None
+        self.total: Tensor | None = None  # [in] float64, sum of x
         self.gram: Tensor | None = None
         self._rows: Tensor | None = None  # [capacity, in], the first len(_numbers) of them in use
         self._numbers = np.empty(0, np.uint64)
@@ -201,6 +205,8 @@ class _Statistics:
         self.count += len(x)
         if "absmax" in self.needs:
             self._raise_absmax(x.abs().amax(0).float())
+        if "mean" in self.needs:
+            self._add_total(x.sum(0, dtype=torch.float64))
         if "gram" in self.needs:
             if self.gram is None:
                 self.gram = x.new_zeros(self.width, self.width, dtype=torch.float64)
@@ -215,6 +221,8 @@ class _Statistics:
         self.count += other.count
         if other.absmax is not None:
             self._raise_absmax(other.absmax)
+        if other.total is not None:
+            self._add_total(other.total)
         if other.gram is not None:
             self.gram = other.gram.clone() if self.gram is None else self.gram.add_(other.gram)
         if other._rows is not None:
@@ -222,6 +230,9 @@ class _Statistics:
 
     def _raise_absmax(self, largest: Tensor) -> None:
         self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
+
+    def _add_total(self, total: Tensor) -> None:
+        self.total = total.clone() if self.total is None else self.total.add_(total)
 
     def _sample(self, x: Tensor, numbers: np.ndarray) -> None:
         """Keep the tokens with the smallest numbers of those held and x [T, in]."""
@@ -247,7 +258,8 @@ class _Statistics:
         if self._rows is not None:
             order = torch.from_numpy(np.argsort(self._numbers)).to(self._rows.device)
             tokens = self._rows[order]
-        return Site(self.name, seed, tokens, self.absmax, self.gram, self.count)
+        mean = None if self.total is None else self.total / self.count
+        return Site(self.name, seed, tokens, self.absmax, self.gram, self.count, mean)
 
 
 def _result(

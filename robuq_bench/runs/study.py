@@ -92,3 +92,9 @@ def check_study(config: Config) -> None:
     info = find_study(config.study)
     if info.has_check:
         load_study(info).check(config)
+
+
+def outlook_of(config: Config) -> str:
+    """How much there is to do, in the words of the study that `config` is of; "" of most."""
+    info = find_study(config.study)
+    return str(load_study(info).outlook(config)) if info.has_outlook else ""

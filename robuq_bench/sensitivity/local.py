@@ -42,6 +42,7 @@ class LocalErrors:
         input_energy: ||a||^2 of the rotated inputs.
         output_energy: ||y||^2 of the output with full-precision activations.
         output_elements: entries of y.
+        output_sum: sum of y over tokens, [out] float64.
         input_error: ||Q_b(a) - a||^2 by bits.
         output_error: ||(Q_b(a) - a) W^T||^2 by bits.
     """
@@ -49,12 +50,23 @@ class LocalErrors:
     input_energy: float = 0.0
     output_energy: float = 0.0
     output_elements: int = 0
+    output_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     input_error: dict[int, float] = field(default_factory=dict)
     output_error: dict[int, float] = field(default_factory=dict)
 
     def relative_error(self, bits: int) -> float:
         """t^2 = ||Q_b(a) - a||^2 / ||a||^2; 0 for a layer whose inputs are all zero."""
         return _ratio(self.input_error[bits], self.input_energy)
+
+    def varying_error(self, bits: int) -> float:
+        """||(Q_b(a) - a) W^T||^2 / ||y - E y||^2, E the mean over tokens.
+
+        Error beside the part of the output that tells tokens apart: one vector that all of them
+        share, often most of the energy, is left out.
+        """
+        tokens = self.output_elements / self.output_sum.numel()
+        constant = float(self.output_sum.square().sum()) / tokens
+        return _ratio(self.output_error[bits], max(self.output_energy - constant, 0.0))
 
 
 def _ratio(noise: float, signal: float) -> float:
@@ -88,6 +100,7 @@ def local_errors(
         sums.input_energy += squared_sum(a)
         sums.output_energy += squared_sum(y)
         sums.output_elements += y.numel()
+        sums.output_sum = sums.output_sum + y.flatten(0, -2).double().sum(0).cpu()
         for bits in bit_choices:
             error = activation_error(layer, a, bits)
             sums.input_error[bits] += squared_sum(error)

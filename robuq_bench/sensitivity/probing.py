@@ -153,8 +153,8 @@ def squared_sum(tensor: Tensor) -> float:
 
 
 def rotated_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    """The layer's a = R(x / s) [..., in], float32 (float64 for float64 input)."""
-    return layer.rotate_input(x if x.dtype == torch.float64 else x.float())
+    """The layer's a = R((x - c) / s) [..., in], float32 (float64 for float64 input)."""
+    return layer.rotate_input(layer.centre_input(x if x.dtype == torch.float64 else x.float()))
 
 
 def activation_error(layer: QuantizedLinear, a: Tensor, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -79,7 +79,39 @@ def compare_plans(
     difference_margin: float | None = None,
     confidence: float = CONFIDENCE,
 ) -> Verdict:
-    """Judge the plan `candidate` beside the plan `baseline` by `RULE`.
+    """`judge_contrast` of the plan `candidate` beside the plan `baseline`.
+
+    Raises:
+        UsageError: as `judge_contrast`, or a plan is compared with itself.
+    """
+    if candidate == baseline:
+        raise UsageError(f"plan {candidate!r} is compared with itself")
+    found = judge_contrast(
+        values,
+        {candidate: 1.0, baseline: -1.0},
+        metric,
+        lower_is_better=lower_is_better,
+        difference_margin=difference_margin,
+        confidence=confidence,
+    )
+    claim = f"{metric} of {candidate} differs from that of {baseline}."
+    return dataclasses.replace(found, claim=claim, subject=candidate)
+
+
+def judge_contrast(
+    values: pd.DataFrame,
+    weights: Mapping[str, float],
+    metric: str,
+    *,
+    lower_is_better: bool = True,
+    margin: float = 1 - MARGIN,
+    difference_margin: float | None = None,
+    confidence: float = CONFIDENCE,
+) -> Verdict:
+    """Judge Σ weight · log(value of a plan) over plans by `RULE`; weights add up to 0.
+
+    {a: 1, b: -1} is the ratio a / b, and {a: 1, b: -1, c: -1, d: 1} the ratio of the ratios a / b
+    and c / d. "better" says that the contrast is negative where `lower_is_better`.
 
     The interval is mean ± t · SE of the mixed model (REML); by Satterthwaite's rule, the part of
     SE² that ranges hold has ranges − 1 degrees of freedom, the rest seeds − 1, and the whole at
@@ -97,32 +129,39 @@ def compare_plans(
     Args:
         values: columns `plan`, `seed` (training seed), `image_range`, `value`; other columns and
             other plans are passed over.
-        candidate: the plan to be judged.
-        baseline: the plan beside it.
+        weights: plan -> its weight.
         metric: what `value` is, for the words of the verdict.
         lower_is_better: as for FID; False for precision and the like.
+        margin: ratios from 1 - margin to its reciprocal are of no consequence; in (0, 1).
         difference_margin: compare by differences, of which those up to this (> 0, in the unit of
-            the metric) are of no consequence. None: by ratios, within `MARGIN`.
+            the metric) are of no consequence. None: by ratios, within `margin`.
         confidence: of the interval, in (0, 1).
 
     Raises:
-        UsageError: a column, plan, seed or range is missing, a (plan, seed, range) is there twice,
-            a value is not finite, or not above 0 where ratios are compared (give
-            `difference_margin` for such a metric); names it.
+        UsageError: weights that do not add up to 0; a column, plan, seed or range is missing, a
+            (plan, seed, range) is there twice, a value is not finite, or not above 0 where ratios
+            are compared (give `difference_margin` for such a metric); names it.
     """
     ratio = difference_margin is None
     if difference_margin is not None and not difference_margin > 0:
         raise UsageError(f"difference_margin lies above 0, got {difference_margin}")
     if not 0 < confidence < 1:
         raise UsageError(f"confidence lies in (0, 1), got {confidence}")
-    d, left_out = _differences(values, candidate, baseline, metric, ratio)
+    if not 0 < margin < 1:
+        raise UsageError(f"margin lies in (0, 1), got {margin}")
+    if not any(weights.values()) or abs(sum(weights.values())) > 1e-12:
+        raise UsageError(f"weights of a contrast add up to 0 and are not all 0: {dict(weights)}")
+    d, left_out = _contrasts(values, weights, metric, ratio)
     back: Callable[[float], float] = math.exp if ratio else float
+    is_pair = sorted(weights.values()) == [-1, 1]
+    of = "" if is_pair else "ratio of " if ratio else "difference of "
+    some = "one plan only" if len(weights) == 2 else "not all plans"
     verdict = Verdict(
-        claim=f"{metric} of {candidate} differs from that of {baseline}.",
-        subject=candidate,
+        claim=f"{metric} differs in {contrast_text(weights, ratio)}.",
+        subject=contrast_text(weights, ratio),
         verdict="not judged",
         effect=back(d.mean()) if len(d) else None,
-        effect_name=f"{'ratio of geometric' if ratio else 'difference of'} means of {metric}",
+        effect_name=f"{of}{'ratio of geometric' if ratio else 'difference of'} means of {metric}",
         low=None,
         high=None,
         confidence=confidence,
@@ -130,16 +169,17 @@ def compare_plans(
         n_of="training seeds",
         test="none",
         p_value=None,
-        note=f"{left_out} (seed, image range) of one plan only left out" if left_out else "",
+        note=f"{left_out} (seed, image range) of {some} left out" if left_out else "",
     )
-    reason = f"{MIN_SEEDS} training seeds that both plans have are needed"
+    what = "both plans" if len(weights) == 2 else "all plans"
+    reason = f"{MIN_SEEDS} training seeds that {what} have are needed"
     if verdict.n < 2:
         return _noted(verdict, reason)
     found = _estimate(d)
     t = stats.t(found.freedom)
     quantile = float(t.ppf((1 + confidence) / 2))
     low, high = found.mean - quantile * found.error, found.mean + quantile * found.error
-    margin = -math.log(MARGIN) if difference_margin is None else difference_margin
+    of_no_consequence = -math.log(1 - margin) if difference_margin is None else difference_margin
     verdict = dataclasses.replace(
         verdict, effect=back(found.mean), low=back(low), high=back(high), test=found.test
     )
@@ -147,10 +187,23 @@ def compare_plans(
         return _noted(verdict, reason)
     return dataclasses.replace(
         verdict,
-        verdict=judge_interval(low, high, margin, lower_is_better=lower_is_better),
+        verdict=judge_interval(low, high, of_no_consequence, lower_is_better=lower_is_better),
         p_value=_two_sided_p(found),
         detectable=back((quantile + float(t.ppf(POWER))) * found.error),
     )
+
+
+def contrast_text(weights: Mapping[str, float], ratio: bool = True) -> str:
+    """A contrast in symbols: `a ÷ b`, `(a ÷ b) ÷ (c ÷ d)`, else `a^0.5 · b^−0.5`; `−` for `÷`."""
+    sign = " ÷ " if ratio else " − "
+    plus = [name for name, weight in weights.items() if weight == 1]
+    minus = [name for name, weight in weights.items() if weight == -1]
+    if len(plus) + len(minus) == len(weights) and len(plus) == len(minus) <= 2:
+        if len(plus) == 1:
+            return f"{plus[0]}{sign}{minus[0]}"
+        return f"({plus[0]}{sign}{minus[0]}){sign}({minus[1]}{sign}{plus[1]})"
+    powers = (f"{n}^{w:g}" if ratio else f"{w:g} {n}" for n, w in weights.items())
+    return (" · " if ratio else " + ").join(powers).replace("-", "−")
 
 
 def _two_sided_p(found: _Estimate) -> float:
@@ -159,17 +212,15 @@ def _two_sided_p(found: _Estimate) -> float:
     return float(2 * stats.t(found.freedom).sf(abs(found.mean) / found.error))
 
 
-def _differences(
-    values: pd.DataFrame, candidate: str, baseline: str, metric: str, ratio: bool
+def _contrasts(
+    values: pd.DataFrame, weights: Mapping[str, float], metric: str, ratio: bool
 ) -> tuple[pd.Series[float], int]:
-    """Paired differences by (seed, image_range), and how many of these only one plan has."""
+    """Contrasts by (seed, image_range), and how many of these not all plans have."""
     key = ["plan", "seed", "image_range"]
     if missing := [name for name in [*key, "value"] if name not in values.columns]:
         raise UsageError(f"the values of {metric} have no column {', '.join(missing)}")
-    if candidate == baseline:
-        raise UsageError(f"plan {candidate!r} is compared with itself")
-    used = values.loc[values["plan"].isin([candidate, baseline]), [*key, "value"]]
-    if absent := sorted({candidate, baseline} - set(used["plan"])):
+    used = values.loc[values["plan"].isin(list(weights)), [*key, "value"]]
+    if absent := sorted(set(weights) - set(used["plan"])):
         raise UsageError(f"no values of {metric} for plan {', '.join(absent)}")
     number = used["value"].to_numpy(dtype=np.float64)
     for bad, problem in (
@@ -185,7 +236,8 @@ def _differences(
         index=["seed", "image_range"], columns="plan", values="value"
     )
     common = table.dropna()
-    return common[candidate] - common[baseline], len(table) - len(common)
+    contrast = common[list(weights)] @ pd.Series(weights)
+    return contrast, len(table) - len(common)
 
 
 def _estimate(d: pd.Series[float]) -> _Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from typing import Any
 
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 JUDGED = ("distillation_loss", "fid")
 
 Table = dict[str, dict[int, float]]
+Gains = dict[tuple[str, float], float | None]
 
 
 def write_allocations(
@@ -176,29 +178,35 @@ def bucket_rows(
     return rows
 
 
-def write_comparison(run: Run, trials: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+def write_comparison(
+    run: Run, trials: list[dict[str, Any]], gains: Gains, rule: str
+) -> list[dict[str, Any]]:
     """Write the trained networks, the candidates' summary and the verdicts; return the summary.
 
-    `rule` is what verdicts are given by, as text.
+    `gains` are headrooms by candidate and budget, `rule` is what verdicts are given by, as text.
     """
     # Shards finish in any order.
     trials = sorted(
         trials, key=lambda t: (t["budget"], CANDIDATES.index(t["candidate"]), t["seed"])
     )
     run.write_table("trials", trial_rows(trials))
-    summary = candidate_rows(trials)
+    summary = candidate_rows(trials, gains)
     run.write_table("candidates", summary)
-    verdicts = judge(trials)
+    verdicts = judge(trials, summary)
     if verdicts:
         run.write_table("verdicts", verdict_rows(verdicts, rule))
     return summary
 
 
-def judge(trials: list[dict[str, Any]]) -> list[Verdict]:
+def judge(trials: list[dict[str, Any]], summary: list[dict[str, Any]]) -> list[Verdict]:
     """Compare candidates with uniform, and AMPN with bits chosen before training, as one family.
 
     AMPN beside uniform comes first; `subject` is "candidate over baseline, budget bits, metric".
+    Notes hold the candidate's headroom and regret from `summary`.
     """
+    notes: dict[tuple[Any, Any], str] = {
+        (row["candidate"], row["budget"]): _gain_note(row) for row in summary
+    }
     metrics = [name for target in JUDGED if (name := metric_key(trials[0], target))]
     frame = pd.DataFrame(trials).rename(columns={"candidate": "plan"}).assign(image_range=0)
     names = sorted(frame["plan"].unique(), key=CANDIDATES.index)
@@ -208,8 +216,9 @@ def judge(trials: list[dict[str, Any]]) -> list[Verdict]:
         pairs.append(("qat", "ptq"))
     return judge_family(
         [
-            dataclasses.replace(
+            _noted(
                 _compare(own.assign(value=own[metric]), candidate, baseline, metric),
+                notes[candidate, budget],
                 claim=f"{metric} of {candidate} differs from that of {baseline} at a mean of "
                 f"{budget:g} bits",
                 subject=f"{candidate} over {baseline}, {budget:g} bits, {metric}",
@@ -219,6 +228,18 @@ def judge(trials: list[dict[str, Any]]) -> list[Verdict]:
             for metric in metrics
         ]
     )
+
+
+def _noted(verdict: Verdict, note: str, **fields: Any) -> Verdict:
+    """The verdict with other fields, its note followed by `note`."""
+    notes = "; ".join(filter(None, [verdict.note, note]))
+    return dataclasses.replace(verdict, **fields, note=notes)
+
+
+def _gain_note(row: dict[str, Any]) -> str:
+    """A candidate's headroom and regret in words."""
+    found = {"headroom": row.get("headroom"), "regret": row.get(f"{JUDGED[0]}_regret")}
+    return ", ".join(f"{name} {value:.3g}" for name, value in found.items() if value is not None)
 
 
 def _compare(values: pd.DataFrame, candidate: str, baseline: str, metric: str) -> Verdict:
@@ -257,12 +278,17 @@ def trial_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and range over seeds of every candidate, and the mean paired difference to uniform."""
-    rows = []
+def candidate_rows(trials: list[dict[str, Any]], gains: Gains) -> list[dict[str, Any]]:
+    """Mean and range over seeds of every candidate, and the mean paired difference to uniform.
+
+    `headroom` is what the candidate's sensitivities predict of uniform bits over its own, and
+    `<target>_regret` its mean over the least mean of any candidate at the budget.
+    """
+    rows: list[dict[str, Any]] = []
     for budget in dict.fromkeys(trial["budget"] for trial in trials):
         for candidate in dict.fromkeys(trial["candidate"] for trial in trials):
             row: dict[str, Any] = {"budget": budget, "candidate": candidate}
+            row["headroom"] = gains.get((candidate, budget))
             for target in TARGETS:
                 own = _values(trials, candidate, budget, target)
                 base = _values(trials, "uniform", budget, target)
@@ -276,6 +302,12 @@ def candidate_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if paired and candidate != "uniform":
                     row[f"{target}_vs_uniform"] = float(np.mean(paired))
             rows.append(row)
+    for row in rows:
+        for target in JUDGED:
+            means = [r[target] for r in rows if r["budget"] == row["budget"] and target in r]
+            least = min(filter(math.isfinite, means), default=0.0)
+            if least > 0 and math.isfinite(row.get(target, math.nan)):
+                row[f"{target}_regret"] = row[target] / least
     return rows
 
 

@@ -76,8 +76,7 @@ def build_float(model_config: Any, seed: int) -> DiT:
 
     Drawing every weight of DiT-XL/2 takes half a minute, which changes no time: some are repeated.
     """
-    with torch.device("meta"):
-        model = DiT.from_config(model_config)
+    model = DiT.without_values(model_config)
     model.to_empty(device="cpu")
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
     for index, parameter in enumerate(model.parameters()):

@@ -44,6 +44,7 @@ from robuq_bench.context import Context
 from robuq_bench.diffusion import Diffusion
 from robuq_bench.errors import CheckError, UsageError
 from robuq_bench.inference.graph import cuda_graph
+from robuq_bench.measuring.cpu import check_threads
 from robuq_bench.measuring.memory import measure_peak, resident_bytes
 from robuq_bench.measuring.roofline import Transformer, end_to_end_rows
 from robuq_bench.measuring.timing import (
@@ -52,6 +53,7 @@ from robuq_bench.measuring.timing import (
     Stopwatch,
     time_interleaved,
 )
+from robuq_bench.runs.provenance import cpu_label
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
 from studies.efficiency.claims import Item, claims, shown
@@ -83,6 +85,13 @@ RULE = (
     "undecided otherwise or where a time is unstable; of times, the whole 95 % t interval over "
     "rounds of each has to. What needs a GPU, or is of another model, is not judged. " + CPU_RULE
 )
+LEGEND = (
+    "factor: how many times smaller or faster `ours` is than `against` (of times: of the medians, "
+    "both in turns; factor_low and factor_high: 95 % interval over rounds). batch: images of one "
+    "prediction of the network. basis: exact counts bytes, measured is of this machine, a modelled "
+    "factor is from data sheets. paper: what the paper prints for DiT-XL/2, which --on imagenet256 "
+    "is; no other model is to reach it. not run: needs a GPU. All rows are in the run's tables."
+)
 #: Width and depth of DiT-XL/2, of which the paper speaks.
 XL = (1152, 28)
 NEEDS_GPU = "a GPU's timings and memory need a CUDA device; sizes are exact, its times a model"
@@ -98,9 +107,12 @@ ORDER = ("w1.58a8", "bf16-graph", "tf32", "w1.58a4", "w1.58a2", "bf16", "bf16-co
 
 
 def check(config: Config) -> None:
-    """Refuse guidance of a model that knows no null label."""
+    """Refuse guidance of a model that knows no null label, and threads that this CPU has not."""
+    options = config.settings_of(Settings)
+    if options.cpu.models and options.hardware == cpu_label():
+        check_threads("efficiency.cpu.threads", options.cpu.threads)
     has_null_label = config.workload.model.class_dropout_prob > 0
-    if config.settings_of(Settings).guidance and not has_null_label:
+    if options.guidance and not has_null_label:
         raise UsageError(
             "this workload's model has no null label; --set efficiency.guidance=false times it "
             "without guidance"
@@ -142,6 +154,12 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     rows = claims(options, checkpoints, weights, modelled, items)
     run.write_table("claims", rows)
     is_xl = (section.hidden_size, section.depth) == XL
+    if not is_xl:
+        context.progress.log(
+            f"sizes are those of {config.workload.name}: width {section.hidden_size}, depth "
+            f"{section.depth}; the paper's factors are of DiT-XL/2 (width {XL[0]}, depth {XL[1]}), "
+            "of which more can be packed: --on imagenet256"
+        )
     judged = verdicts(is_xl, checkpoints, rows) + cpu_verdicts(on_cpu.factors, on_cpu.memory)
     run.write_table("verdicts", verdict_rows(judged, RULE))
     # Of the others a failure is a result; with one of ours the run stays open, to be continued.

@@ -45,7 +45,7 @@ from studies.kernels.cases import (
 from studies.kernels.checks import Check, judge, poisoned_memory
 from studies.kernels.cpu_tables import answer, cpu_rows, medians
 from studies.kernels.peers import PeerUnavailableError, make_cpu_peer, make_layer
-from studies.kernels.settings import CpuSettings, Settings
+from studies.kernels.settings import CpuSettings, Settings, sizes_on_cpu
 
 ADALN, ADALN_INPUT = "adaLN of a block", "adaLN input of a block"
 _NAMES = {"adaLN of all blocks": ADALN, "adaLN input": ADALN_INPUT}
@@ -56,7 +56,7 @@ State = dict[str, Any]
 
 def cpu_cases(options: Settings) -> Iterator[Case]:
     """The calls of one inference step on a CPU: adaLN block by block, and no residual in front."""
-    for model in options.cpu.models:
+    for model in sizes_on_cpu(options) if options.cpu.models else ():
         for images in options.cpu.batches:
             every = cases_of(
                 model, images, tokens=options.tokens_per_image, rank=options.rank, bits=options.bits

@@ -94,9 +94,11 @@ def _speedup(timing: CpuTiming, baseline: CpuTiming) -> dict[str, float]:
 
 def cpu_summary(row: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that are printed."""
+    unit = "Gop/s" if "gop_s" in row else "GB/s" if "gb_s" in row else ""
+    shown = {"rate": row.get("gop_s", row.get("gb_s")), "unit": unit, "over": row.get("baseline")}
     columns = ("model", "layer", "images", "threads", "implementation", "status", "median_ms",
-               "gop_s", "gb_s", "share_of_peak", "speedup", "stability")  # fmt: skip
-    return {name: row.get(name) for name in columns}
+               "rate", "unit", "share_of_peak", "speedup", "over", "stability")  # fmt: skip
+    return {name: shown.get(name, row.get(name)) for name in columns}
 
 
 def medians(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

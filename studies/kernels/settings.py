@@ -47,7 +47,8 @@ class Settings(Section):
     images), "off" or both, `tokens_per_image` each; no `kernels` means all. `autotune` lets
     products choose their tiles by timing first. Without a GPU every Triton kernel is checked at its
     true widths, `check_rows` rows and at most `check_outputs` outputs, and the CPU is timed as
-    `cpu` says. `hardware` keeps runs of several machines apart; the command line fills it in.
+    `cpu` says: both for the sizes that are in `models` and in `cpu.models`, if that names any.
+    `hardware` keeps runs of several machines apart; the command line fills it in.
     """
 
     models: Strings = ("XL", "L", "B", "S")
@@ -69,6 +70,16 @@ class Settings(Section):
     def _consistent(self) -> Settings:
         check_choices("models", self.models, SIZES)
         check_choices("guidance", self.guidance, ("on", "off"))
+        if not sizes_on_cpu(self):
+            raise ValueError(
+                f"cpu.models {list(self.cpu.models)} and models {list(self.models)} have no size "
+                "in common, and a CPU checks and times what is in both"
+            )
         if not ascends(self.batches, 1):
             raise ValueError(f"batches must ascend from 1 or more, got {list(self.batches)}")
         return self
+
+
+def sizes_on_cpu(options: Settings) -> list[str]:
+    """The sizes that are checked without a GPU, and timed if `cpu.models` names any."""
+    return [size for size in options.models if size in (options.cpu.models or options.models)]

@@ -47,6 +47,7 @@ from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.errors import CheckError, UsageError, suggest
 from robuq_bench.measuring.ceilings import Ceilings, measure_ceilings
+from robuq_bench.measuring.cpu import check_threads
 from robuq_bench.measuring.timing import (
     GraphReplay,
     Stopwatch,
@@ -73,7 +74,7 @@ from studies.kernels.cpu import is_failure, timed_on_cpu
 from studies.kernels.cpu_tables import cpu_summary
 from studies.kernels.cpu_verdicts import CPU_RULE, cpu_verdicts
 from studies.kernels.peers import PeerUnavailableError, make_layer, make_peer, peers_of
-from studies.kernels.settings import Settings
+from studies.kernels.settings import Settings, sizes_on_cpu
 from studies.kernels.tables import (
     MODEL,
     roofline_rows,
@@ -83,7 +84,7 @@ from studies.kernels.tables import (
 )
 from studies.kernels.verdicts import verdicts
 
-VERSION = "1"
+VERSION = "2"
 SUMMARY = "Correctness, speed and share of the hardware's ceiling of every kernel."
 USES_DATA = False
 RULE = (
@@ -95,6 +96,14 @@ RULE = (
     "or where a time is unstable. Without a GPU, or where a call has no interval, it is not "
     "judged. " + CPU_RULE
 )
+LEGEND = (
+    "max_error: in units of what is allowed, at most 1 is correct. median_ms: of one call. rate: "
+    "operations (2 per multiply-add) of products, bytes moved of rotations; share_of_peak: of what "
+    "this machine reached in a loop, with the same instructions. speedup: times as fast as the "
+    "implementation under `over`, in turns with it. stability: unstable where the interquartile "
+    "range of all samples exceeds 10 % of their median. h100_*: a model from data sheets, no "
+    "measurement. not run: see status."
+)
 NEEDS_GPU = (
     "timings of the Triton kernels need a CUDA device; the roofline here is a model from peaks of "
     "data sheets"
@@ -102,10 +111,13 @@ NEEDS_GPU = (
 
 
 def check(config: Config) -> None:
-    """Refuse kernels that do not exist."""
+    """Refuse kernels that do not exist, and more threads than this CPU runs at once."""
     for name in config.settings_of(Settings).kernels:
         if name not in KERNELS:
             raise UsageError(f"kernels.kernels: unknown kernel {name!r}{suggest(name, KERNELS)}")
+    options = config.settings_of(Settings)
+    if options.cpu.models and options.hardware == cpu_label():
+        check_threads("kernels.cpu.threads", options.cpu.threads)
 
 
 def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
@@ -121,6 +133,7 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         shown = [summary(row) for row in rows if row["implementation"] == OURS]
         failed = [row for row in rows if row["implementation"] == OURS and row["status"] != "ok"]
     else:
+        cases = [case for case in cases if case.model in sizes_on_cpu(options)]
         rows = interpreted(cases, options, config.seed, run, context)
         shown, failed = rows, [row for row in rows if row["correct"] is False]
         context.progress.log(

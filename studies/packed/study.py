@@ -30,18 +30,14 @@ from torch import nn
 
 from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
-from robuq_bench.data.datasets import load_dataset
 from robuq_bench.errors import CheckError, UsageError
 from robuq_bench.inference import export_packed, load_packed, pack_, prepare_for_inference
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
-    load_reference,
-    record_inputs,
     validation_losses,
 )
-from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.judging.summary import metric_summary
-from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.judging.teacher import load_judged
 from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.statistics.comparisons import CONFIDENCE, MIN_SEEDS, compare_plans
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
@@ -59,6 +55,7 @@ RULE = (
 #: Mean absolute difference that cannot be seen in images of 8 bits.
 GREY_LEVEL = 1.0
 VERSION = "3"
+USES_OVERRIDES = False
 SUMMARY = "Does a packed model keep the quality of the trained one? Needs --checkpoint RUN."
 TRAINED = "trained"
 #: Variant -> storage of its file, and the backend that computes it.
@@ -94,19 +91,16 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     options = config.settings_of(Settings)
     trained = trained_run(config)
     workload, plan = trained.config.workload, trained.config.plan
-    data = load_dataset(workload.data, name=workload.name)
-    network = load_feature_network(workload.evaluation, device=context.device)
-    reference = load_reference(workload, data, network)
-    teacher, _ = load_teacher(workload, context.device)
-    record_inputs(trained, workload, data, network)
+    judged = load_judged(workload, context.device)
+    judged.record_inputs(trained, workload)
     run.add_input_digest("teacher", workload.teacher.sha256, run=trained.id)
     for variant in (TRAINED, *options.variants):
         model, facts = make_variant(variant, trained, workload, run, context)
-        evaluate_samples(
-            model, workload, run, context, subject=variant, network=network, reference=reference
-        )
+        evaluate_samples(model, workload, run, context, subject=variant, judged=judged)
         if not run.has(f"variant/{variant}"):
-            losses = validation_losses(model, teacher, data, workload, context.device)
+            losses = validation_losses(
+                model, judged.teacher, judged.data, workload, context.device, judged.heldout
+            )
             difference = image_difference(run, variant, workload)
             run.append(
                 f"variant/{variant}", kind="variant", variant=variant, plan=plan.name,

@@ -6,6 +6,8 @@ says: for every layer and bit width, networks trained with that layer alone at t
 (`truth.py`), three seeds each. A metric is good if it orders layers as the truth does.
 `RULE` was fixed before any number was seen, but for what version 3 added: Holm's correction; and
 version 2, after a first run that judged a truth that was noise: seeds that agree, 20,000 resamples.
+Metrics and truth compare a layer with itself unquantized; up to version 3 with its 4 bits, whose
+zero decided allocations that may choose 4 bits.
 It is for one metric; `gains.csv` has every metric, after the fact.
 
 The allocator adds up sensitivities, so additivity is checked too: random pairs of layers, and whole
@@ -56,7 +58,7 @@ from studies.sensitivity.tables import (
 )
 from studies.sensitivity.truth import measure_truth
 
-VERSION = "3"
+VERSION = "4"
 SUMMARY = "Do sensitivities of the post-training-quantized model mislead? Metrics against training."
 RULE = (
     f"At each bit width of the truth, and over all, G is Spearman's ρ of {MAIN_METRIC} with the "
@@ -84,8 +86,8 @@ def check(config: Config) -> None:
     if own in options.truth_bits:
         others = [bits for bits in options.truth_bits if bits != own]
         raise UsageError(
-            f"plan {config.plan.name!r} has {own} bits already, so that a layer at {own} bits "
-            f"changes nothing; --set sensitivity.truth_bits={others}"
+            f"plan {config.plan.name!r} has {own} bits already, so that the truth at {own} bits "
+            f"comes with that of the others; --set sensitivity.truth_bits={others}"
         )
 
 
@@ -159,20 +161,19 @@ def measure_interactions(
     batches: list[ModelInputs],
     steps: int,
 ) -> None:
-    """Change of the prediction when several layers drop at once, beside the sum of each alone."""
+    """Change of the prediction when several layers are quantized, beside the sum of each alone."""
     options = config.settings_of(Settings)
     alone = metric_table(run, steps, MAIN_METRIC)
     before = {name: layer.activation_bits for name, layer in quantized_layers(model).items()}
     present = {layer: before[layer] or 0 for layer in layers}
-    lower = [bits for bits in options.bit_choices if bits < min(present.values(), default=0)]
-    if not lower or len(layers) < 2:
+    if len(layers) < 2:
         return
     draw = np.random.default_rng([config.seed, steps])
     macs = dit_layer_macs(config.workload.model)
     wanted: list[tuple[str, dict[str, int]]] = []
     for index in range(options.pairs):
         pair = draw.choice(len(layers), 2, replace=False)
-        bits = {layers[i]: int(draw.choice(lower)) for i in pair}
+        bits = {layers[i]: int(draw.choice(options.bit_choices)) for i in pair}
         wanted.append((f"pair/{steps}/{index}", bits))
     for index in range(options.allocations):
         bits = {layer: int(draw.choice(options.bit_choices)) for layer in layers}
@@ -180,8 +181,9 @@ def measure_interactions(
     missing = [(key, bits) for key, bits in wanted if not run.has(key)]
     label = f"additivity after {steps} steps"
     with evaluation_mode(model), torch.no_grad(), context.progress.task(label, len(missing)) as t:
-        reference = [predict(model, batch) for batch in batches]
         for key, bits in missing:
+            set_activation_bits(model, {**before, **dict.fromkeys(bits)})
+            reference = [predict(model, batch) for batch in batches]
             set_activation_bits(model, {**before, **bits})
             actual = mean_squared_error(model, batches, reference)
             set_activation_bits(model, before)

@@ -54,7 +54,11 @@ def summarise(config: Config, run: Run, rule: str) -> Rows:
     differences = truth_differences(run)
     truth = {
         target: {
-            layer: {bits: float(np.mean(values)) for bits, values in by_bits.items()}
+            layer: {
+                bits: float(np.mean(values))
+                for bits, values in by_bits.items()
+                if bits in options.bit_choices
+            }
             for layer, by_bits in by_layer.items()
         }
         for target, by_layer in differences.items()
@@ -83,6 +87,7 @@ def summarise(config: Config, run: Run, rule: str) -> Rows:
         "verdicts": verdict_rows(judge(gains, len(main)), rule),
         "regret": regret_rows(config, run, main),
         "recovered": recovered_rows(config, run, main),
+        "recovery": recovery_rows(config, run, main),
         "timesteps": timestep_rows(run),
         "interactions": interaction_rows(run),
     }
@@ -278,8 +283,10 @@ def ceiling_rows(
 def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
     """What the exact allocation for each metric loses by the truth, at every budget.
 
-    Bits are those of the truth and the plan's own, whose increase is 0 by definition. `regret` is
-    the summed truth at the bits that the metric chooses above the least sum at that mean.
+    Bits are those of the truth and the plan's own. `regret` is the summed truth at the bits that
+    the metric chooses above the least sum at that mean, `regret_ratio` over it where that is above
+    0. `headroom` is what the metric predicts of the same bits everywhere over what it predicts of
+    its choice: where it is 1, the metric sees nothing to gain.
     """
     options = config.settings_of(Settings)
     own = config.plan.uniform_bits
@@ -287,21 +294,65 @@ def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
     widths = sorted({*options.truth_bits, own} & {*options.bit_choices})
     macs = dit_layer_macs(config.workload.model)
     macs = {layer: macs[layer] for layer in truth}
-    whole = {layer: {own: 0.0, **by_bits} for layer, by_bits in truth.items()}
 
     def best(table: Table, budget: float) -> dict[str, int]:
         narrowed = {layer: {bits: table[layer][bits] for bits in widths} for layer in truth}
         return optimal_bits(narrowed, macs, budget)
 
+    def total(table: Table, bits: Mapping[str, int]) -> float:
+        return sum(table[layer][b] for layer, b in bits.items())
+
     rows = []
     for budget in widths[1:-1]:
-        least = sum(whole[layer][b] for layer, b in best(whole, budget).items())
+        least = total(truth, best(truth, budget))
         for steps in options.qat_steps:
             for metric in METRICS:
-                bits = best(metric_table(run, steps, metric), budget)
-                found = sum(whole[layer][b] for layer, b in bits.items())
-                row = {"steps": steps, "metric": metric, "target": MAIN_TARGET, "budget": budget}
-                rows.append({**row, "increase": found, "least": least, "regret": found - least})
+                table = metric_table(run, steps, metric)
+                bits = best(table, budget)
+                found, predicted = total(truth, bits), total(table, bits)
+                uniform = total(table, dict.fromkeys(truth, budget))
+                rows.append(
+                    {
+                        "steps": steps,
+                        "metric": metric,
+                        "target": MAIN_TARGET,
+                        "budget": budget,
+                        "increase": found,
+                        "least": least,
+                        "regret": found - least,
+                        "regret_ratio": found / least if least > 0 else None,
+                        "headroom": uniform / predicted if predicted > 0 else None,
+                    }
+                )
+    return rows
+
+
+def recovery_rows(config: Config, run: Run, truth: Table) -> Rows:
+    """Truth over metric by layer type and bits, sums over layers, for every number of steps.
+
+    Both are mean squares of the noise prediction: 1 is a loss that training leaves as the metric
+    predicts it, below 1 training mends it. A rank correlation cannot show that.
+    """
+    rows = []
+    for steps in config.settings_of(Settings).qat_steps:
+        table = metric_table(run, steps, MAIN_METRIC)
+        for kind in dict.fromkeys(map(layer_type, truth)):
+            layers = [layer for layer in truth if layer_type(layer) == kind]
+            for bits in sorted({*truth[layers[0]]} & {*table[layers[0]]}):
+                value = sum(table[layer][bits] for layer in layers)
+                increase = sum(truth[layer][bits] for layer in layers)
+                rows.append(
+                    {
+                        "steps": steps,
+                        "metric": MAIN_METRIC,
+                        "target": MAIN_TARGET,
+                        "layer_type": kind,
+                        "bits": bits,
+                        "value": value,
+                        "increase": increase,
+                        "ratio": increase / value if value > 0 else None,
+                    }
+                )
     return rows
 
 

@@ -1,4 +1,8 @@
-"""The ground truth of sensitivity: train with one layer at b bits, and look at what comes out."""
+"""The ground truth of sensitivity: train with one layer at b bits, and look at what comes out.
+
+Compared is, per seed, with the same layer unquantized in training; every other layer has the plan's
+bits. The plan's own bits are thus a width like any other, of the training that changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,19 @@ BASELINE = "none"
 
 
 class Item(NamedTuple):
-    """One training: `layer` (or "none") at `bits`, everything else at the plan's bits."""
+    """One training: `layer` (or "none") at `bits`, everything else at the plan's bits.
+
+    Bits of None are a layer with unquantized activations.
+    """
 
     layer: str
-    bits: int
+    bits: int | None
     seed: int
 
     @property
     def key(self) -> str:
         """Its key in the run's records."""
-        return f"truth/{self.layer}/{self.bits}/{self.seed}"
+        return f"truth/{self.layer}/{self.bits or 'unquantized'}/{self.seed}"
 
 
 def truth_items(layers: list[str], bits: tuple[int, ...], seeds: int, plan_bits: int) -> list[Item]:
@@ -32,7 +39,7 @@ def truth_items(layers: list[str], bits: tuple[int, ...], seeds: int, plan_bits:
     items = []
     for seed in range(seeds):
         items.append(Item(BASELINE, plan_bits, seed))
-        items += [Item(layer, b, seed) for b in bits for layer in layers]
+        items += [Item(layer, b, seed) for b in (None, *bits) for layer in layers]
     return items
 
 
@@ -60,20 +67,26 @@ def measure_truth(
 
 
 def truth_differences(run: Run) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """{target: {layer: {bits: [increase over the baseline of each seed]}}}, seeds in order.
+    """{target: {layer: {bits: [increase of each seed]}}} over the layer unquantized, in order.
 
-    The target "fid" is the workload's FID in whatever feature space it names.
+    Bits are the truth's and the plan's own. The target "fid" is the workload's FID in whatever
+    feature space it names.
     """
     records = [record for record in run.results() if record["kind"] == "truth"]
-    baselines = {r["seed"]: r for r in records if r["layer"] == BASELINE}
+    records.sort(key=lambda record: record["seed"])
+    unquantized = {(r["layer"], r["seed"]): r for r in records if r["bits"] is None}
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for record in sorted(records, key=lambda r: r["seed"]):
-        if record["layer"] == BASELINE:
+    for record in records:
+        if record["bits"] is None:
             continue
-        for target in TARGETS:
-            name = metric_key(record, target)
-            if name is not None:
-                change = record[name] - baselines[record["seed"]][name]
-                by_layer = found.setdefault(target, {}).setdefault(record["layer"], {})
-                by_layer.setdefault(record["bits"], []).append(change)
+        own = [layer for layer, seed in unquantized if seed == record["seed"]]
+        layers = own if record["layer"] == BASELINE else [record["layer"]]
+        for layer in layers:
+            least = unquantized[layer, record["seed"]]
+            for target in TARGETS:
+                name = metric_key(record, target)
+                if name is not None:
+                    by_layer = found.setdefault(target, {}).setdefault(layer, {})
+                    change = record[name] - least[name]
+                    by_layer.setdefault(record["bits"], []).append(change)
     return found

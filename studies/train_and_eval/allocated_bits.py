@@ -9,7 +9,7 @@ from torch import nn
 
 from robuq_bench import sensitivity
 from robuq_bench.accounting.structure import dit_layer_inputs, dit_layer_macs, dit_layer_weights
-from robuq_bench.allocation import Allocation, mean_bits, mean_bits_by_type
+from robuq_bench.allocation import Allocation, headroom, mean_bits, mean_bits_by_type
 from robuq_bench.allocation.costs import Cost, activation_bytes_cost, mac_cost
 from robuq_bench.allocation.problem import allocation_problem
 from robuq_bench.allocation.solvers import solve
@@ -21,6 +21,7 @@ from robuq_bench.quantization.convert import allocatable_layers, quantize_, quan
 from robuq_bench.runs.run import Run
 from robuq_bench.sensitivity import MetricOptions
 from robuq_bench.sensitivity.weights import weight_epsilon_mse
+from robuq_bench.stopwatch import Stopwatch
 
 
 def activation_bits(
@@ -39,7 +40,7 @@ def activation_bits(
         present = {
             name: layer.activation_bits or 0 for name, layer in quantized_layers(student).items()
         }
-        bits, found = {name: present[name] for name in layers}, None
+        bits, found, gain = {name: present[name] for name in layers}, None, None
         if plan.bits is not None and plan.bits.path is not None:
             bits = load_allocation_file(plan.bits, layers)
         elif plan.bits is not None:
@@ -53,10 +54,10 @@ def activation_bits(
             def measure(done: Any, on_item: Any) -> Any:
                 return metric(student, layers, choices, batches, done=done, on_item=on_item)
 
-            found = solved(config, run, context, layers, measure)
+            found, gain = solved(config, run, context, layers, measure)
             bits = found.bits_by_layer
         if bits:  # of a plan that quantizes weights alone there are none
-            record_allocation(run, config.workload, bits, found)
+            record_allocation(run, config.workload, bits, found, gain)
     return dict((run.get("allocation") or {}).get("bits_by_layer", {}))
 
 
@@ -67,7 +68,7 @@ def allocated_weight_bits(
     bits_config = config.plan.bits
     assert bits_config is not None
     if not run.has("allocation"):
-        found = None
+        found = gain = None
         blank = copy.deepcopy(teacher)
         quantize_(blank, config.plan, seed=config.seed, blank=True)
         layers = allocatable_layers(blank, of="weight")
@@ -98,16 +99,16 @@ def allocated_weight_bits(
                     variants, layers, batches, reference=reference, done=done, on_item=on_item
                 )
 
-            found = solved(config, run, context, layers, measure)
+            found, gain = solved(config, run, context, layers, measure)
             bits = found.bits_by_layer
-        record_allocation(run, config.workload, bits, found, of="weight")
+        record_allocation(run, config.workload, bits, found, gain, of="weight")
     return dict((run.get("allocation") or {}).get("bits_by_layer", {}))
 
 
 def solved(
     config: Config, run: Run, context: Context, layers: list[str], measure: Any
-) -> Allocation:
-    """Measure s_l(b) (resumable) and solve for the plan's mean."""
+) -> tuple[Allocation, float | None]:
+    """Measure s_l(b) (resumable), solve for the plan's mean; the bits and their `headroom`."""
     bits_config = config.plan.bits
     assert bits_config is not None
     done: dict[str, dict[int, float]] = {}
@@ -116,17 +117,24 @@ def solved(
             done.setdefault(record["layer"], {})[record["bits"]] = record["mse"]
     total = len(layers) * len(bits_config.choices)
     with context.progress.task("sensitivity", total, sum(map(len, done.values()))) as task:
+        watch = Stopwatch()
 
         def on_item(layer: str, bits: int, value: float) -> None:
             run.append(
-                f"sensitivity/{layer}/{bits}", kind="sensitivity", layer=layer, bits=bits, mse=value
+                f"sensitivity/{layer}/{bits}",
+                kind="sensitivity",
+                layer=layer,
+                bits=bits,
+                mse=value,
+                **watch.lap(),
             )
             task.advance()
 
         table = measure(done, on_item)
     cost, macs = cost_of(config, layers)
     problem = allocation_problem(table, macs, [cost], bits_config.choices)
-    return solve(problem, bits_config.solver, seed=config.seed)
+    found = solve(problem, bits_config.solver, seed=config.seed)
+    return found, headroom(table, found, bits_config.mean or 0)
 
 
 def cost_of(config: Config, layers: list[str]) -> tuple[Cost, dict[str, int]]:
@@ -148,9 +156,10 @@ def record_allocation(
     workload: Workload,
     bits: dict[str, int],
     found: Allocation | None,
+    gain: float | None,
     of: str = "activation",
 ) -> None:
-    """Append the allocation with MACs, its means per layer type and, if `found`, its solver."""
+    """Append the allocation: MACs, means per layer type and, if `found`, solver and headroom."""
     all_macs = dit_layer_macs(workload.model)
     macs = {name: all_macs[name] for name in bits}
     run.append(
@@ -162,5 +171,6 @@ def record_allocation(
         mean_bits=mean_bits(bits, macs),
         objective=found and found.objective,
         solver=found and found.solver,
+        headroom=gain,
         by_type=mean_bits_by_type(bits),
     )

@@ -1,10 +1,15 @@
 """The main job: quantize a teacher by a plan, train it, allocate its bits, and judge it.
 
 Steps, in the order of the run: load what can fail (data, metric reference, teacher); have the
-teacher's own run, which all plans of a workload share; convert; train `sensitivity_steps` at the
-warm-up bits and measure every layer's sensitivity; solve AMPN; train on at the allocated bits to
-`training.steps` in total, so that plans with and without AMPN get the same number of steps;
-evaluate the averaged weights; account.
+teacher's own run, which all plans of a workload share; convert; where the plan allocates bits by a
+metric, train `sensitivity_steps` at the warm-up bits, measure every layer's sensitivity and solve;
+train `training.steps` at the final bits, as many as any other plan; evaluate the averaged weights;
+account.
+
+At the switch from the warm-up the weights stay. Optimizer, averages and learning rate begin anew,
+on the batches of step 0 on, as in a plan without a warm-up; the warm-up has batches of its own. It
+is more training than other plans get, so its steps and seconds stand beside the plan; to hold them
+against a gain, compare with a plan of as many steps in all.
 """
 
 from __future__ import annotations
@@ -25,12 +30,11 @@ from robuq_bench.data.datasets import ImageData
 from robuq_bench.errors import CheckpointError
 from robuq_bench.judging.evaluation import (
     evaluate_samples,
-    record_inputs,
     validation_losses,
 )
 from robuq_bench.judging.summary import metric_summary
 from robuq_bench.judging.teacher import Judged, judge_teacher, load_judged
-from robuq_bench.qat import convert_teacher, prepare_training
+from robuq_bench.qat import convert_teacher, training_of
 from robuq_bench.quantization.convert import (
     layer_type,
     set_activation_bits,
@@ -41,8 +45,9 @@ from robuq_bench.runs.study import run_study
 from robuq_bench.students import save_student
 from studies.train_and_eval.allocated_bits import activation_bits, allocated_weight_bits
 
-VERSION = "2"
+VERSION = "3"
 SUMMARY = "Train a quantized model by a plan and judge it against its teacher."
+WARMUP = "warmup"
 LOCK_WAIT_S = 3600.0  # for a teacher that another job is sampling
 
 
@@ -65,11 +70,12 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     judged = load_judged(workload, context.device)
     teacher, data = judged.teacher, judged.data
     teacher_run = teacher_eval(config, run, context, judged)
-    record_inputs(teacher_run, workload, data, judged.network)
+    judged.record_inputs(teacher_run, workload)
     resumed = bool(run.results())
     run.add_input_digest("teacher", judged.teacher_sha256)
-    record_inputs(run, workload, data, judged.network)
+    judged.record_inputs(run, workload)
     copy_teacher_rows(teacher_run, run)
+    copy_real_images(teacher_run, run)
     student: nn.Module = teacher
     bits: dict[str, int] | None = None
     if plan.is_full_precision:
@@ -82,17 +88,16 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
             run,
             context,
             subject="student",
-            network=judged.network,
-            reference=judged.reference,
+            judged=judged,
         )
     if not run.has("validation"):
-        losses = validation_losses(student, teacher, data, workload, context.device)
+        losses = validation_losses(student, teacher, data, workload, context.device, judged.heldout)
         run.append("validation", kind="validation", **losses)
     if not run.has("accounting"):
         run.append("accounting", kind="accounting", **account(workload.model, plan, bits))
     if not run.has("timing"):
         seconds = round(time.perf_counter() - started, 1)
-        run.append("timing", kind="timing", total_s=seconds, resumed=resumed)
+        run.append("timing", kind="timing", total_s=seconds, resumed=resumed, **costs(config, run))
     write_outputs(run)
     return summary_table(run)
 
@@ -162,25 +167,53 @@ def trained(
     states: Path,
     weight_bits: dict[str, int],
 ) -> nn.Module:
-    """QAT: warm up, allocate activation bits where the plan does, train on; averaged weights."""
-    trainer, source, loss_function = prepare_training(
-        config, context, teacher, data, states, weight_bits
-    )
-    student = trainer.model
-    store = CheckpointStore(run.path / "checkpoints" / "training")
-    resume(trainer, store)
-
-    def train_to(until: int, phase: str) -> None:
-        train_with_checkpoints(
-            trainer, source, loss_function, until, run, store, context, phase=phase
-        )
-
+    """QAT: warm up and allocate activation bits where the plan does, train; averaged weights."""
+    student = convert_teacher(config, context, teacher, data, states, weight_bits)
+    folder = run.path / "checkpoints"
+    warmup, training = CheckpointStore(folder / "warmup"), CheckpointStore(folder / "training")
     if not weight_bits:
-        train_to(sensitivity_steps(config), "warmup")
+        steps = sensitivity_steps(config)
+        if steps and not training.steps():  # whose checkpoints hold all that the warm-up gave
+            trainer, source, loss = training_of(
+                student, config, context, teacher, data, stream="warmup"
+            )
+            resume(trainer, warmup)
+            train_with_checkpoints(
+                trainer, source, loss, steps, run, warmup, context, phase=WARMUP, begins_at=-steps
+            )
         set_activation_bits(student, activation_bits(config, run, context, student, teacher, data))
-    train_to(trainer.recipe.steps, "qat")
+    trainer, source, loss = training_of(student, config, context, teacher, data)
+    resume(trainer, training)
+    train_with_checkpoints(
+        trainer, source, loss, trainer.recipe.steps, run, training, context, phase="qat"
+    )
+    warmup.clear()
     trainer.copy_ema_to(student)
     return student.eval()
+
+
+def costs(config: Config, run: Run) -> dict[str, float]:
+    """Seconds and CPU seconds of each part of the run over all its sessions, and warm-up steps."""
+    sums: dict[str, float] = {}
+    for record in run.results():
+        if "source_run" in record:  # a teacher's metrics cost its own run
+            continue
+        if record["kind"] == "train":
+            part, prefix = (WARMUP if record["phase"] == WARMUP else "training"), ""
+        elif record["kind"] == "sensitivity":
+            part, prefix = "sensitivity", ""
+        elif record["kind"] == "metrics":
+            part, prefix = "sampling", "sample_"
+        else:
+            continue
+        for unit, field in (("s", "seconds"), ("cpu_s", "cpu_seconds")):
+            name = f"{part}_{unit}"
+            sums[name] = sums.get(name, 0.0) + record[f"{prefix}{field}"]
+    sums["cpu_s"] = sum(value for name, value in sums.items() if name.endswith("_cpu_s"))
+    found = {name: round(value, 3) for name, value in sums.items()}
+    if f"{WARMUP}_s" in sums:
+        found["warmup_steps"] = sensitivity_steps(config)
+    return found
 
 
 def copy_teacher_rows(teacher_run: Run, run: Run, subject: str = "teacher") -> None:
@@ -195,6 +228,13 @@ def copy_teacher_rows(teacher_run: Run, run: Run, subject: str = "teacher") -> N
     grid = teacher_run.path / "samples" / "grid-teacher.png"
     if grid.exists():
         run.write_bytes(f"samples/grid-{subject}.png", grid.read_bytes())
+
+
+def copy_real_images(teacher_run: Run, run: Run) -> None:
+    """Cite what real images scored in place of samples in this run."""
+    for record in teacher_run.results():
+        if record["kind"] in ("floor", "classifier") and not run.has(record["key"]):
+            run.append(**record, source_run=teacher_run.id)
 
 
 def summary_table(run: Run) -> list[dict[str, Any]]:

@@ -131,7 +131,7 @@ def test_published_size_reductions_are_reproduced(robuq: Plan) -> None:
 
 
 def test_another_rank_than_the_published_one_is_stated_with_the_numbers_at_that_one() -> None:
-    plan = load_plan("a2")
+    plan = with_branch_rank(load_plan("a2"), 8)
     found, published = (
         account(dit_config(), plan),
         account(dit_config(), with_branch_rank(plan, 16)),

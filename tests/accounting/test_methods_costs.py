@@ -351,7 +351,7 @@ def test_layers_outside_the_blocks_count_once(model_config: ModelConfig) -> None
 
 def test_ranks_go_to_the_branches_that_are_there() -> None:
     a4 = load_plan("a4")
-    assert with_branch_rank(a4, 8) == a4
+    assert with_branch_rank(with_branch_rank(a4, 8), 8) == with_branch_rank(a4, 8)
     assert {rule.branch for rule in with_branch_rank(a4, 0).layers} == {None}
     ranks = [rule.branch.rank for rule in with_branch_rank(a4, 5).layers]  # type: ignore[union-attr]
     assert ranks == [5, 5]

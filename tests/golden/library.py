@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robuq_bench.accounting.account import with_branch_rank
 from robuq_bench.config import load_plan, load_workload
 from robuq_bench.data.datasets import load_dataset
 from robuq_bench.diffusion import Diffusion
@@ -54,8 +55,9 @@ PACKED_PARTS = {
 
 
 def plan_named(name: str) -> Any:
-    """A packaged plan."""
-    return load_plan(name)
+    """A packaged plan, its branches of rank 8, which they had when this was recorded."""
+    plan = load_plan(name)
+    return with_branch_rank(plan, 8) if any(rule.branch for rule in plan.layers) else plan
 
 
 def bit_choices(plan: Any) -> tuple[int, ...]:

@@ -55,8 +55,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dual-rotation": {"weight": RTN4, "rotation": {"method": "dual-rotation", "steps": 8}},
     "smooth": {"weight": RTN4, "scaling": "smooth"},
+    "mean": {"weight": RTN4, "centring": "mean"},
     "everything": {
         "weight": {"method": "gptq", "bits": 4, "group": 4, "symmetric": False},
+        "centring": "mean",
         "scaling": "smooth",
         "rotation": {"method": "block-hadamard", "block": 4, "signs": True},
         "branch": {"method": "svd", "rank": 2},
@@ -72,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
         "branch": {"method": "svd", "rank": 2},
         "activation": {"method": "percentile", "bits": 6},
     },
+    "ternary at the optimum": {"weight": "ternary-optimal", "scaling": "smooth"},
     "ternary, dual rotation": {
         "weight": "ternary-absmean",
         "rotation": {"method": "dual-rotation", "steps": 8},
@@ -94,6 +97,9 @@ CASES |= {
 
 def plan_of(**slots: Any) -> Plan:
     rule = {"name": "all", "kind": ["block", "adaLN", "other"], **slots}
+    if "centring" in slots:  # the second layer has no bias
+        unbiased = {**rule, "name": "unbiased", "match": ["2"], "centring": "none"}
+        return Plan.model_validate({"name": "a-test", "layers": [unbiased, rule]})
     return Plan.model_validate({"name": "a-test", "layers": [rule]})
 
 

@@ -74,9 +74,11 @@ def test_what_the_kernels_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     # 20 x 52: two factors that are no powers of two.
     assert name_of(layer_of(1040), tokens(2, 1040)) == "fused CPU"
     assert name_of(layer_of().double(), tokens().double()) == "fused CPU"
-    monkeypatch.setenv(cpu_library.PATH_VARIABLE, "off")
-    assert name_of(layer_of(), tokens()) == "fused CPU"
-    assert not cpu_library.is_usable()
+    for word in ("OFF", "Off ", "off"):
+        monkeypatch.setenv(cpu_library.PATH_VARIABLE, word)
+        assert name_of(layer_of(), tokens()) == "fused CPU"
+        assert not cpu_library.is_usable()
+        assert cpu_library.why_not() is None
     with pytest.raises(cpu_library.MissingKernels, match="switched off by ROBUQ_CPU_KERNELS=off"):
         cpu_library.load()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from robuq_bench.methods.site import Site
 from robuq_bench.methods.weights._codes import Codes
 from robuq_bench.methods.weights._ternary import TernaryWeight
 
-NAMES = ("ternary-twn", "ternary-absmean")
+NAMES = ("ternary-twn", "ternary-absmean", "ternary-optimal")
 
 
 def fitted(name: str, weight: Tensor) -> TernaryWeight:
@@ -75,6 +77,20 @@ def test_absmean_is_the_rule_per_tensor(rows: int, columns: int, seed: int) -> N
     assert float(quantized.scale) == pytest.approx(alpha, rel=1e-12)
 
 
+@given(columns=st.integers(1, 7), seed=st.integers(0, 9999), ties=st.booleans())
+@settings(max_examples=60)
+def test_optimal_is_the_best_of_all_ternary_rows(columns: int, seed: int, ties: bool) -> None:
+    """Against every code there is, each at its least-squares scale."""
+    weight = randn(2, columns, seed=seed)
+    weight = weight.round() if ties else weight
+    every = np.array(list(itertools.product((-1, 0, 1), repeat=columns)), float)
+    found = fake_quantize_weight(weight, "ternary-optimal").numpy()
+    for row, own in zip(weight.numpy(), found, strict=True):
+        scale = every @ row / np.maximum((every**2).sum(1), 1)
+        best = ((row - scale[:, None] * every) ** 2).sum(1).min()
+        assert ((row - own) ** 2).sum() == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
 def test_threshold_itself_is_kept_by_twn() -> None:
     """Magnitudes 1, 1, 4, 2 have mean 2, so 1 sits on the threshold: all four are kept."""
     quantized = quantize_weight(torch.tensor([[1.0, -1.0, 4.0, -2.0]]), "ternary-twn")
@@ -100,19 +116,19 @@ def test_zero_rows(name: str) -> None:
     quantized = quantize_weight(weight, name)
     assert not quantized.codes[1].any()
     assert bool(quantized.dequantize().isfinite().all())
-    if name == "ternary-twn":
+    if name != "ternary-absmean":
         assert float(quantized.scale[1]) == 0
     assert not quantize_weight(torch.zeros(2, 3), name).dequantize().any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient(name: str) -> None:
-    """TWN clamps the upstream gradient to [-1, 1] element by element; absmean passes it."""
+    """Rules per row clamp the upstream gradient to [-1, 1] by element; absmean passes it."""
     weight = randn(5, 16).requires_grad_()
     upstream = 3 * randn(5, 16, seed=1)
     fake_quantize_weight(weight, name).backward(upstream)
     assert weight.grad is not None
-    expected = upstream.clamp(-1, 1) if name == "ternary-twn" else upstream
+    expected = upstream if name == "ternary-absmean" else upstream.clamp(-1, 1)
     assert torch.equal(weight.grad, expected)
 
 
@@ -149,7 +165,9 @@ def test_half_precision_is_computed_in_float32(name: str) -> None:
     assert torch.equal(fake_quantize_weight(weight, name), wide.dequantize().bfloat16())
 
 
-@pytest.mark.parametrize(("name", "scales"), [("ternary-twn", 7), ("ternary-absmean", 1)])
+@pytest.mark.parametrize(
+    ("name", "scales"), [("ternary-twn", 7), ("ternary-absmean", 1), ("ternary-optimal", 7)]
+)
 def test_bits(name: str, scales: int) -> None:
     """log2(3) bits a code, and 16 for each scale."""
     method = read_method("weight", name)

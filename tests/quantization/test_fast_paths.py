@@ -30,7 +30,7 @@ from robuq_bench.quantization.linear import QuantizedLinear
 
 IN, OUT, TOKENS = 24, 10, 7
 ROTATIONS = ("none", "hadamard", "randomized-hadamard")
-WEIGHTS = ("none", "ternary-twn", "ternary-absmean")
+WEIGHTS = ("none", "ternary-twn", "ternary-absmean", "ternary-optimal")
 GRIDS = ("robust-midtread", "robust-midrise", "lloyd-max", "minmax", "bitnet")
 SETTINGS = [(name, b) for name in GRIDS for b in range(2 if name == "bitnet" else 1, 9)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

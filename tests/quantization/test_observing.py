@@ -24,7 +24,7 @@ from robuq_bench.quantization.blocks import blocks_in_order
 from robuq_bench.quantization.observing import Observed, memory_bytes, observe
 from robuq_bench.quantization.watching import calls_of
 
-ALL = ("tokens", "absmax", "gram")
+ALL = ("tokens", "absmax", "mean", "gram")
 WIDTH = 6
 
 
@@ -76,6 +76,7 @@ def check_against_numpy(site: Site, inputs: list[np.ndarray]) -> None:
     rows = np.concatenate(inputs)
     assert site.count == len(rows)
     np.testing.assert_array_equal(site.need("absmax").numpy(), np.abs(rows).max(0))
+    np.testing.assert_allclose(site.need("mean").numpy(), rows.mean(0), rtol=1e-9, atol=1e-12)
     gram = site.need("gram")
     assert gram.dtype == torch.float64
     np.testing.assert_allclose(gram.numpy(), rows.T @ rows, rtol=1e-12, atol=1e-12 * len(rows))
@@ -88,6 +89,7 @@ def check_against_numpy(site: Site, inputs: list[np.ndarray]) -> None:
 
 def same(one: Site, other: Site, rtol: float = 0) -> bool:
     torch.testing.assert_close(one.gram, other.gram, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(one.mean, other.mean, rtol=rtol, atol=rtol)
     torch.testing.assert_close(one.tokens, other.tokens, rtol=0, atol=0)
     torch.testing.assert_close(one.absmax, other.absmax, rtol=0, atol=0)
     return (one.name, one.seed, one.count) == (other.name, other.seed, other.count)
@@ -454,4 +456,4 @@ def test_progress_and_the_line_about_memory(caplog: pytest.LogCaptureFixture) ->
     observe(model, names, iter(batches), ALL, on_batch=lambda *call: told.append(call))
     assert told == [(1, 3), (2, 3), (3, 3), (1, None), (2, None), (3, None)]
     size = memory_bytes([WIDTH] * 3, ALL, 4096) / 1e6
-    assert f"absmax, gram, tokens of 3 layers in at most {size:.4g} MB" in caplog.text
+    assert f"absmax, gram, mean, tokens of 3 layers in at most {size:.4g} MB" in caplog.text

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from robuq_bench.quantization.observing import memory_bytes, observe
 
-ALL = ("tokens", "absmax", "gram")
+ALL = ("tokens", "absmax", "mean", "gram")
 
 
 def peak_bytes(work: Callable[[], object]) -> tuple[int, int]:
@@ -29,7 +29,7 @@ def peak_bytes(work: Callable[[], object]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("groups", [0, 3])
-@pytest.mark.parametrize("needs", [("tokens",), ("absmax",), ("gram",), ALL])
+@pytest.mark.parametrize("needs", [("tokens",), ("absmax",), ("mean",), ("gram",), ALL])
 def test_memory_stays_within_the_bound(needs: tuple[Any, ...], groups: int) -> None:
     """With 1,500 tokens a layer, of which 200 are kept, beside what any observer needs."""
     width, layers = 96, 16

@@ -304,6 +304,12 @@ def fabricate(tmp_path: Path) -> Fabricator:
     return Fabricator(tmp_path / "runs")
 
 
+@pytest.fixture(scope="session")
+def fabricator() -> type[Fabricator]:
+    """The class, for fixtures that make runs once."""
+    return Fabricator
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing that was drawn before, here or by a user, is taken for what the code draws now.

@@ -111,6 +111,12 @@ def today(name, *overrides):
     return read_plan(config["plan"], config["workload"]["model"])
 
 
+def of_then(name):
+    """Overrides that give a packaged plan the rank that it had in version 0.1.0."""
+    rules = ("adaln", "block") if OLDER[name]["low_rank"]["rank"] else ()
+    return [f"layers.{rule}.branch.rank={OLDER[name]['low_rank']['rank']}" for rule in rules]
+
+
 def decisive(plan):
     return {key: value for key, value in plan.items() if key != "description"}
 
@@ -126,12 +132,12 @@ def test_every_plan_of_version_0_1_is_here():
 
 @pytest.mark.parametrize("name", OLDER)
 def test_a_plan_of_the_older_schema_reads_as_todays(name):
-    assert decisive(read_plan(OLDER[name], DIT)) == decisive(today(name))
+    assert decisive(read_plan(OLDER[name], DIT)) == decisive(today(name, *of_then(name)))
 
 
 @pytest.mark.parametrize("name", ["a2", "a4", "baseline-a4", "bitnetv2-a4"])
 def test_an_old_and_a_new_run_of_a_plan_are_one_row(fabricate, name):
-    fabricate.run(name)
+    fabricate.run(name, overrides=of_then(name))
     rewrite(fabricate.run(name, 1), plan=OLDER[name])
     group = group_of(fabricate)
     (row,) = group.rows
@@ -141,11 +147,13 @@ def test_an_old_and_a_new_run_of_a_plan_are_one_row(fabricate, name):
 
 
 def test_rows_of_old_and_new_runs_stay_apart_where_a_setting_differs(fabricate):
-    fabricate.run("a4")
+    fabricate.run("a4", overrides=of_then("a4"))
     rewrite(fabricate.run("a4", 1), plan=older("a4", rank=16))
+    fabricate.run("a4", 2)
     assert [row.label for row in group_of(fabricate).rows] == [
-        "a4 (branch.rank = 16)",
-        "a4 (branch.rank = 8)",
+        "a4 (branch.at_width = 1152, branch.rank = 16)",
+        "a4 (branch.at_width = not set, branch.rank = 16)",
+        "a4 (branch.at_width = not set, branch.rank = 8)",
     ]
 
 
@@ -193,6 +201,7 @@ def test_the_recipe_says_what_it_said():
             "weights": "ternary-absmean",
             "activations": "bitnet",
             "activation bits": "4 everywhere",
+            "centring": "none",
             "scaling": "none",
             "rotation": "hadamard on *.proj, *.fc2, *.to_out.0, *.ff.net.2",
             "low-rank branch": "rank 0",
@@ -202,7 +211,9 @@ def test_the_recipe_says_what_it_said():
         }
     found = recipes([today("a2")])[0]
     assert found["activation bits"] == "AMPN, mean 2.0"
-    assert (found["rotation"], found["low-rank branch"]) == ("randomized-hadamard", "rank 8")
+    assert found["rotation"] == "randomized-hadamard"
+    assert found["low-rank branch"] == "rank 16 at width 1152"
+    assert recipes([today("a2", *of_then("a2"))])[0]["low-rank branch"].startswith("rank 8")
     assert found["attention products"] == "8 bits"
     assert recipes([today("fp")])[0]["adaLN"] == "full precision, activations full precision"
 

@@ -171,7 +171,7 @@ def test_metrics_csv_holds_every_value_exactly(twelve_plans, report):
 def test_the_other_tables_hold_their_records(report):
     assert {path.stem.removeprefix("report-") for path in report.parent.glob("report-*.csv")} == {
         *TABLES,
-        "claims",
+        *("claims", "real_images"),
     }
     assert len(rows_of(report.with_name("report-sensitivity.csv"))) == 4 * 16 * 4
     summary = rows_of(report.with_name("report-summary.csv"))
@@ -212,7 +212,7 @@ def test_the_report_shows_weight_bits_and_no_training(untrained_report, parse_pa
     table = page.table("What each plan on")
     rows = {(row[0].text, row[0].small): row for row in table.rows}
     names = [cell.text for cell in table.head]
-    assert {"scaling", "other layers"}.isdisjoint(names)
+    assert {"centring", "scaling", "other layers"}.isdisjoint(names)
     place = ("quarot-w4a4", "PTQ, bits.mean = not set")
     assert rows[place][names.index("weights")].text == "gptq, 4 bits"
     assert rows[place][names.index("QAT steps")].text == "0 (PTQ)"

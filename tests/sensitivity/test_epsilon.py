@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from making import quantized
@@ -25,8 +26,8 @@ class Gains(nn.Module):
         super().__init__()
         self.a, self.b = self._layer("a", gain_a), self._layer("b", gain_b)
         self.calls = 0
-        self.fail_at: int | None = None
-        self.poison_at: int | None = None
+        self.fail_at: int | None = -1
+        self.poison_at: int | None = -1
 
     @staticmethod
     def _layer(name: str, gain: float) -> QuantizedLinear:
@@ -83,28 +84,43 @@ def digits_batches(num_samples: int = 12, batch_size: int = 5) -> list[Calibrati
 
 def test_closed_form_of_two_linear_layers() -> None:
     found = measure_sensitivity(Gains(2.0, 3.0), ["a", "b"], [1, 2], staircase())
-    # (0, 1, 2, 3) -> (0, 0, 3, 3) changes two of four entries by one: 0.5 times the gain squared.
+    # (0, 1, 2, 3) -> (0, 0, 3, 3) changes two of four entries by one: 0.5 times the gain squared;
+    # 2 bits keep these tokens as they are.
     assert found == {
         "a": {1: pytest.approx(2.0), 2: 0.0},
         "b": {1: pytest.approx(4.5), 2: 0.0},
     }
 
 
-def test_change_is_against_the_present_bits_of_the_other_layers() -> None:
+def test_change_is_against_the_layer_unquantized_whatever_its_present_bits() -> None:
     model = Gains(2.0, 3.0)
     model.b.activation_bits = 1
     found = measure_sensitivity(model, ["a", "b"], [1, 2], staircase())
     assert found["a"] == {1: pytest.approx(2.0), 2: 0.0}
-    assert found["b"] == {1: 0.0, 2: pytest.approx(4.5)}
+    assert found["b"] == {1: pytest.approx(4.5), 2: 0.0}
     assert model.b.activation_bits == 1
 
 
-def test_present_bits_cost_no_forward_pass() -> None:
+def test_present_bits_of_a_layer_cost_what_they_lose() -> None:
+    """By NumPy, on tokens that 2 bits do not keep: nothing is 0 for being what a layer has."""
+    x = torch.rand(5, 1, 3, 4, generator=torch.Generator().manual_seed(1))
+    index = torch.zeros(5, dtype=torch.int64)
+    found = measure_sensitivity(
+        Gains(2.0, 3.0), ["a", "b"], [2, 8], [CalibrationBatch(x, index, index)]
+    )
+    values = x.numpy().astype(np.float64)
+    low, high = values.min(-1, keepdims=True), values.max(-1, keepdims=True)
+    for layer, gain in (("a", 2.0), ("b", 3.0)):
+        for bits in (2, 8):
+            step = (high - low) / (2**bits - 1)
+            error = np.round((values - low) / step) * step + low - values
+            assert found[layer][bits] == pytest.approx(gain**2 * (error**2).mean(), rel=1e-4)
+
+
+def test_each_layer_costs_one_pass_more_than_its_bits() -> None:
     model = Gains(2.0, 3.0)
-    measure_sensitivity(model, ["a", "b"], [2], staircase())
-    assert model.calls == 2  # the reference alone: two batches
     measure_sensitivity(model, ["a", "b"], [1, 2], staircase())
-    assert model.calls == 2 + 3 * 2
+    assert model.calls == 2 * (1 + 2) * 2  # layers, the layer unquantized and two widths, batches
 
 
 def test_matches_a_direct_computation_on_a_dit(student: tuple[nn.Module, list[str]]) -> None:
@@ -115,13 +131,14 @@ def test_matches_a_direct_computation_on_a_dit(student: tuple[nn.Module, list[st
     module = quantized_layers(model)[layers[3]]
     model.eval()
     with torch.no_grad():
+        module.activation_bits = None
         before = model(*whole)
-        module.activation_bits = 1
-        after = model(*whole)
-        module.activation_bits = 4
-    expected = nn.functional.mse_loss(after, before).item()
-    assert found[layers[3]][1] == pytest.approx(expected, rel=1e-4)
-    assert all(found[layer][4] == 0.0 < found[layer][2] for layer in layers[:4])
+        for bits in (1, 2, 4):
+            module.activation_bits = bits
+            expected = nn.functional.mse_loss(model(*whole), before).item()
+            assert found[layers[3]][bits] == pytest.approx(expected, rel=1e-4)
+    assert module.activation_bits == 4
+    assert all(0.0 < found[layer][4] < found[layer][2] for layer in layers[:4])
 
 
 def test_order_does_not_matter(student: tuple[nn.Module, list[str]]) -> None:
@@ -198,9 +215,10 @@ def test_bits_and_flags_are_restored_after_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("poisoned", "where"), [(2, "with every layer as it is"), (1, r"with layer 'a' at 1 bits")]
+    ("poisoned", "where"),
+    [(None, "with layer 'a' unquantized"), (1, r"with layer 'a' at 1 bits")],
 )
-def test_diverged_predictions_are_named(poisoned: int, where: str) -> None:
+def test_diverged_predictions_are_named(poisoned: int | None, where: str) -> None:
     model = Gains(2.0, 3.0)
     model.poison_at = poisoned
     with pytest.raises(RobuqError, match=where):

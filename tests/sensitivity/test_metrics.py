@@ -202,9 +202,10 @@ def test_increase_of_the_error_against_a_teacher(subject: Any) -> None:
     model.eval()
     with torch.no_grad():
         target = teacher(*inputs)
-        before = nn.functional.mse_loss(model(*inputs), target).item()
         for name in layers:
             layer = quantized_layers(model)[name]
+            layer.activation_bits = None
+            before = nn.functional.mse_loss(model(*inputs), target).item()
             for bits in (2, 8):
                 layer.activation_bits = bits
                 increase = nn.functional.mse_loss(model(*inputs), target).item() - before
@@ -212,8 +213,6 @@ def test_increase_of_the_error_against_a_teacher(subject: Any) -> None:
                 assert clipped[name][bits] == max(0.0, found[name][bits])
             layer.activation_bits = 4
     assert min(found[name][8] for name in layers) < 0
-    same = epsilon_mse(model, layers, [2], batches, reference=model)
-    assert same == epsilon_mse(model, layers, [2], batches)
 
 
 @pytest.mark.parametrize("name", METRICS)

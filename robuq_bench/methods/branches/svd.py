@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from robuq_bench.errors import ConfigError
 from robuq_bench.methods import BranchMethod
+from robuq_bench.sections import OptionalInt
 
 if TYPE_CHECKING:
     from robuq_bench.methods.site import Site
@@ -49,28 +50,49 @@ class LowRankBranch(nn.Module):
 
 
 class SVD(BranchMethod):
-    """L = up down of rank `rank`, which starts as the best approximation of the weight.
+    """L = up down of low rank, which starts as the best approximation of the weight.
 
-    Source: RobuQ's public deployment fork, rank 16. Gradient: of a product of matrices.
+    A weight [out, in] gets rank max(1, round(rank min(out, in) / at_width)), so that the branch
+    stays the same share of a layer in narrower models; without `at_width` it gets `rank` itself.
+    0 is no branch, and leaves the slot empty.
+
+    Source: RobuQ's public deployment fork, rank 16 at width 1152. Gradient: of a product of
+    matrices.
     """
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=0)
+    at_width: OptionalInt = Field(default=None, ge=1)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is no branch at all."""
+        return self.rank == 0
+
+    def rank_of(self, out_features: int, in_features: int) -> int:
+        """Rank of the branch of a weight [out, in]."""
+        if self.at_width is None or self.rank == 0:
+            return self.rank
+        return max(1, round(self.rank * min(out_features, in_features) / self.at_width))
 
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ConfigError for a rank above the smaller side."""
-        if self.rank > min(out_features, in_features):
+        rank = self.rank_of(out_features, in_features)
+        if rank > min(out_features, in_features):
+            scaled = f" at width {self.at_width}, here {rank}," if self.at_width else ""
             raise ConfigError(
-                f"branch.rank {self.rank} exceeds the smaller side of {out_features} x "
+                f"branch.rank {self.rank}{scaled} exceeds the smaller side of {out_features} x "
                 f"{in_features}; lower it, or give the layer a rule of its own in [[layers]]"
             )
 
     def fit(self, weight: Tensor, site: Site) -> nn.Module:
         """Decompose the weight."""
+        out_features, in_features = weight.shape
+        rank = self.rank_of(out_features, in_features)
         if site.is_blank:
-            up = weight.new_zeros(weight.shape[0], self.rank)
-            return LowRankBranch(up, weight.new_zeros(self.rank, weight.shape[1]))
-        return LowRankBranch(*low_rank_factors(weight, self.rank))
+            up = weight.new_zeros(out_features, rank)
+            return LowRankBranch(up, weight.new_zeros(rank, in_features))
+        return LowRankBranch(*low_rank_factors(weight, rank))
 
     def values(self, out_features: int, in_features: int) -> int:
         """Both factors."""
-        return self.rank * (out_features + in_features)
+        return self.rank_of(out_features, in_features) * (out_features + in_features)

@@ -1,0 +1,1 @@
+"""Methods of the slot `centring`: a file is a method, called what the file is called."""

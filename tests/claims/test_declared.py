@@ -1,0 +1,192 @@
+"""The file of claims: what it refuses, what its digest covers, and the packaged one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robuq_bench.claims import CLAIMS_FILE, load_claims
+from robuq_bench.claims.declared import parse_claims
+from robuq_bench.claims.history import BEFORE, CHANGED, UNKNOWN, declared_before, last_commit
+from robuq_bench.claims.planning import Cell, Planner, cells_of
+from robuq_bench.claims.tuning import RATES_FILE, read_rates, trials_of
+from robuq_bench.config import config_hash, resolve
+from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.runs.study import check_study
+
+TEXT = """
+[defaults]
+seeds = [0, 1, 2, 3, 4]
+budgets = [500]
+[arms.a2]
+plan = "a2-uniform"
+[arms.b2]
+plan = "baseline-a2"
+set = ["layers.block.branch.rank=2"]
+[arms.a4]
+plan = "a4"
+[arms.fp]
+plan = "fp"
+[claims.h2]
+text = "Hadamard helps at 2 bits"
+candidate = "a2"
+baseline = "b2"
+expect = "better"
+family = "rotation"
+"""
+
+
+def test_a_claim_takes_the_defaults_and_its_weights_add_up_to_0() -> None:
+    declared = parse_claims(TEXT, "claims")
+    claim = declared.claims["h2"]
+    assert (claim.seeds, claim.budgets, claim.margin) == ((0, 1, 2, 3, 4), (500,), 0.03)
+    assert claim.weights == {"a2": 1, "b2": -1}
+    gain = TEXT.replace('candidate = "a2"', 'candidate = ["a2", "fp"]')
+    gain = gain.replace('baseline = "b2"', 'baseline = ["b2", "a4"]')
+    assert parse_claims(gain, "").claims["h2"].weights == {"a2": 1, "fp": -1, "b2": -1, "a4": 1}
+    shared = gain.replace('"a4"]', '"fp"]')  # a shared arm cancels
+    assert parse_claims(shared, "").claims["h2"].weights == {"a2": 1, "b2": -1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"b2"\nexpect', '"c2"\nexpect', "unknown arm 'c2'; did you mean 'b2'"),
+        ('plan = "a2-uniform"', 'plan = "a2-unform"', "did you mean 'a2-uniform'"),
+        ("family =", "famliy =", "unknown key; did you mean 'family'"),
+        ('expect = "better"', 'expect = "greater"', "is not one of 'better'"),
+        ("[0, 1, 2, 3, 4]", "[0, 1, 1]", "must ascend"),
+        ("[0, 1, 2, 3, 4]", "[0, 100]", "seeds [100] are those that learning rates are chosen on"),
+        ("budgets = [500]", 'workloads = ["digit"]', "did you mean 'digits'"),
+        ('candidate = "a2"', 'candidate = "b2"', "compared with itself"),
+        ('candidate = "a2"', 'candidate = ["a2", "b2"]', "one arm each, or two each"),
+        ("branch.rank=2", "branch.rank", "is not KEY=VALUE"),
+        ("layers.block.branch.rank", "training.steps", "budgets of claims decide"),
+        ("text =", "margin = 1.5\ntext =", "less than 1"),
+        ("[arms.a2]", "[arms.a2", "not valid TOML"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
+    assert old in TEXT
+    with pytest.raises(ConfigError, match=r"^claims.toml") as caught:
+        parse_claims(TEXT.replace(old, new), "claims.toml")
+    assert message in str(caught.value)
+
+
+def test_unknown_settings_of_an_arm_name_the_arm() -> None:
+    declared = parse_claims(TEXT.replace("branch.rank=2", "branch.rnak=2"), "claims")
+    with pytest.raises(ConfigError, match=r"arm 'b2' on digits: .*did you mean"):
+        Planner(declared).config(Cell("digits", "b2", None, 0))
+
+
+def test_a_choice_of_claims_names_the_nearest() -> None:
+    declared = parse_claims(TEXT, "claims")
+    assert list(declared.chosen(["h2"], ["digits"]).claims) == ["h2"]
+    with pytest.raises(UsageError, match="unknown claim 'h3'; did you mean 'h2'"):
+        declared.chosen(["h3"])
+    with pytest.raises(UsageError, match="no claim is about workload 'digit'; did you mean"):
+        declared.chosen([], ["digit"])
+
+
+def test_runs_are_those_of_train_and_eval() -> None:
+    declared = parse_claims(TEXT, "claims")
+    planner = Planner(declared, {("digits", "b2"): 2e-3})
+    cells = cells_of(declared)
+    assert [cell.seed for cell in cells] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    own = resolve("train-and-eval", "2", "a2-uniform", "digits", 3)  # 500 steps are the workload's
+    assert config_hash(planner.config(Cell("digits", "a2", 500, 3))) == config_hash(own)
+    given = ["layers.block.branch.rank=2", "training.steps=900", "training.learning_rate=0.002"]
+    tuned = resolve("train-and-eval", "2", "baseline-a2", "digits", 1, given)
+    assert config_hash(planner.config(Cell("digits", "b2", 900, 1))) == config_hash(tuned)
+    assert "--seed 1 --set layers.block.branch.rank=2 --set training.steps=900" in planner.command(
+        Cell("digits", "b2", 900, 1)
+    )
+    teachers = {
+        config_hash(planner.config(Cell("digits", "fp", steps, seed)))
+        for steps in (500, 2000)
+        for seed in (0, 5)
+    }
+    assert teachers == {config_hash(resolve("train-and-eval", "2", "fp", "digits", 0))}
+
+
+def test_a_budget_is_refused_where_the_plan_says_its_own() -> None:
+    own = TEXT.replace("layers.block.branch.rank=2", "train.steps=40")
+    with pytest.raises(ConfigError, match=r"its plan says train.steps = 40"):
+        Planner(parse_claims(own, "")).config(Cell("digits", "b2", 500, 0))
+
+
+def test_the_digest_covers_the_claim_and_its_arms_alone() -> None:
+    digest = parse_claims(TEXT, "").digest("h2")
+    for same in (
+        TEXT.replace('plan = "a4"', 'plan = "a8"'),  # another claim's arm
+        TEXT.replace("budgets = [500]", "budgets = [500, 900]"),  # each is judged on its own
+        TEXT.replace("seeds = [0, 1, 2, 3, 4]", "seeds = [0,1,2,3,4] # as before"),
+    ):
+        assert parse_claims(same, "").digest("h2") == digest
+    for other in (
+        TEXT.replace("rank=2", "rank=4"),
+        TEXT.replace("better", "worse"),
+        TEXT.replace("[0, 1, 2, 3, 4]", "[0, 1, 2, 3, 4, 5]"),
+        TEXT.replace("budgets = [500]", "budgets = [500]\nmargin = 0.1"),
+    ):
+        assert parse_claims(other, "").digest("h2") != digest
+
+
+def test_git_says_whether_a_claim_was_there_before(tmp_path: Path) -> None:
+    path = tmp_path / "claims.toml"
+
+    def commit(text: str | None) -> str:
+        if text is not None:
+            path.write_text(text)
+        (tmp_path / "other").write_text(str(text))
+        who = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+        for command in (["add", "-A"], [*who, "commit", "-qm", "x"]):
+            subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    none, other = commit(None), commit(TEXT.replace("better", "worse"))
+    same = commit(f"{TEXT}# a comment\n")
+    later = commit(TEXT + '[claims.h3]\nfamily = "x"\ntext = "y"\nexpect = "worse"\n'
+                   'candidate = "a2"\nbaseline = "a4"\n')  # fmt: skip
+    declared = load_claims(path)
+
+    def said(*commits: str, steps: int = 500) -> str:
+        return declared_before(declared, "h2", commits, path, ("digits", steps))
+
+    assert said(same) == said(later) == said(same, later) == BEFORE
+    assert said(none) == said(other) == said(same, other) == CHANGED
+    assert said(same, steps=900) == CHANGED  # no budget of it then
+    assert said("") == said(same, "") == said("0" * 40) == UNKNOWN
+    assert said() == ""
+    assert last_commit(path) == later
+    path.write_text(TEXT)
+    assert last_commit(path) == f"{later}+changes"
+
+
+def test_the_packaged_claims_are_ready_to_run() -> None:
+    """Every arm fits its workload, every rate is of today's arms."""
+    declared = load_claims()
+    planner = Planner(declared, read_rates(CLAIMS_FILE.with_name(RATES_FILE), declared))
+    cells = cells_of(declared)
+    assert len(declared.claims) >= 15
+    for cell in {Cell(c.workload, c.arm, c.steps, 0): None for c in cells}:
+        check_study(planner.config(cell))
+    used = {arm for claim in declared.claims.values() for arm in claim.weights}
+    assert used == declared.arms.keys()
+    assert {trial.seed for trial in trials_of(declared)}.isdisjoint(cell.seed for cell in cells)
+
+
+def test_claims_are_read_without_torch_pandas_and_scipy() -> None:
+    code = (
+        "import sys; from robuq_bench.claims import load_claims; load_claims();"
+        "print({'torch', 'pandas', 'scipy', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
