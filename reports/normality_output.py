@@ -92,7 +92,7 @@ def disagreement(judged: pd.DataFrame, subject: str, transform: str = SIGNS) -> 
         by_bits = rows.groupby("bits")["place"].agg(list)
         places = "; ".join(f"{listing(names)} at {_bits(bits)}" for bits, names in by_bits.items())
         pairs.append(f"tokens “{token}” but output “{output}”: {places}")
-    return f"The rules disagree for {len(differs)} of {len(own)} of {where}. {'. '.join(pairs)}."
+    return f"The rules disagree for {len(differs)} of {len(own)} of {where}: {'. '.join(pairs)}."
 
 
 def by_model(run: RunData, subjects: Sequence[str]) -> Iterator[Sheet]:

@@ -264,7 +264,7 @@ def test_both_rules_stand_side_by_side_and_their_disagreement_is_said(page: Page
     assert shown.cell("qkv (12), 2 bits", "constant energy").text == "43.8 %"
     assert shown.cell("qkv (12), 2 bits", "centring").text == "1.75×"
     assert (
-        "The rules disagree for 8 of 10 of teacher, random signs. tokens “holds” but output “does "
+        "The rules disagree for 8 of 10 of teacher, random signs: tokens “holds” but output “does "
         "not hold”: qkv (12) and fc2 (48) at 1 bit; qkv (12) and fc2 (48) at 2 bits"
     ) in page.text
     assert (
