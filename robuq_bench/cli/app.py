@@ -20,7 +20,8 @@ import typer
 from kernels.cpu_library import MissingKernels
 from robuq_bench import __version__
 from robuq_bench.cli import console
-from robuq_bench.cli.claims import ClaimsFlag, claims_app, claims_section
+from robuq_bench.cli.claims import ClaimsFlag, claims_app
+from robuq_bench.cli.claims_job import claims_section
 from robuq_bench.cli.flags import (
     RUNS,
     ActivationsFlag,
