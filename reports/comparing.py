@@ -129,7 +129,7 @@ def _compared(group: Group, claim: str, pair: Pair, about: str) -> Verdict:
     gains = [r.first("allocation").get("headroom") for r in a.runs if a.family == Family.AMPN]
     if known := [gain for gain in gains if gain is not None]:
         note += f"; headroom by the metric {significant(sum(known) / len(known))}"
-    if b is group.teacher:  # it is one model, whatever seed a plan has
+    if b is group.teacher and values["seed"].isna().any():  # one model, whatever seed a plan has
         seeds = values.loc[values["plan"] == a.label, ["seed"]].drop_duplicates()
         is_teacher = values["plan"] == b.label
         teacher = values[is_teacher].drop(columns="seed").merge(seeds, how="cross")

@@ -32,7 +32,8 @@ AT_FLOOR = "_at_floor"  # ends the FID of samples that are judged as real images
 VALUES = ("plan", "subject", "seed", "seed_range", "metric", "value", "is_rank_deficient", "run")
 """Columns of `Group.values`: one line per plan, training seed, seed range, metric and run.
 
-`seed` is absent for the teacher, which is not trained here, `seed_range` for validation losses.
+`seed` is absent for the teacher, which is not trained here, unless each training seed has images of
+its own; `seed_range` is absent for validation losses.
 `is_rank_deficient` marks a Fréchet distance of too few images for its number of features.
 """
 
@@ -305,7 +306,8 @@ def _group(members: Sequence[RunData], by_id: Mapping[str, RunData], differs: st
             values = values.drop(sampled.index)
             rows.remove(row)
     is_teacher = values["subject"] == TEACHER
-    values["seed"] = values["seed"].mask(is_teacher)
+    if section(members[0].workload, "evaluation").get("image_seeds") != "own":
+        values["seed"] = values["seed"].mask(is_teacher)
     values["run"] = values["source"].where(is_teacher & values["source"].isin(by_id), values["run"])
     # A teacher's metrics are copied into every run, so equal ones count once.
     is_copy = values.duplicated(["subject", "seed_range", "start", "metric", "value"])

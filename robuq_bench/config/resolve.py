@@ -223,7 +223,8 @@ def _narrowed(config: Config) -> Config:
         changes["plan"] = load_plan("fp")
     if info is not None and not info.uses_training:
         workload = config.workload.model_copy(update={"training": _NO_TRAINING})
-        changes |= {"workload": workload, "seed": 0}
+        samples_by_seed = workload.evaluation.image_seeds == "own"
+        changes |= {"workload": workload, "seed": config.seed if samples_by_seed else 0}
     return config.model_copy(update=changes)
 
 

@@ -192,6 +192,10 @@ class EvaluationConfig(Section):
     see whether plans keep their order there; they are compared with `second_reference`, or with the
     training images. Their images are never adapted.
 
+    `image_seeds` of None: every training is sampled from the same images' seeds. "own": training
+    seed s has the s-th of disjoint sets of them, which all plans share, so that a spread over
+    training seeds is one over images too.
+
     With `sample_teacher` a teacher is sampled although samples of it come with the suite.
     """
 
@@ -203,6 +207,7 @@ class EvaluationConfig(Section):
     cfg_scale: float = Field(default=1.0, ge=0)
     num_samples: int = Field(ge=2)
     seed_ranges: int = Field(default=3, ge=1)
+    image_seeds: Annotated[Literal["own"] | None, BeforeValidator(none_word)] = None
     batch_size: int = Field(default=100, ge=1)
     features: str
     features_sha256: Digest = None

@@ -57,10 +57,14 @@ GRID_COLUMNS = 10
 GRID_SCALE = 4
 
 
-def seed_ranges(workload: Workload) -> list[range]:
-    """Return the disjoint image-seed ranges of the protocol: [0, N), [N, 2N), ..."""
-    count = workload.evaluation.num_samples
-    return [range(i * count, (i + 1) * count) for i in range(workload.evaluation.seed_ranges)]
+def seed_ranges(workload: Workload, training_seed: int) -> list[range]:
+    """Return the disjoint image-seed ranges of the protocol: [0, N), [N, 2N), ...
+
+    Where `evaluation.image_seeds` is "own", those of the next training seed go on from there.
+    """
+    count, ranges = workload.evaluation.num_samples, workload.evaluation.seed_ranges
+    first = training_seed * ranges if workload.evaluation.image_seeds == "own" else 0
+    return [range(i * count, (i + 1) * count) for i in range(first, first + ranges)]
 
 
 def load_reference(workload: Workload, data: ImageData, network: FeatureNetwork) -> Reference:
@@ -193,7 +197,7 @@ def evaluate_samples(
     their records name them as `samples` and have no `sample_seconds`.
     """
     rows: list[dict[str, Any]] = []
-    for index, seeds in enumerate(seed_ranges(workload)):
+    for index, seeds in enumerate(seed_ranges(workload, run.config.seed)):
         key = f"metrics/{subject}/{index}"
         if not run.has(key):
             if shipped is None:

@@ -107,6 +107,8 @@ def ship_samples(run_path: Path) -> Path:
     source = samples_asset(workload)
     if run.config.study != "teacher-eval" or source is None or not run.is_done:
         raise UsageError(f"{run.id} is no finished teacher-eval run of a packaged teacher")
+    if workload.evaluation.image_seeds == "own" and run.config.seed != 0:
+        raise UsageError(f"{run.id} has the images of training seed {run.config.seed}; ship 0's")
     if not workload.evaluation.sample_teacher:
         raise UsageError(f"{run.id} may hold shipped samples; sample with {SAMPLE_ANEW}")
     parts = []

@@ -12,7 +12,12 @@ from robuq_bench.config import Workload
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout
 from robuq_bench.errors import CheckpointError, UsageError
-from robuq_bench.judging.evaluation import evaluate_samples, load_reference, record_inputs
+from robuq_bench.judging.evaluation import (
+    evaluate_samples,
+    load_reference,
+    record_inputs,
+    seed_ranges,
+)
 from robuq_bench.judging.feature_networks import load_feature_network
 from robuq_bench.judging.neighbours import TrainingImages
 from robuq_bench.judging.real_images import (
@@ -107,7 +112,8 @@ def judge_teacher(
     shipped = None
     # On other devices sampling is short, and rounds in its own way.
     if context.device == "cpu" if begun is None else "samples" in begun:
-        shipped = shipped_samples(workload, judged.teacher_sha256)
+        if seed_ranges(workload, run.config.seed)[0].start == 0:  # where shipped samples begin
+            shipped = shipped_samples(workload, judged.teacher_sha256)
     if begun is not None and "samples" in begun and shipped is None:
         raise CheckpointError(
             f"run {run.id} began with {begun['samples']}, which no longer comes with the teacher; "
