@@ -9,6 +9,8 @@ import pytest
 
 from robuq_bench.config import (
     Config,
+    config_for,
+    config_hash,
     load_plan,
     load_workload,
     plan_names,
@@ -20,7 +22,8 @@ from robuq_bench.config.files import PACKAGE
 from robuq_bench.errors import ConfigError
 
 PLANS = [
-    "a2", "a2-uniform", "a3", "a3-uniform", "a4", "a8", "baseline-a2", "baseline-a3",
+    "a2", "a2-centred", "a2-uniform", "a3", "a3-uniform", "a4", "a4-centred", "a8", "baseline-a2",
+    "baseline-a3",
     "baseline-a4", "bitnetv2-a3", "bitnetv2-a4", "fp", "quarot-w4a4", "rtn-w4a4",
 ]  # fmt: skip
 WORKLOADS = [
@@ -99,7 +102,13 @@ def test_plans_are_the_methods_they_are_named_after(
 ) -> None:
     plan = load_plan(name)
     rotation, branch, weight, activation = slots
-    methods = {"scaling": None, "rotation": rotation, "branch": branch, "weight": weight}
+    methods = {
+        "centring": None,
+        "scaling": None,
+        "rotation": rotation,
+        "branch": branch,
+        "weight": weight,
+    }
 
     def filled(slots: dict[str, Any], bits: int, fixed: bool) -> dict[str, Any]:
         quantizer = {"method": activation, "sha256": "", "bits": bits}
@@ -299,3 +308,17 @@ def test_a_digest_is_not_inherited_by_another_file(tmp_path: Path) -> None:
     assert load_workload(path).teacher.sha256 == digest
     path.write_text('extends = "digits"\n[training]\nsteps = 600\n')
     assert load_workload(path).teacher.sha256 == load_workload("digits").teacher.sha256 != ""
+
+
+def test_image_seeds_of_their_own_are_part_of_the_teachers_run() -> None:
+    shared, own = "evaluation.image_seeds=none", "evaluation.image_seeds=own"
+    for override, seeds in ((shared, 1), (own, 3)):
+        runs = {
+            config_hash(
+                config_for(
+                    "teacher-eval", resolve("train-and-eval", "3", "a4", "digits", s, [override])
+                )
+            )
+            for s in (0, 1, 2)
+        }
+        assert len(runs) == seeds

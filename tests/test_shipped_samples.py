@@ -110,17 +110,16 @@ def test_a_run_judges_them_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "--set evaluation.sample_teacher=true" in entry["note"]
     images = shipped(config_of().workload)
     assert images is not None
-    for index in range(3):
-        record = run.get(f"metrics/teacher/{index}")
-        assert record is not None
-        assert record["samples"] == name
-        assert "sample_seconds" not in record
-        with np.load(run.path / "samples" / f"teacher-{index}.npz") as file:
-            written = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
-        assert torch.equal(written, images[1000 * index : 1000 * (index + 1)])
-    # As recorded on another processor, which drew one pixel of the first range otherwise.
-    assert run.get("metrics/teacher/0")["fid_digits"] == pytest.approx(0.1752196, rel=1e-3)
-    assert run.get("metrics/teacher/2")["fid_digits"] == pytest.approx(0.1698867, rel=1e-5)
+    record = run.get("metrics/teacher/0")
+    assert record is not None
+    assert record["samples"] == name
+    assert "sample_seconds" not in record
+    with np.load(run.path / "samples" / "teacher-0.npz") as file:
+        written = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    assert torch.equal(written, images)
+    assert len(images) == 3000
+    # As measured when they were drawn.
+    assert record["fid_digits"] == pytest.approx(0.1465, rel=1e-3)
     with pytest.raises(UsageError, match="sample_teacher=true"):
         ship_samples(run.path)
 

@@ -34,10 +34,14 @@ def _digest(values: Any) -> str:
 
 
 class Arm(Section):
-    """What is trained: a plan (name or file), and settings as `--set` has them."""
+    """What is trained: a plan (name or file), and settings as `--set` has them.
+
+    `extra_steps` are trained on top of a claim's budget, as another arm spends in a warm-up.
+    """
 
     plan: str
     set: Strings = ()
+    extra_steps: int = Field(default=0, ge=0)
 
     @field_validator("set")
     @classmethod

@@ -15,7 +15,7 @@ from robuq_bench.claims.declared import Claim, Finding
 from robuq_bench.claims.history import declared_before
 from robuq_bench.claims.judged import Judged
 from robuq_bench.claims.measured import Measured, read_measured, why_unfinished
-from robuq_bench.claims.planning import Cell, Planner, runs_by_config
+from robuq_bench.claims.planning import Cell, Planner, is_one, runs_by_config
 from robuq_bench.config import config_hash, load_workload, training_steps
 from robuq_bench.runs.run_files import DONE, check_done
 from robuq_bench.statistics.comparisons import contrast_text, judge_contrast, judge_family
@@ -127,10 +127,10 @@ def _judge(runs: Runs, key: str, place: Cell, path: Path) -> Judged:
 
 
 def _paired(planner: Planner, measured: Mapping[Cell, Measured]) -> dict[Cell, Measured]:
-    """Without the teacher at seeds that no student has: it is one run, whatever the seed."""
-    is_one = {cell: planner.config(cell).plan.is_full_precision for cell in measured}
-    seeds = {cell.seed for cell in measured if not is_one[cell]}
-    return {c: run for c, run in measured.items() if not is_one[c] or c.seed in seeds}
+    """Without one run of a teacher, which stands for every seed, at seeds that no student has."""
+    ones = {cell for cell in measured if is_one(planner.config(cell))}
+    seeds = {cell.seed for cell in measured if cell not in ones}
+    return {c: run for c, run in measured.items() if c not in ones or c.seed in seeds}
 
 
 def _why_not(

@@ -58,14 +58,13 @@ class Planner:
         self._resolved: dict[tuple[str, str, int | None], tuple[Config, list[str]]] = {}
 
     def config(self, cell: Cell) -> Config:
-        """The config of a cell's run; the teacher has one run, whatever seed and budget.
+        """The config of a cell's run; that of `is_one` is the same for all seeds and budgets.
 
         Raises:
             ConfigError: what the arm asks for does not exist; names the arm.
         """
         config, _ = self._resolve(cell)
-        is_one = config.plan.is_full_precision
-        return config if is_one else config.model_copy(update={"seed": cell.seed})
+        return config if is_one(config) else config.model_copy(update={"seed": cell.seed})
 
     def command(self, cell: Cell) -> str:
         """The `train-and-eval` that makes the same run."""
@@ -81,7 +80,8 @@ class Planner:
         key = (cell.workload, cell.arm, cell.steps)
         if key not in self._resolved:
             arm = self.declared.arms[cell.arm]
-            budget = [] if cell.steps is None else [f"training.steps={cell.steps}"]
+            steps = None if cell.steps is None else cell.steps + arm.extra_steps
+            budget = [] if steps is None else [f"training.steps={steps}"]
             rate = self.rates.get((cell.workload, cell.arm))
             tuned = [] if rate is None else [f"training.learning_rate={rate!r}"]
             given = [*arm.set, *budget, *tuned]
@@ -99,6 +99,12 @@ class Planner:
                 )
             self._resolved[key] = config, given
         return self._resolved[key]
+
+
+def is_one(config: Config) -> bool:
+    """Whether one run serves every seed: nothing is trained, and all seeds share their images."""
+    own_images = config.workload.evaluation.image_seeds == "own"
+    return config.plan.is_full_precision and not own_images
 
 
 def resolve_main(plan: str, workload: str, seed: int, overrides: Sequence[str]) -> Config:

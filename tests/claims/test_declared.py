@@ -16,6 +16,9 @@ from robuq_bench.claims.tuning import RATES_FILE, read_rates, trials_of
 from robuq_bench.config import config_hash, resolve
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.runs.study import check_study
+from robuq_bench.study_index import find_study
+
+VERSION = find_study("train-and-eval").version
 
 TEXT = """
 [defaults]
@@ -96,20 +99,36 @@ def test_runs_are_those_of_train_and_eval() -> None:
     planner = Planner(declared, {("digits", "b2"): 2e-3})
     cells = cells_of(declared)
     assert [cell.seed for cell in cells] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    own = resolve("train-and-eval", "2", "a2-uniform", "digits", 3)  # 500 steps are the workload's
+    own = resolve(
+        "train-and-eval", VERSION, "a2-uniform", "digits", 3
+    )  # 500 steps are the workload's
     assert config_hash(planner.config(Cell("digits", "a2", 500, 3))) == config_hash(own)
     given = ["layers.block.branch.rank=2", "training.steps=900", "training.learning_rate=0.002"]
-    tuned = resolve("train-and-eval", "2", "baseline-a2", "digits", 1, given)
+    tuned = resolve("train-and-eval", VERSION, "baseline-a2", "digits", 1, given)
     assert config_hash(planner.config(Cell("digits", "b2", 900, 1))) == config_hash(tuned)
     assert "--seed 1 --set layers.block.branch.rank=2 --set training.steps=900" in planner.command(
         Cell("digits", "b2", 900, 1)
     )
+
+
+@pytest.mark.parametrize(("image_seeds", "seeds"), [("own", {0, 5}), ("none", {0})])
+def test_a_teacher_is_run_once_for_every_set_of_images(image_seeds: str, seeds: set[int]) -> None:
+    given = f"evaluation.image_seeds={image_seeds}"
+    text = TEXT.replace('plan = "fp"', f'plan = "fp"\nset = ["{given}"]')
+    planner = Planner(parse_claims(text, "claims"))
     teachers = {
         config_hash(planner.config(Cell("digits", "fp", steps, seed)))
         for steps in (500, 2000)
         for seed in (0, 5)
     }
-    assert teachers == {config_hash(resolve("train-and-eval", "2", "fp", "digits", 0))}
+    expected = [resolve("train-and-eval", VERSION, "fp", "digits", s, [given]) for s in seeds]
+    assert teachers == set(map(config_hash, expected))
+
+
+def test_extra_steps_come_on_top_of_a_budget() -> None:
+    text = TEXT.replace('plan = "a2-uniform"', 'plan = "a2-uniform"\nextra_steps = 40')
+    config = Planner(parse_claims(text, "")).config(Cell("digits", "a2", 500, 0))
+    assert config.workload.training.steps == 540
 
 
 def test_a_budget_is_refused_where_the_plan_says_its_own() -> None:

@@ -49,21 +49,23 @@ def states() -> dict[str, str]:
 def test_runs_are_made_once_shared_and_judged(bench: Any, claims: Path) -> None:
     file = ("--file", str(claims))
     dry = bench("claims", "run", *file, "--dry-run", "--json").document["runs"]
-    assert [row["state"] for row in dry] == ["to make"] * 3  # two students and one teacher
+    assert [row["state"] for row in dry] == [
+        "to make"
+    ] * 4  # students, and teachers on their images
     assert not Path("runs").exists()
     first = bench("claims", "run", *file, "--quiet", "--seeds", "0", "--threads", "1", "--json")
     assert (first.code, len(first.document["done"]), first.document["failed"]) == (0, 2, {})
     left = bench("claims", "list", *file, "--json").document["claims"][0]
-    assert (left["runs"], left["done"]) == (3, 2)
+    assert (left["runs"], left["done"]) == (4, 2)
     # what `train-and-eval` made is not made again
     command = dry[2]["command"].removeprefix("python bench.py ").split()
     assert bench(*command, "--quiet", "--threads", "1").code == 0
     again = bench("claims", "run", *file, "--quiet", "--json").document
-    assert (again["done"], len(again["kept"])) == ([], 3)
-    assert sorted(states().values()) == ["done"] * 3
+    assert (len(again["done"]), len(again["kept"])) == (1, 3)
+    assert sorted(states().values()) == ["done"] * 4
     (judged,) = bench("claims", "judge", *file, "--csv", "out.csv", "--json").document["claims"]
     assert (judged["n"], judged["verdict"], judged["holds"]) == (2, "not judged", "not judged")
-    assert len(judged["runs"].split()) == 3
+    assert len(judged["runs"].split()) == 4
     assert 0 < judged["low"] < judged["effect"] < judged["high"]
     table = pd.read_csv("out.csv")
     assert table["claim"].tolist() == ["teacher"]
@@ -81,8 +83,8 @@ def test_a_failed_run_stops_no_other_and_is_named(
     monkeypatch.setattr(running, "run_study", fail)
     found = bench("claims", "run", "--file", str(claims), "--quiet")
     assert found.code == 3
-    assert made == [("a4", 0), ("fp", 0), ("a4", 1)]
-    assert "3 of 3 runs are not there" in found.err
+    assert made == [("a4", 0), ("fp", 0), ("a4", 1), ("fp", 1)]
+    assert "4 of 4 runs are not there" in found.err
     assert "seed 1: RuntimeError: broken at seed 1" in found.err
     made.clear()
     halves = [
@@ -90,7 +92,7 @@ def test_a_failed_run_stops_no_other_and_is_named(
         for part in ("1/2", "2/2")
     ]
     assert halves == [3, 3]
-    assert sorted(made) == [("a4", 0), ("a4", 1), ("fp", 0)]
+    assert sorted(made) == [("a4", 0), ("a4", 1), ("fp", 0), ("fp", 1)]
 
 
 def test_a_run_of_another_process_is_passed_over(
@@ -143,7 +145,7 @@ def test_the_best_rate_of_other_seeds_is_taken(bench: Any, claims: Path) -> None
     assert table.loc[table["chosen"] == 1, "learning_rate"].tolist() == [best]
     dry = bench("claims", "run", *file, "--dry-run", "--json").document["runs"]
     rates = [f"--set training.learning_rate={best}" in row["command"] for row in dry]
-    assert rates == [True, False, True]
+    assert rates == [True, False, True, False]
     changed = claims.read_text().replace('plan = "a4"', 'plan = "a8"')
     claims.write_text(changed)
     found = bench("claims", "run", *file, "--dry-run")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from robuq_bench.config import Config, ModelConfig, Plan, resolve
 from robuq_bench.config.resolve import training_steps
+from robuq_bench.judging.evaluation import seed_ranges
 from robuq_bench.runs.run import Run
 from robuq_bench.runs.run_files import RESULTS
 
@@ -40,6 +41,11 @@ FIDS = {
     "bitnetv2-a4": 11.2,
     "bitnetv2-a3": 21.9,
 }
+# Several ranges of images that all training seeds share, unlike the packaged workload.
+RANGES = (
+    *("evaluation.num_samples=1000", "evaluation.seed_ranges=3"),
+    "evaluation.image_seeds=none",
+)
 
 
 @dataclasses.dataclass
@@ -64,7 +70,7 @@ class Fabricator:
         version: str = "2",
     ) -> Path:
         """Write one run; without `records` those of a whole train-and-eval."""
-        config = resolve(study, version, plan, "digits", seed, list(overrides))
+        config = resolve(study, version, plan, "digits", seed, [*RANGES, *overrides])
         argv = argv or ["bench.py", "train-and-eval", "--plan", plan, "--seed", str(seed)]
         with Run.open(self.root, config, argv) as run:
             path = run.path
@@ -120,6 +126,7 @@ class Fabricator:
 
 def metrics(config: Config, subject: str, level: float, rng: random.Random) -> list[dict[str, Any]]:
     count = config.workload.evaluation.num_samples
+    starts = [seeds.start for seeds in seed_ranges(config.workload, config.seed)]
     source = {"source_run": "teacher-eval/fp-digits-000000000000"} if subject == "teacher" else {}
     return [
         {
@@ -127,7 +134,7 @@ def metrics(config: Config, subject: str, level: float, rng: random.Random) -> l
             "kind": "metrics",
             "subject": subject,
             "seed_range": index,
-            "seed_start": index * count,
+            "seed_start": start,
             "num_samples": count,
             "sample_seconds": 13.2,
             **source,
@@ -143,7 +150,7 @@ def metrics(config: Config, subject: str, level: float, rng: random.Random) -> l
             "precision_digits": 0.92 - math.log(level) / 20 + rng.uniform(-0.01, 0.01),
             "recall_digits": 0.88 - math.log(level) / 9 + rng.uniform(-0.01, 0.01),
         }
-        for index in range(config.workload.evaluation.seed_ranges)
+        for index, start in enumerate(starts)
     ]
 
 

@@ -53,6 +53,17 @@ def test_the_teachers_copied_values_count_once(fabricate):
     assert group.values[group.values["plan"] == "teacher"]["seed"].isna().all()
 
 
+def test_a_teacher_is_paired_by_training_seed_where_each_has_images_of_its_own(fabricate):
+    own = ("evaluation.seed_ranges=1", "evaluation.image_seeds=own")
+    for seed in (0, 1, 2):
+        fabricate.run("a4", seed, overrides=own)
+    (group,) = groups_of(fabricate)
+    values = group.values[group.values["metric"] == "fid_digits"]
+    for plan in ("teacher", "a4"):
+        assert values.loc[values["plan"] == plan, "seed"].tolist() == [0, 1, 2]
+    assert group.seed_starts == [0, 1000, 2000]
+
+
 def test_the_teacher_row_cites_the_run_that_measured_it(fabricate):
     a4 = fabricate.run("a4", finish=False)
     records = records_of(a4)
