@@ -111,9 +111,9 @@ def judge_teacher(
     begun = next((record for record in known if record), None)
     shipped = None
     # On other devices sampling is short, and rounds in its own way.
-    if context.device == "cpu" if begun is None else "samples" in begun:
-        if seed_ranges(workload, run.config.seed)[0].start == 0:  # where shipped samples begin
-            shipped = shipped_samples(workload, judged.teacher_sha256)
+    wanted = context.device == "cpu" if begun is None else "samples" in begun
+    if wanted and seed_ranges(workload, run.config.seed)[0].start == 0:  # as shipped samples do
+        shipped = shipped_samples(workload, judged.teacher_sha256)
     if begun is not None and "samples" in begun and shipped is None:
         raise CheckpointError(
             f"run {run.id} began with {begun['samples']}, which no longer comes with the teacher; "
