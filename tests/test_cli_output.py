@@ -117,7 +117,12 @@ def test_report_takes_finished_runs_only(
 ) -> None:
     built: list[tuple[list[Path], Path]] = []
     fake = types.ModuleType("reports")
-    fake.build_report = lambda paths, output: built.append((paths, output))  # type: ignore[attr-defined]
+
+    def build_report(paths: list[Path], output: Path, *, first: list[Any]) -> None:
+        assert first == []  # no claim is of the toy study
+        built.append((paths, output))
+
+    fake.build_report = build_report  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "reports", fake)
     outcome = bench("report")
     assert outcome.code == 4

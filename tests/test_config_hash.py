@@ -41,7 +41,12 @@ from robuq_bench.study_index import list_studies
 
 ROOT = PACKAGE.parent
 WITH_SETTINGS = [study.name for study in list_studies() if study.settings]
-WITH_PLANS = [study.name for study in list_studies() if study.settings and study.uses_plan]
+#: With a plan and a workload that can be set; a study of a run takes the run's.
+WITH_PLANS = [
+    study.name
+    for study in list_studies()
+    if study.settings and study.uses_plan and study.uses_overrides
+]
 
 
 # frozen, and addressed by content

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from robuq_bench.claims.declared import Declared
 from robuq_bench.config.plan import Rule
 from robuq_bench.config.resolve import Config
 from robuq_bench.methods import SLOTS, method_class, method_names
@@ -22,7 +23,7 @@ IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 #: Fields that nothing outside `config/` reads, and why that is right.
 READ_IN_CONFIG = {
     "TrainingConfig.sensitivity_steps": "`config.sensitivity_steps` decides, which studies call",
-    "Settings.hardware": "it keeps runs of several machines apart, which the hash does with it",
+    "Declared.defaults": "what it holds is put into every claim that does not say it itself",
     "DiffusionConfig.beta_schedule": "its one value is what `diffusion.py` computes",
 }
 DIGEST = "_sha256"  # such fields identify an input, which the hash of the config does with them
@@ -64,7 +65,7 @@ def test_every_field_of_a_config_is_read() -> None:
     of_studies = {settings_class(study.name) for study in list_studies()} - {None}
     known = set(sections())
     assert len(of_studies) > 5
-    assert {Config, Rule, *of_plans, *of_studies} <= known
+    assert {Config, Rule, Declared, *of_plans, *of_studies} <= known
     unread = {
         f"{section.__name__}.{name}"
         for section in known

@@ -214,7 +214,7 @@ def results(path: Path) -> list[dict[str, Any]]:
     """What was measured, without what took how long."""
     records = open_existing(path).results()
     return [
-        {name: value for name, value in record.items() if name != "sample_seconds"}
+        {name: value for name, value in record.items() if not name.endswith("seconds")}
         for record in records
         if record["kind"] != "timing"
     ]

@@ -300,9 +300,10 @@ def test_readme_shows_the_two_commands_and_the_main_job() -> None:
 
 
 @pytest.mark.parametrize("arguments", bench_commands(), ids=shlex.join)
-def test_readme_bench_command_parses(arguments: list[str]) -> None:
+def test_readme_bench_command_parses(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import typer.main
 
+    from robuq_bench.cli import job
     from robuq_bench.cli.app import app
 
     command = typer.main.get_command(app)
@@ -315,7 +316,10 @@ def test_readme_bench_command_parses(arguments: list[str]) -> None:
     context = command.make_context("bench.py", words)
     settings = [text for text in context.params.get("overrides") or [] if "FILE" not in text]
     if arguments[0] == "study" and context.params["name"]:
-        robuq_bench.config.resolve(context.params["name"], "1", "a2", "digits", 0, settings)
+        name, *inputs = (context.params[k] for k in ("name", "activations", "checkpoint", "part"))
+        monkeypatch.setattr(job, "find_run", lambda text, _root: Path(text))  # there is no RUN
+        settings = [*job.study_inputs(name, *inputs, Path("runs")), *settings]
+        robuq_bench.config.resolve(name, "1", "a2", "digits", 0, settings)
     plan = context.params.get("plan")
     if isinstance(plan, str) and "/" not in plan:
         assert robuq_bench.load_plan(plan).name == plan

@@ -291,7 +291,7 @@ def test_networks_of_other_bits_are_not_mixed(
 
 def test_shards_only_where_they_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["study", "step-time", "--shard", "1/2"]) == 2
-    assert "allocation and sensitivity do" in capsys.readouterr().err
+    assert "allocation, incoherence, sensitivity and survival do" in capsys.readouterr().err
     assert cli.main(["study", "allocation", "--shard", "2", "--dry-run"]) == 2
     assert "'i/n'" in capsys.readouterr().err
     assert cli.main(["study", "allocation", "--plan", "a4", "--shard", "1/2", "--dry-run"]) == 0

@@ -158,6 +158,7 @@ def make_or_show(
     Raises:
         CheckError: some failed, or are being written by another process; names them.
     """
+    from robuq_bench.claims.judged import STUDY
     from robuq_bench.claims.running import make_runs, shard
     from robuq_bench.runs.run import run_folder
     from robuq_bench.runs.run_files import DONE
@@ -178,7 +179,7 @@ def make_or_show(
             rows.append({"run": task.label, "state": state, "command": commands.get(task.label)})
         show_rows("runs", rows, flags.as_json)
         return
-    context = Job.of_study("train-and-eval", "a2", flags).context()
+    context = Job.of_study(STUDY, "a2", flags).context()
     if untuned:
         context.progress.log(
             f"at the workload's learning rate, as `claims tune` chose none: {', '.join(untuned)}"

@@ -243,7 +243,9 @@ def _takers(flag: str) -> str:
     from robuq_bench.study_index import list_studies
 
     names = [study.name for study in list_studies() if _field_of(flag, study.name)]
-    return f"{' and '.join(names)} {'does' if len(names) == 1 else 'do'}"
+    if len(names) == 1:
+        return f"{names[0]} does"
+    return f"{', '.join(names[:-1])} and {names[-1]} do"
 
 
 def hardware_label(study: str, device: str) -> list[str]:

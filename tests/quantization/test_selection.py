@@ -398,7 +398,8 @@ def test_a_rule_decides_slots_and_fixed_bits_of_what_it_fits() -> None:
     assert len(allocatable_layers(model)) == 6
     ranks = {name: layer.branch.up.shape[1] for name, layer in quantized_layers(model).items()}
     assert {rank for name, rank in ranks.items() if "qkv" in name} == {2}
-    assert {rank for name, rank in ranks.items() if "qkv" not in name} == {8}
+    # a4's own: rank 16 at width 1152, and at least 1
+    assert {rank for name, rank in ranks.items() if "qkv" not in name} == {1}
 
 
 def test_modulation_can_be_quantized_by_the_rule_of_blocks() -> None:

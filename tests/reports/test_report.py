@@ -105,7 +105,7 @@ def test_accounting_and_allocation_print_what_the_run_recorded(twelve_plans, pag
     record = next(r for r in records if r["kind"] == "accounting")
     table = page.table("What each plan costs")
     assert table.cell("a4", "smaller").text == f"{record['size_reduction']:.2f}×"
-    assert table.cell("a4", "packed size").text == f"{record['packed_bytes'] / 2**20:.2f} MiB"
+    assert table.cell("a4", "packed size").text == f"{record['packed_bytes'] / 2**10:.0f} KiB"
     assert table.cell("a4", "BitOPs").text == f"{record['bit_ops'] / 1e6:.0f} M"
     assert table.cell("a4", "BitOPs").href.endswith(folder.name)
     types = page.table("Mean activation bits per layer type: a2")
