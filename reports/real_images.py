@@ -77,7 +77,9 @@ def hints_of(group: Group, metrics: Sequence[str]) -> dict[str, str]:
         for run in runs[:2]
         for record in run.of_kind("classifier")
     }
-    near = "distance to the nearest training image; 1: as real images, below: copies"
+    searched = (r.get("images_searched") for run in runs for r in run.of_kind("metrics"))
+    of = "".join(f" of the {count:,} searched" for count in {*filter(None, searched)})
+    near = f"distance to the nearest training image{of}; 1: as real images, below: copies"
     return {name: near if stem(name) == "nn" else known.get(name, "") for name in metrics}
 
 

@@ -172,7 +172,9 @@ def _results(group: Group, budget: int) -> list[page.Block]:
     real = real_of(group)
     grids = sample_grids(group, budget - budget // 8)
     nearest = nearest_training_images(group, budget // 8)
-    near = "Samples of the teacher; below them the nearest training images by pixels and features."
+    near = (
+        "Samples of the teacher; below, the data’s nearest training images by pixels and features."
+    )
     folds: dict[str, Sequence[page.Block | None]] = {
         "What each plan does": [plans_sheet(group) if group.rows else None],
         "Every measured value": [*_values(group), draws_sheet(group, real) if real else None],

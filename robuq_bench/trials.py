@@ -1,15 +1,17 @@
 """Short trainings that differ in activation bits alone, judged alike: what studies compare.
 
 Every trial starts from the teacher converted by the plan, trains with the plan's losses, and is
-judged by its validation losses and by samples from the same noise as every other trial. Trials of
-one seed see the same batches, so their differences are paired.
+judged by its validation losses and by samples from the same noise as every other trial of its seed.
+Trials of one seed see the same batches, so their differences are paired. Another seed has other
+image seeds where the workload's `evaluation.image_seeds` is "own", else the same.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +20,12 @@ from robuq_bench.config import Config, Workload
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout, to_uint8
 from robuq_bench.errors import ConfigError, RobuqError, UsageError
-from robuq_bench.judging.evaluation import load_reference, record_inputs, validation_losses
+from robuq_bench.judging.evaluation import (
+    load_reference,
+    record_inputs,
+    seed_ranges,
+    validation_losses,
+)
 from robuq_bench.judging.feature_networks import FeatureNetwork, load_feature_network
 from robuq_bench.judging.features import Features
 from robuq_bench.judging.fidelity import Reference, compute_fid
@@ -34,13 +41,18 @@ from robuq_bench.stopwatch import Stopwatch
 _LOG = logging.getLogger(__name__)
 #: What can be worse in a trained network; every one is "lower is better".
 TARGETS = ("distillation_loss", "denoising_loss", "sample_mse", "fid")
+#: The distillation loss of a trial at its bits before its first step.
+UNTRAINED = "untrained_distillation_loss"
 
 
-class Judge(NamedTuple):
-    """What every trial is judged with; `workload` has the short sampling protocol.
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """What every trial is judged with.
 
-    `teacher_values` [samples, C, H, W]: what the teacher draws from the same noise; `heldout`:
-    images for the validation losses, the training images where None.
+    Attributes:
+        workload: with the short sampling protocol: one range of `num_samples` (0: none) images for
+            each set of image seeds.
+        heldout: images for the validation losses, the training images where None.
     """
 
     teacher: nn.Module
@@ -48,8 +60,20 @@ class Judge(NamedTuple):
     network: FeatureNetwork
     reference: Features | Reference
     workload: Workload
-    teacher_values: torch.Tensor
     heldout: ImageData | None = None
+    _drawn: dict[range, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def image_seeds(self, training_seed: int) -> range:
+        """Image seeds that every trial of a training seed is sampled from."""
+        return seed_ranges(self.workload, training_seed)[0]
+
+    def teacher_values(self, image_seeds: range, device: str) -> torch.Tensor:
+        """What the teacher draws from these seeds, [samples, C, H, W]; drawn once."""
+        if image_seeds not in self._drawn:
+            self._drawn[image_seeds] = sample_values(
+                self.teacher, self.workload, seeds=image_seeds, device=device
+            )
+        return self._drawn[image_seeds]
 
 
 def check_choices(config: Config, choices: Sequence[int], setting: str) -> None:
@@ -97,7 +121,7 @@ def _takes(method: Any, bits: int) -> bool:
 def make_judge(
     config: Config, run: Run, context: Context, samples: int, sampling_steps: int
 ) -> Judge:
-    """Load teacher, data and metric, and draw the teacher's own samples (none for samples = 0)."""
+    """Load teacher, data and metric; `samples` are those of a trial, 0 for none."""
     workload = config.workload
     data = load_dataset(workload.data, name=workload.name)
     network = load_feature_network(workload.evaluation, device=context.device)
@@ -105,13 +129,11 @@ def make_judge(
     run.add_input_digest("teacher", digest)
     heldout = load_heldout(workload.data, name=workload.name)
     record_inputs(run, workload, data, network, heldout=heldout)
-    evaluation = workload.evaluation.model_copy(update={"sampling_steps": sampling_steps})
+    protocol = {"sampling_steps": sampling_steps, "num_samples": samples, "seed_ranges": 1}
+    evaluation = workload.evaluation.model_copy(update=protocol)
     short = workload.model_copy(update={"evaluation": evaluation})
-    values = torch.empty(0)
-    if samples:
-        values = sample_values(teacher, short, seeds=range(samples), device=context.device)
     reference = load_reference(workload, data, network)
-    return Judge(teacher, data, network, reference, short, values, heldout)
+    return Judge(teacher, data, network, reference, short, heldout)
 
 
 def train_trial(
@@ -122,10 +144,12 @@ def train_trial(
     *,
     seed: int,
     steps: int,
+    with_untrained: bool = False,
 ) -> dict[str, Any]:
     """Train `steps` steps with the named layers at these bits (others as the plan says); judge.
 
-    Bits of None are unquantized activations. Its record has `seconds` and `cpu_seconds`.
+    Bits of None are unquantized activations. Its record has `seconds` and `cpu_seconds`, and
+    `with_untrained` the loss `UNTRAINED`.
     """
     watch = Stopwatch()
     recipe = config.workload.training.model_copy(update={"steps": steps})
@@ -134,22 +158,36 @@ def train_trial(
     trainer, source, loss_function = prepare_training(own, context, judge.teacher, judge.data)
     student = trainer.model
     set_activation_bits(student, bits_by_layer)
+    before = {}
+    if with_untrained:
+        before[UNTRAINED] = _losses(student, judge, context)["distillation_loss"]
     for _ in trainer.train(source, loss_function, steps):
         pass
     trainer.copy_ema_to(student)
-    return judge_student(student, judge, context) | watch.lap()
+    return judge_student(student, judge, context, seed=seed) | before | watch.lap()
 
 
-def judge_student(student: nn.Module, judge: Judge, context: Context) -> dict[str, Any]:
-    """Validation losses; with samples also their MSE to the teacher's, and FID."""
-    student.eval()
-    result: dict[str, Any] = validation_losses(
+def _losses(student: nn.Module, judge: Judge, context: Context) -> dict[str, Any]:
+    return validation_losses(
         student, judge.teacher, judge.data, judge.workload, context.device, judge.heldout
     )
-    count = len(judge.teacher_values)
-    if count:
-        values = sample_values(student, judge.workload, seeds=range(count), device=context.device)
-        result["sample_mse"] = float((values - judge.teacher_values).square().mean())
+
+
+def judge_student(
+    student: nn.Module, judge: Judge, context: Context, *, seed: int
+) -> dict[str, Any]:
+    """Validation losses; with samples also their MSE to the teacher's, and FID.
+
+    `seed` is that of the training; `image_seed_start` the first image seed.
+    """
+    student.eval()
+    result = _losses(student, judge, context)
+    seeds = judge.image_seeds(seed)
+    if seeds:
+        values = sample_values(student, judge.workload, seeds=seeds, device=context.device)
+        of_teacher = judge.teacher_values(seeds, context.device)
+        result["image_seed_start"] = seeds.start
+        result["sample_mse"] = float((values - of_teacher).square().mean())
         features = judge.network.extract(to_uint8(values), judge.workload.evaluation.batch_size)
         result |= compute_fid(features, judge.reference, judge.network.suffix)
     return result

@@ -78,7 +78,8 @@ def test_ratios_are_those_of_medians(digits: ImageData, has_heldout: bool) -> No
         "nn_ratio_pixels": lambda images: images.flatten(1).double(),
         "nn_ratio_digits": lambda images: network.extract(images).pool.double(),
     }
-    assert found.keys() == spaces.keys()
+    assert found.keys() == {*spaces, "images_searched"}
+    assert found["images_searched"] == len(data)
     for name, mapped in spaces.items():
         tree = NearestNeighbors(n_neighbors=2, algorithm="kd_tree").fit(mapped(data.images))
         of_samples = tree.kneighbors(mapped(samples))[0][:, 0]

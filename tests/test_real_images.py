@@ -264,7 +264,9 @@ def test_records_of_a_run_with_heldout_images(finished: Run, idx_folder: Path) -
         logits = network.extract(heldout.images).logits
         assert known["accuracy"] == (logits.argmax(1) == heldout.labels).double().mean().item()
         assert known["images"] == "held-out (idx:t10k)"
+    assert record["images_searched"] == len(data)
     shown = metric_names([record])
+    assert "images_searched" not in shown
     assert {"accuracy_digits", "nn_ratio_pixels", f"fid_{names[1]}"} <= set(shown)
     assert shown.index("fid_digits") < shown.index(f"fid_{names[1]}")
     assert not [name for name in shown if name.endswith("_at_floor")]

@@ -23,10 +23,16 @@ from robuq_bench.allocation import table as allocation_table
 from robuq_bench.cli import app as cli
 from robuq_bench.config import BitsConfig, Config, load_allocation_file, resolve
 from robuq_bench.context import Context
+from robuq_bench.data.datasets import to_uint8
 from robuq_bench.errors import CheckError, ConfigError, UsageError
 from robuq_bench.judging import evaluation
+from robuq_bench.judging.fidelity import compute_fid
+from robuq_bench.judging.sampling import sample_values
 from robuq_bench.progress import Progress
+from robuq_bench.qat import convert_teacher
+from robuq_bench.quantization.convert import allocatable_layers, layer_type
 from robuq_bench.runs.run import Run
+from robuq_bench.sensitivity.epsilon import epsilon_mse
 from robuq_bench.statistics.verdicts import read_verdicts
 from studies import allocation_speed
 from studies.allocation import study as allocation
@@ -75,12 +81,15 @@ def configure(study: Any, name: str, workload: Path, *overrides: str) -> Config:
     return resolve(name, study.VERSION, "a4", workload, 0, [*settings, *overrides])
 
 
-def perform(study: Any, config: Config, root: Path) -> Run:
-    context = Context(
+def quiet() -> Context:
+    return Context(
         device="cpu", threads=torch.get_num_threads(), progress=Progress(quiet=True), argv=[]
     )
+
+
+def perform(study: Any, config: Config, root: Path) -> Run:
     with Run.open(root, config, []) as run:
-        study.measure(config, run, context)
+        study.measure(config, run, quiet())
         run.finish()
     return run
 
@@ -486,13 +495,94 @@ def test_truth_and_metric_are_of_the_layer_unquantized(alone: Run) -> None:
                 - records[layer, None, seed]["distillation_loss"]
                 for seed in (0, 1)
             ]
-    recovery = [r for r in table(alone, "recovery") if r["steps"] == "2" and r["bits"] == "2"]
-    assert [r["layer_type"] for r in recovery] == ["qkv", "proj", "fc1", "fc2"]
-    metric = sensitivity_tables.metric_table(alone, 2, "epsilon_mse")
+
+
+@pytest.fixture
+def judge(tiny_workload: Path, tmp_path: Path) -> Iterator[trials.Judge]:
+    """That of the allocation study: 100 samples, 2 sampling steps."""
+    config = configure(allocation, "allocation", tiny_workload)
+    with Run.open(tmp_path, config, []) as run:
+        yield trials.make_judge(config, run, quiet(), 100, 2)
+
+
+def test_recovery_is_of_the_loss_that_untrained_networks_have(
+    alone: Run, judge: trials.Judge
+) -> None:
+    """Before training the increase is that of the metric against the teacher, with its sign."""
+    config, teacher, images = alone.config, judge.teacher, judge.heldout or judge.data
+    source = evaluation._validation_source(teacher, images, judge.workload, "cpu")
+    by_seed = []
+    for seed in (0, 1):
+        own_seed = config.model_copy(update={"seed": seed})
+        student = convert_teacher(own_seed, quiet(), teacher, judge.data)
+        layers = allocatable_layers(student)
+        by_seed.append(
+            epsilon_mse(
+                student, layers, (1, 2, 4), [source.batch(0)], reference=teacher, signed=True
+            )
+        )
+    after = ground_truth.truth_differences(alone)["distillation_loss"]
+    recovery = table(alone, "recovery")
+    kinds = ("qkv", "proj", "fc1", "fc2")
+    assert [(r["layer_type"], r["bits"]) for r in recovery] == [
+        *itertools.product(kinds, ("1", "2", "4"))
+    ]
     for row in recovery:
-        layers = [layer for layer in differences if layer.endswith(row["layer_type"])]
-        truth = sum(np.mean(differences[layer][2]) for layer in layers)
-        assert float(row["ratio"]) == pytest.approx(truth / sum(metric[n][2] for n in layers))
+        bits = int(row["bits"])
+        own = [layer for layer in layers if layer_type(layer) == row["layer_type"]]
+        before = np.mean([sum(table[layer][bits] for layer in own) for table in by_seed])
+        assert float(row["increase_before"]) == pytest.approx(before, rel=1e-3)
+        found = sum(np.mean(after[layer][bits]) for layer in own)
+        assert float(row["increase_after"]) == pytest.approx(found)
+        if float(row["increase_before"]) > 0:
+            assert float(row["ratio"]) == pytest.approx(found / float(row["increase_before"]))
+        else:
+            assert row["ratio"] == ""
+
+
+def test_without_a_step_the_untrained_loss_is_the_loss(
+    tiny_workload: Path, judge: trials.Judge
+) -> None:
+    config = configure(sensitivity, "sensitivity", tiny_workload)
+
+    def trial(steps: int, with_untrained: bool) -> dict[str, Any]:
+        record = trials.train_trial(
+            config, quiet(), judge, {"blocks.0.mlp.fc2": 1},
+            seed=1, steps=steps, with_untrained=with_untrained,
+        )  # fmt: skip
+        return {name: value for name, value in record.items() if "seconds" not in name}
+
+    untrained, trained = trial(0, True), trial(2, True)
+    assert untrained[trials.UNTRAINED] == untrained["distillation_loss"]
+    assert trained[trials.UNTRAINED] == untrained["distillation_loss"]
+    assert trained["distillation_loss"] != untrained["distillation_loss"]
+    del trained[trials.UNTRAINED]
+    assert trial(2, False) == trained, "measuring before training changes nothing after it"
+
+
+@pytest.mark.parametrize(("image_seeds", "first"), [("own", 300), ("none", 0)])
+def test_a_training_seed_is_sampled_from_its_images(
+    tiny_workload: Path, tmp_path: Path, image_seeds: str, first: int
+) -> None:
+    given = f"evaluation.image_seeds={image_seeds}"
+    config = configure(allocation, "allocation", tiny_workload, given)
+    with Run.open(tmp_path, config, []) as run:
+        judge = trials.make_judge(config, run, quiet(), 100, 2)
+    student = convert_teacher(config, quiet(), judge.teacher, judge.data)
+    record = trials.judge_student(student, judge, quiet(), seed=3)
+    protocol = {"sampling_steps": 2}
+    short = config.workload.model_copy(
+        update={"evaluation": config.workload.evaluation.model_copy(update=protocol)}
+    )
+    values, of_teacher = (
+        sample_values(model, short, seeds=range(first, first + 100))
+        for model in (student, judge.teacher)
+    )
+    assert record["image_seed_start"] == first
+    assert record["sample_mse"] == float((values - of_teacher).square().mean())
+    features = judge.network.extract(to_uint8(values), 100)
+    fid = compute_fid(features, judge.reference, judge.network.suffix)["fid_digits"]
+    assert record["fid_digits"] == pytest.approx(fid, rel=1e-9)
 
 
 @pytest.mark.parametrize("suffix", ["", "_digits", "_rank_deficient", "_digits_adapted"])

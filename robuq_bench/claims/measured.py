@@ -11,7 +11,7 @@ from robuq_bench.claims.planning import cpu_hours
 from robuq_bench.runs.run_files import DONE, RESULTS, check_done, read_manifest, read_results
 
 TEACHER = "teacher"
-_COUNTS = ("seed_range", "seed_start", "num_samples")
+_COUNTS = ("seed_range", "seed_start", "num_samples", "images_searched")
 
 
 @dataclass(frozen=True)

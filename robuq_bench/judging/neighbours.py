@@ -1,10 +1,13 @@
-"""How near samples come to the images that their model was trained on, and which these are.
+"""How near samples come to the training images of the workload's data, and which these are.
 
 The number is the nearest-neighbour distance ratio (of the distances to the closest training image,
 that of samples over that of real images; medians): well below 1, samples are nearer to training
 images than real images are, which is what copying looks like. Real images are held-out ones, or
 training images whose nearest *other* training image counts. Distances are Euclidean, between pixels
 and between pooled features.
+
+A teacher may have been trained on more: that of `fashion28` on 60,000 images, of which the data are
+10,000. Copies of the others are not seen, so how many were searched stands beside the number.
 """
 
 from __future__ import annotations
@@ -80,12 +83,14 @@ class TrainingImages:
     def ratios(self, images: Tensor, pool: Tensor) -> dict[str, float]:
         """`nn_ratio_pixels` and `nn_ratio_<features>` of samples uint8 [N, C, H, W], pool [N, d].
 
-        One is absent where real images are at distance 0, being there twice.
+        One is absent where real images are at distance 0, being there twice. `images_searched` is
+        the number of training images that both are of.
         """
         medians = self._medians(images[:MOST_QUERIES], pool[:MOST_QUERIES])
         names = ("nn_ratio_pixels", f"nn_ratio{self.space.network.suffix}")
         triples = zip(names, medians, self._real_medians, strict=True)
-        return {name: value / real for name, value, real in triples if real > 0}
+        ratios = {name: value / real for name, value, real in triples if real > 0}
+        return ratios | {"images_searched": len(self.data)}
 
     def picture(self, images: Tensor, pool: Tensor, columns: int, scale: int) -> bytes:
         """PNG of samples in rows of `columns`, each over two rows: nearest by pixels, by features.

@@ -63,7 +63,7 @@ from studies.allocation.tables import (
     write_comparison,
 )
 
-VERSION = "4"
+VERSION = "5"
 SUMMARY = "What is mixed precision worth? Networks trained at the bits of metrics and solvers."
 RULE = (
     "Every candidate is compared with uniform at the same budget, and qat (AMPN) with ptq, on the "
@@ -275,7 +275,7 @@ def train_resolved(
             bits = solve_now(student, layers, macs, options.choices, trial.budget, batches)
             set_activation_bits(student, bits)
     trainer.copy_ema_to(student)
-    return bits, judge_student(student, judge, context)
+    return bits, judge_student(student, judge, context, seed=trial.seed)
 
 
 def solve_now(

@@ -58,7 +58,7 @@ from studies.sensitivity.tables import (
 )
 from studies.sensitivity.truth import measure_truth
 
-VERSION = "4"
+VERSION = "5"
 SUMMARY = "Do sensitivities of the post-training-quantized model mislead? Metrics against training."
 RULE = (
     f"At each bit width of the truth, and over all, G is Spearman's ρ of {MAIN_METRIC} with the "

@@ -21,6 +21,7 @@ from robuq_bench.sensitivity import (
 )
 from robuq_bench.statistics.comparisons import judge_family
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
+from robuq_bench.trials import UNTRAINED
 from studies.sensitivity.settings import Settings
 from studies.sensitivity.truth import truth_differences
 
@@ -34,6 +35,7 @@ MIN_RESAMPLES = 20_000
 
 Table = dict[str, dict[int, float]]
 Rows = list[dict[str, Any]]
+Differences = Mapping[str, Mapping[str, Mapping[int, list[float]]]]  # see `truth_differences`
 
 
 def metric_table(run: Run, steps: int, metric: str) -> Table:
@@ -52,18 +54,9 @@ def summarise(config: Config, run: Run, rule: str) -> Rows:
     """
     options = config.settings_of(Settings)
     differences = truth_differences(run)
-    truth = {
-        target: {
-            layer: {
-                bits: float(np.mean(values))
-                for bits, values in by_bits.items()
-                if bits in options.bit_choices
-            }
-            for layer, by_bits in by_layer.items()
-        }
-        for target, by_layer in differences.items()
-    }
+    truth = mean_increases(differences, options.bit_choices)
     main = truth[MAIN_TARGET]
+    untrained = mean_increases(truth_differences(run, [UNTRAINED]), options.bit_choices)
     agreement = [
         {
             "steps": steps,
@@ -87,7 +80,7 @@ def summarise(config: Config, run: Run, rule: str) -> Rows:
         "verdicts": verdict_rows(judge(gains, len(main)), rule),
         "regret": regret_rows(config, run, main),
         "recovered": recovered_rows(config, run, main),
-        "recovery": recovery_rows(config, run, main),
+        "recovery": recovery_rows(untrained[UNTRAINED], main),
         "timesteps": timestep_rows(run),
         "interactions": interaction_rows(run),
     }
@@ -100,6 +93,17 @@ def summarise(config: Config, run: Run, rule: str) -> Rows:
         for row in agreement
         if row["target"] == MAIN_TARGET and row["bits"] == "all"
     ]
+
+
+def mean_increases(differences: Differences, choices: tuple[int, ...]) -> dict[str, Table]:
+    """{target: {layer: {bits: mean over seeds}}} at bits among `choices`."""
+    return {
+        target: {
+            layer: {b: float(np.mean(values)) for b, values in by_bits.items() if b in choices}
+            for layer, by_bits in by_layer.items()
+        }
+        for target, by_layer in differences.items()
+    }
 
 
 def metric_rows(config: Config, run: Run) -> Rows:
@@ -243,7 +247,7 @@ def gain_rows(config: Config, run: Run, truth: Table, ceiling: Rows) -> Rows:
 
 
 def truth_rows(
-    differences: Mapping[str, Mapping[str, Mapping[int, list[float]]]],
+    differences: Differences,
 ) -> Rows:
     """One row per target, layer and bits: mean and spread over seeds of the paired increase."""
     return [
@@ -262,9 +266,7 @@ def truth_rows(
     ]
 
 
-def ceiling_rows(
-    differences: Mapping[str, Mapping[str, Mapping[int, list[float]]]], truth_bits: tuple[int, ...]
-) -> Rows:
+def ceiling_rows(differences: Differences, truth_bits: tuple[int, ...]) -> Rows:
     """How well each seed's truth orders layers as the mean of the other seeds."""
     return [
         {
@@ -327,32 +329,28 @@ def regret_rows(config: Config, run: Run, truth: Table) -> Rows:
     return rows
 
 
-def recovery_rows(config: Config, run: Run, truth: Table) -> Rows:
-    """Truth over metric by layer type and bits, sums over layers, for every number of steps.
+def recovery_rows(untrained: Table, truth: Table) -> Rows:
+    """What training leaves of the increase of the distillation loss, by layer type and bits.
 
-    Both are mean squares of the noise prediction: 1 is a loss that training leaves as the metric
-    predicts it, below 1 training mends it. A rank correlation cannot show that.
+    `untrained` is the increase before training and `truth` the same after it, of the same networks,
+    batches and seeds; both are summed over layers. Their ratio is 1 where training changes nothing,
+    0 where it makes up for all; there is none where the increase before is not above 0.
     """
     rows = []
-    for steps in config.settings_of(Settings).qat_steps:
-        table = metric_table(run, steps, MAIN_METRIC)
-        for kind in dict.fromkeys(map(layer_type, truth)):
-            layers = [layer for layer in truth if layer_type(layer) == kind]
-            for bits in sorted({*truth[layers[0]]} & {*table[layers[0]]}):
-                value = sum(table[layer][bits] for layer in layers)
-                increase = sum(truth[layer][bits] for layer in layers)
-                rows.append(
-                    {
-                        "steps": steps,
-                        "metric": MAIN_METRIC,
-                        "target": MAIN_TARGET,
-                        "layer_type": kind,
-                        "bits": bits,
-                        "value": value,
-                        "increase": increase,
-                        "ratio": increase / value if value > 0 else None,
-                    }
-                )
+    for kind in dict.fromkeys(map(layer_type, truth)):
+        layers = [layer for layer in truth if layer_type(layer) == kind]
+        for bits in sorted(truth[layers[0]]):
+            before, after = (sum(t[layer][bits] for layer in layers) for t in (untrained, truth))
+            rows.append(
+                {
+                    "target": MAIN_TARGET,
+                    "layer_type": kind,
+                    "bits": bits,
+                    "increase_before": before,
+                    "increase_after": after,
+                    "ratio": after / before if before > 0 else None,
+                }
+            )
     return rows
 
 

@@ -6,6 +6,7 @@ bits. The plan's own bits are thus a width like any other, of the training that 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from robuq_bench.config import Config
@@ -60,13 +61,21 @@ def measure_truth(
         for item in missing:
             bits = {} if item.layer == BASELINE else {item.layer: item.bits}
             measured = train_trial(
-                config, context, judge, bits, seed=item.seed, steps=options.truth_steps
+                config,
+                context,
+                judge,
+                bits,
+                seed=item.seed,
+                steps=options.truth_steps,
+                with_untrained=True,
             )
             run.append(item.key, kind="truth", **item._asdict(), **measured)
             task.advance()
 
 
-def truth_differences(run: Run) -> dict[str, dict[str, dict[int, list[float]]]]:
+def truth_differences(
+    run: Run, targets: Iterable[str] = TARGETS
+) -> dict[str, dict[str, dict[int, list[float]]]]:
     """{target: {layer: {bits: [increase of each seed]}}} over the layer unquantized, in order.
 
     Bits are the truth's and the plan's own. The target "fid" is the workload's FID in whatever
@@ -83,7 +92,7 @@ def truth_differences(run: Run) -> dict[str, dict[str, dict[int, list[float]]]]:
         layers = own if record["layer"] == BASELINE else [record["layer"]]
         for layer in layers:
             least = unquantized[layer, record["seed"]]
-            for target in TARGETS:
+            for target in targets:
                 name = metric_key(record, target)
                 if name is not None:
                     by_layer = found.setdefault(target, {}).setdefault(layer, {})

@@ -31,7 +31,7 @@ def records_of(fabricate: Any, plan: str, seed: int, *, two_spaces: bool = True)
             continue
         name = "teacher" if line["subject"] == "teacher" else plan
         line |= {"accuracy_digits": 0.9, "fid_digits_at_floor": 2 * line["fid_digits"]}
-        line |= {"nn_ratio_pixels": 1.1, "nn_ratio_digits": 1.2}
+        line |= {"nn_ratio_pixels": 1.1, "nn_ratio_digits": 1.2, "images_searched": 1797}
         if two_spaces:
             line |= {f"fid_{OTHER}": IN_OTHER[name], f"accuracy_{OTHER}": 0.8}
             line[f"fid_{OTHER}_at_floor"] = 1.5 * IN_OTHER[name]
@@ -86,6 +86,8 @@ def test_ratios_are_of_like_with_like(runs: Any) -> None:
     assert "accuracy_digits" in table.columns
     assert not [name for name in table.columns if OTHER in name or name.endswith("at_floor")]
     assert table.hints["accuracy_digits"] == "↑ is better; 0.994 of real images, held out"
+    assert "nearest training image of the 1,797 searched;" in table.hints["nn_ratio_pixels"]
+    assert "images_searched" not in group.metrics
     place = view.blocks.index(table) + 1
     assert isinstance(view.blocks[place], Prose)
     rows = exports([group], runs)["real_images"]
