@@ -14,8 +14,8 @@ from torch import nn
 from robuq_bench._compat import import_torchvision
 from robuq_bench.checkpointing import save_tensors
 from robuq_bench.errors import CheckpointError, UsageError
-from robuq_bench.methods.centrings.mean import Centre
 from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.centrings.mean import Centre
 from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
 
 
