@@ -57,7 +57,8 @@ def read_student(run_path: Path, workload: Workload) -> StudentFile:
     """The stored student of a train-and-eval run, whose model is that of `workload`.
 
     Raises:
-        UsageError: the run trained no student, or one of another model.
+        UsageError: the run trained no student, or one of another model or of a teacher with other
+            outliers.
         CheckpointError: the run is unfinished, or its file is damaged.
     """
     run = open_existing(run_path)
@@ -69,6 +70,13 @@ def read_student(run_path: Path, workload: Workload) -> StudentFile:
         raise UsageError(
             f"{run.id} was trained on workload {own.name!r}, whose model is not that of "
             f"{workload.name!r}; name its workload with --on"
+        )
+    # Their function is the same, but not what its layers see.
+    if own.teacher.outliers != workload.teacher.outliers:
+        raise UsageError(
+            f"{run.id} was trained on workload {own.name!r}, whose teacher.outliers "
+            f"({_outliers_of(own)}) are not those of {workload.name!r} ({_outliers_of(workload)}); "
+            "name its workload with --on"
         )
     tensors, metadata = load_tensors(path)
     try:
@@ -83,11 +91,16 @@ def read_student(run_path: Path, workload: Workload) -> StudentFile:
     return StudentFile(run, plan, bits, weight_bits, tensors)
 
 
+def _outliers_of(workload: Workload) -> str:
+    outliers = workload.teacher.outliers
+    return outliers.model_dump_json() if outliers else "none"
+
+
 def load_student(run_path: Path, workload: Workload) -> nn.Module:
     """Rebuild the averaged-weights student of a train-and-eval run, fake-quantized, on the CPU.
 
     Raises:
-        UsageError: the run trained no student, or one of another model.
+        UsageError: as `read_student`.
         CheckpointError: the run is unfinished, or its weights are damaged or of another model.
     """
     run, plan, bits, weight_bits, tensors = read_student(run_path, workload)

@@ -26,6 +26,7 @@ from robuq_bench.judging.evaluation import record_inputs
 from robuq_bench.judging.feature_networks import load_classifier, load_feature_network
 from robuq_bench.judging.features import ASSET
 from robuq_bench.models.checkpoints import load_teacher
+from robuq_bench.runs.digests import files_digest
 from robuq_bench.runs.run import Run
 
 
@@ -95,6 +96,37 @@ def test_data_are_known_by_their_content_not_their_place(tmp_path: Path, source:
     with pytest.raises(CheckpointError, match=r"the data in .*changed"):
         load_dataset(first.workload.data)
     assert len(load_dataset(changed.workload.data)) > 0
+
+
+def test_held_out_images_count_too_and_without_them_runs_keep_their_names(
+    tmp_path: Path, idx_source: str
+) -> None:
+    def held_out(pixel: int) -> str:
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            content = (folder / f"train-{kind}").read_bytes()
+            changed = content[:-1] + bytes([pixel]) if kind.startswith("images") else content
+            (folder / f"t10k-{kind}").write_bytes(changed)
+        return config_hash(make(*on(idx_source, tmp_path)))
+
+    folder = SOURCES[idx_source](tmp_path) / ("" if idx_source == "idx" else "MNIST/raw")
+    alone = make(*on(idx_source, tmp_path))
+    files = [folder / f"train-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    assert alone.workload.data.sha256 == files_digest((file.name, file) for file in files)
+    names = {config_hash(alone), held_out(1), held_out(2)}
+    assert len(names) == 3
+    assert held_out(1) in names
+    planned = make(*on(idx_source, tmp_path)).workload.data
+    held_out(2)
+    with pytest.raises(CheckpointError, match=r"the data in .*changed"):
+        load_dataset(planned)
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(MissingResourceError, match=r"t10k-labels-idx1-ubyte.* is missing"):
+        load_dataset(make(*on(idx_source, tmp_path)).workload.data)
+
+
+@pytest.fixture(params=["idx", "mnist-torchvision"])
+def idx_source(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def test_a_renamed_or_moved_image_is_other_data_and_a_stray_file_is_not(tmp_path: Path) -> None:

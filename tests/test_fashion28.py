@@ -167,6 +167,27 @@ def test_what_has_no_test_set_holds_none_out(tmp_path: Path) -> None:
     assert load_heldout(section("synthetic", None)) is None
 
 
+def test_held_out_images_are_never_those_of_another_data_set(tmp_path: Path) -> None:
+    digits, clothes = tmp_path / "MNIST" / "raw", tmp_path / "FashionMNIST" / "raw"
+    small_set(digits, "train")
+    small_set(clothes, "train", "t10k")
+    both = section("idx", tmp_path)
+    for load in (load_dataset, load_heldout):
+        with pytest.raises(UsageError, match=f"{digits}, {clothes}.*; point data.path at one"):
+            load(both)
+    assert load_heldout(section("idx", digits)) is None
+    assert load_heldout(section("mnist-torchvision", tmp_path)) is None  # that is MNIST alone
+    assert load_heldout(section("idx", clothes)) is not None
+    for file in clothes.glob("train-*"):
+        file.unlink()
+    with pytest.raises(UsageError, match="in 2 folders"):
+        load_heldout(both)
+    for file in digits.iterdir():
+        file.unlink()
+    assert load_dataset(both).source == "idx:t10k"
+    assert load_heldout(both) is None
+
+
 def test_held_out_images_are_those_of_the_section(tmp_path: Path) -> None:
     small_set(tmp_path, "train", "t10k")
     with pytest.raises(UsageError, match="num_classes"):

@@ -306,6 +306,22 @@ def test_the_student_can_be_loaded_and_samples_as_recorded(
         load_student(finished.path, config.workload.model_copy(update={"model": model}))
 
 
+def test_a_student_of_a_teacher_without_outliers_is_none_of_one_with(
+    finished: RunResult, workload: Path
+) -> None:
+    own = config_for(workload).workload
+    overrides = [f"normality.student={json.dumps(str(finished.path))}"]
+    normality.check(resolve("normality", normality.VERSION, "a2", workload, 0, overrides))
+    overrides.append("teacher.outliers.scale=4.0")
+    config = resolve("normality", normality.VERSION, "a2", workload, 0, overrides)
+    message = r"teacher.outliers \(none\) are not those of 'tiny' \(.*4.0.*with --on"
+    with pytest.raises(UsageError, match=message):
+        normality.check(config)
+    with pytest.raises(UsageError, match=message):
+        load_student(finished.path, config.workload)
+    assert load_student(finished.path, own)
+
+
 def test_a_first_run_loads_once_what_its_teacher_run_needs_too(
     workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 IDX_FOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw")
 IDX_SUFFIXES = ("", ".gz", ".xz")
+SPLITS = ("train", "t10k")
+IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 SILENT = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # file managers leave them anywhere
 NO_CLASSES = frozenset({"__MACOSX", "lost+found"})  # unpacking and formatting leave them
 NAMED = 5
@@ -75,7 +77,8 @@ def data_path(source: str, text: str | None, name: str | None) -> Path:
 def data_digest(source: str, path: Path) -> str:
     """Return a digest of the files that make up a data set, by their names and contents.
 
-    Only files that are read count, so that a file manager's traces make no other data set of it.
+    Only files that are read count, so that a file manager's traces make no other data set of it;
+    held-out images are read too.
     The checksum beside a latent shard is not believed: the shard may have been replaced since.
 
     Raises:
@@ -86,8 +89,9 @@ def data_digest(source: str, path: Path) -> str:
         return files_digest((file.relative_to(path).as_posix(), file) for file, _ in images.items)
     if source == "latents":
         return files_digest(_named(find_shards(path)))
-    images_file, labels_file, _ = find_idx_pair(path if source == "idx" else mnist_folder(path))
-    return files_digest(_named((images_file, labels_file)))
+    folder = path if source == "idx" else mnist_folder(path)
+    images_file, labels_file, _ = find_idx_pair(folder)
+    return files_digest(_named((images_file, labels_file, *(find_heldout_pair(folder) or ()))))
 
 
 def _named(files: Iterable[Path]) -> list[NamedFile]:
@@ -195,7 +199,7 @@ def find_idx_pair(path: Path) -> tuple[Path, Path, str]:
     """Return images file, labels file and split ("train", "t10k") of MNIST-style IDX files.
 
     Raises:
-        UsageError: a file whose name does not say its split.
+        UsageError: a file whose name does not say its split, or a root of several data sets.
         MissingResourceError: there are none, or the labels are missing.
     """
     if path.is_file():
@@ -205,45 +209,59 @@ def find_idx_pair(path: Path) -> tuple[Path, Path, str]:
                 f"{path}: an IDX images file is named <split>-images-idx3-ubyte, with .gz or .xz "
                 "if it is compressed"
             )
-        return path, _idx_file(path.parent, split, "labels-idx1-ubyte"), split
-    for split in ("train", "t10k"):
-        pair = _idx_pair_of(path, split)
-        if pair is not None:
-            return *pair, split
-    raise MissingResourceError(
-        f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz, .xz or neither) in {path}; "
-        "put MNIST-style IDX files there or point data.path at their folder"
-    )
+        return path, _idx_file(path.parent, split, LABELS), split
+    folder = _idx_folder(path)
+    split = next(split for split in SPLITS if _find_idx(folder, split, IMAGES))
+    return *_idx_pair_of(folder, split), split
 
 
 def find_heldout_pair(path: Path) -> tuple[Path, Path] | None:
-    """Images and labels of the test set in a folder that holds the training set too; or None.
+    """Images and labels of the test set in the folder that holds the training set too; or None.
 
     Raises:
-        MissingResourceError: its labels are missing.
+        As `find_idx_pair`.
     """
-    if path.is_file() or _idx_pair_of(path, "train") is None:
+    if path.is_file():
         return None
-    return _idx_pair_of(path, "t10k")
+    folder = _idx_folder(path)
+    if not all(_find_idx(folder, split, IMAGES) for split in SPLITS):
+        return None
+    return _idx_pair_of(folder, "t10k")
 
 
-def _idx_pair_of(folder: Path, split: str) -> tuple[Path, Path] | None:
-    for below in IDX_FOLDERS:
-        for suffix in IDX_SUFFIXES:
-            images = folder / below / f"{split}-images-idx3-ubyte{suffix}"
-            if os.path.isfile(images):
-                return images, _idx_file(images.parent, split, "labels-idx1-ubyte")
-    return None
+def _idx_folder(root: Path) -> Path:
+    """The one folder at or below `root` where images of either split lie."""
+    folders = [root / below for below in IDX_FOLDERS]
+    found = [f for f in folders if any(_find_idx(f, split, IMAGES) for split in SPLITS)]
+    if not found:
+        raise MissingResourceError(
+            f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz, .xz or neither) in {root};"
+            " put MNIST-style IDX files there or point data.path at their folder"
+        )
+    if len(found) > 1:
+        raise UsageError(
+            f"{root} holds IDX images in {len(found)} folders ({', '.join(map(str, found))}), "
+            "which may be different data sets; point data.path at one of them"
+        )
+    return found[0]
+
+
+def _idx_pair_of(folder: Path, split: str) -> tuple[Path, Path]:
+    return _idx_file(folder, split, IMAGES), _idx_file(folder, split, LABELS)
+
+
+def _find_idx(folder: Path, split: str, kind: str) -> Path | None:
+    candidates = (folder / f"{split}-{kind}{suffix}" for suffix in IDX_SUFFIXES)
+    return next((file for file in candidates if os.path.isfile(file)), None)
 
 
 def _idx_file(folder: Path, split: str, kind: str) -> Path:
-    for suffix in IDX_SUFFIXES:
-        candidate = folder / f"{split}-{kind}{suffix}"
-        if os.path.isfile(candidate):
-            return candidate
-    raise MissingResourceError(
-        f"{folder / f'{split}-{kind}'}(.gz, .xz) is missing beside its images"
-    )
+    found = _find_idx(folder, split, kind)
+    if found is None:
+        raise MissingResourceError(
+            f"{folder / f'{split}-{kind}'}(.gz, .xz) is missing beside its images"
+        )
+    return found
 
 
 def mnist_folder(root: Path) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from robuq_bench.checkpointing import load_tensors, save_tensors
 from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.quantization.bits import QuantizedInput
 from robuq_bench.quantization.watching import find_layers, watching
 from robuq_bench.seeds import seeded
 
@@ -89,13 +90,21 @@ def record(
 ) -> Iterator[Recorder]:
     """Hook the named layers of `model`; set `recorder.images` to the ids of a batch, then run it.
 
-    `stream` keeps two captures of the same images apart, e.g. timesteps.
+    The input of a quantized layer with static centring is x - c, which is all that its quantizer
+    and weight see of it: W c is in its bias. `stream` keeps two captures of the same images apart,
+    e.g. timesteps.
 
     Raises:
         UsageError: a name that is not a module of the model.
     """
     recorder = Recorder(tokens_per_image, seed, stream)
-    with watching(find_layers(model, layers), recorder.add):
+    modules = find_layers(model, layers)
+
+    def see(name: str, x: Tensor) -> None:
+        module = modules[name]
+        recorder.add(name, module.centre_input(x) if isinstance(module, QuantizedInput) else x)
+
+    with watching(modules, see):
         yield recorder
 
 

@@ -28,6 +28,7 @@ from robuq_bench.normality.names import TRANSFORMS
 from robuq_bench.normality.statistics import MIN_N
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import verdict_rows
+from robuq_bench.students import read_student
 from studies.normality.parts import (
     Layers,
     measure_tokens,
@@ -38,7 +39,7 @@ from studies.normality.parts import (
 from studies.normality.settings import Settings
 from studies.normality.subjects import live, saved_captures
 
-VERSION = "6"
+VERSION = "7"
 SUMMARY = "Are activations normal after Hadamard, and what does it cost where they are not?"
 RULE = """\
 Fixed before any activation was seen, amended once. For a layer type, a transform and b bits, take \
@@ -70,8 +71,11 @@ HEADLINE = ("identity", "randomized-hadamard")
 
 
 def check(config: Config) -> None:
-    """Refuse saved activations that are not here."""
-    captured = config.settings_of(Settings).captured
+    """Refuse saved activations that are not here, and a student that is not of the workload."""
+    options = config.settings_of(Settings)
+    captured = options.captured
+    if options.student:
+        read_student(Path(options.student), config.workload)
     if captured and not Path(captured).is_dir():
         raise MissingResourceError(
             f"{captured}: no such folder; save activations with "

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from making import quantized
 from torch import nn
 
 from robuq_bench._compat import import_torchvision
 from robuq_bench.checkpointing import save_tensors
 from robuq_bench.errors import CheckpointError, UsageError
+from robuq_bench.methods.activations._token_grid import token_grid
+from robuq_bench.methods.centrings.mean import Centre
 from robuq_bench.normality.capture import Captured, load_shard, record, save_shard
 
 
@@ -71,6 +74,22 @@ def test_hooks_see_what_the_layers_see_and_are_removed() -> None:
     torch.testing.assert_close(captured["tokens"].tokens, x.flatten(0, 1), rtol=0, atol=0)
     assert captured["pooled"].tokens.shape == (4, 6)
     assert captured["pooled"].images.tolist() == [7, 8, 9, 11]
+
+
+def test_tokens_of_a_centred_layer_are_what_its_quantizer_sees() -> None:
+    linear = nn.Linear(6, 6)
+    layer = quantized(linear, rotation="none", rank=0, activation=("robust-midrise", 4))
+    centre = torch.arange(6.0)
+    layer.centring = Centre(centre)
+    x = torch.randn(4, 5, 6)
+    with record(nn.Sequential(layer), ["0"], 100, seed=0) as recorder:
+        recorder.images = range(4)
+        output = nn.Sequential(layer)(x)
+    tokens = recorder.result()["0"].tokens
+    torch.testing.assert_close(tokens, (x - centre).flatten(0, 1), rtol=0, atol=0)
+    rounded = token_grid("robust-midrise").fake_quantize(tokens, 4)
+    product = nn.functional.linear(rounded, layer.quantized_weight(), layer.bias)
+    torch.testing.assert_close(product, output.flatten(0, 1))
 
 
 def test_wrong_layers_and_wrong_batches_are_named() -> None:
