@@ -16,7 +16,7 @@ from reports.real_images import order_in, over_real, real_of, spaces_of
 from robuq_bench.config import resolve
 from robuq_bench.runs.run import Run
 
-from .conftest import picture
+from .conftest import RANGES, picture
 
 FLOORS = [0.11, 0.1, 0.12]
 OTHER = "other-1a2b3c4d"
@@ -25,7 +25,7 @@ IN_OTHER = {"teacher": 3.0, "a4": 5.0, "a3": 9.0, "a2": 7.0}
 
 def records_of(fabricate: Any, plan: str, seed: int, *, two_spaces: bool = True) -> list[Any]:
     """Those of a run of the present code, its FIDs at the floor twice the FID."""
-    lines = fabricate.records(resolve("train-and-eval", "3", plan, "digits", seed, []))
+    lines = fabricate.records(resolve("train-and-eval", "3", plan, "digits", seed, RANGES))
     for line in lines:
         if line["kind"] != "metrics":
             continue
@@ -111,7 +111,7 @@ def test_the_second_space_has_a_table_and_the_order_of_plans(runs: Any) -> None:
 
 def test_neighbours_of_the_teacher_are_shown(fabricate: Any) -> None:
     path = fabricate.run("a4", records=records_of(fabricate, "a4", 0), version="3", finish=False)
-    config = resolve("train-and-eval", "3", "a4", "digits", 0, [])
+    config = resolve("train-and-eval", "3", "a4", "digits", 0, RANGES)
     with Run.open(fabricate.root, config, ["bench.py"]) as run:
         assert run.path == path
         run.write_bytes("samples/neighbours-teacher.png", picture("near"))
