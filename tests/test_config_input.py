@@ -31,7 +31,7 @@ from robuq_bench.config import (
 from robuq_bench.config.files import keys_of, validate
 from robuq_bench.config.older import NEW_NAMES
 from robuq_bench.config.plan import Rule as PlanRule
-from robuq_bench.config.resolve import canonical_json, config_from_toml, to_toml
+from robuq_bench.config.resolve import canonical_json, config_from_toml, config_hash, to_toml
 from robuq_bench.errors import ConfigError
 from robuq_bench.sections import Ints, OptionalInt, Section, Strings
 
@@ -269,6 +269,13 @@ def test_a_study_looks_no_further_than_the_learning_rate_lasts(
 def test_an_old_run_that_never_trained_its_bits_stays_readable() -> None:
     text = to_toml(make()).replace("steps = 500\n", "steps = 50\n")
     assert config_from_toml(text, "config.toml").workload.training.steps == 50
+
+
+def test_a_rate_of_the_plan_and_that_of_the_workload_are_one_run() -> None:
+    own = make("train.learning_rate=0.002", plan="a4")
+    assert config_hash(make("training.learning_rate=0.002", plan="a4")) == config_hash(own)
+    assert config_hash(make(plan="a4")) != config_hash(own)
+    assert config_hash(make("train.learning_rate=0.001", plan="a4")) == config_hash(make(plan="a4"))
 
 
 def test_a_rate_of_the_branch_makes_another_run_than_when_it_was_not_obeyed() -> None:

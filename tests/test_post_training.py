@@ -52,6 +52,9 @@ def test_quarot_is_calibrated_and_judged_without_a_step(quarot: RunResult) -> No
     kinds = {record["kind"] for record in run.results()}
     assert "train" not in kinds
     assert {"metrics", "allocation", "validation", "accounting"} <= kinds
+    timing, calibration = run.get("timing"), run.get("calibration")
+    assert timing["calibration_cpu_s"] == calibration["cpu_seconds"] > 0
+    assert timing["cpu_s"] == pytest.approx(timing["calibration_cpu_s"] + timing["sampling_cpu_s"])
     accounting = run.get("accounting")
     assert accounting["weight_bits"] == 4
     assert set((run.get("allocation") or {})["bits_by_layer"].values()) == {4}

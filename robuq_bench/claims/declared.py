@@ -47,9 +47,10 @@ class Arm(Section):
     @classmethod
     def _no_budget(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         own = {"training.steps": "budgets of claims", "training.learning_rate": "`claims tune`"}
+        own["train.learning_rate"] = own["training.learning_rate"]
         for text in value:
             key, equals, _ = text.partition("=")
-            key = key.strip().removeprefix("workload.")
+            key = key.strip().removeprefix("workload.").removeprefix("plan.")
             if not equals or not key:
                 raise ValueError(f"{text!r} is not KEY=VALUE, as `--set` has it")
             if key in own:
@@ -250,16 +251,23 @@ class Declared(Section):
         workload, steps = place
         return workload in claim.workloads and steps in (claim.budgets or (None,))
 
-    def digest(self, key: str) -> str:
-        """SHA-256 of what decides a claim's verdict: the claim and its arms.
+    def digest(self, key: str, workload: str = "") -> str:
+        """SHA-256 of what decides a claim's verdict on a workload: claim, arms and family.
 
-        Workloads and budgets are left out, each of which is judged on its own.
+        Of its family count the claims on the workload with their budgets, over which p-values are
+        corrected.
         """
         if key in self.studies:
             return _digest(self.studies[key].model_dump(mode="json"))
         claim = self.claims[key]
         own = claim.model_dump(mode="json", exclude={"workloads", "budgets"})
-        return _digest({**own, "arms": {name: self.arm_digest(name) for name in claim.weights}})
+        family = {
+            name: one.budgets
+            for name, one in self.claims.items()
+            if one.family == claim.family and workload in one.workloads
+        }
+        arms = {name: self.arm_digest(name) for name in claim.weights}
+        return _digest({**own, "arms": arms, "of_family": family})
 
     def arm_digest(self, name: str) -> str:
         """SHA-256 of what an arm says."""

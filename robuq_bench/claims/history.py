@@ -59,12 +59,12 @@ def declared_before(
         path: the file.
         place: workload and budget that it was made on; None for verdicts of studies.
     """
-    words = set()
+    words, on = set(), "" if place is None else place[0]
     for commit in commits:
         then = claims_at(path, commit) if commit else None
         if then is None:
             words.add(UNKNOWN)
-        elif then.says(key, place) and then.digest(key) == declared.digest(key):
+        elif then.says(key, place) and then.digest(key, on) == declared.digest(key, on):
             words.add(BEFORE)
         else:
             words.add(CHANGED)

@@ -16,7 +16,9 @@ RULE = (
     "follows from the word that was expected beforehand: better or worse where the comparison says "
     "so, equivalent where the interval lies within the margin. It does not hold where the "
     "comparison says otherwise; of equivalence, where the interval lies wholly outside of the "
-    "margin. A claim with a run that failed is not judged: leaving out its seed would hide that."
+    "margin. A claim is not judged before all of its declared seeds are there, nor with a run that "
+    "failed, nor where some of its arms have a tuned learning rate and others have not. Families "
+    "are corrected as declared: what is not judged yet counts as p = 1."
 )
 
 
@@ -28,6 +30,7 @@ class Judged:
     verdict: of the contrast, after correction within the family.
     holds: "holds", "does not hold", "undecided" or "not judged".
     runs: names of the run folders; commits: of the code that made them, each once.
+    cpu_hours: of the runs, as they recorded; None where one did not, and for verdicts of studies.
     declared: whether the claim stood in the file before its runs; see `history`.
     """
 
@@ -41,7 +44,7 @@ class Judged:
     expect: str
     verdict: Verdict
     holds: str
-    cpu_hours: float
+    cpu_hours: float | None
     runs: tuple[str, ...]
     commits: tuple[str, ...]
     declared: str

@@ -15,8 +15,9 @@ from robuq_bench.claims.declared import Claim, Finding
 from robuq_bench.claims.history import declared_before
 from robuq_bench.claims.judged import Judged
 from robuq_bench.claims.measured import Measured, read_measured, why_unfinished
-from robuq_bench.claims.planning import Cell, Planner, is_one, runs_by_config
-from robuq_bench.config import config_hash, load_workload, training_steps
+from robuq_bench.claims.planning import Cell, Planner, is_one, is_trained, runs_by_config
+from robuq_bench.config import Config, config_hash, load_workload, training_steps
+from robuq_bench.errors import UsageError
 from robuq_bench.runs.run_files import DONE, check_done
 from robuq_bench.statistics.comparisons import contrast_text, judge_contrast, judge_family
 from robuq_bench.statistics.metrics import find_metric, lower_is_better
@@ -67,7 +68,7 @@ def judge(runs: Runs, path: Path) -> list[Judged]:
     for place, one in enumerate(found):
         families.setdefault((one.family, one.workload), []).append(place)
     for places in families.values():
-        corrected = judge_family([found[place].verdict for place in places])
+        corrected = judge_family([found[place].verdict for place in places], planned=True)
         for place, verdict in zip(places, corrected, strict=True):
             one, claim = found[place], declared.claims[found[place].key]
             word = _holds(verdict, claim)
@@ -85,27 +86,22 @@ def _judge(runs: Runs, key: str, place: Cell, path: Path) -> Judged:
         for arm in claim.weights
         for seed in claim.seeds
     ]
-    measured = {cell: run for cell in cells if (run := runs.of(cell)) is not None}
-    measured = _paired(runs.planner, measured)
+    finished = {cell: run for cell in cells if (run := runs.of(cell)) is not None}
+    measured = _paired(runs.planner, finished)
     failed = {cell: why for cell in cells if (why := runs.failure(cell))}
     recorded = next((run.metrics() for run in measured.values()), [])
     metric = find_metric(claim.metric, recorded) or claim.metric
     contrast = contrast_text(claim.weights, claim.difference_margin is None)
-    problem = _why_not(claim, metric, measured, failed)
+    configs = [runs.planner.config(cell) for cell in cells]
+    problem = _half_tuned(runs.planner, cells) or _why_not(claim, metric, measured, failed)
     if problem:
         verdict = no_verdict(claim.text, contrast, metric, problem)
     else:
-        verdict = judge_contrast(
-            values_of(measured, metric),
-            claim.weights,
-            metric,
-            lower_is_better=lower_is_better(metric),
-            margin=claim.margin,
-            difference_margin=claim.difference_margin,
-        )
-        verdict = dataclasses.replace(verdict, claim=claim.text, subject=contrast)
+        verdict = _compared(claim, values_of(measured, metric), metric, shares_images(configs))
+        if lacking := _lacking(cells, finished):
+            verdict = _without_word(verdict, lacking)
     used = list({run.name: run for run in measured.values()}.values())
-    configs = [runs.planner.config(cell) for cell in cells]
+    hours = [run.cpu_hours for run in used]
     steps = place.steps or max(map(training_steps, configs))
     commits = sorted({run.commit for run in used})
     return Judged(
@@ -119,11 +115,29 @@ def _judge(runs: Runs, key: str, place: Cell, path: Path) -> Judged:
         expect=claim.expect,
         verdict=verdict,
         holds="not judged",  # until its family is judged
-        cpu_hours=sum(run.cpu_hours for run in used),
+        cpu_hours=None if None in hours else math.fsum(filter(None, hours)),
         runs=tuple(run.name for run in used),
         commits=tuple(filter(None, commits)),
         declared=declared_before(declared, key, commits, path, (place.workload, place.steps)),
     )
+
+
+def _compared(claim: Claim, values: pd.DataFrame, metric: str, shared_ranges: bool) -> Verdict:
+    """The verdict on the values of a claim's arms; not judged where they cannot be compared."""
+    contrast = contrast_text(claim.weights, claim.difference_margin is None)
+    try:
+        verdict = judge_contrast(
+            values,
+            claim.weights,
+            metric,
+            lower_is_better=lower_is_better(metric),
+            margin=claim.margin,
+            difference_margin=claim.difference_margin,
+            shared_ranges=shared_ranges,
+        )
+    except UsageError as error:
+        return no_verdict(claim.text, contrast, metric, str(error))
+    return dataclasses.replace(verdict, claim=claim.text, subject=contrast)
 
 
 def _paired(planner: Planner, measured: Mapping[Cell, Measured]) -> dict[Cell, Measured]:
@@ -150,6 +164,40 @@ def _why_not(
         if metric not in run.metrics():
             return f"run {run.name} of {cell.arm} has no metric {metric}"
     return ""
+
+
+def _half_tuned(planner: Planner, cells: Iterable[Cell]) -> str:
+    """Which trained arms have a learning rate chosen for them where others have none; else ""."""
+    arms: dict[bool, dict[str, None]] = {True: {}, False: {}}
+    for cell in cells:
+        if is_trained(planner.config(cell)):
+            arms[(cell.workload, cell.arm) in planner.rates][cell.arm] = None
+    tuned, plain = ", ".join(arms[True]), ", ".join(arms[False])
+    if not tuned or not plain:
+        return ""
+    return f"learning rate tuned of {tuned} but not of {plain}; run `claims tune`"
+
+
+def _lacking(cells: Iterable[Cell], finished: Mapping[Cell, Measured]) -> str:
+    """Which seeds of which arms have no finished run; "" where all have."""
+    seeds: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell not in finished:
+            seeds.setdefault(cell.arm, []).append(str(cell.seed))
+    return "; ".join(f"{arm} lacks seed {', '.join(own)}" for arm, own in seeds.items())
+
+
+def _without_word(verdict: Verdict, lacking: str) -> Verdict:
+    """The numbers alone: a word at the seeds so far would let one stop at lucky ones."""
+    note = f"not all declared runs are finished: {lacking}"
+    return dataclasses.replace(
+        verdict, verdict="not judged", p_value=None, detectable=None, note=note
+    )
+
+
+def shares_images(configs: Iterable[Config]) -> bool:
+    """Whether range r is of the same images whatever the training seed."""
+    return all(config.workload.evaluation.image_seeds != "own" for config in configs)
 
 
 def values_of(measured: Mapping[Cell, Measured], metric: str) -> pd.DataFrame:
@@ -227,7 +275,7 @@ def _of_study(runs: Runs, key: str, finding: Finding, path: Path) -> Judged:
         expect=finding.expect,
         verdict=verdict,
         holds=word,
-        cpu_hours=0.0,
+        cpu_hours=None,
         runs=used,
         commits=tuple(filter(None, commits)),
         declared=declared_before(runs.planner.declared, key, commits, path),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robuq_bench.claims.planning import cpu_hours
 from robuq_bench.runs.run_files import DONE, RESULTS, check_done, read_manifest, read_results
 
 TEACHER = "teacher"
@@ -19,12 +18,13 @@ class Measured:
     """A finished run.
 
     lines: subject ("student", "teacher"), image range, metric, value; in the order of the records.
+    cpu_hours: of the student's parts (the teacher has a run of its own); None where not recorded.
     commit: of the code, "" where the run does not know it or was made with uncommitted changes.
     """
 
     name: str
     lines: tuple[tuple[str, int, str, float], ...]
-    cpu_hours: float
+    cpu_hours: float | None
     commit: str
 
     def metrics(self) -> list[str]:
@@ -40,10 +40,11 @@ def read_measured(folder: Path) -> Measured:
     """
     manifest = check_done(folder)
     records, _, _ = read_results(folder / RESULTS)
+    seconds = records.get("timing", {}).get("cpu_s")
     return Measured(
         name=folder.name,
         lines=tuple(line for record in records.values() for line in _lines(record)),
-        cpu_hours=cpu_hours(manifest),
+        cpu_hours=None if seconds is None else float(seconds) / 3600,
         commit=_commit(manifest),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from robuq_bench.claims.declared import Declared
 from robuq_bench.claims.judged import STUDY
-from robuq_bench.config import Config, resolve
+from robuq_bench.config import Config, resolve, training_steps
 from robuq_bench.errors import ConfigError, RobuqError
 from robuq_bench.runs.run_files import DONE, read_manifest
 from robuq_bench.study_index import find_study
@@ -80,12 +80,14 @@ class Planner:
         key = (cell.workload, cell.arm, cell.steps)
         if key not in self._resolved:
             arm = self.declared.arms[cell.arm]
-            steps = None if cell.steps is None else cell.steps + arm.extra_steps
-            budget = [] if steps is None else [f"training.steps={steps}"]
             rate = self.rates.get((cell.workload, cell.arm))
             tuned = [] if rate is None else [f"training.learning_rate={rate!r}"]
-            given = [*arm.set, *budget, *tuned]
             try:
+                steps = cell.steps
+                if steps is None and arm.extra_steps:
+                    steps = training_steps(resolve_main(arm.plan, cell.workload, 0, arm.set))
+                budget = [] if steps is None else [f"training.steps={steps + arm.extra_steps}"]
+                given = [*arm.set, *budget, *tuned]
                 config = resolve_main(arm.plan, cell.workload, 0, given)
                 if config.plan.is_full_precision:
                     given = list(arm.set)
@@ -95,7 +97,7 @@ class Planner:
             if budget and config.plan.train.steps:
                 raise ConfigError(
                     f"arm {cell.arm!r}: its plan says train.steps = {config.plan.train.steps}, so "
-                    f"no claim can give it a budget of {cell.steps}; leave one of them out"
+                    f"no claim can give it a budget of {steps}; leave one of them out"
                 )
             self._resolved[key] = config, given
         return self._resolved[key]
@@ -105,6 +107,11 @@ def is_one(config: Config) -> bool:
     """Whether one run serves every seed: nothing is trained, and all seeds share their images."""
     own_images = config.workload.evaluation.image_seeds == "own"
     return config.plan.is_full_precision and not own_images
+
+
+def is_trained(config: Config) -> bool:
+    """Whether it has a learning rate: neither a teacher nor post-training quantization."""
+    return not config.plan.is_full_precision and training_steps(config) > 0
 
 
 def resolve_main(plan: str, workload: str, seed: int, overrides: Sequence[str]) -> Config:
@@ -158,12 +165,4 @@ def wall_seconds(manifest: Mapping[str, Any]) -> float:
         (datetime.fromisoformat(s["end"]) - datetime.fromisoformat(s["start"])).total_seconds()
         for s in manifest["sessions"]
         if s["end"]
-    )
-
-
-def cpu_hours(manifest: Mapping[str, Any]) -> float:
-    """Hours of a run's sessions times their threads: at most what its processor spent."""
-    sessions: Sequence[Mapping[str, Any]] = manifest["sessions"]
-    return sum(
-        wall_seconds({"sessions": [s]}) * int(s["provenance"]["threads"]) / 3600 for s in sessions
     )

@@ -13,7 +13,7 @@ import pandas as pd
 
 from robuq_bench.claims.history import last_commit
 from robuq_bench.claims.judged import NEAR_TEACHER, Judged
-from robuq_bench.claims.judging import Runs
+from robuq_bench.claims.judging import Runs, shares_images
 from robuq_bench.claims.measured import TEACHER, Measured
 from robuq_bench.claims.planning import Cell
 from robuq_bench.config import training_steps
@@ -53,7 +53,7 @@ def claims_rows(judged: Iterable[Judged], path: Path) -> list[dict[str, Any]]:
             "detectable": one.verdict.detectable,
             "test": one.verdict.test,
             "note": one.verdict.note,
-            "cpu_hours": round(one.cpu_hours, 4),
+            "cpu_hours": None if one.cpu_hours is None else round(one.cpu_hours, 4),
             "runs": " ".join(one.runs),
             "code_commits": " ".join(one.commits),
             "declared": one.declared,
@@ -94,15 +94,18 @@ def teacher_curves(runs: Runs) -> pd.DataFrame:
             if run is not None and not config.plan.is_full_precision:
                 by_steps.setdefault(training_steps(config), {})[cell] = run
         for steps, measured in sorted(by_steps.items()):
-            row = _beside_teacher(arm, asked, measured)
+            shared = shares_images(map(runs.planner.config, measured))
+            row = _beside_teacher(arm, asked, measured, shared)
             if row is not None:
                 rows.append({"workload": workload, "arm": arm, **row, "steps": steps})
     columns = ["workload", "arm", "metric", "steps", "ratio", "low", "high", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _beside_teacher(arm: str, asked: str, measured: dict[Cell, Measured]) -> dict[str, Any] | None:
-    """Ratio and interval of one budget; None where the runs hold no such metric of a teacher."""
+def _beside_teacher(
+    arm: str, asked: str, measured: dict[Cell, Measured], shared_ranges: bool
+) -> dict[str, Any] | None:
+    """Ratio and interval of one budget; None where the runs hold none, as of values below 0."""
     metric = find_metric(asked, next(iter(measured.values())).metrics())
     lines = [
         (_BASELINE if who == TEACHER else arm, cell.seed, image_range, value)
@@ -113,8 +116,14 @@ def _beside_teacher(arm: str, asked: str, measured: dict[Cell, Measured]) -> dic
     values = pd.DataFrame(lines, columns=["plan", "seed", "image_range", "value"])
     if metric is None or _BASELINE not in set(values["plan"]):
         return None
+    if not (values["value"] > 0).all():
+        return None
     found = judge_contrast(
-        values, {arm: 1.0, _BASELINE: -1.0}, metric, lower_is_better=lower_is_better(metric)
+        values,
+        {arm: 1.0, _BASELINE: -1.0},
+        metric,
+        lower_is_better=lower_is_better(metric),
+        shared_ranges=shared_ranges,
     )
     numbers = {"ratio": found.effect, "low": found.low, "high": found.high}
     return {"metric": metric, **numbers, "seeds": found.n}

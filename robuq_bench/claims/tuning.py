@@ -16,17 +16,17 @@ import pandas as pd
 
 from robuq_bench.claims.declared import Declared
 from robuq_bench.claims.measured import TEACHER, read_measured, why_unfinished
-from robuq_bench.claims.planning import resolve_main
-from robuq_bench.config import Config, config_hash, training_steps
+from robuq_bench.claims.planning import is_trained, resolve_main
+from robuq_bench.config import Config, config_hash, training_recipe, training_steps
 from robuq_bench.errors import ConfigError, RobuqError, UsageError
-from robuq_bench.files import atomic_write_text
+from robuq_bench.files import atomic_write_text, sha256_bytes
 from robuq_bench.runs.run_files import DONE
 from robuq_bench.statistics.metrics import find_metric, lower_is_better
 
 RATES_FILE = "learning_rates.csv"
 COLUMNS = (
     *("workload", "arm", "learning_rate", "chosen", "metric", "mean", "seeds", "steps"),
-    *("note", "runs", "arm_sha256"),
+    *("note", "runs", "settings_sha256"),
 )
 
 
@@ -58,19 +58,14 @@ def trials_of(declared: Declared) -> list[Trial]:
         for arm in claim.weights
     }
     for workload, arm in arms:
-        own = declared.arms[arm]
-        given = [*own.set, *tuning.set]
-        given += [f"training.steps={tuning.steps}"] if tuning.steps else []
         try:
-            base = resolve_main(own.plan, workload, 0, given)
-            if base.plan.is_full_precision or training_steps(base) == 0:
+            base = _base(declared, workload, arm)
+            if not is_trained(base):
                 continue
             for factor in tuning.factors:
                 # rounded, so that the text of a rate is the rate
-                rate = float(f"{factor * base.workload.training.learning_rate:.6g}")
-                config = resolve_main(
-                    own.plan, workload, 0, [*given, f"training.learning_rate={rate!r}"]
-                )
+                rate = float(f"{factor * training_recipe(base).learning_rate:.6g}")
+                config = _base(declared, workload, arm, [f"training.learning_rate={rate!r}"])
                 found += [
                     Trial(workload, arm, rate, seed, config.model_copy(update={"seed": seed}))
                     for seed in tuning.seeds
@@ -78,6 +73,19 @@ def trials_of(declared: Declared) -> list[Trial]:
         except RobuqError as error:
             raise ConfigError(f"arm {arm!r} on {workload}: {error}") from None
     return sorted(found, key=lambda trial: trial.seed)
+
+
+def _base(declared: Declared, workload: str, arm: str, more: Sequence[str] = ()) -> Config:
+    """What is trained for choosing, at the rate that plan and workload say."""
+    own, tuning = declared.arms[arm], declared.tuning
+    steps = [f"training.steps={tuning.steps}"] if tuning.steps else []
+    return resolve_main(own.plan, workload, 0, [*own.set, *tuning.set, *steps, *more])
+
+
+def _settings_digest(declared: Declared, workload: str, arm: str) -> str:
+    """SHA-256 of what decides an arm's rate: its config, and how rates are chosen."""
+    tuning = declared.tuning.model_dump_json(exclude={"set", "steps"})  # they are in the config
+    return sha256_bytes(f"{config_hash(_base(declared, workload, arm))} {tuning}".encode())
 
 
 def rates_rows(
@@ -143,7 +151,7 @@ def _row(
         "steps": training_steps(first.config),
         "note": "a training failed" if failed else "",
         "runs": " ".join(names),
-        "arm_sha256": declared.arm_digest(first.arm),
+        "settings_sha256": _settings_digest(declared, first.workload, first.arm),
     }
 
 
@@ -151,7 +159,8 @@ def read_rates(path: Path, declared: Declared) -> dict[tuple[str, str], float]:
     """(workload, arm) -> the chosen rate, of the arms that claims use; {} without a file.
 
     Raises:
-        ConfigError: the file is none of `claims tune`, or an arm is no longer what was tuned.
+        ConfigError: the file is none of `claims tune`, or an arm, its plan or workload, or how
+            rates are chosen, is no longer what it was.
     """
     rates = {}
     used = {
@@ -164,10 +173,15 @@ def read_rates(path: Path, declared: Declared) -> dict[tuple[str, str], float]:
         key = (str(row["workload"]), str(row["arm"]))
         if key not in used or not row["chosen"]:
             continue
-        if row["arm_sha256"] != declared.arm_digest(key[1]):
+        try:
+            settings = _settings_digest(declared, *key)
+        except RobuqError as error:
+            raise ConfigError(f"arm {key[1]!r} on {key[0]}: {error}") from None
+        if row["settings_sha256"] != settings:
             raise ConfigError(
-                f"{path}: the learning rate of arm {key[1]!r} was chosen for other settings of it; "
-                f"choose anew with `claims tune --on {key[0]}`, or delete its rows"
+                f"{path}: the learning rate of arm {key[1]!r} was chosen for other settings of it, "
+                f"its plan, its workload or [tuning]; choose anew by `claims tune --on {key[0]}`, "
+                "or delete its rows"
             )
         rates[key] = float(row["learning_rate"])
     return rates

@@ -173,7 +173,10 @@ def claims_tune(
         names = ("workload", "arm", "learning_rate", "metric", "mean", "note")
         console.print_table([{name: row[name] for name in names} for row in chosen])
         arms = {(trial.workload, trial.arm) for trial in trials}
-        print(f"{target}: {len(chosen)} of {len(arms)} arms have a learning rate", flush=True)
+        print(
+            f"{target}: {len(chosen)} of {len(arms)} arms have a learning rate; commit it",
+            flush=True,
+        )
     if failed is not None:
         raise failed
 

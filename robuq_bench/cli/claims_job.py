@@ -160,6 +160,7 @@ def make_or_show(
     """
     from robuq_bench.claims.judged import STUDY
     from robuq_bench.claims.running import make_runs, shard
+    from robuq_bench.runs.provenance import code_version
     from robuq_bench.runs.run import run_folder
     from robuq_bench.runs.run_files import DONE
     from robuq_bench.runs.study import check_study
@@ -180,6 +181,11 @@ def make_or_show(
         show_rows("runs", rows, flags.as_json)
         return
     context = Job.of_study(STUDY, "a2", flags).context()
+    if command == "claims run" and code_version().get("dirty"):
+        context.progress.log(
+            "uncommitted changes: of these runs nobody can say whether claims stood before them; "
+            "commit first, learning_rates.csv of `claims tune` too"
+        )
     if untuned:
         context.progress.log(
             f"at the workload's learning rate, as `claims tune` chose none: {', '.join(untuned)}"

@@ -315,6 +315,11 @@ def canonical_json(config: Config) -> str:
         values["workload"]["training"] = {"calibration_samples": kept}
     if not config.plan.needs:
         values["plan"].pop("calibration")  # it is read by no method
+    if "learning_rate" in values["plan"]["train"]:
+        # `training_recipe` takes it in place of the workload's: one training, one name.
+        values["workload"]["training"]["learning_rate"] = values["plan"]["train"].pop(
+            "learning_rate"
+        )
     data, evaluation = values["workload"]["data"], values["workload"]["evaluation"]
     if data.get("sha256"):
         data.pop("path", None)

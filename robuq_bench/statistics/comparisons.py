@@ -107,6 +107,7 @@ def judge_contrast(
     margin: float = 1 - MARGIN,
     difference_margin: float | None = None,
     confidence: float = CONFIDENCE,
+    shared_ranges: bool = True,
 ) -> Verdict:
     """Judge Σ weight · log(value of a plan) over plans by `RULE`; weights add up to 0.
 
@@ -136,6 +137,8 @@ def judge_contrast(
         difference_margin: compare by differences, of which those up to this (> 0, in the unit of
             the metric) are of no consequence. None: by ratios, within `margin`.
         confidence: of the interval, in (0, 1).
+        shared_ranges: range r is of the same images for every seed. False: each seed has images of
+            its own, over whose ranges its contrasts are averaged.
 
     Raises:
         UsageError: weights that do not add up to 0; a column, plan, seed or range is missing, a
@@ -175,7 +178,7 @@ def judge_contrast(
     reason = f"{MIN_SEEDS} training seeds that {what} have are needed"
     if verdict.n < 2:
         return _noted(verdict, reason)
-    found = _estimate(d)
+    found = _estimate(d, shared_ranges)
     t = stats.t(found.freedom)
     quantile = float(t.ppf((1 + confidence) / 2))
     low, high = found.mean - quantile * found.error, found.mean + quantile * found.error
@@ -227,7 +230,10 @@ def _contrasts(
         (used[key].isna().any(axis=1).to_numpy(), "has no seed or range"),
         (used.duplicated(key).to_numpy(), "is there twice"),
         (~np.isfinite(number), "is not finite"),
-        (ratio & (number <= 0), "is not above 0, as a ratio needs"),
+        (
+            ratio & (number <= 0),
+            "is not above 0, as a ratio needs; set difference_margin",
+        ),
     ):
         if bad.any():
             plan, seed, image_range = used[key].iloc[int(bad.argmax())]
@@ -240,7 +246,7 @@ def _contrasts(
     return contrast, len(table) - len(common)
 
 
-def _estimate(d: pd.Series[float]) -> _Estimate:
+def _estimate(d: pd.Series[float], shared_ranges: bool) -> _Estimate:
     """Mean of `d` (index: seed, image_range; at least two seeds) and its standard error."""
     from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
 
@@ -249,8 +255,9 @@ def _estimate(d: pd.Series[float]) -> _Estimate:
     means = d.groupby("seed").mean()
     paired = (float(means.mean()), float(means.std() / math.sqrt(S)), S - 1.0)
     spread = float(d.std())
-    if R == 1 or not spread:
-        why = "one image range" if R == 1 else "all differences are equal"
+    if R == 1 or not spread or not shared_ranges:
+        equal = "images of its own for each seed" if spread else "all differences are equal"
+        why = "one image range" if R == 1 else equal
         return _Estimate(*paired, f"paired t over seeds ({why})")
     components = VCSpec(
         ["seed", "range"],
@@ -294,7 +301,9 @@ def _moments(d: Floats) -> tuple[float, float]:
     return math.sqrt(of_seeds + of_ranges + residual / d.size), of_ranges
 
 
-def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verdict]:
+def judge_family(
+    verdicts: Sequence[Verdict], method: str = "holm", *, planned: bool = False
+) -> list[Verdict]:
     """Verdicts with p-values adjusted over all that have one; words that do not survive are taken.
 
     Every interval stays that of its own comparison, and the p-value beside it is of the same test,
@@ -306,6 +315,7 @@ def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verd
     Args:
         verdicts: the family, of one kind or of several.
         method: of `statsmodels.stats.multitest.multipletests`.
+        planned: the family was fixed beforehand: a member without a p-value counts as p = 1.
 
     Raises:
         UsageError: a verdict of the family is adjusted already.
@@ -315,6 +325,7 @@ def judge_family(verdicts: Sequence[Verdict], method: str = "holm") -> list[Verd
     if done := [v.subject for v in verdicts if v.p_adjusted is not None]:
         raise UsageError(f"p-values are adjusted once, and these were: {', '.join(done)}")
     p_values = [v.p_value for v in verdicts if v.p_value is not None]
+    p_values += [1.0] * (len(verdicts) - len(p_values)) if planned else []
     adjusted = iter(multipletests(p_values, method=method)[1] if p_values else [])
     return [
         v if v.p_value is None else _survived(v, float(next(adjusted)), len(p_values), method)

@@ -80,6 +80,7 @@ def allocated_weight_bits(
             alone = config.plan.calibration.model_copy(update={"quantized_predecessors": False})
             plan = config.plan.model_copy(update={"calibration": alone})
             own = config.model_copy(update={"plan": plan})
+            watch = Stopwatch()
             variants = {
                 choice: convert_teacher(
                     own,
@@ -91,6 +92,8 @@ def allocated_weight_bits(
                 ).eval()
                 for choice in bits_config.choices
             }
+            if plan.needs and not run.has("calibration/choices"):
+                run.append("calibration/choices", kind="calibration", **watch.lap())
             batches = metric_batches(config, context, data)
             reference = teacher if bits_config.metric == "epsilon_mse_teacher" else None
 

@@ -42,6 +42,7 @@ from robuq_bench.quantization.convert import (
 from robuq_bench.resumable import resume, train_with_checkpoints
 from robuq_bench.runs.run import Run, open_existing, run_folder
 from robuq_bench.runs.study import run_study
+from robuq_bench.stopwatch import Stopwatch
 from robuq_bench.students import save_student
 from studies.train_and_eval.allocated_bits import activation_bits, allocated_weight_bits
 
@@ -145,7 +146,7 @@ def train_student(
         weight_bits = allocated_weight_bits(config, run, context, teacher, data)
         states = states / "allocated"
     if steps == 0:
-        student = convert_teacher(config, context, teacher, data, states, weight_bits)
+        student = converted(config, run, context, teacher, data, states, weight_bits)
         if not weight_bits:
             set_activation_bits(
                 student, activation_bits(config, run, context, student, teacher, data)
@@ -158,6 +159,23 @@ def train_student(
     return student, bits
 
 
+def converted(
+    config: Config,
+    run: Run,
+    context: Context,
+    teacher: nn.Module,
+    data: ImageData,
+    states: Path,
+    weight_bits: dict[str, int],
+) -> nn.Module:
+    """The student to be trained; what it took to calibrate it is recorded once."""
+    watch = Stopwatch()
+    student = convert_teacher(config, context, teacher, data, states, weight_bits)
+    if config.plan.needs and not run.has("calibration"):
+        run.append("calibration", kind="calibration", **watch.lap())
+    return student
+
+
 def trained(
     config: Config,
     run: Run,
@@ -168,7 +186,7 @@ def trained(
     weight_bits: dict[str, int],
 ) -> nn.Module:
     """QAT: warm up and allocate activation bits where the plan does, train; averaged weights."""
-    student = convert_teacher(config, context, teacher, data, states, weight_bits)
+    student = converted(config, run, context, teacher, data, states, weight_bits)
     folder = run.path / "checkpoints"
     warmup, training = CheckpointStore(folder / "warmup"), CheckpointStore(folder / "training")
     if not weight_bits:
@@ -200,8 +218,8 @@ def costs(config: Config, run: Run) -> dict[str, float]:
             continue
         if record["kind"] == "train":
             part, prefix = (WARMUP if record["phase"] == WARMUP else "training"), ""
-        elif record["kind"] == "sensitivity":
-            part, prefix = "sensitivity", ""
+        elif record["kind"] in ("sensitivity", "calibration"):
+            part, prefix = record["kind"], ""
         elif record["kind"] == "metrics":
             part, prefix = "sampling", "sample_"
         else:

@@ -12,8 +12,21 @@ from robuq_bench.claims import CLAIMS_FILE, load_claims
 from robuq_bench.claims.declared import parse_claims
 from robuq_bench.claims.history import BEFORE, CHANGED, UNKNOWN, declared_before, last_commit
 from robuq_bench.claims.planning import Cell, Planner, cells_of
-from robuq_bench.claims.tuning import RATES_FILE, read_rates, trials_of
-from robuq_bench.config import config_hash, resolve
+from robuq_bench.claims.tuning import (
+    COLUMNS,
+    RATES_FILE,
+    _settings_digest,
+    read_rates,
+    trials_of,
+    write_rates,
+)
+from robuq_bench.config import (
+    config_hash,
+    resolve,
+    sensitivity_steps,
+    training_recipe,
+    training_steps,
+)
 from robuq_bench.errors import ConfigError, UsageError
 from robuq_bench.runs.study import check_study
 from robuq_bench.study_index import find_study
@@ -68,6 +81,7 @@ def test_a_claim_takes_the_defaults_and_its_weights_add_up_to_0() -> None:
         ('candidate = "a2"', 'candidate = ["a2", "b2"]', "one arm each, or two each"),
         ("branch.rank=2", "branch.rank", "is not KEY=VALUE"),
         ("layers.block.branch.rank", "training.steps", "budgets of claims decide"),
+        ("layers.block.branch.rank", "train.learning_rate", "`claims tune` decide"),
         ("text =", "margin = 1.5\ntext =", "less than 1"),
         ("[arms.a2]", "[arms.a2", "not valid TOML"),
     ],
@@ -129,6 +143,8 @@ def test_extra_steps_come_on_top_of_a_budget() -> None:
     text = TEXT.replace('plan = "a2-uniform"', 'plan = "a2-uniform"\nextra_steps = 40')
     config = Planner(parse_claims(text, "")).config(Cell("digits", "a2", 500, 0))
     assert config.workload.training.steps == 540
+    own = Planner(parse_claims(text, "")).config(Cell("digits", "a2", None, 0))
+    assert own.workload.training.steps == 540  # 500 are the workload's
 
 
 def test_a_budget_is_refused_where_the_plan_says_its_own() -> None:
@@ -137,11 +153,34 @@ def test_a_budget_is_refused_where_the_plan_says_its_own() -> None:
         Planner(parse_claims(own, "")).config(Cell("digits", "b2", 500, 0))
 
 
-def test_the_digest_covers_the_claim_and_its_arms_alone() -> None:
+SIBLING = """
+[claims.{key}]
+text = "y"
+candidate = "a4"
+baseline = "fp"
+expect = "worse"
+family = "{family}"
+"""
+
+
+def test_the_digest_covers_the_family_on_its_workload() -> None:
+    """What p-values are corrected over, so that a loser that is dropped shows."""
+    text = TEXT + SIBLING.format(key="h3", family="rotation")
+    digest = parse_claims(text, "").digest("h2", "digits")
+    other = text + SIBLING.format(key="h4", family="other")
+    elsewhere = text + SIBLING.format(key="h4", family="rotation") + 'workloads = ["mnist32"]'
+    for same in (other, elsewhere):
+        assert parse_claims(same, "").digest("h2", "digits") == digest
+    longer = text + "budgets = [500, 900]"
+    renamed = text.replace("claims.h3", "claims.h5")
+    for changed in (TEXT, longer, renamed, text + 'workloads = ["mnist32"]'):
+        assert parse_claims(changed, "").digest("h2", "digits") != digest
+
+
+def test_the_digest_covers_the_claim_and_its_arms() -> None:
     digest = parse_claims(TEXT, "").digest("h2")
     for same in (
         TEXT.replace('plan = "a4"', 'plan = "a8"'),  # another claim's arm
-        TEXT.replace("budgets = [500]", "budgets = [500, 900]"),  # each is judged on its own
         TEXT.replace("seeds = [0, 1, 2, 3, 4]", "seeds = [0,1,2,3,4] # as before"),
     ):
         assert parse_claims(same, "").digest("h2") == digest
@@ -187,6 +226,52 @@ def test_git_says_whether_a_claim_was_there_before(tmp_path: Path) -> None:
     assert last_commit(path) == later
     path.write_text(TEXT)
     assert last_commit(path) == f"{later}+changes"
+
+
+def test_rates_start_from_the_plan_of_a_file(tmp_path: Path) -> None:
+    plan = tmp_path / "slow.toml"
+    plan.write_text('extends = "a4"\ndescription = "x"\n[train]\nlearning_rate = 1e-4\n')
+    text = TEXT.replace('plan = "a2-uniform"', f'plan = "{plan}"')
+    declared = parse_claims(text, "claims")
+    rates = [training_recipe(t.config).learning_rate for t in trials_of(declared) if t.arm == "a2"]
+    assert sorted(set(rates)) == [5e-5, 1e-4, 2e-4]
+    tuned = Planner(declared, {("digits", "a2"): 2e-4}).config(Cell("digits", "a2", 500, 0))
+    assert training_recipe(tuned).learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "[tuning]\nfactors = [0.1]\n",
+        "[tuning]\nseeds = [7, 8]\n",
+        '[tuning]\nmetric = "kid"\n',
+        '[tuning]\nset = ["evaluation.num_samples=50"]\n',
+        "[tuning]\nsteps = 40\n",
+    ],
+)
+def test_rates_chosen_under_other_settings_are_refused(tmp_path: Path, changed: str) -> None:
+    declared = parse_claims(TEXT, "claims")
+    path = tmp_path / RATES_FILE
+    columns = dict.fromkeys(COLUMNS, "") | {"workload": "digits", "arm": "a2", "chosen": 1}
+    columns |= {"learning_rate": 2e-3, "mean": 1.0}
+    columns["settings_sha256"] = _settings_digest(declared, "digits", "a2")
+    write_rates(path, [columns])
+    assert read_rates(path, declared) == {("digits", "a2"): 2e-3}
+    with pytest.raises(ConfigError, match=r"arm 'a2' was chosen for other settings"):
+        read_rates(path, parse_claims(changed + TEXT, "claims"))
+
+
+def test_claims_about_when_bits_are_allocated_compare_equal_steps() -> None:
+    declared = load_claims()
+    planner = Planner(declared)
+    arms = [
+        arm
+        for key in ("sensitivity-untrained", "sensitivity-early", "sensitivity-late")
+        for arm in declared.claims[key].weights
+    ]
+    configs = [planner.config(Cell("digits", arm, 2000, 0)) for arm in arms]
+    assert {training_steps(each) + sensitivity_steps(each) for each in configs} == {2500}
+    assert {sensitivity_steps(each) for each in configs} == {0, 50, 100, 500}
 
 
 def test_the_packaged_claims_are_ready_to_run() -> None:

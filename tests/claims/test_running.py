@@ -10,6 +10,7 @@ import pytest
 
 from robuq_bench.claims import running
 from robuq_bench.claims.planning import Pace
+from robuq_bench.runs import provenance
 from robuq_bench.runs.lock import take_lock
 from robuq_bench.runs.run import list_runs
 
@@ -70,6 +71,18 @@ def test_runs_are_made_once_shared_and_judged(bench: Any, claims: Path) -> None:
     table = pd.read_csv("out.csv")
     assert table["claim"].tolist() == ["teacher"]
     assert bench("claims", "judge", *file).out.splitlines()[-1] == "1 not judged"
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_uncommitted_changes_are_warned_of(
+    bench: Any, claims: Path, monkeypatch: pytest.MonkeyPatch, dirty: bool
+) -> None:
+    monkeypatch.setattr(provenance, "code_version", lambda: {"dirty": dirty})
+    monkeypatch.setattr(running, "run_study", lambda *_: None)
+    monkeypatch.setattr(running, "read_manifest", lambda _: {"sessions": []})
+    found = bench("claims", "run", "--file", str(claims))
+    assert found.code == 0
+    assert ("uncommitted changes" in found.err) == dirty
 
 
 def test_a_failed_run_stops_no_other_and_is_named(

@@ -103,6 +103,7 @@ class Fabricator:
         found.append({"key": "validation", "kind": "validation", **losses})
         found.append(accounting(config))
         timing = {"train_s": 212.4 + 5 * rng.random(), "sample_s": 41.37, "total_s": 301.2}
+        timing["cpu_s"] = 1.5 * timing["train_s"]
         return [*found, {"key": "timing", "kind": "timing", **timing}]
 
     def training(self, config: Config, level: float, rng: random.Random) -> list[dict[str, Any]]:

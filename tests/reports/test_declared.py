@@ -16,34 +16,46 @@ from reports.declared import declared_section
 from robuq_bench.claims.declared import Claim, parse_claims
 from robuq_bench.claims.exporting import export_runs
 from robuq_bench.claims.judging import Runs, _holds, judge
-from robuq_bench.claims.planning import Cell, Planner, cpu_hours
+from robuq_bench.claims.measured import Measured
+from robuq_bench.claims.planning import Cell, Planner
 from robuq_bench.claims.tables import claims_rows, steps_to_teacher, teacher_curves
 from robuq_bench.runs.run_files import run_folders, verify_run
 from robuq_bench.statistics.comparisons import MARGIN
 from robuq_bench.statistics.verdicts import Verdict
+from robuq_bench.study_index import find_study
+
+from .conftest import RANGES
 
 TEXT = """
 [defaults]
 budgets = [500]
 [arms]
-a4 = {plan = "a4", set = ["evaluation.seed_ranges=1"]}
-b4 = {plan = "baseline-a4", set = ["evaluation.seed_ranges=1"]}
-a2 = {plan = "a2-uniform", set = ["evaluation.seed_ranges=1"]}
-b2 = {plan = "baseline-a2", set = ["evaluation.seed_ranges=1"]}
-fp = {plan = "fp", set = ["evaluation.seed_ranges=1"]}
-wide4 = {plan = "a4"}
-wide2 = {plan = "a2-uniform"}
+a4 = {plan = "a4", set = [ONE]}
+b4 = {plan = "baseline-a4", set = [ONE]}
+a2 = {plan = "a2-uniform", set = [ONE]}
+b2 = {plan = "baseline-a2", set = [ONE]}
+fp = {plan = "fp", set = [ONE]}
+wide4 = {plan = "a4", set = [WIDE]}
+own4 = {plan = "a4", set = [OWN]}
+wide2 = {plan = "a2-uniform", set = [WIDE]}
+own2 = {plan = "a2-uniform", set = [OWN]}
 [claims]
 h4 = {text = "Hadamard at 4", candidate = "a4", baseline = "b4", expect = "better", family = "f"}
 h2 = {text = "Hadamard at 2", candidate = "a2", baseline = "b2", expect = "worse", family = "f"}
 gain = {text = "Gain", candidate = ["a2", "b2"], baseline = ["a4", "b4"], expect = "better", family = "f"}
 teacher = {text = "Teacher", candidate = "a4", baseline = "fp", expect = "equivalent", family = "t"}
 ranges = {text = "Ranges", candidate = "wide2", baseline = "wide4", expect = "worse", family = "w"}
+own = {text = "Own ranges", candidate = "own2", baseline = "own4", expect = "worse", family = "o"}
 recall = {text = "Recall", candidate = "a4", baseline = "b4", expect = "better", family = "m", metric = "recall"}
 budgets = {text = "Steps", candidate = "a2", baseline = "b2", expect = "better", family = "s", budgets = [500, 2000]}
 """  # noqa: E501
-ONE = ["evaluation.seed_ranges=1"]
+WIDE = list(RANGES)
+ONE = [*RANGES, "evaluation.seed_ranges=1"]
+OWN = [*RANGES, "evaluation.image_seeds=own"]
+for name, given in (("ONE", ONE), ("WIDE", WIDE), ("OWN", OWN)):
+    TEXT = TEXT.replace(f"[{name}]", str(given).replace("'", '"'))
 SEEDS = range(8)
+VERSION = find_study("train-and-eval").version
 FIDS = {"a4": 6.0, "baseline-a4": 8.0, "a2-uniform": 17.0, "baseline-a2": 30.0}
 
 
@@ -51,15 +63,22 @@ FIDS = {"a4": 6.0, "baseline-a4": 8.0, "a2-uniform": 17.0, "baseline-a2": 30.0}
 def root(tmp_path_factory: pytest.TempPathFactory, fabricator) -> Path:
     """Runs of every arm; the recall of the arms is that of the fabricator."""
     maker = fabricator(tmp_path_factory.mktemp("claims") / "runs", logged=1, pictures=False)
-    maker.run("fp", overrides=ONE)
+    maker.run("fp", version=VERSION, overrides=ONE[-1:])
     for seed in SEEDS:
         for plan, fid in FIDS.items():
-            maker.run(plan, seed, overrides=ONE, fid=fid)
+            maker.run(plan, seed, version=VERSION, overrides=ONE[-1:], fid=fid)
         for plan in ("a4", "a2-uniform"):
-            maker.run(plan, seed, fid=FIDS[plan])
+            maker.run(plan, seed, version=VERSION, fid=FIDS[plan])
+            maker.run(plan, seed, version=VERSION, overrides=OWN[-1:], fid=FIDS[plan])
         for plan in ("a2-uniform", "baseline-a2"):
-            longer = [*ONE, "training.steps=2000"]
-            maker.run(plan, seed, overrides=longer, fid=FIDS[plan] / (4 if plan[0] == "a" else 2))
+            longer = [ONE[-1], "training.steps=2000"]
+            maker.run(
+                plan,
+                seed,
+                version=VERSION,
+                overrides=longer,
+                fid=FIDS[plan] / (4 if plan[0] == "a" else 2),
+            )
     return maker.root
 
 
@@ -79,7 +98,9 @@ def judged(root: Path, file: Path):
     return {(one.key, one.steps): one for one in judge(runs_in(root), file)}
 
 
-def measured(root: Path, plan: str, metric="fid_digits", ranges=1, steps=500) -> np.ndarray:
+def measured(
+    root: Path, plan: str, metric="fid_digits", ranges=1, steps=500, images="none"
+) -> np.ndarray:
     """[seeds, ranges] straight from config.toml and results.jsonl."""
     found = {}
     for folder in root.glob(f"train-and-eval/{plan}-digits-*"):
@@ -88,6 +109,7 @@ def measured(root: Path, plan: str, metric="fid_digits", ranges=1, steps=500) ->
         own = [r[metric] for r in lines if r.get("subject") == "student"]
         if (
             len(own) == ranges
+            and f'image_seeds = "{images}"' in config
             and f"steps = {steps}\nbatch_size = 64\nlearning_rate = 0.001\n" in config
         ):
             found[int(config.partition("seed = ")[2].partition("\n")[0])] = own
@@ -133,6 +155,15 @@ def test_seeds_and_ranges_are_paired(root, judged):
     assert (verdict.verdict, judged["ranges", 500].holds) == ("worse", "holds")
 
 
+def test_ranges_of_own_images_are_averaged_seed_by_seed(root, judged):
+    a2, a4 = (measured(root, plan, ranges=3, images="own") for plan in ("a2-uniform", "a4"))
+    expected = stats.ttest_1samp(np.log(a2 / a4).mean(axis=1), 0)
+    interval, verdict = expected.confidence_interval(0.95), judged["own", 500].verdict
+    assert np.log([verdict.low, verdict.high]) == pytest.approx([*interval], abs=1e-9)
+    assert verdict.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+    assert verdict.test == "paired t over seeds (images of its own for each seed)"
+
+
 def test_words_follow_from_what_was_expected(judged):
     words = {key: (one.verdict.verdict, one.holds) for key, one in judged.items()}
     assert words["h4", 500] == words["gain", 500] == ("better", "holds")
@@ -167,13 +198,18 @@ def test_holds(low, high, word, expect, holds):
     assert claim.margin == pytest.approx(1 - MARGIN)
 
 
-def test_a_failed_training_is_not_left_out_silently(fabricate, file):
+def test_no_word_before_every_declared_seed_is_finished(fabricate, file):
     fabricate.pictures = False
-    for seed in range(6):
-        fabricate.run("a4", seed, overrides=ONE, fid=6)
-        fabricate.run("baseline-a4", seed, overrides=ONE, fid=8, finish=seed != 3)
+    for seed in range(8):
+        fabricate.run("a4", seed, version=VERSION, overrides=ONE[-1:], fid=6)
+        fabricate.run(
+            "baseline-a4", seed, version=VERSION, overrides=ONE[-1:], fid=8, finish=seed != 3
+        )
     found = {one.key: one for one in judge(runs_in(fabricate.root), file)}["h4"]
-    assert (found.verdict.n, found.verdict.verdict) == (5, "better")  # one is not finished yet
+    assert (found.verdict.n, found.verdict.verdict, found.holds) == (7, *["not judged"] * 2)
+    assert found.verdict.effect < found.verdict.high < 1  # the numbers stand
+    assert found.verdict.p_value is None
+    assert found.verdict.note == "not all declared runs are finished: b4 lacks seed 3"
     manifest = next(p for p in fabricate.root.glob("*/baseline-a4-*/manifest.json")
                     if not (p.parent / "DONE").exists())  # fmt: skip
     held = json.loads(manifest.read_text())
@@ -184,15 +220,84 @@ def test_a_failed_training_is_not_left_out_silently(fabricate, file):
     assert "b4 seed 3 failed: RobuqError" in found.verdict.note
 
 
+class _Given(Runs):
+    """Values by cell in place of run folders; None is of a cell without a run."""
+
+    def __init__(self, planner, value, cpu_hours=0.5):
+        super().__init__(planner, [])
+        self.value, self.cpu_hours = value, cpu_hours
+
+    def of(self, cell):
+        value = self.value(cell)
+        if value is None:
+            return None
+        lines = (
+            *(("teacher", 0, "fid", 1.0), ("student", 0, "fid", value)),
+            ("student", 0, "recall", 1.0),
+        )
+        return Measured(f"{cell.arm}-{cell.seed}", lines, self.cpu_hours, "")
+
+
+def _noisy(cell: Cell) -> float:
+    level = {"a4": 0.965, "b4": 1.0, "a2": 1.02, "b2": 1.03}.get(cell.arm, 1.1)
+    return level * math.exp(0.02 * math.sin(7 * cell.seed + 3 * len(cell.arm) + ord(cell.arm[0])))
+
+
+def test_claims_of_a_family_that_are_not_judged_yet_count(file):
+    planner = Planner(parse_claims(TEXT, "claims"))
+    alone = _Given(planner, lambda cell: _noisy(cell) if cell.arm in ("a4", "b4") else None)
+    early = {one.key: one.verdict for one in judge(alone, file)}
+    assert [early[key].verdict for key in ("h2", "gain")] == ["not judged", "not judged"]
+    assert early["h2"].p_adjusted is None
+    # of three hypotheses, whatever the others will say: the most that Holm can ask
+    assert early["h4"].p_adjusted == pytest.approx(min(1, 3 * early["h4"].p_value))
+    late = {one.key: one.verdict for one in judge(_Given(planner, _noisy), file)}
+    assert late["h4"].p_adjusted <= early["h4"].p_adjusted
+
+
+def test_tuned_beside_untuned_is_not_judged(file):
+    declared = parse_claims(TEXT, "claims")
+
+    def note(*arms: str) -> dict[str, str]:
+        planner = Planner(declared, {("digits", arm): 2e-3 for arm in arms})
+        judged = judge(_Given(planner, _noisy), file)
+        return {one.key: one.verdict.note for one in judged if one.holds == "not judged"}
+
+    assert note() == note("a4", "b4", "a2", "b2") == {}
+    half = note("a4")
+    assert half["h4"] == "learning rate tuned of a4 but not of b4; run `claims tune`"
+    assert sorted(half) == ["gain", "h4", "recall"]  # of the teacher nothing is trained
+
+
+def test_a_value_without_logarithm_costs_its_claim_alone(file):
+    planner = Planner(parse_claims(TEXT, "claims"))
+    runs = _Given(planner, lambda c: -0.1 if (c.arm, c.seed) == ("b2", 3) else _noisy(c))
+    found = {(one.key, one.steps): one for one in judge(runs, file)}
+    note = found["h2", 500].verdict.note
+    assert "b2, seed 3" in note
+    assert "difference_margin" in note
+    assert found["h2", 500].holds == "not judged"
+    assert found["h4", 500].holds != "not judged"
+    assert set(teacher_curves(runs)["arm"]) == {"a2"}
+
+
+def test_hours_that_were_not_recorded_are_not_known(file):
+    planner = Planner(parse_claims(TEXT, "claims"))
+    for hours, total in ((0.5, 8.0), (None, None)):
+        found = {one.key: one for one in judge(_Given(planner, _noisy, hours), file)}
+        assert found["h4"].cpu_hours == total
+
+
 def test_the_table_names_file_runs_and_hours(root, file, judged):
     frame = pd.DataFrame(claims_rows(judged.values(), file)).set_index(["claim", "steps"])
     row = frame.loc[("h4", 500.0)]
     assert len(row["runs"].split()) == 16
     assert row["claims_commit"] == ""  # not in a repository
     assert len(set(frame["claims_sha256"])) == 1
-    manifests = [json.loads((root / "train-and-eval" / name / "manifest.json").read_text())
-                 for name in row["runs"].split()]  # fmt: skip
-    assert row["cpu_hours"] == pytest.approx(sum(map(cpu_hours, manifests)), abs=1e-4)
+    texts = [(root / "train-and-eval" / name / "results.jsonl").read_text()
+             for name in row["runs"].split()]  # fmt: skip
+    seconds = [json.loads(text.splitlines()[-1])["cpu_s"] for text in texts]
+    assert row["cpu_hours"] == pytest.approx(sum(seconds) / 3600, abs=1e-4)
 
 
 def test_exported_runs_give_the_same_verdicts(root, file, judged, tmp_path):
@@ -256,7 +361,7 @@ def test_the_report_shows_effects_curves_and_the_checklist(
     assert exported["holds"].tolist() == [one.holds for one in judged.values()]
     words = [one.holds for one in judged.values()]
     assert (
-        f"Of 8 declared claims (by workload and budget), {words.count('holds')} holds" in page.text
+        f"Of 9 declared claims (by workload and budget), {words.count('holds')} holds" in page.text
     )
     assert declared_section([*judged.values()][:0], rows, curves, curves) is None
 

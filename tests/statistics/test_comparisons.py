@@ -24,6 +24,7 @@ from robuq_bench.statistics.comparisons import (
     MARGIN,
     RULE,
     compare_plans,
+    judge_contrast,
     judge_family,
     judge_interval,
 )
@@ -321,6 +322,27 @@ def test_a_family_is_adjusted_as_by_statsmodels() -> None:
     assert [v.verdict for v in judged] == [
         "worse", "undecided", "undecided", "undecided", "not judged", "equivalent"
     ]  # fmt: skip
+
+
+def test_members_of_a_planned_family_without_p_value_count_as_1() -> None:
+    verdicts = family()
+    judged = judge_family(verdicts, planned=True)
+    p_values = [1.0 if v.p_value is None else v.p_value for v in verdicts]
+    expected = multipletests(p_values, method="holm")[1]
+    for verdict, p in zip(judged, expected, strict=True):
+        assert verdict.p_adjusted == (None if verdict.p_value is None else pytest.approx(p))
+    alone = judge_family(verdicts[:1])[0].p_adjusted
+    assert judge_family([verdicts[0], verdicts[5]], planned=True)[0].p_adjusted == 2 * alone
+
+
+def test_ranges_of_own_images_are_averaged_by_seed() -> None:
+    d = log_ratios(np.random.default_rng(3), 8, 3, (0.03, 0.0, 0.08))
+    weights = {"new": 1.0, "old": -1.0}
+    found = judge_contrast(plans(d), weights, "fid_digits", shared_ranges=False)
+    expected = stats.ttest_1samp(d.mean(axis=1), 0)
+    low, high = expected.confidence_interval(0.95)
+    assert (math.log(found.low), math.log(found.high)) == pytest.approx((low, high))
+    assert found.p_value == pytest.approx(expected.pvalue)
 
 
 def test_a_family_of_one_keeps_its_word_and_is_adjusted_once() -> None:
