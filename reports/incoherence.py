@@ -20,7 +20,7 @@ from reports.page import (
     sentence,
 )
 from reports.text import Phrase, joined, plural, times
-from robuq_bench.incoherence_figure import CAPTION, response_pictures
+from robuq_bench.incoherence_figure import CAPTION, at_shared_scales, response_pictures
 from robuq_bench.statistics.verdicts import interval_text
 
 ORDER = 45
@@ -60,9 +60,10 @@ def view(runs: Sequence[RunData], every: Sequence[RunData]) -> Section | None:
 
 def _ends(run: RunData) -> pd.DataFrame:
     """A row per stage, bits and rotation: factor per doubling, and the errors at both ends."""
-    frame = run.table("responses")
+    frame = at_shared_scales(run.table("responses"))
     groups = frame.sort_values("scale", kind="stable").groupby(_CELL, sort=False)
-    found = groups.last().assign(least=groups["error"].first()).reset_index()
+    found = groups.nth(-1).assign(least=groups.nth(0)["error"].to_numpy())
+    found = found.reset_index(drop=True)
     subject = found["rotation"] + ", " + found["bits"].astype(str) + " bits, " + found["when"]
     verdicts = run.table("verdicts")
     own = verdicts[verdicts["claim"].str.contains("does not depend on outliers")].set_index(
@@ -87,7 +88,8 @@ def _answer(run: RunData) -> list[Phrase]:
     texts = at["factor"].map(times) + " " + at["limits"] + " with " + at["rotation"]
     return sentence(
         f"At {plural(int(at['bits'].iloc[0]), 'bit')}, {at['when'].iloc[0]}, the error of "
-        f"{run.plan_name} on {run.workload_name} changes with each doubling of the outliers by ",
+        f"quantized activations in {run.plan_name} on {run.workload_name} changes with each "
+        "doubling of the outliers by ",
         *joined([Phrase(text.replace("with none", "without rotation"), run.href) for text in texts],
                 ", "),
         f"; {plural(int(at['seeds'].iloc[0]), 'training seed')}.",
@@ -103,15 +105,19 @@ def _sheet(run: RunData) -> Sheet:
         for low, high in found[["over_none_low", "over_none_high"]].to_numpy(float)
     ]
     columns = ["place", "when", "least", "error", "scale", "factor", "over_none"]
+    columns += ["weight_error", "student_error"]
     return Sheet(
         found[[*columns, "small", "over none limits"]],
         f"Response to outliers: {run.title}",
-        "Error at the least and at the greatest outliers s of each stage; factor of error per "
-        "doubling of s, its 95 % interval, and whether “the error does not depend on s” holds; "
-        "error at the greatest s over that without rotation.",
+        "Error of quantized activations, with unquantized weights, at the least and at the "
+        "greatest outliers s that all stages have; factor of error per doubling of s, its 95 % "
+        "interval, and whether “the error does not depend on s” holds; error at the greatest s "
+        "over that without rotation. At the greatest s, beside the teacher: the error of the "
+        "student with unquantized activations (of weights), and of the student as it is (all).",
         formats={"factor": times, "over_none": times},
         heads={"place": "rotation", "least": "error at least", "error": "at greatest",
-               "scale": "greatest s", "factor": "per doubling", "over_none": "over none"},
+               "scale": "greatest s", "factor": "per doubling", "over_none": "over none",
+               "weight_error": "of weights", "student_error": "all"},
         small={"factor": "small", "over_none": "over none limits"},
         absent="–",
     )  # fmt: skip
@@ -123,6 +129,9 @@ def _caveats(run: RunData) -> list[str]:
         f"Outliers were put into {options.get('channels')} channels of every qkv, proj and fc1 "
         "input, exactly undone by their weights; fc2 has none, and real outliers need not be in "
         "fixed channels, nor come with small weights.",
+        "s also changes what weights are rounded to, and the weights that training sees: these "
+        "errors stand in the table and are not judged. After training, unquantized weights are the "
+        "latent ones, which no student runs with.",
         f"Students train {options.get('steps')} steps at batch {options.get('batch_size')}: "
         "longer training may close gaps or open them.",
         "A slope is that of a straight line: where a curve bends, look at the figure.",

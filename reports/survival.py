@@ -41,7 +41,8 @@ def _answer(run: RunData) -> list[Phrase]:
 def _blocks(run: RunData) -> list[Block]:
     pictures = survival_pictures(run.table("survival"), f"survival-{run.anchor}")
     folds = [table_fold(run, name) for name in _RAW]
-    return [Figures(pictures, CAPTION), _sheet(run), *folds]
+    figures = [Figures(list(pictures.values()), CAPTION)] if pictures else []
+    return [*figures, _sheet(run), *folds]
 
 
 def _sheet(run: RunData) -> Sheet:
@@ -51,11 +52,13 @@ def _sheet(run: RunData) -> Sheet:
         frame[f"{of} limits"] = limits(frame[f"{of}_low"], frame[f"{of}_high"], (1.0,))
     frame["place"] = frame["steps"].map("{:,} steps".format)
     frame["small"] = (frame["gain limits"] + " " + frame["outcome"]).str.strip()
-    index = ["label", "gain_before", "gain_before limits"]
-    wide = frame.pivot(index=index, columns="place", values=["gain", "small"])
+    before = frame.drop_duplicates("label").set_index("label")[
+        ["gain_before", "gain_before limits"]
+    ]
+    wide = frame.pivot(index="label", columns="place", values=["gain", "small"])
     places = list(dict.fromkeys(frame["place"]))
     shown = pd.concat(
-        [wide["gain"][places], wide["small"][places].add_suffix(" small")], axis=1
+        [before, wide["gain"][places], wide["small"][places].add_suffix(" small")], axis=1
     ).reset_index()
     return Sheet(
         shown.sort_values("gain_before", ascending=False),

@@ -13,10 +13,22 @@ from scipy import stats
 from robuq_bench.figures import Picture, colour, legend_below, log_axis, panel
 
 CONFIDENCE = 0.95
+_CELL = ("when", "bits", "rotation")
 CAPTION = (
-    "Squared error of the students’ predictions over the teacher’s energy: geometric means over "
-    "training seeds, with 95 % t intervals of their logarithms as bands. Both axes are logarithmic."
+    "Squared change of predictions by quantized activations, with unquantized weights, over the "
+    "teacher’s energy: geometric means over training seeds, with 95 % t intervals of their "
+    "logarithms as bands. Both axes are logarithmic. A size of outliers at which a training "
+    "diverged has no point."
 )
+
+
+def at_shared_scales(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows at scales that every stage of training has, so that stages compare; `when`, `scale`.
+
+    Fewer scales are trained than are measured before training.
+    """
+    stages = frame.groupby("scale")["when"].transform("nunique")
+    return frame[stages == frame["when"].nunique()]
 
 
 def t_interval(values: Any) -> tuple[float, float]:
@@ -36,13 +48,16 @@ def response_pictures(trials: pd.DataFrame, name: str) -> list[Picture]:
         name: of the run, as in `panel`.
     """
     order = list(dict.fromkeys(trials["rotation"]))
+    lost = trials["error"].isna().groupby([trials[k] for k in (*_CELL, "scale")]).transform("any")
+    trials = trials.assign(error=trials["error"].mask(lost))
     pictures = []
     for (when, bits), own in trials.groupby(["when", "bits"], sort=False):
         scales = sorted(own["scale"].unique())
         ends = own[own["scale"].isin([scales[0], scales[-1]])]
         means = ends.groupby(["rotation", "scale"], sort=False)["error"].apply(stats.gmean)
+        said = means.map("{:.2g}".format).where(means.notna(), "diverged")
         words = "; ".join(
-            f"{rotation} {means[rotation, scales[0]]:.2g} to {means[rotation, scales[-1]]:.2g}"
+            f"{rotation} {said[rotation, scales[0]]} to {said[rotation, scales[-1]]}"
             for rotation in order
         )
         title = f"{bits} bits, {when}"

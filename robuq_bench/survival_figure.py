@@ -19,18 +19,20 @@ CAPTION = (
 _GAP = 0.062  # between labels, in heights of the axes
 
 
-def survival_pictures(rows: pd.DataFrame, name: str) -> list[Picture]:
-    """One panel per budget, in ascending order.
+def survival_pictures(rows: pd.DataFrame, name: str) -> dict[int, Picture]:
+    """A panel per budget, in ascending order, by its steps; none where no gain is known.
 
     Args:
         rows: of the table "survival" of `study survival`.
         name: as in `panel`.
     """
     frame = rows.dropna(subset=["gain", "gain_before"])
-    return [
-        _panel(frame[frame["steps"] == steps].reset_index(drop=True), steps, f"{name}-{steps}")
+    return {
+        steps: _panel(
+            frame[frame["steps"] == steps].reset_index(drop=True), steps, f"{name}-{steps}"
+        )
         for steps in sorted({int(steps) for steps in frame["steps"]})
-    ]
+    }
 
 
 def _panel(frame: pd.DataFrame, steps: int, name: str) -> Picture:

@@ -110,6 +110,19 @@ def check_choices(config: Config, choices: Sequence[int], setting: str) -> None:
         )
 
 
+def refuse_seed(config: Config) -> None:
+    """Refuse a seed of the run where the study has its own, which would only rename the run.
+
+    Raises:
+        UsageError: the seed is not 0.
+    """
+    if config.seed != 0:
+        raise UsageError(
+            f"study {config.study} trains from seeds of its own, 0 to {config.study}.seeds - 1, "
+            f"and would not use --seed {config.seed}; leave it out, or raise {config.study}.seeds"
+        )
+
+
 def _takes(method: Any, bits: int) -> bool:
     try:
         check_bits(bits, method, "")

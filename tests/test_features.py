@@ -255,3 +255,14 @@ def test_the_command_keeps_weights_and_card_in_its_run(
     again = run_study(config, tmp_path, context)
     assert again.was_complete
     assert again.table == result.table
+
+
+def test_a_share_is_not_kept_back_of_data_that_have_heldout_images() -> None:
+    share = ["train-features.heldout_fraction=0.1"]
+    with pytest.raises(UsageError, match="no share of the others is kept back"):
+        train_features.check(
+            resolve("train-features", train_features.VERSION, "fp", "fashion28", 0, share)
+        )
+    train_features.check(
+        resolve("train-features", train_features.VERSION, "fp", "digits", 0, share)
+    )

@@ -22,8 +22,8 @@ from reports import incoherence as section
 from reports.loading import read_run
 from robuq_bench.config import Config, load_plan, resolve
 from robuq_bench.context import Context
-from robuq_bench.errors import CheckError, ConfigError, UsageError
-from robuq_bench.incoherence_figure import t_interval
+from robuq_bench.errors import CheckError, ConfigError, DivergedError, UsageError
+from robuq_bench.incoherence_figure import at_shared_scales, response_pictures, t_interval
 from robuq_bench.normality.incoherence import Incoherence
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
@@ -128,10 +128,39 @@ def test_slopes_are_the_lines() -> None:
     assert found["slope"].tolist() == pytest.approx([*STEEP, *FLAT], abs=1e-12)
 
 
-def test_a_student_that_diverged_is_named() -> None:
-    trials = frame({"none": STEEP}).assign(error=lambda f: f["error"].where(f["seed"] != 3, np.nan))
+def test_an_error_without_a_logarithm_is_named() -> None:
+    trials = frame({"none": STEEP}).assign(error=lambda f: f["error"].where(f["seed"] != 3, 0.0))
     with pytest.raises(CheckError, match=r"none at s = 1, 2 bits, seed 3, before training"):
         tables.slopes_of(trials)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_where_a_training_diverged_its_cell_is_not_judged(scale: float) -> None:
+    trials = frame({"none": STEEP, "hadamard": FLAT, "dct": FLAT})
+    is_lost = trials.eval("rotation == 'hadamard' and seed == 3 and scale == @scale")
+    trials.loc[is_lost, "error"] = np.nan
+    found = tables.judge(tables.slopes_of(trials), trials)
+    words = {name: [v.verdict for v in found if v.subject.startswith(name)] for name in
+             ("none", "hadamard", "dct")}  # fmt: skip
+    assert words["hadamard"][:2] == ["not judged", "not judged"]
+    assert (words["hadamard"][2] == "not judged") == (scale == 8)
+    assert (words["none"], words["dct"]) == (["does not hold"], ["holds", "better", "better"])
+    lost = next(v for v in found if v.subject.startswith("hadamard"))
+    assert (lost.note, lost.effect, lost.n) == ("training diverged: seed 3", None, 5)
+    rows = {(r["rotation"], r["scale"]): r["error"] for r in
+            tables.responses(trials.assign(weight_error=1.0, student_error=1.0))}  # fmt: skip
+    assert [key for key, error in rows.items() if error is None] == [("hadamard", scale)]
+    (picture,) = response_pictures(trials, "test")
+    end = "diverged to" if scale == 1 else "to diverged"
+    assert end in picture.alt
+
+
+def test_stages_are_compared_over_the_scales_that_both_have() -> None:
+    both = frame({"none": STEEP})
+    after = both[both["scale"] < 8].assign(when="after training")
+    shared = at_shared_scales(pd.concat([both, after]))
+    assert shared.groupby("when")["scale"].unique().map(list).tolist() == [[1, 2], [1, 2]]
+    assert at_shared_scales(both).equals(both)
 
 
 def test_words_follow_the_rule() -> None:
@@ -314,8 +343,87 @@ def test_the_error_is_the_distillation_loss_over_the_energy(tiny_workload: Path)
         def forward(self, x: torch.Tensor, t: object, y: object) -> torch.Tensor:
             return torch.zeros_like(x)
 
-    assert study.prediction_error(Silent(), held_out) == pytest.approx(1)
-    assert study.prediction_error(teacher, held_out) == 0
+    silent = study.prediction_errors(Silent(), held_out)
+    assert silent == pytest.approx({"error": 0, "weight_error": 1, "student_error": 1})
+    assert {*study.prediction_errors(teacher, held_out).values()} == {0.0}
+
+
+def test_errors_are_those_of_plans_without_the_other_quantizer(tiny_workload: Path) -> None:
+    """A student whose weights, or activations, were never quantized; and it is left as it was."""
+    from robuq_bench.data.datasets import load_dataset
+    from robuq_bench.models.checkpoints import load_teacher
+    from robuq_bench.qat import prepare_training
+
+    context = Context.create(device="cpu", threads=1, progress=Progress(quiet=True))
+
+    def errors(*changes: str) -> dict[str, float]:
+        config = configure(tiny_workload, "attention.matmul_bits=none", *changes)
+        teacher, _ = load_teacher(config.workload, "cpu")
+        data = load_dataset(config.workload.data)
+        held_out = study.make_held_out(config, context, teacher, data)
+        student = prepare_training(config, context, teacher, data)[0].model
+        first = study.prediction_errors(student, held_out)
+        assert study.prediction_errors(student, held_out) == first
+        with study.unquantized(student):
+            exact = study.predictions(student, held_out)
+        for output, target in zip(exact, held_out.targets, strict=True):
+            torch.testing.assert_close(output, target, rtol=1e-4, atol=1e-4)
+        return first
+
+    both = errors()
+    rules = [rule.name for rule in load_plan("a4").layers]
+    weights = errors(*(f"layers.{name}.activation=none" for name in rules))
+    activations = errors(*(f"layers.{name}.weight=none" for name in rules))
+    assert both["weight_error"] == pytest.approx(weights["student_error"], rel=1e-4)
+    assert both["error"] == pytest.approx(activations["student_error"], rel=1e-3)
+    assert weights["error"] == 0
+    assert 0 < both["error"] < both["student_error"]
+
+
+def test_a_training_that_diverges_is_recorded_and_the_rest_goes_on(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, calls = study.prepare_training, []
+
+    def diverging(config: Config, *given_: Any) -> Any:
+        made = prepare(config, *given_)
+        calls.append(config)
+        if config.plan.layers[0].rotation is None:
+            monkeypatch.setattr(made[0], "train", _diverge)
+        return made
+
+    def _diverge(*_: Any) -> Any:
+        raise DivergedError("training diverged at step 1")
+
+    monkeypatch.setattr(study, "prepare_training", diverging)
+    config = configure(tiny_workload, "incoherence.seeds=1", "incoherence.trained_scales=[1,16]")
+    run = perform(config, tmp_path)
+    trials = pd.read_csv(run.path / "tables/trials.csv").set_index(["when", "rotation"])
+    assert trials.loc[("after training", "none"), "error"].isna().all()
+    assert trials["error"].notna().sum() == 6
+    assert len(calls) == 4
+    data = read_run(run.path)
+    assert section.view([data], [data]) is not None
+
+
+def test_what_would_only_rename_a_run_does_not(tiny_workload: Path) -> None:
+    one, other = (configure(tiny_workload, f"training.steps={steps}") for steps in (3, 9))
+    assert one == other
+    assert (one.workload.training.steps, one.workload.training.batch_size) == (2, 4)
+    with pytest.raises(UsageError, match="would not use --seed 7"):
+        study.check(resolve("incoherence", study.VERSION, "a4", tiny_workload, 7, SMALL))
+
+
+def test_heldout_images_are_an_input(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robuq_bench.data.datasets import load_dataset
+
+    unseen = load_dataset(configure(tiny_workload).workload.data)
+    monkeypatch.setattr(study, "load_heldout", lambda *_, **__: unseen)
+    small = ("incoherence.seeds=1", "incoherence.trained_scales=[]", "incoherence.shard='1/4'")
+    run = perform(configure(tiny_workload, *small), tmp_path)
+    assert run.manifest["inputs"]["heldout"]["sha256"] == unseen.sha256
 
 
 def test_defaults_are_judged() -> None:

@@ -22,6 +22,7 @@ from robuq_bench.judging import evaluation
 from robuq_bench.progress import Progress
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.verdicts import read_verdicts
+from robuq_bench.survival_figure import survival_pictures
 from studies.survival import study
 from studies.survival.choices import (
     CHOICES,
@@ -118,7 +119,7 @@ def log_gains(frame: pd.DataFrame, name: str, steps: int) -> np.ndarray:
 
 def test_gains_and_outcomes_are_those_of_the_rule() -> None:
     frame = losses()
-    rows, compared = survival(frame.to_dict("records"), MADE_UP, (0, 100))
+    rows, compared, _ = survival(frame.to_dict("records"), MADE_UP, (0, 100))
     assert {row["choice"]: row["outcome"] for row in rows} == EXPECTED
     for row in rows:
         for of, steps in (("gain_before", 0), ("gain", 100)):
@@ -134,8 +135,8 @@ def test_gains_and_outcomes_are_those_of_the_rule() -> None:
 
 
 def test_verdicts_say_what_became_of_the_gain() -> None:
-    rows, compared = survival(losses().to_dict("records"), MADE_UP, (0, 100))
-    table = pd.DataFrame(verdicts_of(rows, compared, study.RULE))
+    rows, compared, kept = survival(losses().to_dict("records"), MADE_UP, (0, 100))
+    table = pd.DataFrame(verdicts_of(rows, compared, kept, study.RULE))
     found = {v.subject.partition(",")[0]: v for v in read_verdicts(table)}
     words = {name: verdict.verdict for name, verdict in found.items()}
     assert words == {
@@ -149,17 +150,27 @@ def test_verdicts_say_what_became_of_the_gain() -> None:
     assert found["washed out"].note.startswith("washed out; gain 2.7")
     assert found["washed out"].p_adjusted is None
     for row in rows:
-        assert found[row["choice"]].effect == pytest.approx(row["gain"])
-        assert found[row["choice"]].low <= row["gain"] <= found[row["choice"]].high
+        verdict, name = found[row["choice"]], row["choice"]
+        expected = math.log(row["gain"])
+        if name in ("survives", "shrinks", "kept in the wrong"):
+            before, after = (log_gains(losses(), name, steps) for steps in (0, 100))
+            sign = np.sign(before.mean())
+            half = stats.ttest_rel(sign * after, sign * before / 2)
+            assert verdict.p_value == pytest.approx(half.pvalue)
+            limits = half.confidence_interval(0.95)
+            assert np.log([verdict.low, verdict.high]) == pytest.approx([limits.low, limits.high])
+            expected = sign * (after - before / 2).mean()
+        assert math.log(verdict.effect) == pytest.approx(expected)
+        assert verdict.low <= verdict.effect <= verdict.high
 
 
 def test_noise_leaves_it_open_and_few_seeds_are_not_judged() -> None:
-    rows, _ = survival(losses(noise=2.0).to_dict("records"), MADE_UP[:1], (0, 100))
+    rows, _, _ = survival(losses(noise=2.0).to_dict("records"), MADE_UP[:1], (0, 100))
     assert rows[0]["outcome"] in ("undecided", "nothing before")
-    rows, _ = survival(losses(seeds=4).to_dict("records"), MADE_UP, (0, 100))
+    rows, _, _ = survival(losses(seeds=4).to_dict("records"), MADE_UP, (0, 100))
     assert {row["outcome"] for row in rows} == {"not judged"}
     assert all(row["gain_low"] < row["gain"] < row["gain_high"] for row in rows)
-    rows, _ = survival(losses(seeds=1).to_dict("records"), MADE_UP, (0, 100))
+    rows, _, _ = survival(losses(seeds=1).to_dict("records"), MADE_UP, (0, 100))
     assert all(row["gain"] and row["gain_low"] is None for row in rows)
 
 
@@ -172,22 +183,49 @@ def test_holm_takes_what_chance_would_give() -> None:
     shared = frame.loc[is_shared].sort_values("seed")["loss"].to_numpy()
     is_own = (frame["arm"] == "with survives") & (frame["steps"] == 100)
     frame.loc[is_own, "loss"] = shared * np.exp(-gains)
-    only, _ = survival(frame.to_dict("records"), MADE_UP[:1], (0, 100))
+    only, _, _ = survival(frame.to_dict("records"), MADE_UP[:1], (0, 100))
     assert only[0]["outcome"] == "shrinks"
     noisy = losses(seeds=8, noise=1.0)
     others = noisy[~noisy["arm"].isin(["reference", "with survives"])]
     shared_rows = frame[frame["arm"].isin(["reference", "with survives"])]
-    among, _ = survival(pd.concat([shared_rows, others]).to_dict("records"), MADE_UP, (0, 100))
+    among, _, _ = survival(pd.concat([shared_rows, others]).to_dict("records"), MADE_UP, (0, 100))
     assert among[0]["outcome"] == "undecided"
 
 
 def test_a_training_that_diverged_is_told_and_not_left_out() -> None:
     frame = losses()
     frame.loc[(frame["arm"] == "with survives") & (frame["seed"] == 3), "loss"] = None
-    rows, compared = survival(frame.to_dict("records"), MADE_UP[:2], (0, 100))
+    rows, compared, kept = survival(frame.to_dict("records"), MADE_UP[:2], (0, 100))
     assert [row["outcome"] for row in rows] == ["not judged", "shrinks"]
     assert "with survives seed 3" in compared["survives", 100].note
-    assert pd.DataFrame(verdicts_of(rows, compared, "rule"))["verdict"][0] == "not judged"
+    assert pd.DataFrame(verdicts_of(rows, compared, kept, "rule"))["verdict"][0] == "not judged"
+
+
+def test_half_kept_exactly_is_rarely_decided() -> None:
+    """Words by point estimates alone would be a coin toss, each of them decided."""
+    rng, words = np.random.default_rng(0), []
+    names = ("reference", "with survives")
+    for _ in range(100):
+        made = [
+            {"arm": arm, "steps": steps, "seed": seed, "loss": math.exp(rng.normal(-gain, 0.1))}
+            for steps, kept in ((0, 0.8), (100, 0.4))
+            for arm, gain in zip(names, (0.0, kept), strict=True)
+            for seed in range(8)
+        ]
+        rows, _, _ = survival(made, MADE_UP[:1], (0, 100))
+        words.append(rows[0]["outcome"])
+    assert words.count("undecided") >= 90  # of 5 % decided by chance, 11 or more: p = 0.01
+    assert {*words} <= {"undecided", "survives", "shrinks"}
+
+
+@pytest.mark.parametrize(("steps", "drawn"), [(0, []), (100, [500])])
+def test_a_budget_without_a_gain_is_not_drawn(steps: int, drawn: list[int]) -> None:
+    """The other panels are, the report has the choice all the same."""
+    frame = pd.concat([losses(), losses().query("steps == 100").assign(steps=500)])
+    frame.loc[(frame["arm"] == "with survives") & (frame["steps"] == steps)
+              & (frame["seed"] == 3), "loss"] = None  # fmt: skip
+    rows, _, _ = survival(frame.to_dict("records"), MADE_UP[:1], (0, 100, 500))
+    assert list(survival_pictures(pd.DataFrame(rows), "test")) == drawn
 
 
 # A run on a tiny model.
@@ -310,6 +348,48 @@ def test_divergence_is_recorded_and_the_rest_goes_on(
     rows = pd.read_csv(run.path / "tables" / "survival.csv").set_index("choice")
     assert math.isnan(rows.loc["hadamard", "gain"])
     assert rows.loc["centring", "gain"] > 0
+
+
+def test_losses_are_of_heldout_images_where_there_are_any(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robuq_bench.data.datasets import load_dataset, make_image_data
+
+    config = configure(tiny_workload, "survival.seeds=1", 'survival.choices=["distillation"]')
+    data = load_dataset(config.workload.data, name=config.workload.name)
+    unseen = make_image_data(255 - data.images[:8], data.labels[:8], "made:t10k")
+    monkeypatch.setattr(study, "load_heldout", lambda *_, **__: unseen)
+    run = perform(config, tmp_path)
+    assert {r["validation_images"] for r in run.results() if r["kind"] == "trial"} == {"held-out"}
+    assert run.manifest["inputs"]["heldout"]["sha256"] == unseen.sha256
+
+
+def test_what_would_only_rename_a_run_does_not(tiny_workload: Path) -> None:
+    one, other = (configure(tiny_workload, f"training.steps={steps}") for steps in (3, 9))
+    assert one == other
+    assert one.workload.training.steps == 2  # the last budget
+    with pytest.raises(UsageError, match="would not use --seed 7"):
+        study.check(resolve("survival", study.VERSION, "a4", tiny_workload, 7, SMALL))
+
+
+def test_the_section_shows_a_choice_that_has_no_gain_before(
+    tiny_workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = study.train
+
+    def diverging(config: Any, *given: Any) -> Any:
+        if config.plan.layers[0].rotation is None and not config.workload.training.steps:
+            raise DivergedError("training diverged at step 1")
+        return train(config, *given)
+
+    monkeypatch.setattr(study, "train", diverging)
+    for choices, label in (("['hadamard']", "Hadamard"), ("['hadamard','centring']", "centring")):
+        small = ("survival.seeds=1", f"survival.choices={choices}")
+        run = perform(configure(tiny_workload, *small), tmp_path)
+        page = build_report([run.path], tmp_path / "report.html").read_text("utf-8")
+        assert "Hadamard" in page
+        assert label in page
+        assert (run.path / "figures" / "survival-2.svg").is_file() == (label == "centring")
 
 
 def test_a_dry_run_says_how_much_there_is_to_do(

@@ -225,6 +225,12 @@ def _narrowed(config: Config) -> Config:
         workload = config.workload.model_copy(update={"training": _NO_TRAINING})
         samples_by_seed = workload.evaluation.image_seeds == "own"
         changes |= {"workload": workload, "seed": config.seed if samples_by_seed else 0}
+    own: dict[str, str] = getattr(config.settings, "OWN_TRAINING", {})
+    if own:
+        values = {name: getattr(config.settings, field) for name, field in own.items()}
+        used = {name: max(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        training = config.workload.training.model_copy(update=used)
+        changes["workload"] = config.workload.model_copy(update={"training": training})
     return config.model_copy(update=changes)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from robuq_bench.sections import Floats, Ints, OptionalText, Section, Strings, ascends, check_shard
@@ -18,8 +20,11 @@ class Settings(Section):
     proj and fc1. The plan is taken with each of `rotations` (methods' names, or "none") in all its
     rules, and at each of `bits` where its rules leave activation bits to an allocation. Every
     student is judged before training; those of `trained_scales` also after `steps` steps at
-    `batch_size`. `block` is that of block-hadamard. Fewer than five `seeds` are not judged.
+    `batch_size`, in place of the workload's. `block` is that of block-hadamard. Fewer than five
+    `seeds` are not judged.
     """
+
+    OWN_TRAINING: ClassVar[dict[str, str]] = {"steps": "steps", "batch_size": "batch_size"}
 
     scales: Floats = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     trained_scales: Floats = (1.0, 4.0, 16.0)

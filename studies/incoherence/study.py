@@ -1,13 +1,15 @@
 """Does rotation help against outliers? Error of quantized students, dose by dose.
 
 Two channels at the inputs of qkv, proj and fc1 are scaled up by s and their weights down, which
-leaves the teacher's function (`models/outliers.py`). Nothing but s differs between teachers, so
-that what a student loses with growing s is due to outliers. A plan is taken with one rotation after
+leaves the teacher's function (`models/outliers.py`). A plan is taken with one rotation after
 another in all its rules, at few activation bits, and its students are judged before and after a
-short training: by the squared error of their predictions on images of fixed noise, over the
-teacher's own energy. A training seed decides batches, random signs and which channels are scaled,
-and is the same at every dose and rotation, so that slopes are paired. `RULE` was fixed before any
-number was seen.
+short training. s changes the weights too, and with them what a weight quantizer rounds and a branch
+takes. So what is judged is the error of activations alone: with unquantized weights, how far
+predictions on images of fixed noise move when activations are quantized, squared, over the
+teacher's own energy. Beside it stand the student's error against the teacher as it is, and with
+unquantized activations. A training seed decides batches, random signs and which channels are
+scaled, and is the same at every dose and rotation, so that slopes are paired. `RULE` was fixed
+before any number was seen.
 
 Beside it, per layer type: the error of the layer's output by its quantized input, over the part of
 the output that tells tokens apart, and how far the largest inputs stand out once they are rotated.
@@ -17,7 +19,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ from robuq_bench.config.workload import OutliersConfig
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout
 from robuq_bench.diffusion import Diffusion
-from robuq_bench.errors import ConfigError, UsageError
+from robuq_bench.errors import ConfigError, DivergedError, UsageError
 from robuq_bench.judging.sampling import evaluation_mode, shard
 from robuq_bench.methods import read_method
 from robuq_bench.models.checkpoints import load_teacher
@@ -45,24 +48,26 @@ from robuq_bench.sensitivity.local import local_errors
 from robuq_bench.sensitivity.probing import rotated_input
 from robuq_bench.statistics.comparisons import CONFIDENCE, MARGIN, MIN_SEEDS
 from robuq_bench.training import Batch, BatchSource
-from robuq_bench.trials import adopt_shards, check_choices
+from robuq_bench.trials import adopt_shards, check_choices, refuse_seed
 from studies.incoherence.settings import LAYER_IMAGES, NONE, Settings
-from studies.incoherence.tables import AFTER, BEFORE, DOUBLING, summarise
+from studies.incoherence.tables import AFTER, BEFORE, DOUBLING, ERRORS, summarise
 
 VERSION = "1"
 SUMMARY = "Does rotation help against outliers? Error of students by the size of outliers."
 RULE = (
-    "A response is the slope of log error against log2 s, a line of least squares over the scales "
-    "measured, of each training seed. Its mean over seeds and the "
+    "The error is that of quantized activations with unquantized weights. A response is the slope "
+    "of log error against log2 s, a line of least squares over the scales that are measured both "
+    "before and after training, of each training seed. Its mean over seeds and the "
     f"{CONFIDENCE:.0%} t interval are given as factor of error per doubling of the outliers. "
     "“The error does not depend on outliers” holds if the interval lies within "
     f"1/{DOUBLING} to {DOUBLING}, does not hold if it lies wholly beyond one of them, and is "
     "undecided otherwise. Beside no rotation, slopes are paired by seed: equivalent if the "
     f"interval of the ratio of factors lies within 1/{DOUBLING} to {DOUBLING}, otherwise better or "
     "worse if it lies wholly below or above 1, otherwise undecided. So are the errors at the "
-    f"greatest outliers, with {MARGIN} to 1/{MARGIN}. With fewer than {MIN_SEEDS} seeds: not "
-    "judged. Verdicts before training are one family, those after it another: decided words must "
-    "also survive Holm's correction; equivalent stands on its interval."
+    f"greatest of these outliers, with {MARGIN} to 1/{MARGIN}. With fewer than {MIN_SEEDS} seeds, "
+    "or where a training diverged: not judged. Verdicts before training are one family, those "
+    "after it another: decided words must also survive Holm's correction; equivalent stands on its "
+    "interval."
 )
 
 MACS_PER_SECOND = 16e9
@@ -93,6 +98,7 @@ class HeldOut(NamedTuple):
 def check(config: Config) -> None:
     """Refuse what the study would set twice, and rotations or bits that the plan cannot have."""
     options = config.settings_of(Settings)
+    refuse_seed(config)
     if config.workload.teacher.outliers is not None:
         raise UsageError(
             f"study incoherence puts in outliers itself, and workload {config.workload.name!r} has "
@@ -118,7 +124,7 @@ def outlook(config: Config) -> str:
     # Forward passes: a student's three (two backward) and the teacher's; layers are run about four
     # times more.
     passes = 4 * len(trained) * options.steps * options.batch_size
-    passes += (len(trials) + len(trained)) * (options.images + 4 * LAYER_IMAGES)
+    passes += (len(trials) + len(trained)) * (4 * options.images + 4 * LAYER_IMAGES)
     seconds = passes * macs / MACS_PER_SECOND
     return (
         f"{len(trials)} students, {len(trained)} of them trained for {options.steps} steps: about "
@@ -146,6 +152,8 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     data = load_dataset(workload.data, name=workload.name)
     run.add_input_digest("data", data.sha256, source=data.source)
     unseen = load_heldout(workload.data, name=workload.name)
+    if unseen is not None:
+        run.add_input_digest("heldout", unseen.sha256, source=unseen.source)
     held_out = make_held_out(config, context, plain, data if unseen is None else unseen)
     trials = own_trials(options)
     if options.shard is None:
@@ -184,35 +192,34 @@ def measure_trial(
     data: ImageData,
     held_out: HeldOut,
 ) -> None:
-    """Judge a student before training, and after it if its scale is among the trained ones."""
+    """Judge a student before training, and after it if its scale is among the trained ones.
+
+    A training that diverges is recorded without errors.
+    """
     options = config.settings_of(Settings)
-    recipe = config.workload.training.model_copy(
-        update={"steps": options.steps, "batch_size": options.batch_size}
-    )
-    own = config.model_copy(
-        update={
-            "seed": trial.seed,
-            "plan": plan_with(config.plan, trial.rotation, trial.bits, options.block),
-            "workload": config.workload.model_copy(update={"training": recipe}),
-        }
-    )
+    plan = plan_with(config.plan, trial.rotation, trial.bits, options.block)
+    own = config.model_copy(update={"seed": trial.seed, "plan": plan})
     trainer, source, loss_function = prepare_training(own, context, teacher, data)
     student = trainer.model
     for key in keys(trial, options):
         when = AFTER if key == trial.key(AFTER) else BEFORE
+        record = {"kind": "trial", "when": when, **trial._asdict()}
         if when == AFTER:
-            for _ in trainer.train(source, loss_function, options.steps):
-                pass
+            try:
+                for _ in trainer.train(source, loss_function, options.steps):
+                    pass
+            except DivergedError as error:
+                context.progress.log(f"{key}: {error}")
+                run.append(key, **record, **dict.fromkeys(ERRORS), layer_errors={})
+                continue
             trainer.copy_ema_to(student)
         if run.has(key):
             continue
-        found = {
-            "error": prediction_error(student, held_out),
-            "layer_errors": layer_errors(student, trial.bits, held_out.batches[:1]),
-        }
+        found: dict[str, Any] = prediction_errors(student, held_out)
+        found["layer_errors"] = layer_errors(student, trial.bits, held_out.batches[:1])
         if when == BEFORE:
             found["inputs"] = input_shapes(teacher, student, held_out.batches[:1])
-        run.append(key, kind="trial", when=when, **trial._asdict(), **found)
+        run.append(key, **record, **found)
 
 
 def plan_with(plan: Plan, rotation: str, bits: int, block: int) -> Plan:
@@ -251,15 +258,56 @@ def make_held_out(config: Config, context: Context, teacher: DiT, data: ImageDat
     return HeldOut(batches, targets, energy)
 
 
+def prediction_errors(student: nn.Module, held_out: HeldOut) -> dict[str, float]:
+    """Mean squared differences between predictions, over the mean square of the teacher's.
+
+    Returns:
+        error: of quantized activations, between the student with unquantized weights and itself
+            with nothing quantized: before training this is the teacher, after it the latent weights
+            that training moved. Whatever else the plan quantizes, such as attention, is in both.
+        weight_error: between the student with unquantized activations and the teacher.
+        student_error: between the student and the teacher.
+    """
+    rounded = predictions(student, held_out)
+    with unquantized(student, weights=False):
+        of_weights = predictions(student, held_out)
+    with unquantized(student, activations=False):
+        of_activations = predictions(student, held_out)
+    with unquantized(student):
+        exact = predictions(student, held_out)
+    pairs = ((of_activations, exact), (of_weights, held_out.targets), (rounded, held_out.targets))
+    return {
+        name: sum(float((x - y).square().mean()) for x, y in zip(*pair, strict=True))
+        / len(held_out.batches)
+        / held_out.energy
+        for name, pair in zip(ERRORS, pairs, strict=True)
+    }
+
+
 @torch.no_grad()
-def prediction_error(student: nn.Module, held_out: HeldOut) -> float:
-    """Mean squared difference to the teacher's predictions over their mean square."""
-    total = 0.0
-    with evaluation_mode(student):
-        for batch, target in zip(held_out.batches, held_out.targets, strict=True):
-            output = student(batch.x_t, batch.t, batch.y).float()
-            total += float((output - target).square().mean())
-    return total / len(held_out.batches) / held_out.energy
+def predictions(model: nn.Module, held_out: HeldOut) -> list[Tensor]:
+    """What a model predicts on the held-out batches, in evaluation mode."""
+    with evaluation_mode(model):
+        return [model(batch.x_t, batch.t, batch.y).float() for batch in held_out.batches]
+
+
+@contextmanager
+def unquantized(
+    student: nn.Module, *, weights: bool = True, activations: bool = True
+) -> Iterator[None]:
+    """Leave weights or activations of all layers unquantized, for a while."""
+    layers = quantized_layers(student).values()
+    held = [(layer.weight_quantizer, layer.activation_bits) for layer in layers]
+    try:
+        for layer in layers:
+            if weights:
+                layer.weight_quantizer = None
+            if activations:
+                layer.activation_bits = None
+        yield
+    finally:
+        for layer, (quantizer, bits) in zip(layers, held, strict=True):
+            layer.weight_quantizer, layer.activation_bits = quantizer, bits
 
 
 def layer_errors(student: nn.Module, bits: int, batches: Sequence[Batch]) -> dict[str, float]:

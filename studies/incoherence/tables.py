@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from robuq_bench.errors import CheckError
-from robuq_bench.incoherence_figure import response_pictures, t_interval
+from robuq_bench.incoherence_figure import at_shared_scales, response_pictures, t_interval
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.comparisons import (
     CONFIDENCE,
@@ -26,9 +26,12 @@ from studies.incoherence.settings import NONE, Settings
 
 BEFORE, AFTER = "before training", "after training"
 
+ERRORS = ("error", "weight_error", "student_error")
+"""Of predictions: what is judged, of quantized activations; then by unquantized ones, and whole."""
+
 DOUBLING = 1.02
 """Factors of error per doubling of the outliers from its reciprocal to this are of no consequence:
-10 % from outliers of 1 to 32."""
+8 % from outliers of 1 to 16."""
 
 _CELL = ["when", "bits", "rotation"]
 
@@ -40,17 +43,18 @@ def summarise(run: Run, options: Settings, rule: str) -> list[dict[str, Any]]:
     """
     records = [record for record in run.results() if record["kind"] == "trial"]
     frame = ordered(pd.DataFrame(records), options)
-    trials = frame[[*_CELL, "scale", "seed", "error"]]
+    trials = frame[[*_CELL, "scale", "seed", *ERRORS]].astype(dict.fromkeys(ERRORS, float))
     run.write_table("trials", records_of(trials))
     run.write_table("responses", responses(trials))
     run.write_table("layers", layer_rows(frame))
     run.write_table("inputs", input_rows(frame))
-    slopes = slopes_of(trials)
+    shared = at_shared_scales(trials)
+    slopes = slopes_of(shared)
     run.write_table("slopes", records_of(slopes))
-    run.write_table("verdicts", verdict_rows(judge(slopes, trials), rule))
+    run.write_table("verdicts", verdict_rows(judge(slopes, shared), rule))
     for picture, name in zip(response_pictures(trials, run.id), cells(trials), strict=True):
         picture.save(run.figure_path(f"errors-{name[0].split()[0]}-{name[1]}-bits"))
-    return headline(trials, slopes)
+    return headline(shared, slopes)
 
 
 def ordered(frame: pd.DataFrame, options: Settings) -> pd.DataFrame:
@@ -63,8 +67,8 @@ def ordered(frame: pd.DataFrame, options: Settings) -> pd.DataFrame:
 
 
 def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a table."""
-    rows: Any = frame.to_dict("records")
+    """Rows of a table; None for NaN."""
+    rows: Any = frame.astype(object).where(frame.notna(), None).to_dict("records")
     return list(rows)
 
 
@@ -74,7 +78,10 @@ def cells(trials: pd.DataFrame) -> list[tuple[str, int]]:
 
 
 def responses(trials: pd.DataFrame) -> list[dict[str, Any]]:
-    """Geometric mean error of every dose with its t interval, and its ratio to no rotation."""
+    """Geometric mean error of every dose with its t interval, and its ratio to no rotation.
+
+    Empty where a training diverged: the other seeds would be no fair sample.
+    """
     keys = ["when", "bits", "scale", "seed"]
     none = trials[trials["rotation"] == NONE].set_index(keys)["error"].rename("none")
     rows = []
@@ -82,21 +89,22 @@ def responses(trials: pd.DataFrame) -> list[dict[str, Any]]:
         low, high = t_interval(own["error"])
         row = dict(zip([*_CELL, "scale"], cell, strict=True))
         row |= {"seeds": len(own), "error": stats.gmean(own["error"]), "low": low, "high": high}
-        ratio = (own["error"] / own["none"]).dropna()
-        if row["rotation"] != NONE and len(ratio):
+        row |= {name: stats.gmean(own[name]) for name in ERRORS[1:]}
+        ratio = own["error"] / own["none"]
+        if row["rotation"] != NONE and ratio.notna().all():
             low, high = t_interval(ratio)
             row |= {"over_none": stats.gmean(ratio), "over_none_low": low, "over_none_high": high}
         rows.append(row)
-    return rows
+    return records_of(pd.DataFrame(rows))
 
 
 def layer_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Error of layers' outputs, a column per layer type: means over seeds."""
     rows = []
     for cell, own in frame.groupby([*_CELL, "scale"], sort=False):
-        means: Any = pd.DataFrame(list(own["layer_errors"])).mean().to_dict()
+        means: Any = pd.DataFrame(list(own["layer_errors"])).mean(skipna=False).to_dict()
         rows.append({**dict(zip([*_CELL, "scale"], cell, strict=True)), **means})
-    return rows
+    return records_of(pd.DataFrame(rows))
 
 
 def input_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -115,13 +123,16 @@ def input_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def slopes_of(trials: pd.DataFrame) -> pd.DataFrame:
     """Slope of log error against log2 scale by cell and seed, in `slope`: log factor a doubling.
 
+    NaN where a training of the seed diverged, which has no error.
+
     Raises:
-        CheckError: an error is not a number above 0, as of a training that diverged.
+        CheckError: an error is infinite or not above 0.
     """
-    for row in trials[~(np.isfinite(trials["error"]) & (trials["error"] > 0))].itertuples():
+    errors = trials["error"]
+    for row in trials[errors.notna() & ~(np.isfinite(errors) & (errors > 0))].itertuples():
         raise CheckError(
             f"{row.rotation} at s = {row.scale:g}, {row.bits} bits, seed {row.seed}, {row.when}: "
-            f"the error is {row.error}; lower training.learning_rate"
+            f"the error is {row.error}; a number above 0 is needed"
         )
     rows = []
     for cell, own in trials.groupby([*_CELL, "seed"], sort=False):
@@ -150,11 +161,20 @@ def judge(slopes: pd.DataFrame, trials: pd.DataFrame) -> list[Verdict]:
             own.append(_response(values, where))
             if rotation == NONE or (bits, NONE) not in by_bits:
                 continue
-            beside.append(_difference((values - by_bits[bits, NONE]).dropna(), where))
-            compared = compare_plans(errors[errors["bits"] == bits], rotation, NONE, "error")
+            none = by_bits[bits, NONE]
+            values, none = values.align(none, join="inner")
+            beside.append(_difference(values - none, where))
             claim = (
                 f"At outliers of {greatest:g}, the error with {rotation} differs from that without"
             )
+            pair = errors[(errors["bits"] == bits) & errors["plan"].isin([rotation, NONE])]
+            if pair["value"].isna().any():
+                compared = dataclasses.replace(
+                    _not_judged(pair.set_index("seed")["value"], claim, where),
+                    effect_name="ratio of geometric means of error",
+                )
+            else:
+                compared = compare_plans(pair, rotation, NONE, "error")
             beside.append(dataclasses.replace(compared, claim=claim, subject=where))
         found += judge_family([*own, *beside])
     return found
@@ -166,7 +186,7 @@ def _response(values: pd.Series[float], where: str) -> Verdict:
     rotation = where.partition(",")[0]
     arm = "Without rotation" if rotation == NONE else f"With {rotation}"
     verdict = _not_judged(values, f"{arm}, the error does not depend on outliers", where)
-    if len(values) < MIN_SEEDS:
+    if verdict.note:
         return verdict
     mean, error, t, reach = _spread(values)
     if abs(mean) + reach <= margin:
@@ -188,7 +208,7 @@ def _difference(values: pd.Series[float], where: str) -> Verdict:
         where,
     )  # fmt: skip
     verdict = dataclasses.replace(verdict, effect_name="ratio of factors of error per doubling")
-    if len(values) < MIN_SEEDS:
+    if verdict.note:
         return verdict
     mean, error, t, reach = _spread(values)
     word = judge_interval(mean - reach, mean + reach, math.log(DOUBLING))
@@ -196,28 +216,35 @@ def _difference(values: pd.Series[float], where: str) -> Verdict:
 
 
 def _not_judged(values: pd.Series[float], claim: str, where: str) -> Verdict:
-    """The numbers of log factors by seed, without a word."""
+    """The numbers of log factors by seed, without a word; `note` says why there can be none.
+
+    NaN is a training that diverged: then there are no numbers, which would be of the others.
+    """
+    lost = sorted({*values.index[values.isna()]})
     few = len(values) < MIN_SEEDS
-    low, high = t_interval(np.exp(values)) if len(values) > 1 else (None, None)
+    note = f"{MIN_SEEDS} training seeds are needed" if few else ""
+    if lost:
+        note = f"training diverged: seed {', '.join(map(str, lost))}"
+    low, high = t_interval(np.exp(values)) if len(values) > 1 and not lost else (None, None)
     seen = None
-    if not few:
+    if not note:
         _, error, t, reach = _spread(values)
         seen = math.exp(reach + float(t.ppf(POWER)) * error)
     return Verdict(
         claim=claim,
         subject=where,
         verdict="not judged",
-        effect=math.exp(values.mean()),
+        effect=None if lost else math.exp(values.mean()),
         effect_name="factor of error per doubling",
         low=low,
         high=high,
         confidence=CONFIDENCE,
-        n=len(values),
+        n=values.index.nunique(),
         n_of="training seeds",
         test="paired t over seeds",
         p_value=None,
         detectable=seen,
-        note=f"{MIN_SEEDS} training seeds are needed" if few else "",
+        note=note,
     )
 
 
@@ -250,4 +277,4 @@ def headline(trials: pd.DataFrame, slopes: pd.DataFrame) -> list[dict[str, Any]]
                 "high": high,
             }
         )
-    return rows
+    return records_of(pd.DataFrame(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from robuq_bench.sections import (
@@ -20,8 +22,11 @@ class Settings(Section):
     """What `study survival` trains: both arms of every choice, at every budget, from every seed.
 
     `budgets` are steps of training, each with the whole schedule of the learning rate; they begin
-    with 0, the model before training. Fewer than five `seeds` are not judged.
+    with 0, the model before training; `training.steps` is the last of them. Fewer than five
+    `seeds` are not judged.
     """
+
+    OWN_TRAINING: ClassVar[dict[str, str]] = {"steps": "budgets"}
 
     choices: Strings = NAMES
     budgets: Ints = (0, 100, 500, 2000)

@@ -4,8 +4,9 @@ Most of what is published of a quantizer is shown before training, or by the err
 both arms of a choice (see `choices.py`) start from the same teacher and are trained with the plan's
 losses from the same seeds, which draw batches, signs and calibration images, at each of several
 budgets. The measure is the distillation loss of the averaged weights on fixed validation batches,
-over the mean square of the teacher's output on them: 0 is the teacher, 1 is predicting nothing. It
-is compared within a choice only, where everything else is equal.
+of held-out images where the workload has them, over the mean square of the teacher's output on
+them: 0 is the teacher, 1 is predicting nothing. It is compared within a choice only, where
+everything else is equal.
 
 With g = log(loss without / loss with), for each seed, `RULE` compares g after N steps with g before
 any. It is fixed before a run. A choice that acts in training alone (distillation) has g = 0 before
@@ -22,7 +23,7 @@ from torch import nn
 
 from robuq_bench.config import Config
 from robuq_bench.context import Context
-from robuq_bench.data.datasets import ImageData, load_dataset
+from robuq_bench.data.datasets import ImageData, load_dataset, load_heldout
 from robuq_bench.errors import DivergedError
 from robuq_bench.judging.evaluation import validation_energy, validation_losses
 from robuq_bench.judging.sampling import shard
@@ -32,7 +33,7 @@ from robuq_bench.qat import prepare_training
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics import comparisons
 from robuq_bench.survival_figure import survival_pictures
-from robuq_bench.trials import adopt_shards
+from robuq_bench.trials import adopt_shards, refuse_seed
 from studies.survival.choices import (
     Arm,
     Choice,
@@ -52,9 +53,11 @@ RULE = (
     "A choice's gain is the ratio of geometric means of the normalised distillation loss without "
     "it and with it, over paired training seeds. Before and after training it is judged by this: "
     f"{comparisons.RULE} All of a run's comparisons are one family. Where the gain before training "
-    "is better or worse, it survives N steps if the gain after them is decided on the same side "
-    f"and keeps at least {KEPT:.0%} of the logarithm, by the estimates; it shrinks if it keeps "
-    "less; it is washed out if the gain after them is equivalent to none, reversed if it is "
+    "is better or worse, and the gain after N steps is decided on the same side, the difference of "
+    f"its logarithm and {KEPT:.0%} of that before is judged by its paired t interval over seeds, "
+    "these tests being a second family with Holm's correction: the gain survives if the interval "
+    "lies above 0, on the side of the gain, shrinks if below, and is undecided otherwise. It is "
+    "washed out if the gain after them is equivalent to none, reversed if it is "
     "decided on the other side, and undecided otherwise. Survives is “holds”; shrinks, washed out "
     "and reversed are “does not hold”. Where nothing is decided before training there is nothing "
     "to survive: not judged."
@@ -76,6 +79,7 @@ class Trial(NamedTuple):
 
 def check(config: Config) -> None:
     """Refuse a plan with which a choice says nothing."""
+    refuse_seed(config)
     check_choices(config.plan, choices_of(config), config.study)
 
 
@@ -126,8 +130,11 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
     teacher, digest = load_teacher(config.workload, context.device)
     run.add_input_digest("teacher", digest)
     run.add_input_digest("data", data.sha256, source=data.source)
+    heldout = load_heldout(config.workload.data, name=config.workload.name)
+    if heldout is not None:
+        run.add_input_digest("heldout", heldout.sha256, source=heldout.source)
     adopt_shards(run, config, "trial")
-    train_all(config, run, context, teacher, data)
+    train_all(config, run, context, teacher, data, heldout)
     trials = [record for record in run.results() if record["kind"] == "trial"]
     if options.shard is not None:
         return [{"shard": options.shard, "items": len(trials)}]
@@ -136,12 +143,10 @@ def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
         "arms",
         [{"arm": arm_name(arm), "command": command_of(config, arm)} for arm in arms_of(choices)],
     )
-    rows, comparisons_made = survival(trials, choices, options.budgets)
+    rows, gains, kept = survival(trials, choices, options.budgets)
     run.write_table("survival", rows)
-    run.write_table("verdicts", verdicts_of(rows, comparisons_made, RULE))
-    for steps, picture in zip(
-        options.budgets[1:], survival_pictures(pd.DataFrame(rows), "survival"), strict=True
-    ):
+    run.write_table("verdicts", verdicts_of(rows, gains, kept, RULE))
+    for steps, picture in survival_pictures(pd.DataFrame(rows), "survival").items():
         picture.save(run.figure_path(f"survival-{steps}"))
     return rows
 
@@ -161,7 +166,12 @@ def with_budget(config: Config, trial: Trial) -> Config:
 
 
 def train_all(
-    config: Config, run: Run, context: Context, teacher: nn.Module, data: ImageData
+    config: Config,
+    run: Run,
+    context: Context,
+    teacher: nn.Module,
+    data: ImageData,
+    heldout: ImageData | None,
 ) -> None:
     """Train and judge every network that is not there yet."""
     trials = trials_of(config)
@@ -169,7 +179,8 @@ def train_all(
     if not missing:
         return
     teacher.requires_grad_(False).eval()
-    energy = validation_energy(teacher, data, config.workload, context.device)
+    unseen = data if heldout is None else heldout
+    energy = validation_energy(teacher, unseen, config.workload, context.device)
     with context.progress.task("networks", len(trials), len(trials) - len(missing)) as task:
         for trial in missing:
             start = time.perf_counter()
@@ -180,7 +191,9 @@ def train_all(
             except DivergedError as error:
                 context.progress.log(f"{trial.key}: {error}")
             else:
-                found = validation_losses(student, teacher, data, own.workload, context.device)
+                found = validation_losses(
+                    student, teacher, data, own.workload, context.device, heldout
+                )
                 losses = {"loss": found["distillation_loss"] / energy, **found}
             run.append(
                 trial.key,

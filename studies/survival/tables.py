@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from robuq_bench.statistics.comparisons import compare_plans, judge_family
+from robuq_bench.statistics.comparisons import compare_plans, judge_contrast, judge_family
 from robuq_bench.statistics.verdicts import Verdict, verdict_rows
 from studies.survival.choices import Choice, arm_name
 
@@ -29,27 +29,38 @@ WORDS = {
 """What becomes of a gain, and the word of its verdict."""
 
 Compared = dict[tuple[str, int], Verdict]
-"""Loss with a choice over that without it, by (choice, steps)."""
+"""A comparison by (choice, steps)."""
 
 
 def survival(
     trials: Iterable[dict[str, Any]], choices: Sequence[Choice], budgets: Sequence[int]
-) -> tuple[list[dict[str, Any]], Compared]:
-    """One row per choice and budget after training, and the comparisons, judged as one family.
+) -> tuple[list[dict[str, Any]], Compared, Compared]:
+    """One row per choice and budget after training, and two families of comparisons.
 
     Gains are ratios of losses, without over with, above 1 where the choice helps; `kept` is the
     share of the logarithm that is left.
+
+    Returns:
+        rows of the table; losses with a choice over those without it; and where these are decided
+        on the same side before and after training, whether `KEPT` of the logarithm is left.
     """
     frame = pd.DataFrame(trials)
     keys = [(choice, steps) for choice in choices for steps in budgets]
     found = judge_family([_compare(frame, choice, steps) for choice, steps in keys])
     compared = {(c.name, steps): v for (c, steps), v in zip(keys, found, strict=True)}
-    rows = [
-        _row(frame, choice, steps, compared[choice.name, 0], compared[choice.name, steps])
-        for choice in choices
-        for steps in budgets[1:]
+    trained = [(choice, steps) for choice, steps in keys if steps]
+    asked = [
+        (choice, steps)
+        for choice, steps in trained
+        if compared[choice.name, 0].verdict == compared[choice.name, steps].verdict
+        and compared[choice.name, 0].verdict in ("better", "worse")
     ]
-    return rows, compared
+    halves = judge_family(
+        [_half(frame, c, steps, compared[c.name, 0].verdict == "better") for c, steps in asked]
+    )
+    kept = {(c.name, steps): v for (c, steps), v in zip(asked, halves, strict=True)}
+    rows = [_row(frame, choice, steps, compared, kept) for choice, steps in trained]
+    return rows, compared, kept
 
 
 def _compare(frame: pd.DataFrame, choice: Choice, steps: int) -> Verdict:
@@ -79,7 +90,35 @@ def _compare(frame: pd.DataFrame, choice: Choice, steps: int) -> Verdict:
     )
 
 
-def outcome(before: Verdict, after: Verdict) -> str:
+def _half(frame: pd.DataFrame, choice: Choice, steps: int, is_better: bool) -> Verdict:
+    """Whether `KEPT` of a gain's logarithm is left, or of a loss's: log after - KEPT · log before.
+
+    Of each seed; above 0, on the side of the gain before training, the share is left.
+    """
+    sign = 1.0 if is_better else -1.0
+    names = {arm_name(choice.chosen): "with", arm_name(choice.other): "without"}
+    own = frame[frame["steps"].isin((0, steps)) & frame["arm"].isin(names)]
+    plan = own["arm"].map(names) + " " + own["steps"].astype(str)
+    weights = {
+        f"without {steps}": sign,
+        f"with {steps}": -sign,
+        "without 0": -KEPT * sign,
+        "with 0": KEPT * sign,
+    }
+    values = own.assign(plan=plan, image_range=0, value=own["loss"].astype(float))
+    found = judge_contrast(values, weights, METRIC, lower_is_better=False)
+    assert found.low is not None  # of seeds enough to be decided
+    assert found.high is not None
+    word = "holds" if found.low > 1 else "does not hold" if found.high < 1 else "undecided"
+    return dataclasses.replace(
+        found,
+        verdict=word,
+        effect_name=f"gain after training over (gain before it)^{KEPT:g}, gain of {METRIC}"
+        + ("" if is_better else ", with over without as it was worse"),
+    )
+
+
+def outcome(before: Verdict, after: Verdict, half: Verdict | None) -> str:
     """One of `WORDS`, by the study's rule."""
     if "not judged" in (before.verdict, after.verdict):
         return "not judged"
@@ -91,7 +130,8 @@ def outcome(before: Verdict, after: Verdict) -> str:
         return "undecided"
     if after.verdict != before.verdict:
         return "reversed"
-    return "survives" if (share_kept(before, after) or 0.0) >= KEPT else "shrinks"
+    assert half is not None  # both are decided, on the same side
+    return {"holds": "survives", "does not hold": "shrinks"}.get(half.verdict, "undecided")
 
 
 def share_kept(before: Verdict, after: Verdict) -> float | None:
@@ -102,8 +142,9 @@ def share_kept(before: Verdict, after: Verdict) -> float | None:
 
 
 def _row(
-    frame: pd.DataFrame, choice: Choice, steps: int, before: Verdict, after: Verdict
+    frame: pd.DataFrame, choice: Choice, steps: int, compared: Compared, kept: Compared
 ) -> dict[str, Any]:
+    before, after = compared[choice.name, 0], compared[choice.name, steps]
     own = frame[frame["steps"] == steps].groupby("arm")["loss"].mean()
     return {
         "choice": choice.name,
@@ -115,7 +156,7 @@ def _row(
         **_gain("gain_before", before),
         **_gain("gain", after),
         "kept": share_kept(before, after),
-        "outcome": outcome(before, after),
+        "outcome": outcome(before, after, kept.get((choice.name, steps))),
     }
 
 
@@ -126,9 +167,12 @@ def _gain(name: str, verdict: Verdict) -> dict[str, float | None]:
 
 
 def verdicts_of(
-    rows: Iterable[dict[str, Any]], compared: Compared, rule: str
+    rows: Iterable[dict[str, Any]], compared: Compared, kept: Compared, rule: str
 ) -> list[dict[str, Any]]:
-    """The table `verdicts`: does what a choice does before training survive?"""
+    """The table `verdicts`: does what a choice does before training survive?
+
+    Effect, interval and p-value are those of the test that the word rests on.
+    """
     found = []
     for row in rows:
         before, after = compared[row["choice"], 0], compared[row["choice"], row["steps"]]
@@ -136,19 +180,25 @@ def verdicts_of(
         gain = (
             "" if row["gain_before"] is None else f"gain {row['gain_before']:.3g} before training"
         )
-        flip = {"effect": row["gain"], "low": row["gain_low"], "high": row["gain_high"]}
+        judged = kept.get((row["choice"], row["steps"]))
+        if judged is None:
+            judged = dataclasses.replace(
+                after,
+                effect=row["gain"],
+                low=row["gain_low"],
+                high=row["gain_high"],
+                effect_name=f"{METRIC} without over with, after training",
+            )
         # Equivalence stands on its interval; the p-value is of another hypothesis.
         if word == "washed out":
-            after = dataclasses.replace(after, p_value=None, p_adjusted=None)
+            judged = dataclasses.replace(judged, p_value=None, p_adjusted=None)
         found.append(
             dataclasses.replace(
-                after,
+                judged,
                 claim=f"The gain of {row['label']} before training survives {row['steps']} steps",
                 subject=f"{row['label']}, {row['steps']} steps",
                 verdict=WORDS[word],
-                effect_name=f"{METRIC} without over with, after training",
-                **flip,
-                note="; ".join(filter(None, [word, gain, after.note or before.note])),
+                note="; ".join(filter(None, [word, gain, judged.note or before.note])),
             )
         )
     return verdict_rows(found, rule)

@@ -18,6 +18,8 @@ from robuq_bench.config import Config
 from robuq_bench.context import Context
 from robuq_bench.data.datasets import load_dataset, load_heldout
 from robuq_bench.data.files import SOURCES
+from robuq_bench.errors import UsageError
+from robuq_bench.judging.feature_recipe import FeatureRecipe
 from robuq_bench.judging.features import save_features, train_feature_network
 from robuq_bench.runs.run import Run
 from studies.train_features.settings import Settings
@@ -26,6 +28,18 @@ VERSION = "3"
 SUMMARY = "Train a workload's feature network."
 USES_TEACHER = False
 USES_PLAN = False
+
+
+def check(config: Config) -> None:
+    """Refuse a share to keep back where nothing is kept back."""
+    workload, settings = config.workload, config.settings_of(Settings)
+    if settings.heldout_fraction == FeatureRecipe().heldout_fraction:
+        return
+    if load_heldout(workload.data, name=workload.name) is not None:
+        raise UsageError(
+            f"workload {workload.name!r} has held-out images, so that no share of the others is "
+            "kept back; leave out train-features.heldout_fraction"
+        )
 
 
 def measure(config: Config, run: Run, context: Context) -> list[dict[str, Any]]:
