@@ -143,6 +143,8 @@ def _fids(group: Group, pair: Pair) -> pd.DataFrame:
     """plan, seed, image_range, value of two rows: means, as a seed may have several runs."""
     values = group.values[group.values["metric"] == group.fid]
     values = values[values["plan"].isin([row.label for row in pair])]
+    if group.evaluation.get("image_seeds") == "own":  # no two seeds share a range of images
+        values = values.assign(seed_range=0)
     keys = ["plan", "seed", "seed_range"]
     means = values.groupby(keys, dropna=False)["value"].mean().reset_index()
     return means.rename(columns={"seed_range": "image_range"})
