@@ -201,11 +201,13 @@ def test_a_training_that_diverged_is_told_and_not_left_out() -> None:
     assert pd.DataFrame(verdicts_of(rows, compared, kept, "rule"))["verdict"][0] == "not judged"
 
 
-def test_half_kept_exactly_is_rarely_decided() -> None:
+def test_half_kept_exactly_is_rarely_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words by point estimates alone would be a coin toss, each of them decided."""
+    # statsmodels' `multipletests` collects garbage at each call: seconds in a worker's large heap
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
     rng, words = np.random.default_rng(0), []
     names = ("reference", "with survives")
-    for _ in range(100):
+    for _ in range(30):
         made = [
             {"arm": arm, "steps": steps, "seed": seed, "loss": math.exp(rng.normal(-gain, 0.1))}
             for steps, kept in ((0, 0.8), (100, 0.4))
@@ -214,7 +216,7 @@ def test_half_kept_exactly_is_rarely_decided() -> None:
         ]
         rows, _, _ = survival(made, MADE_UP[:1], (0, 100))
         words.append(rows[0]["outcome"])
-    assert words.count("undecided") >= 90  # of 5 % decided by chance, 11 or more: p = 0.01
+    assert words.count("undecided") >= 25  # of 5 % decided by chance, 6 or more: p = 0.003
     assert {*words} <= {"undecided", "survives", "shrinks"}
 
 
