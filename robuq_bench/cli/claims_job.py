@@ -59,14 +59,17 @@ def planner_of(only: list[str] | None, on: list[str] | None, file: Path | None) 
 
 
 def tuned_arms(planner: Planner) -> set[str]:
+    """Arms that have a learning rate of `claims tune`, as "arm on workload"."""
     return {f"{arm} on {workload}" for workload, arm in planner.rates}
 
 
 def side_text(names: Sequence[str]) -> str:
+    """One side of a contrast in words: an arm, or the ratio of two."""
     return names[0] if len(names) == 1 else f"({names[0]} ÷ {names[1]})"
 
 
 def run_digest(planner: Planner, cell: Cell) -> str:
+    """SHA-256 that names the run of a cell; cells of one digest share it."""
     from robuq_bench.config import config_hash
 
     return config_hash(planner.config(cell))
@@ -103,6 +106,7 @@ def pace_of(planner: Planner, cells: Sequence[Cell], folders: dict[str, Path]) -
 
 
 def hours_of(planner: Planner, cells: Sequence[Cell], pace: Pace) -> float | None:
+    """CPU-hours that the runs of cells may take; None before any was measured."""
     from robuq_bench.config import training_steps
 
     configs = [planner.config(cell) for cell in cells]
@@ -139,6 +143,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def workload_name(workload: str) -> str:
+    """Name of a workload that is given by name or file."""
     from robuq_bench.config import load_workload
 
     return load_workload(workload).name
