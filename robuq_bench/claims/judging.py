@@ -21,7 +21,7 @@ from robuq_bench.errors import UsageError
 from robuq_bench.runs.run_files import DONE, check_done
 from robuq_bench.statistics.comparisons import contrast_text, judge_contrast, judge_family
 from robuq_bench.statistics.metrics import find_metric, lower_is_better
-from robuq_bench.statistics.verdicts import COLUMNS, Verdict, read_verdicts
+from robuq_bench.statistics.verdicts import COLUMNS, Verdict, no_verdict, read_verdicts
 
 
 class Runs:
@@ -209,14 +209,6 @@ def values_of(measured: Mapping[Cell, Measured], metric: str) -> pd.DataFrame:
         if who == "student" and name == metric
     ]
     return pd.DataFrame(lines, columns=["plan", "seed", "image_range", "value"])
-
-
-def no_verdict(text: str, subject: str, metric: str, note: str) -> Verdict:
-    """A claim that is not judged, and why."""
-    return Verdict(
-        claim=text, subject=subject, verdict="not judged", effect=None, effect_name=metric,
-        low=None, high=None, n=0, n_of="training seeds", test="none", p_value=None, note=note,
-    )  # fmt: skip
 
 
 def _holds(verdict: Verdict, claim: Claim) -> str:

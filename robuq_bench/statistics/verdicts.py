@@ -100,6 +100,22 @@ COLUMNS = (*_FIELDS, "rule")
 """Columns of the table `verdicts`, in order."""
 
 
+def no_verdict(
+    claim: str,
+    subject: str,
+    effect_name: str,
+    note: str,
+    *,
+    n: int = 0,
+    n_of: str = "training seeds",
+) -> Verdict:
+    """A claim that is not judged, without effect, interval and test; `note` says why."""
+    return Verdict(
+        claim=claim, subject=subject, verdict="not judged", effect=None, effect_name=effect_name,
+        low=None, high=None, n=n, n_of=n_of, test="none", p_value=None, note=note,
+    )  # fmt: skip
+
+
 def verdict_rows(verdicts: Iterable[Verdict], rule: str) -> list[dict[str, Any]]:
     """Rows of `COLUMNS` for `Run.write_table("verdicts", rows)`.
 

@@ -30,7 +30,7 @@ from robuq_bench.normality.summaries import block_of
 from robuq_bench.quantization.convert import layer_type
 from robuq_bench.runs.run import Run
 from robuq_bench.statistics.comparisons import compare_plans, judge_family
-from robuq_bench.statistics.verdicts import Verdict, verdict_rows
+from robuq_bench.statistics.verdicts import Verdict, no_verdict, verdict_rows
 from robuq_bench.trials import TARGETS, metric_key
 from studies.allocation.settings import CANDIDATES, Settings
 
@@ -249,20 +249,8 @@ def _compare(values: pd.DataFrame, candidate: str, baseline: str, metric: str) -
     if is_sound.all():
         return compare_plans(values, candidate, baseline, metric)
     bad = [f"{row.plan} seed {row.seed}" for row in own[~is_sound].itertuples()]
-    return Verdict(
-        claim="",
-        subject="",
-        verdict="not judged",
-        effect=None,
-        effect_name=f"ratio of geometric means of {metric}",
-        low=None,
-        high=None,
-        n=own["seed"].nunique(),
-        n_of="training seeds",
-        test="none",
-        p_value=None,
-        note=f"not a number above 0: {', '.join(bad)}",
-    )
+    name, note = f"ratio of geometric means of {metric}", f"not a number above 0: {', '.join(bad)}"
+    return no_verdict("", "", name, note, n=own["seed"].nunique())
 
 
 def trial_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from robuq_bench.judging.summary import metric_summary
 from robuq_bench.judging.teacher import load_judged
 from robuq_bench.runs.run import Run, open_existing
 from robuq_bench.statistics.comparisons import CONFIDENCE, MIN_SEEDS, compare_plans
-from robuq_bench.statistics.verdicts import Verdict, verdict_rows
+from robuq_bench.statistics.verdicts import Verdict, no_verdict, verdict_rows
 from robuq_bench.students import load_student
 from studies.packed.settings import Settings
 
@@ -265,19 +265,9 @@ def judge_fid(variant: str, records: Iterable[dict[str, Any]]) -> list[Verdict]:
 def _without_ratio(variant: str, claim: str, name: str, bad: pd.DataFrame) -> Verdict:
     """What is said where values of FID are not numbers above 0."""
     where = ", ".join(f"{row.subject} in range {row.seed_range}" for row in bad.itertuples())
-    return Verdict(
-        claim=claim,
-        subject=variant,
-        verdict="not judged",
-        effect=None,
-        effect_name=f"ratio of geometric means of {name}",
-        low=None,
-        high=None,
-        n=0,
-        n_of="seed ranges",
-        test="none",
-        p_value=None,
-        note=f"not a number above 0, so without a ratio: {where}",
+    note = f"not a number above 0, so without a ratio: {where}"
+    return no_verdict(
+        claim, variant, f"ratio of geometric means of {name}", note, n_of="seed ranges"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from robuq_bench.statistics.comparisons import compare_plans, judge_contrast, judge_family
-from robuq_bench.statistics.verdicts import Verdict, verdict_rows
+from robuq_bench.statistics.verdicts import Verdict, no_verdict, verdict_rows
 from studies.survival.choices import Choice, arm_name
 
 KEPT = 0.5
@@ -74,20 +74,8 @@ def _compare(frame: pd.DataFrame, choice: Choice, steps: int) -> Verdict:
     seeds = ", ".join(
         f"{arm} seed {seed}" for arm, seed in zip(lost["arm"], lost["seed"], strict=True)
     )
-    return Verdict(
-        claim="",
-        subject="",
-        verdict="not judged",
-        effect=None,
-        effect_name=f"ratio of geometric means of {METRIC}",
-        low=None,
-        high=None,
-        n=own["seed"].nunique(),
-        n_of="training seeds",
-        test="none",
-        p_value=None,
-        note=f"training diverged: {seeds}",
-    )
+    name, seeds_of_both = f"ratio of geometric means of {METRIC}", own["seed"].nunique()
+    return no_verdict("", "", name, f"training diverged: {seeds}", n=seeds_of_both)
 
 
 def _half(frame: pd.DataFrame, choice: Choice, steps: int, is_better: bool) -> Verdict:
